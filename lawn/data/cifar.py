@@ -1,0 +1,84 @@
+"""CIFAR-10 and CIFAR-100, cached as `train.npz` and `test.npz` (images uint8 [N, 32, 32, 3], labels int64 [N])."""
+
+from pathlib import Path
+from urllib.error import URLError
+from zipfile import BadZipFile
+
+import numpy as np
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from lawn.data.images import DeviceImages, device_images
+from lawn.errors import DataError
+from lawn.files import atomic
+
+PUBLISHED = {"train": 50_000, "test": 10_000}
+PADDING = 4  # the field's standard augmentation: pad 4, random crop 32, horizontal flip
+
+
+def cifar10(
+    root: Path, split: str, *, seed: int, val_fraction: float, limit: int | None = None
+) -> DeviceImages:
+    """Reads `root`/cifar10; downloads to it what is not there."""
+    return _load(root / "cifar10", CIFAR10, 10, split, seed, val_fraction, limit)
+
+
+def cifar100(
+    root: Path, split: str, *, seed: int, val_fraction: float, limit: int | None = None
+) -> DeviceImages:
+    """Reads `root`/cifar100; downloads to it what is not there."""
+    return _load(root / "cifar100", CIFAR100, 100, split, seed, val_fraction, limit)
+
+
+def _load(
+    folder: Path, official: type[CIFAR10], classes: int, split: str, seed: int, val_fraction: float, limit: int | None
+) -> DeviceImages:
+    for part in PUBLISHED:
+        if not (folder / f"{part}.npz").exists():
+            _cache(folder, official, part)
+    train, test = (_read(folder / f"{part}.npz", classes) for part in PUBLISHED)
+    warnings = [
+        f"{folder.name} {part}: {len(labels)} images, published are {PUBLISHED[part]}"
+        for part, (_, labels) in zip(PUBLISHED, (train, test), strict=True)
+        if len(labels) != PUBLISHED[part]
+    ]
+    return device_images(
+        train,
+        test,
+        split=split,
+        val_fraction=val_fraction,
+        limit=limit,
+        seed=seed,
+        num_classes=classes,
+        padding=PADDING,
+        warnings=warnings,
+    )
+
+
+def _cache(folder: Path, official: type[CIFAR10], part: str) -> None:
+    """torchvision verifies the official archive and reads it, or downloads it first."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        source = official(str(folder), train=part == "train", download=True)
+    except (URLError, OSError, RuntimeError) as error:
+        raise DataError(
+            f"{official.url} cannot be downloaded ({error}); put {official.filename} from there, "
+            f"or train.npz and test.npz, into {folder}"
+        ) from error
+    with atomic(folder / f"{part}.npz") as temporary:
+        np.savez(temporary, images=source.data, labels=np.asarray(source.targets, np.int64))
+
+
+def _read(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with np.load(path) as file:
+            images, labels = file["images"], file["labels"]
+    except (BadZipFile, KeyError, ValueError, OSError, EOFError) as error:
+        raise DataError(f"{path}: damaged ({error}); delete it to make it again") from error
+    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or labels.shape != images.shape[:1]:
+        raise DataError(
+            f"{path}: want images uint8 [N, 32, 32, 3] and labels [N], "
+            f"found {images.dtype} {list(images.shape)} and {list(labels.shape)}"
+        )
+    if not len(labels) or labels.min() < 0 or labels.max() >= classes:
+        raise DataError(f"{path}: labels must be 0 to {classes - 1}, and at least one")
+    return images, labels

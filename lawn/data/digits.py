@@ -1,0 +1,33 @@
+"""scikit-learn's handwritten digits: 1,797 real 8 x 8 images that come with the package, no download."""
+
+from pathlib import Path
+
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from lawn.data.images import DeviceImages, device_images
+
+TEST_SIZE = 360  # a fifth, stratified, always the same
+
+
+def digits(
+    root: Path, split: str, *, seed: int, val_fraction: float, limit: int | None = None
+) -> DeviceImages:
+    """`root` is not used. Pixels are 0 to 16. No augmentation: a mirrored digit is another one or none."""
+    data = load_digits()
+    images = data.images.astype(np.uint8)[..., None]
+    train_x, test_x, train_y, test_y = train_test_split(
+        images, data.target, test_size=TEST_SIZE, random_state=0, stratify=data.target
+    )
+    return device_images(
+        (train_x, train_y),
+        (test_x, test_y),
+        split=split,
+        val_fraction=val_fraction,
+        limit=limit,
+        seed=seed,
+        num_classes=10,
+        padding=0,
+        warnings=[],
+    )

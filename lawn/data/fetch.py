@@ -1,0 +1,31 @@
+"""Downloads from the official places."""
+
+from pathlib import Path
+from urllib.error import URLError
+from zipfile import BadZipFile, ZipFile
+
+from torchvision.datasets.utils import download_url
+
+from lawn.errors import DataError
+from lawn.files import atomic
+
+
+def download(url: str, target: Path, md5: str, advice: str) -> None:
+    """Download `url` to `target` with a progress bar and check its MD5 sum.
+
+    `advice` says what to put where by hand; it ends the DataError that is raised when the download fails.
+    """
+    with atomic(target) as temporary:
+        try:
+            download_url(url, str(temporary.parent), temporary.name, md5)
+        except (URLError, OSError, RuntimeError) as error:
+            raise DataError(f"cannot download {url} ({error}); {advice}") from error
+
+
+def extract(archive: Path, member: str, target: Path) -> None:
+    """Write one member of a zip file to `target`; nothing else of the archive is touched."""
+    try:
+        with ZipFile(archive) as zipped, atomic(target) as temporary:
+            temporary.write_bytes(zipped.read(member))
+    except (BadZipFile, KeyError) as error:
+        raise DataError(f"{archive}: {error}; delete it to download it again") from error

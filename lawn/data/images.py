@@ -1,0 +1,150 @@
+"""Labelled images that live on the device as uint8 and are augmented there."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from lawn.errors import ConfigError
+
+
+@dataclass
+class DeviceImages:
+    """A whole dataset on one device.
+
+    Shapes: images uint8 [N, C, H, W], labels int64 [N]; `mean` and `std` are per channel, in units of pixels.
+    `padding` pixels of zeros and a random crop and flip augment the training images; 0 turns augmentation off.
+    """
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    num_classes: int
+    mean: list[float]
+    std: list[float]
+    padding: int
+    warnings: list[str]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        c, h, w = self.train_images.shape[1:]
+        return c, h, w
+
+    @property
+    def num_train(self) -> int:
+        """Training samples of one epoch."""
+        return len(self.train_labels)
+
+    def to(self, device: torch.device) -> "DeviceImages":
+        self.train_images, self.train_labels = self.train_images.to(device), self.train_labels.to(device)
+        self.test_images, self.test_labels = self.test_images.to(device), self.test_labels.to(device)
+        return self
+
+    def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch in random order: normalized float images and labels. The last batch may be smaller."""
+        device = self.train_labels.device
+        order = torch.randperm(self.num_train, generator=generator, device=device)
+        for index in order.split(batch_size):
+            if self.padding:
+                images = random_crop_flip(self._padded, index, self.shape, generator)
+            else:
+                images = self.train_images[index]
+            yield self._normalize(images), self.train_labels[index]
+
+    def eval_batches(self, batch_size: int = 2048) -> Iterator[tuple[Tensor, Tensor]]:
+        """The evaluation split in order, without augmentation."""
+        for images, labels in zip(
+            self.test_images.split(batch_size), self.test_labels.split(batch_size), strict=True
+        ):
+            yield self._normalize(images), labels
+
+    @cached_property
+    def _padded(self) -> Tensor:
+        return torch.nn.functional.pad(self.train_images, [self.padding] * 4)
+
+    @cached_property
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        mean, std = torch.tensor([self.mean, self.std], device=self.train_images.device)[:, None, :, None, None]
+        return mean, std
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        mean, std = self._statistics
+        return (images.float() - mean) / std
+
+
+def random_crop_flip(
+    padded: Tensor, index: Tensor, shape: tuple[int, int, int], generator: torch.Generator
+) -> Tensor:
+    """Crop images `index` of `padded` [N, C, H + 2p, W + 2p] to `shape` at random offsets, half of them mirrored."""
+    channels, height, width = shape
+    device, count = padded.device, len(index)
+    room = padded.shape[-1] - width + 1
+    top, left = torch.randint(room, (2, count), generator=generator, device=device)
+    flip = torch.randint(2, (count,), generator=generator, device=device).bool()
+    across = torch.arange(width, device=device)
+    rows = top[:, None] + torch.arange(height, device=device)
+    columns = left[:, None] + torch.where(flip[:, None], across.flip(0), across)
+    channel = torch.arange(channels, device=device)
+    return padded[index[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None]]
+
+
+def split_and_limit(
+    images: np.ndarray, labels: np.ndarray, *, split: str, val_fraction: float, limit: int | None, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Training images and labels, and the stratified holdout (None, None for split="test"), all drawn by `seed`.
+
+    Raises ConfigError when `limit` is more than what there is.
+    """
+    held_images = held_labels = None
+    if split == "val":
+        images, held_images, labels, held_labels = train_test_split(
+            images, labels, test_size=val_fraction, random_state=seed, stratify=labels
+        )
+    if limit is not None:
+        if limit > len(labels):
+            raise ConfigError(f"dataset.limit={limit}: there are only {len(labels)} training images")
+        chosen = np.random.default_rng(seed).permutation(len(labels))[:limit]
+        images, labels = images[chosen], labels[chosen]
+    return images, labels, held_images, held_labels
+
+
+def device_images(
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    *,
+    split: str,
+    val_fraction: float,
+    limit: int | None,
+    seed: int,
+    num_classes: int,
+    padding: int,
+    warnings: list[str],
+) -> DeviceImages:
+    """Bind uint8 arrays [N, H, W, C] and their labels. Mean and deviation are those of the training images used."""
+    images, labels, held_images, held_labels = split_and_limit(
+        *train, split=split, val_fraction=val_fraction, limit=limit, seed=seed
+    )
+    if held_images is not None and held_labels is not None:
+        test = held_images, held_labels
+    scale = images.reshape(-1, images.shape[-1]).astype(np.float32, copy=False)
+    return DeviceImages(
+        train_images=_channels_first(images),
+        train_labels=torch.from_numpy(labels.astype(np.int64)),
+        test_images=_channels_first(test[0]),
+        test_labels=torch.from_numpy(test[1].astype(np.int64)),
+        num_classes=num_classes,
+        mean=scale.mean(0, dtype=np.float64).tolist(),
+        std=scale.std(0, dtype=np.float64).tolist(),
+        padding=padding,
+        warnings=warnings,
+    )
+
+
+def _channels_first(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))

@@ -1,0 +1,92 @@
+"""Implicit feedback that lives on the device: positives, fresh negatives for every epoch, held-out candidates."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Interactions:
+    """Leave-one-out data on one device; user and item ids count from 0.
+
+    Shapes: users and items int64 [N], the training positives; candidates int64 [U, 1 + C], the held-out item of
+    each evaluated user first and then the items it is ranked against; candidate_users int64 [U].
+    """
+
+    users: Tensor
+    items: Tensor
+    candidate_users: Tensor
+    candidates: Tensor
+    num_users: int
+    num_items: int
+    negatives: int
+    warnings: list[str]
+
+    def __post_init__(self) -> None:
+        self.unseen = Unseen(self.users, self.items, self.num_users, self.num_items)
+
+    @property
+    def num_train(self) -> int:
+        """Training samples of one epoch: positives and their negatives."""
+        return len(self.users) * (1 + self.negatives)
+
+    def to(self, device: torch.device) -> "Interactions":
+        return Interactions(
+            self.users.to(device),
+            self.items.to(device),
+            self.candidate_users.to(device),
+            self.candidates.to(device),
+            self.num_users,
+            self.num_items,
+            self.negatives,
+            self.warnings,
+        )
+
+    def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """One epoch in random order: users, items and labels (1.0 positive, 0.0 negative)."""
+        negatives = self.unseen.sample(self.users[:, None].expand(-1, self.negatives), generator)
+        items = torch.cat([self.items[:, None], negatives], dim=1).flatten()
+        users = self.users[:, None].expand(-1, 1 + self.negatives).flatten()
+        labels = torch.zeros(len(self.users), 1 + self.negatives, device=users.device)
+        labels[:, 0] = 1
+        labels = labels.flatten()
+        order = torch.randperm(self.num_train, generator=generator, device=users.device)
+        for index in order.split(batch_size):
+            yield users[index], items[index], labels[index]
+
+    def eval_batches(self, batch_size: int = 2048) -> Iterator[tuple[Tensor, Tensor]]:
+        """Users [B] and their candidates [B, 1 + C]."""
+        yield from zip(self.candidate_users.split(batch_size), self.candidates.split(batch_size), strict=True)
+
+
+class Unseen:
+    """Draws items that a user has no pair with, uniformly and without rejection.
+
+    Sorted by user and item, let p_0 < p_1 < ... be the items of one user. Below p_j lie p_j - j unseen items, so the
+    k-th unseen item (from 0) is k + #{j : p_j - j <= k}, one binary search away. Shifting each user's values by
+    user * num_items + user puts all users into one sorted array.
+    """
+
+    def __init__(self, users: Tensor, items: Tensor, num_users: int, num_items: int) -> None:
+        self.stride = num_items + 1
+        pairs = torch.unique(users * num_items + items)  # sorted, without duplicates
+        owner, item = pairs // num_items, pairs % num_items
+        self.count = torch.bincount(owner, minlength=num_users)
+        self.start = self.count.cumsum(0) - self.count
+        rank = torch.arange(len(pairs), device=pairs.device) - self.start[owner]
+        self.keys = owner * self.stride + item - rank
+        self.available = num_items - self.count
+        if int(self.available.min()) < 1:
+            raise ValueError(f"user {int(self.available.argmin())} has interacted with all {num_items} items")
+
+    def sample(self, users: Tensor, generator: torch.Generator) -> Tensor:
+        """One independent uniform draw for each entry of `users` (any shape)."""
+        bits = torch.randint(2**31, users.shape, generator=generator, device=users.device)
+        return self.kth(users, (bits * self.available[users]) >> 31)
+
+    def kth(self, users: Tensor, k: Tensor) -> Tensor:
+        """The k-th unseen item (from 0) of each user; needs k < available[user]."""
+        below = torch.searchsorted(self.keys, users * self.stride + k, right=True)
+        return k + below - self.start[users]

@@ -1,0 +1,5 @@
+"""What LAWN claims, measured (paper sections 1 and 2)."""
+
+from lawn.diagnostics.flattening import binary_margin, multiclass_margin, weight_norm
+
+__all__ = ["binary_margin", "multiclass_margin", "weight_norm"]

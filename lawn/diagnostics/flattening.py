@@ -1,0 +1,25 @@
+"""Signs of loss flattening: margins and weights that grow without end."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def multiclass_margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Score of the target class minus the best of the others (paper section 2.1): [B, K], [B] -> [B]."""
+    target = logits.gather(1, labels[:, None])
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return target[:, 0] - others.amax(dim=1)
+
+
+def binary_margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logit of the target class: the logit for label 1, its negative for label 0. [B], [B] -> [B]."""
+    return logits * (2 * labels - 1)
+
+
+@torch.no_grad()
+def weight_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm of all weights with two or more dimensions together, as a 0-dim tensor."""
+    weights = [p for p in parameters if p.ndim >= 2]
+    return torch.linalg.vector_norm(torch.stack(list(torch._foreach_norm(weights))).float())

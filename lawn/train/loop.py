@@ -1,0 +1,230 @@
+"""One run, from a checked config to a finished run directory."""
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lawn.config import Config, arguments
+from lawn.diagnostics import weight_norm
+from lawn.errors import ConfigError
+from lawn.optim import LAWNOptimizer, LinearWarmupDecay
+from lawn.optim.factory import OPTIMIZERS
+from lawn.task import Task, build
+from lawn.train import logger as loggers
+from lawn.train.progress import Progress
+from lawn.train.record import Row, RunDirectory
+from lawn.train.throughput import flops_per_sample, peak_flops, synchronize
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Run `config`, go on with it, or find it done; returns its result.json.
+
+    Everything that can be refused is refused before data is read. A loss that is not finite ends the run with
+    status "diverged": that is a result, not an error.
+    """
+    device = _device(config.device)
+    task_on = build(config)
+    optimizer_arguments = _optimizer_arguments(config)
+    start_logger = loggers.make(config)
+    directory = RunDirectory(config)
+    if directory.done:
+        print(f"{directory.path}: done already", flush=True)
+        return directory.result()
+    task = task_on(device)
+    for warning in task.dataset.warnings:
+        print(f"warning: {warning}", flush=True)
+    directory.begin(device)
+    run = Run(config, task, device, optimizer_arguments)
+    if (state := directory.load()) is not None:
+        run.load_state_dict(state)
+        print(f"{directory.path}: going on after epoch {run.epoch}", flush=True)
+    log = start_logger(directory.hash, directory.path)
+    progress = Progress(directory.path.name, run.epoch, config.train.epochs)
+    saved = time.monotonic()
+    while run.status == "running":
+        row = run.next_epoch()
+        with run.clock("log"):
+            progress.epoch(row)
+            log.log(row)
+            if time.monotonic() - saved >= config.train.checkpoint_seconds or run.status != "running":
+                directory.write_metrics(run.rows)
+                directory.save(run.state_dict())
+                saved = time.monotonic()
+    progress.close()
+    result = run.result()
+    directory.write_metrics(run.rows)
+    directory.finish(result)
+    log.finish(result)
+    print(summary(result), flush=True)
+    return result
+
+
+class Run:
+    """The state of a run between two epochs, and how to take the next one."""
+
+    def __init__(self, config: Config, task: Task, device: torch.device, optimizer_arguments: dict[str, Any]) -> None:
+        self.config = config
+        self.task = task
+        self.device = device
+        steps = math.ceil(task.dataset.num_train / config.train.batch_size)
+        total = steps * config.train.epochs
+        if "free_steps" in optimizer_arguments:
+            free_steps = min(round(optimizer_arguments["free_steps"] * steps), total - 1)
+            optimizer_arguments = {**optimizer_arguments, "free_steps": free_steps}
+        warmup = min(round(config.schedule.warmup_epochs * steps), total - 1)
+        self.optimizer = OPTIMIZERS[config.optim.name](task.model.parameters(), **optimizer_arguments)
+        self.scheduler = LinearWarmupDecay(self.optimizer, warmup, total)
+        self.epoch = 0
+        self.step = 0
+        self.rows: list[Row] = []
+        self.seconds = {"train": 0.0, "eval": 0.0, "log": 0.0}
+        self.flops = 0.0  # per sample
+
+    @property
+    def status(self) -> str:
+        """running, done or diverged."""
+        if self.rows and self.rows[-1]["train_loss"] is None:
+            return "diverged"
+        return "done" if self.epoch == self.config.train.epochs else "running"
+
+    def next_epoch(self) -> Row:
+        """Train one epoch, evaluate if it is time, append the row to `rows` and return it.
+
+        train_loss is the mean over the samples of the epoch, margin_p50 the median margin, both of the weights of
+        the moment; lr is that of the first update; weight_norm and the metrics are those at the end of the epoch.
+        """
+        self.epoch += 1
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        with self.clock("train"):
+            loss, margin = self._train()
+        row: Row = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "lr": lr,
+            "constrained": int(isinstance(self.optimizer, LAWNOptimizer) and self.optimizer.constrained),
+            "train_loss": loss if math.isfinite(loss) else None,
+            "margin_p50": margin if math.isfinite(margin) else None,
+            "weight_norm": float(weight_norm(self.task.model.parameters())),
+        }
+        last = self.epoch == self.config.train.epochs
+        if row["train_loss"] is not None and (last or self.epoch % self.config.eval.every == 0):
+            with self.clock("eval"):
+                self.task.model.eval()
+                with torch.no_grad():
+                    metrics = self.task.evaluate()
+            row |= {f"{self.config.eval.split}_{name}": value for name, value in metrics.items()}
+        self.rows.append(row)
+        return row
+
+    def _train(self) -> tuple[float, float]:
+        task, optimizer = self.task, self.optimizer
+        # A seed for each epoch, not a stream: whatever came before, this epoch draws the same.
+        seed = epoch_seed(self.config.seed, self.epoch)
+        torch.manual_seed(seed)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        task.model.train()
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        margins: list[Tensor] = []
+        for batch in task.dataset.train_batches(self.config.train.batch_size, generator):
+            if not self.flops:
+                self.flops = flops_per_sample(task, batch)
+            optimizer.zero_grad()
+            loss, margin = task.loss_and_margins(batch)
+            loss.backward()
+            optimizer.step()
+            self.scheduler.step()
+            self.step += 1
+            total += loss.detach().double() * len(margin)
+            margins.append(margin)
+        median = torch.cat(margins).median()
+        return total.item() / task.dataset.num_train, median.item()  # the epoch's only synchronization
+
+    @contextmanager
+    def clock(self, what: str) -> Iterator[None]:
+        """Add the seconds inside to the account `what`."""
+        start = time.perf_counter()
+        yield
+        synchronize(self.device)
+        self.seconds[what] += time.perf_counter() - start
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "rows": self.rows,
+            "seconds": self.seconds,
+            "model": self.task.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.rows, self.seconds = state["rows"], state["seconds"]
+        self.task.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+
+    def result(self) -> dict[str, Any]:
+        """How the run ended. The headline is the last epoch's metric; `best` is over the epochs of the same split,
+        so on the test split it is selected on test and no table prints it."""
+        split, name = self.config.eval.split, self.task.headline
+        key = f"{split}_{name}"
+        evaluated = [row for row in self.rows if row.get(key) is not None]
+        best = max(evaluated, key=lambda row: row[key] or 0.0, default=None)
+        rate = self.task.dataset.num_train * self.epoch / max(self.seconds["train"], 1e-9)
+        return {
+            "status": self.status,
+            "split": split,
+            "headline": name,
+            "last": self.rows[-1],
+            "best": best and {"epoch": best["epoch"], name: best[key]},
+            "parameters": sum(p.numel() for p in self.task.model.parameters()),
+            "samples_per_second": round(rate, 1),
+            "peak_share": round(rate * self.flops / peak_flops(self.device), 4) if self.flops else None,
+            "seconds": {what: round(value, 3) for what, value in self.seconds.items()},
+            "warnings": self.task.dataset.warnings,
+        }
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """A 63-bit seed for an epoch's order, augmentation and negatives."""
+    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The last line of a run."""
+    last = result["last"]
+    metrics = [f"{k} {v:.4g}" for k, v in last.items() if k.startswith(result["split"]) and v is not None]
+    share = "" if result["peak_share"] is None else f" ({100 * result['peak_share']:.0f} % of the matmul peak)"
+    spent = ", ".join(f"{what} {value:.1f} s" for what, value in result["seconds"].items())
+    return (
+        f"{result['status']} after epoch {last['epoch']}: {'  '.join(metrics) or 'no evaluation'}; "
+        f"{result['samples_per_second']:,.0f} samples/s{share}; {spent}"
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device={name}: cannot be used ({reason}); choose auto, cpu, cuda or cuda:N") from error
+    return device
+
+
+def _optimizer_arguments(config: Config) -> dict[str, Any]:
+    name = config.optim.name
+    if name not in OPTIMIZERS:
+        raise ConfigError(f"optim={name}: no such optimizer; choose from {', '.join(OPTIMIZERS)}")
+    return arguments("optim", config.optim, OPTIMIZERS[name], {"free_epochs": "free_steps"})

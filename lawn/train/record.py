@@ -1,0 +1,130 @@
+"""The run directory: what a run was, what it gave, and where it can go on from.
+
+    config.yaml    the resolved config          env.json     code version, packages, hardware
+    metrics.csv    a row for each epoch         result.json  how it ended, written last but for the marker
+    checkpoint.pt  the newest full state        DONE         empty; the run is finished
+"""
+
+import csv
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torchvision
+from omegaconf import OmegaConf
+
+from lawn.config import Config, config_hash, run_name
+from lawn.errors import RunError
+from lawn.files import atomic, write_text
+
+Row = dict[str, float | int | None]
+CHECKPOINT_VERSION = 1
+
+
+class RunDirectory:
+    """The files of one run, each written atomically. Raises RunError when `run_dir` belongs to another run."""
+
+    def __init__(self, config: Config) -> None:
+        self.hash = config_hash(config)
+        self.path = Path(config.run_dir) if config.run_dir else Path(config.runs_dir) / run_name(config)
+        self._config = config
+        if (self.path / "result.json").exists() or (self.path / "checkpoint.pt").exists():
+            owner = self._owner()
+            if owner != self.hash:
+                raise RunError(f"run_dir={self.path}: holds run {owner}, this config is run {self.hash}; choose another")
+
+    @property
+    def done(self) -> bool:
+        return (self.path / "DONE").exists()
+
+    def begin(self, device: torch.device) -> None:
+        """Write config.yaml and env.json."""
+        try:
+            content = {"hash": self.hash, **asdict(self._config)}
+            write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(content)))
+            write_text(self.path / "env.json", json.dumps(environment(device), indent=1) + "\n")
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be written ({error})") from error
+
+    def write_metrics(self, rows: list[Row]) -> None:
+        """Rewrite metrics.csv; an undefined or unmeasured value is an empty field."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.path / "metrics.csv", text.getvalue())
+
+    def save(self, state: dict[str, Any]) -> None:
+        with atomic(self.path / "checkpoint.pt") as temporary:
+            torch.save({"version": CHECKPOINT_VERSION, "hash": self.hash, **state}, temporary)
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest full state, on the CPU, or None when there is none."""
+        path = self.path / "checkpoint.pt"
+        if not path.exists():
+            return None
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises what the damage makes it raise
+            raise RunError(f"{path}: cannot be read ({type(error).__name__}); delete it to start over") from error
+        if state.get("version") != CHECKPOINT_VERSION:
+            raise RunError(f"{path}: version {state.get('version')}, want {CHECKPOINT_VERSION}; delete it to start over")
+        return state
+
+    def finish(self, result: dict[str, Any]) -> None:
+        write_text(self.path / "result.json", json.dumps(result, indent=1) + "\n")
+        (self.path / "DONE").touch()
+
+    def result(self) -> dict[str, Any]:
+        return json.loads((self.path / "result.json").read_text())
+
+    def _owner(self) -> str:
+        try:
+            return str(OmegaConf.load(self.path / "config.yaml")["hash"])
+        except (OSError, KeyError, ValueError) as error:
+            raise RunError(f"run_dir={self.path}: its config.yaml cannot be read ({error}); choose another") from error
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Code version, packages and hardware of this process."""
+    return {
+        "git": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "command": sys.argv[1:],
+        "python": platform.python_version(),
+        "packages": {m.__name__: m.__version__ for m in (torch, torchvision, timm, np)},
+        "system": platform.platform(terse=True),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of a git command in the project's checkout; None where there is no git or no checkout."""
+    try:
+        root = Path(__file__).resolve().parents[2]
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,40 @@
+"""Samples a second, and what share of the machine's arithmetic that is."""
+
+import copy
+import time
+from functools import lru_cache
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lawn.task import Batch, Task
+
+
+def flops_per_sample(task: Task, batch: Batch) -> float:
+    """Matrix and convolution FLOPs of forward and backward for one sample, counted without computing anything."""
+    shadow = copy.copy(task)
+    shadow.model = copy.deepcopy(task.model).to("meta")
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = shadow.loss_and_margins(tuple(t.to("meta") for t in batch))
+        loss.backward()
+    return counter.get_total_flops() / len(batch[0])
+
+
+@lru_cache
+def peak_flops(device: torch.device) -> float:
+    """Single-precision matrix multiplication rate of the device, FLOP/s: the best of five timed products."""
+    size = 8192 if device.type == "cuda" else 1536
+    a, b = torch.randn(2, size, size, device=device)
+    best = float("inf")
+    for _ in range(6):
+        synchronize(device)
+        start = time.perf_counter()
+        torch.mm(a, b)
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

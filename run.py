@@ -1,0 +1,53 @@
+#!/usr/bin/env python3
+"""Train one run, or a Hydra multirun of many:
+
+python run.py dataset=movielens100k optim=adam_lawn
+python run.py -m dataset=digits optim=adam,adam_lawn seed=0,1,2
+"""
+
+import os
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from lawn.config import explain, register, validate
+from lawn.errors import ConfigError, UserError
+from lawn.train import train
+
+register()
+failures: list[UserError] = []  # of this process's jobs: one that fails does not keep a multirun from the others
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def run(composed: DictConfig) -> None:
+    try:
+        train(validate(composed))
+    except UserError as error:
+        failures.append(error)
+        job = HydraConfig.get()
+        of = f" in the job {' '.join(job.overrides.task)}" if "num" in job.job else ""
+        print(f"error{of}: {error}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    debug = "HYDRA_FULL_ERROR" in os.environ  # the user's own switch for tracebacks
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra prints several lines and exits; here it raises
+    try:
+        run()
+    except (HydraException, OmegaConfBaseException) as error:
+        if debug:
+            raise
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return ConfigError.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return max((failure.exit_code for failure in failures), default=0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
