@@ -51,7 +51,6 @@ class OptimConfig:
     momentum: float | None = None
     nesterov: bool | None = None
     weight_decay: float | None = None  # on weights with two or more dimensions
-    decay: str | None = None  # adam: decoupled or l2
     free_epochs: float | None = None  # LAWN: E_free
 
 
@@ -179,7 +178,6 @@ def _problems(c: Config):  # type: ignore[no-untyped-def]  # a generator of line
         if value is not None and value >= 1:
             yield f"{key}={value}: must be below 1"
     choices = {
-        "optim.decay": ("decoupled", "l2"),
         "model.init": ("he2017", "torch"),
         "eval.split": ("test", "val"),
         "logger.mode": ("online", "offline", "disabled"),
@@ -220,9 +218,7 @@ def arguments(group: str, section: Any, builder: Callable[..., Any], renamed: di
     words = renamed or {}
     given = {words.get(k, k): (k, v) for k, v in asdict(section).items() if v is not None and k != "name"}
     accepted = {
-        p.name: p.default is p.empty
-        for p in inspect.signature(builder).parameters.values()
-        if p.kind is p.KEYWORD_ONLY
+        p.name: p.default is p.empty for p in inspect.signature(builder).parameters.values() if p.kind is p.KEYWORD_ONLY
     }
     keys = {word: k for k, word in words.items()}
     for word, (key, value) in given.items():

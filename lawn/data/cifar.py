@@ -15,16 +15,12 @@ PUBLISHED = {"train": 50_000, "test": 10_000}
 PADDING = 4  # the field's standard augmentation: pad 4, random crop 32, horizontal flip
 
 
-def cifar10(
-    root: Path, split: str, *, seed: int, val_fraction: float, limit: int | None = None
-) -> DeviceImages:
+def cifar10(root: Path, split: str, *, seed: int, val_fraction: float, limit: int | None = None) -> DeviceImages:
     """Reads `root`/cifar10; downloads to it what is not there."""
     return _load(root / "cifar10", CIFAR10, 10, split, seed, val_fraction, limit)
 
 
-def cifar100(
-    root: Path, split: str, *, seed: int, val_fraction: float, limit: int | None = None
-) -> DeviceImages:
+def cifar100(root: Path, split: str, *, seed: int, val_fraction: float, limit: int | None = None) -> DeviceImages:
     """Reads `root`/cifar100; downloads to it what is not there."""
     return _load(root / "cifar100", CIFAR100, 100, split, seed, val_fraction, limit)
 

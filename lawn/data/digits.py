@@ -11,9 +11,7 @@ from lawn.data.images import DeviceImages, device_images
 TEST_SIZE = 360  # a fifth, stratified, always the same
 
 
-def digits(
-    root: Path, split: str, *, seed: int, val_fraction: float, limit: int | None = None
-) -> DeviceImages:
+def digits(root: Path, split: str, *, seed: int, val_fraction: float, limit: int | None = None) -> DeviceImages:
     """`root` is not used. Pixels are 0 to 16. No augmentation: a mirrored digit is another one or none."""
     data = load_digits()
     images = data.images.astype(np.uint8)[..., None]

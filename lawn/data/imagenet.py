@@ -91,14 +91,18 @@ def imagenet(
                 chosen, test_size=val_fraction, random_state=seed, stratify=np.asarray(train.targets)
             )
         except ValueError as error:
-            raise DataError(f"{root / 'imagenet' / 'train'}: too few images for a validation split ({error})") from error
+            raise DataError(
+                f"{root / 'imagenet' / 'train'}: too few images for a validation split ({error})"
+            ) from error
         held_out = _folder(root / "imagenet" / "train", plain)
     if limit is not None:
         if limit > len(chosen):
             raise ConfigError(f"dataset.limit={limit}: there are only {len(chosen)} training images")
         chosen = np.random.default_rng(seed).permutation(chosen)[:limit]
     classes = len(train.classes)
-    warnings = [] if classes == PUBLISHED_CLASSES else [f"imagenet: {classes} classes, published are {PUBLISHED_CLASSES}"]
+    warnings = (
+        [] if classes == PUBLISHED_CLASSES else [f"imagenet: {classes} classes, published are {PUBLISHED_CLASSES}"]
+    )
     return FolderImages(
         Subset(train, chosen.tolist()), Subset(held_out, kept.tolist()), classes, image_size, workers, warnings
     )

@@ -59,9 +59,7 @@ class DeviceImages:
 
     def eval_batches(self, batch_size: int = 2048) -> Iterator[tuple[Tensor, Tensor]]:
         """The evaluation split in order, without augmentation."""
-        for images, labels in zip(
-            self.test_images.split(batch_size), self.test_labels.split(batch_size), strict=True
-        ):
+        for images, labels in zip(self.test_images.split(batch_size), self.test_labels.split(batch_size), strict=True):
             yield self._normalize(images), labels
 
     @cached_property
@@ -78,9 +76,7 @@ class DeviceImages:
         return (images.float() - mean) / std
 
 
-def random_crop_flip(
-    padded: Tensor, index: Tensor, shape: tuple[int, int, int], generator: torch.Generator
-) -> Tensor:
+def random_crop_flip(padded: Tensor, index: Tensor, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
     """Crop images `index` of `padded` [N, C, H + 2p, W + 2p] to `shape` at random offsets, half of them mirrored."""
     channels, height, width = shape
     device, count = padded.device, len(index)

@@ -56,7 +56,9 @@ def read_ratings(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             "delete the file to download it again"
         )
     if not text.endswith(b"\n"):
-        raise DataError(f"{path}, line {len(table)}: cut off before the end of the line; delete it to download it again")
+        raise DataError(
+            f"{path}, line {len(table)}: cut off before the end of the line; delete it to download it again"
+        )
     users, items = (np.unique(table[:, column], return_inverse=True)[1].reshape(-1) for column in (0, 1))
     return users, items, table[:, 3]
 

@@ -5,4 +5,4 @@ from lawn.optim.base import LAWNOptimizer
 from lawn.optim.schedule import LinearWarmupDecay
 from lawn.optim.sgd_lawn import SGDLAWN
 
-__all__ = ["AdamLAWN", "LAWNOptimizer", "LinearWarmupDecay", "SGDLAWN"]
+__all__ = ["SGDLAWN", "AdamLAWN", "LAWNOptimizer", "LinearWarmupDecay"]

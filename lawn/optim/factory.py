@@ -9,24 +9,22 @@ from lawn.optim.adam_lawn import AdamLAWN
 from lawn.optim.sgd_lawn import SGDLAWN
 
 
-def adam(
-    params: Iterable[Parameter], *, lr: float, betas: list[float], eps: float, weight_decay: float, decay: str
-) -> Optimizer:
-    """torch's Adam with `decay="l2"` (added to the gradient), AdamW with "decoupled"."""
-    kind = {"decoupled": AdamW, "l2": Adam}[decay]
-    return kind(_decay_weights_only(params, weight_decay), lr=lr, betas=(betas[0], betas[1]), eps=eps)
+def adam(params: Iterable[Parameter], *, lr: float, betas: list[float], eps: float, weight_decay: float) -> Optimizer:
+    """torch's Adam, whose decay is L2."""
+    return Adam(_decay_weights_only(params, weight_decay), lr=lr, betas=(betas[0], betas[1]), eps=eps)
 
 
-def sgd(
-    params: Iterable[Parameter], *, lr: float, momentum: float, nesterov: bool, weight_decay: float
-) -> Optimizer:
+def adamw(params: Iterable[Parameter], *, lr: float, betas: list[float], eps: float, weight_decay: float) -> Optimizer:
+    """torch's AdamW, whose decay is decoupled from the gradient and scaled by lr."""
+    return AdamW(_decay_weights_only(params, weight_decay), lr=lr, betas=(betas[0], betas[1]), eps=eps)
+
+
+def sgd(params: Iterable[Parameter], *, lr: float, momentum: float, nesterov: bool, weight_decay: float) -> Optimizer:
     """torch's SGD, whose decay is L2."""
     return SGD(_decay_weights_only(params, weight_decay), lr=lr, momentum=momentum, nesterov=nesterov)
 
 
-def adam_lawn(
-    params: Iterable[Parameter], *, lr: float, betas: list[float], eps: float, free_steps: int
-) -> Optimizer:
+def adam_lawn(params: Iterable[Parameter], *, lr: float, betas: list[float], eps: float, free_steps: int) -> Optimizer:
     return AdamLAWN(params, lr, (betas[0], betas[1]), eps, free_steps=free_steps)
 
 
@@ -46,6 +44,7 @@ def _decay_weights_only(params: Iterable[Parameter], weight_decay: float) -> lis
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": adam,
+    "adamw": adamw,
     "adam_lawn": adam_lawn,
     "sgd": sgd,
     "sgd_lawn": sgd_lawn,

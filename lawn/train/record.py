@@ -1,8 +1,8 @@
 """The run directory: what a run was, what it gave, and where it can go on from.
 
-    config.yaml    the resolved config          env.json     code version, packages, hardware
-    metrics.csv    a row for each epoch         result.json  how it ended, written last but for the marker
-    checkpoint.pt  the newest full state        DONE         empty; the run is finished
+config.yaml    the resolved config          env.json     code version, packages, hardware
+metrics.csv    a row for each epoch         result.json  how it ended, written last but for the marker
+checkpoint.pt  the newest full state        DONE         empty; the run is finished
 """
 
 import csv
@@ -40,7 +40,9 @@ class RunDirectory:
         if (self.path / "result.json").exists() or (self.path / "checkpoint.pt").exists():
             owner = self._owner()
             if owner != self.hash:
-                raise RunError(f"run_dir={self.path}: holds run {owner}, this config is run {self.hash}; choose another")
+                raise RunError(
+                    f"run_dir={self.path}: holds run {owner}, this config is run {self.hash}; choose another"
+                )
 
     @property
     def done(self) -> bool:
@@ -77,7 +79,9 @@ class RunDirectory:
         except Exception as error:  # torch.load raises what the damage makes it raise
             raise RunError(f"{path}: cannot be read ({type(error).__name__}); delete it to start over") from error
         if state.get("version") != CHECKPOINT_VERSION:
-            raise RunError(f"{path}: version {state.get('version')}, want {CHECKPOINT_VERSION}; delete it to start over")
+            raise RunError(
+                f"{path}: version {state.get('version')}, want {CHECKPOINT_VERSION}; delete it to start over"
+            )
         return state
 
     def finish(self, result: dict[str, Any]) -> None:

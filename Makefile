@@ -1,0 +1,48 @@
+# Everything a newcomer types. `make help` lists it.
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+DATA_DIR ?= data
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo data test test-all lint format clean
+
+help: ## show this list
+	@awk -F':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make the environment in .venv (uv where it is installed, else venv and pip)
+
+$(READY): pyproject.toml constraints.txt
+	@if command -v uv >/dev/null; then \
+		uv venv --quiet --allow-existing --python '>=3.11,<3.14' $(VENV) && \
+		uv pip install --quiet --python $(PYTHON) --constraint constraints.txt --editable '.[harness,dev]'; \
+	else \
+		python3 -m venv $(VENV) && \
+		$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[harness,dev]'; \
+	fi
+	@touch $@
+
+demo: $(READY) ## train Adam, Adam with decay and Adam-LAWN on real digits; table and figure in results/
+	$(PYTHON) run.py -m experiment=demo
+	$(PYTHON) -m experiments report demo
+
+data: $(READY) ## download MovieLens-100k, CIFAR-10 and CIFAR-100 into DATA_DIR (default: data)
+	$(PYTHON) -m lawn.data movielens100k cifar10 cifar100 --data-dir $(DATA_DIR)
+
+test: $(READY) ## the fast test suite, under 3 minutes on 2 cores
+	$(PYTHON) -m pytest
+
+test-all: $(READY) ## every test, the slow ones too
+	$(PYTHON) -m pytest -m ''
+
+lint: $(READY) ## ruff and mypy
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+format: $(READY) ## put the code in ruff's format
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+clean: ## remove the environment, runs and caches; data stays
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
