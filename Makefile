@@ -23,8 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY) ## train Adam, Adam with decay and Adam-LAWN on real digits; table and figure in results/
-	$(PYTHON) run.py -m experiment=demo
-	$(PYTHON) -m experiments report demo
+	$(PYTHON) -m experiments run demo
 
 data: $(READY) ## download MovieLens-100k, CIFAR-10 and CIFAR-100 into DATA_DIR (default: data)
 	$(PYTHON) -m lawn.data movielens100k cifar10 cifar100 --data-dir $(DATA_DIR)

@@ -11,6 +11,7 @@ import sys
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,8 +29,9 @@ def run(composed: DictConfig) -> None:
         train(validate(composed))
     except UserError as error:
         failures.append(error)
-        job = HydraConfig.get()
-        of = f" in the job {' '.join(job.overrides.task)}" if "num" in job.job else ""
+        hydra_config = HydraConfig.get()
+        multirun = hydra_config.mode == RunMode.MULTIRUN
+        of = f" in the job {' '.join(hydra_config.overrides.task)}" if multirun else ""
         print(f"error{of}: {error}", file=sys.stderr, flush=True)
 
 

@@ -128,7 +128,7 @@ def validate(composed: DictConfig) -> Config:
 
 def _refuse_unknown_keys(node: DictConfig, schema: type, prefix: str) -> None:
     """Hydra's `+key=value` adds to a dataclass what it does not have."""
-    for key in node:
+    for key in map(str, node):
         section = next((f for f in fields(schema) if f.name == key), None)
         if section is None:
             raise ConfigError(f"{prefix}{key}: no such key; {_takes(prefix.rstrip('.'))}")
@@ -190,14 +190,11 @@ def _problems(c: Config):  # type: ignore[no-untyped-def]  # a generator of line
         yield f"optim.betas={c.optim.betas}: must be two numbers in [0, 1)"
     if c.model.widths is not None and not all(width > 0 for width in c.model.widths):
         yield f"model.widths={c.model.widths}: must be positive"
-    if c.optim.free_epochs is not None:
-        if c.optim.free_epochs >= c.train.epochs:
-            yield (
-                f"optim.free_epochs={c.optim.free_epochs:g}: must be below train.epochs={c.train.epochs}, "
-                "or the constrained phase never begins"
-            )
-        if c.optim.weight_decay:
-            yield f"optim.weight_decay={c.optim.weight_decay:g}: LAWN replaces weight decay; leave it out"
+    if c.optim.free_epochs is not None and c.optim.free_epochs >= c.train.epochs:
+        yield (
+            f"optim.free_epochs={c.optim.free_epochs:g}: must be below train.epochs={c.train.epochs}, "
+            "or the constrained phase never begins"
+        )
     if c.schedule.warmup_epochs >= c.train.epochs:
         yield f"schedule.warmup_epochs={c.schedule.warmup_epochs:g}: must be below train.epochs={c.train.epochs}"
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from lawn import losses, metrics
+from lawn import metrics
 from lawn.config import Config, arguments
 from lawn.data.cifar import cifar10, cifar100
 from lawn.data.digits import digits
@@ -16,6 +16,7 @@ from lawn.data.imagenet import imagenet
 from lawn.data.movielens import movielens100k
 from lawn.diagnostics import binary_margin, multiclass_margin
 from lawn.errors import ConfigError
+from lawn.losses import Loss, bce, cross_entropy
 from lawn.models.mlp import mlp
 from lawn.models.ncf import NCFMLP
 from lawn.models.resnet import resnet50
@@ -44,9 +45,9 @@ class Task(ABC):
     headline: ClassVar[str]
     datasets: ClassVar[Mapping[str, Callable[..., Any]]]
     models: ClassVar[Mapping[str, Callable[..., nn.Module]]]
-    losses: ClassVar[Mapping[str, Callable[..., losses.Loss]]]
+    losses: ClassVar[Mapping[str, Callable[..., Loss]]]
 
-    def __init__(self, dataset: Dataset, model: nn.Module, loss: losses.Loss) -> None:
+    def __init__(self, dataset: Dataset, model: nn.Module, loss: Loss) -> None:
         self.dataset = dataset
         self.model = model
         self.loss = loss
@@ -69,7 +70,7 @@ class Classification(Task):
     headline = "accuracy"
     datasets = {"digits": digits, "cifar10": cifar10, "cifar100": cifar100, "imagenet": imagenet}
     models = {"mlp": mlp, "vgg19": VGG19, "resnet50": resnet50}
-    losses = {"cross_entropy": losses.cross_entropy}
+    losses = {"cross_entropy": cross_entropy}
 
     @staticmethod
     def size(dataset: Any) -> tuple[Any, ...]:
@@ -91,7 +92,7 @@ class Recommendation(Task):
     headline = "hr10"
     datasets = {"movielens100k": movielens100k}
     models = {"ncf_mlp": NCFMLP}
-    losses = {"bce": losses.bce}
+    losses = {"bce": bce}
 
     @staticmethod
     def size(dataset: Any) -> tuple[Any, ...]:

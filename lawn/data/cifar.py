@@ -5,7 +5,6 @@ from urllib.error import URLError
 from zipfile import BadZipFile
 
 import numpy as np
-from torchvision.datasets import CIFAR10, CIFAR100
 
 from lawn.data.images import DeviceImages, device_images
 from lawn.errors import DataError
@@ -17,16 +16,16 @@ PADDING = 4  # the field's standard augmentation: pad 4, random crop 32, horizon
 
 def cifar10(root: Path, split: str, *, seed: int, val_fraction: float, limit: int | None = None) -> DeviceImages:
     """Reads `root`/cifar10; downloads to it what is not there."""
-    return _load(root / "cifar10", CIFAR10, 10, split, seed, val_fraction, limit)
+    return _load(root / "cifar10", "CIFAR10", 10, split, seed, val_fraction, limit)
 
 
 def cifar100(root: Path, split: str, *, seed: int, val_fraction: float, limit: int | None = None) -> DeviceImages:
     """Reads `root`/cifar100; downloads to it what is not there."""
-    return _load(root / "cifar100", CIFAR100, 100, split, seed, val_fraction, limit)
+    return _load(root / "cifar100", "CIFAR100", 100, split, seed, val_fraction, limit)
 
 
 def _load(
-    folder: Path, official: type[CIFAR10], classes: int, split: str, seed: int, val_fraction: float, limit: int | None
+    folder: Path, official: str, classes: int, split: str, seed: int, val_fraction: float, limit: int | None
 ) -> DeviceImages:
     for part in PUBLISHED:
         if not (folder / f"{part}.npz").exists():
@@ -50,14 +49,17 @@ def _load(
     )
 
 
-def _cache(folder: Path, official: type[CIFAR10], part: str) -> None:
+def _cache(folder: Path, official: str, part: str) -> None:
     """torchvision verifies the official archive and reads it, or downloads it first."""
+    from torchvision import datasets  # seconds to import: only for those who use it
+
+    reader = getattr(datasets, official)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        source = official(str(folder), train=part == "train", download=True)
+        source = reader(str(folder), train=part == "train", download=True)
     except (URLError, OSError, RuntimeError) as error:
         raise DataError(
-            f"{official.url} cannot be downloaded ({error}); put {official.filename} from there, "
+            f"{reader.url} cannot be downloaded ({error}); put {reader.filename} from there, "
             f"or train.npz and test.npz, into {folder}"
         ) from error
     with atomic(folder / f"{part}.npz") as temporary:
@@ -66,7 +68,7 @@ def _cache(folder: Path, official: type[CIFAR10], part: str) -> None:
 
 def _read(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
     try:
-        with np.load(path) as file:
+        with path.open("rb") as opened, np.load(opened) as file:
             images, labels = file["images"], file["labels"]
     except (BadZipFile, KeyError, ValueError, OSError, EOFError) as error:
         raise DataError(f"{path}: damaged ({error}); delete it to make it again") from error

@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from lawn.data.images import DeviceImages, device_images
 
@@ -13,6 +11,9 @@ TEST_SIZE = 360  # a fifth, stratified, always the same
 
 def digits(root: Path, split: str, *, seed: int, val_fraction: float, limit: int | None = None) -> DeviceImages:
     """`root` is not used. Pixels are 0 to 16. No augmentation: a mirrored digit is another one or none."""
+    from sklearn.datasets import load_digits  # a second to import: only for those who use it
+    from sklearn.model_selection import train_test_split
+
     data = load_digits()
     images = data.images.astype(np.uint8)[..., None]
     train_x, test_x, train_y, test_y = train_test_split(

@@ -4,8 +4,6 @@ from pathlib import Path
 from urllib.error import URLError
 from zipfile import BadZipFile, ZipFile
 
-from torchvision.datasets.utils import download_url
-
 from lawn.errors import DataError
 from lawn.files import atomic
 
@@ -15,9 +13,11 @@ def download(url: str, target: Path, md5: str, advice: str) -> None:
 
     `advice` says what to put where by hand; it ends the DataError that is raised when the download fails.
     """
+    from torchvision.datasets import utils  # seconds to import: only for those who use it
+
     with atomic(target) as temporary:
         try:
-            download_url(url, str(temporary.parent), temporary.name, md5)
+            utils.download_url(url, str(temporary.parent), temporary.name, md5)
         except (URLError, OSError, RuntimeError) as error:
             raise DataError(f"cannot download {url} ({error}); {advice}") from error
 

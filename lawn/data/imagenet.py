@@ -1,15 +1,13 @@
 """ImageNet in the ImageFolder layout: `imagenet/train/<wnid>/*.JPEG` and `imagenet/val/<wnid>/*.JPEG`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
 
 from lawn.errors import ConfigError, DataError
 
@@ -54,7 +52,7 @@ class FolderImages:
         """The evaluation split in order, without augmentation."""
         yield from self._batches(DataLoader(self.held_out, batch_size, **self._options()))
 
-    def _options(self) -> dict[str, object]:
+    def _options(self) -> dict[str, Any]:
         return {"num_workers": self.workers, "pin_memory": self.device.type == "cuda"}
 
     def _batches(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
@@ -76,6 +74,9 @@ def imagenet(
 
     Training: random resized crop and flip; evaluation: resize the short side to image_size * 256/224, center crop.
     """
+    from sklearn.model_selection import train_test_split  # seconds to import: only for those who use them
+    from torchvision.transforms import v2
+
     normalize = [v2.ToImage(), v2.RGB(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
     augment = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), *normalize])
     plain = v2.Compose([v2.Resize(round(image_size * 256 / 224)), v2.CenterCrop(image_size), *normalize])
@@ -108,7 +109,9 @@ def imagenet(
     )
 
 
-def _folder(folder: Path, transform: v2.Compose) -> ImageFolder:
+def _folder(folder: Path, transform: Callable[[Any], Tensor]) -> Any:
+    from torchvision.datasets import ImageFolder
+
     try:
         return ImageFolder(str(folder), transform)
     except FileNotFoundError as error:

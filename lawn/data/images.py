@@ -6,7 +6,6 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from lawn.errors import ConfigError
@@ -99,6 +98,8 @@ def split_and_limit(
     """
     held_images = held_labels = None
     if split == "val":
+        from sklearn.model_selection import train_test_split  # a second to import: only for those who use it
+
         images, held_images, labels, held_labels = train_test_split(
             images, labels, test_size=val_fraction, random_state=seed, stratify=labels
         )

@@ -1,5 +1,6 @@
 """MovieLens-100k as implicit feedback with leave-one-out evaluation (He et al. 2017; paper section 4.3)."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -43,14 +44,13 @@ def read_ratings(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if not text.strip():
         raise DataError(f"{path}: empty; delete it to download it again")
     try:
-        table = np.loadtxt(text.decode("ascii").splitlines(), dtype=np.int64, delimiter="\t", ndmin=2, comments=None)
+        table = np.loadtxt(io.BytesIO(text), dtype=np.int64, delimiter="\t", ndmin=2, comments=None)
         well_formed = table.shape[1] == 4 and table.min() >= 0
-    except (ValueError, UnicodeDecodeError):
+    except ValueError:
         well_formed = False
     if not well_formed:
-        number, line = next(
-            (i, line) for i, line in enumerate(text.splitlines(), 1) if not _is_rating(line.split(b"\t"))
-        )
+        lines = enumerate(text.split(b"\n"), 1)
+        number, line = next(((i, line) for i, line in lines if line and not _is_rating(line)), (1, b""))
         raise DataError(
             f"{path}, line {number}: want user, item, rating and timestamp separated by tabs, found {line[:60]!r}; "
             "delete the file to download it again"
@@ -63,8 +63,9 @@ def read_ratings(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return users, items, table[:, 3]
 
 
-def _is_rating(fields: list[bytes]) -> bool:
-    return len(fields) == 4 and all(f.isdigit() for f in fields)
+def _is_rating(line: bytes) -> bool:
+    fields = line.strip().split(b"\t")
+    return len(fields) == 4 and all(f.isdigit() and len(f) < 19 for f in fields)
 
 
 def leave_one_out(

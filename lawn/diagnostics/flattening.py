@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lawn.optim.sphere import norm
+
 
 def multiclass_margin(logits: Tensor, labels: Tensor) -> Tensor:
     """Score of the target class minus the best of the others (paper section 2.1): [B, K], [B] -> [B]."""
@@ -21,5 +23,4 @@ def binary_margin(logits: Tensor, labels: Tensor) -> Tensor:
 @torch.no_grad()
 def weight_norm(parameters: Iterable[Tensor]) -> Tensor:
     """Euclidean norm of all weights with two or more dimensions together, as a 0-dim tensor."""
-    weights = [p for p in parameters if p.ndim >= 2]
-    return torch.linalg.vector_norm(torch.stack(list(torch._foreach_norm(weights))).float())
+    return torch.linalg.vector_norm(torch.stack([norm(p) for p in parameters if p.ndim >= 2]))

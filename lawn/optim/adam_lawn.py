@@ -74,7 +74,8 @@ class AdamLAWN(LAWNOptimizer):
     def _constrained_update(self, group: dict[str, Any], params: list[Tensor], norms: list[Tensor]) -> None:
         m, v, steps = self._moments(params)
         beta1, beta2 = group["betas"]
-        g = sphere.project([p.grad for p in params if p.grad is not None], params, norms)
+        tangents = sphere.project([p.grad for p in params if p.grad is not None], params, norms)
+        g = [t.to(p.dtype) for t, p in zip(tangents, params, strict=True)]
         torch._foreach_add_(steps, 1)
         torch._foreach_lerp_(m, g, 1 - beta1)
         torch._foreach_mul_(v, beta2)
@@ -84,6 +85,4 @@ class AdamLAWN(LAWNOptimizer):
         torch._foreach_add_(denominators, group["eps"])
         torch._foreach_mul_(denominators, [1 - beta1**t for t in counts])
         r = sphere.project(list(torch._foreach_div(m, denominators)), params, norms)
-        torch._foreach_mul_(r, group["lr"])
-        torch._foreach_sub_(params, r)
-        sphere.rescale_(params, norms)
+        sphere.move_(params, r, group["lr"], norms)

@@ -75,7 +75,7 @@ class LAWNOptimizer(Optimizer, ABC):
             group["target_norms"] = group_targets
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]  # torch overloads it
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of all parameters that have a gradient; switches phase first when `free_steps` is reached."""
         loss = None
         if closure is not None:

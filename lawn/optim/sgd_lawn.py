@@ -48,17 +48,13 @@ class SGDLAWN(LAWNOptimizer):
                 self.state[p]["momentum_buffer"] = buffer
 
     def _constrained_update(self, group: dict[str, Any], params: list[Tensor], norms: list[Tensor]) -> None:
-        g = sphere.project([p.grad for p in params if p.grad is not None], params, norms)
+        r = sphere.project([p.grad for p in params if p.grad is not None], params, norms)
         if group["momentum"]:
             for p in params:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             buffers = [self.state[p]["momentum_buffer"] for p in params]
             torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, g)
+            torch._foreach_add_(buffers, [g.to(p.dtype) for g, p in zip(r, params, strict=True)])
             r = sphere.project(buffers, params, norms)
-        else:
-            r = g
-        torch._foreach_mul_(r, group["lr"])
-        torch._foreach_sub_(params, r)
-        sphere.rescale_(params, norms)
+        sphere.move_(params, r, group["lr"], norms)

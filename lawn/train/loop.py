@@ -30,7 +30,7 @@ def train(config: Config) -> dict[str, Any]:
     """
     device = _device(config.device)
     task_on = build(config)
-    optimizer_arguments = _optimizer_arguments(config)
+    chosen = optimizer_arguments(config)
     start_logger = loggers.make(config)
     directory = RunDirectory(config)
     if directory.done:
@@ -40,7 +40,7 @@ def train(config: Config) -> dict[str, Any]:
     for warning in task.dataset.warnings:
         print(f"warning: {warning}", flush=True)
     directory.begin(device)
-    run = Run(config, task, device, optimizer_arguments)
+    run = Run(config, task, device, chosen)
     if (state := directory.load()) is not None:
         run.load_state_dict(state)
         print(f"{directory.path}: going on after epoch {run.epoch}", flush=True)
@@ -68,17 +68,16 @@ def train(config: Config) -> dict[str, Any]:
 class Run:
     """The state of a run between two epochs, and how to take the next one."""
 
-    def __init__(self, config: Config, task: Task, device: torch.device, optimizer_arguments: dict[str, Any]) -> None:
+    def __init__(self, config: Config, task: Task, device: torch.device, chosen: dict[str, Any]) -> None:
         self.config = config
         self.task = task
         self.device = device
         steps = math.ceil(task.dataset.num_train / config.train.batch_size)
         total = steps * config.train.epochs
-        if "free_steps" in optimizer_arguments:
-            free_steps = min(round(optimizer_arguments["free_steps"] * steps), total - 1)
-            optimizer_arguments = {**optimizer_arguments, "free_steps": free_steps}
+        if "free_steps" in chosen:
+            chosen = {**chosen, "free_steps": min(round(chosen["free_steps"] * steps), total - 1)}
         warmup = min(round(config.schedule.warmup_epochs * steps), total - 1)
-        self.optimizer = OPTIMIZERS[config.optim.name](task.model.parameters(), **optimizer_arguments)
+        self.optimizer = OPTIMIZERS[config.optim.name](task.model.parameters(), **chosen)
         self.scheduler = LinearWarmupDecay(self.optimizer, warmup, total)
         self.epoch = 0
         self.step = 0
@@ -108,9 +107,9 @@ class Run:
             "step": self.step,
             "lr": lr,
             "constrained": int(isinstance(self.optimizer, LAWNOptimizer) and self.optimizer.constrained),
-            "train_loss": loss if math.isfinite(loss) else None,
-            "margin_p50": margin if math.isfinite(margin) else None,
-            "weight_norm": float(weight_norm(self.task.model.parameters())),
+            "train_loss": _finite(loss),
+            "margin_p50": _finite(margin),
+            "weight_norm": _finite(weight_norm(self.task.model.parameters()).item()),
         }
         last = self.epoch == self.config.train.epochs
         if row["train_loss"] is not None and (last or self.epoch % self.config.eval.every == 0):
@@ -118,7 +117,7 @@ class Run:
                 self.task.model.eval()
                 with torch.no_grad():
                     metrics = self.task.evaluate()
-            row |= {f"{self.config.eval.split}_{name}": value for name, value in metrics.items()}
+            row |= {f"{self.config.eval.split}_{name}": _finite(value) for name, value in metrics.items()}
         self.rows.append(row)
         return row
 
@@ -199,6 +198,11 @@ def epoch_seed(seed: int, epoch: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def _finite(value: float) -> float | None:
+    """JSON and CSV have no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
 def summary(result: dict[str, Any]) -> str:
     """The last line of a run."""
     last = result["last"]
@@ -223,7 +227,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _optimizer_arguments(config: Config) -> dict[str, Any]:
+def optimizer_arguments(config: Config) -> dict[str, Any]:
+    """What the optimizer's builder is given; `free_steps` is still in epochs."""
     name = config.optim.name
     if name not in OPTIMIZERS:
         raise ConfigError(f"optim={name}: no such optimizer; choose from {', '.join(OPTIMIZERS)}")

@@ -13,13 +13,11 @@ import platform
 import subprocess
 import sys
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import timm
 import torch
-import torchvision
 from omegaconf import OmegaConf
 
 from lawn.config import Config, config_hash, run_name
@@ -93,7 +91,7 @@ class RunDirectory:
 
     def _owner(self) -> str:
         try:
-            return str(OmegaConf.load(self.path / "config.yaml")["hash"])
+            return str(OmegaConf.select(OmegaConf.load(self.path / "config.yaml"), "hash", throw_on_missing=True))
         except (OSError, KeyError, ValueError) as error:
             raise RunError(f"run_dir={self.path}: its config.yaml cannot be read ({error}); choose another") from error
 
@@ -105,7 +103,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "command": sys.argv[1:],
         "python": platform.python_version(),
-        "packages": {m.__name__: m.__version__ for m in (torch, torchvision, timm, np)},
+        "packages": {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")},
         "system": platform.platform(terse=True),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),

@@ -1,0 +1,142 @@
+"""Tables and figures from records alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from experiments import records
+from experiments.spec import Experiment
+from lawn.files import atomic, write_text
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A field of a result's last epoch, and how to print it."""
+
+    key: str
+    title: str
+    digits: int  # after the point; negative: significant digits, in powers of ten
+
+
+COLUMNS = (
+    Column("test_accuracy", "test accuracy, %", 2),
+    Column("test_ece", "ECE", 4),
+    Column("train_loss", "final training loss", -2),
+    Column("margin_p50", "median margin", 2),
+    Column("weight_norm", "weight norm", 2),
+)
+CURVES = (  # of the figure: field, axis label, scale
+    ("train_loss", "training loss (cross entropy, nats)", "log"),
+    ("margin_p50", "median training margin (logits)", "linear"),
+    ("weight_norm", "norm of all weights", "linear"),
+)
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean and standard error of the mean; the error of a single value is NaN."""
+    array = np.asarray(values, float)
+    error = array.std(ddof=1) / np.sqrt(len(array)) if len(array) > 1 else np.nan
+    return float(array.mean()), float(error)
+
+
+def show(values: list[float], digits: int) -> str:
+    """'mean (standard error)', or 'mean' of a single value, or '' of none."""
+    if not values:
+        return ""
+    mean, error = mean_and_error(values)
+    form = f".{digits}f" if digits >= 0 else f".{-digits - 1}e"
+    return f"{mean:{form}}" + ("" if np.isnan(error) else f" ({error:{form}})")
+
+
+def table(experiment: Experiment, folder: Path = records.RECORDS) -> pd.DataFrame:
+    """A row for each cell: the mean over seeds of every column with its standard error, and the records it is from.
+
+    A diverged run makes its cell "Fail", a cell without runs is blank.
+    """
+    rows = []
+    for cell in experiment.cells:
+        found = records.read_all(experiment.configs(cell), folder)
+        failed = any(record.result["status"] == "diverged" for record in found)
+        row: dict[str, object] = {"": cell.label, "seeds": len(found)}
+        for column in COLUMNS:
+            values = [record.result["last"][column.key] for record in found if not failed]
+            row[column.title] = "Fail" if failed else show(values, column.digits)
+        row["records"] = [record.name for record in found]
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def markdown(frame: pd.DataFrame, links: str) -> str:
+    """A Markdown table; the records become links below `links`."""
+    shown = frame.copy()
+    shown["records"] = [
+        " ".join(f"[{name.rsplit('-', 1)[1][:6]}]({links}/{name}.json)" for name in names) for names in frame["records"]
+    ]
+    head = "| " + " | ".join(map(str, shown.columns)) + " |"
+    rule = "|" + " --- |" * len(shown.columns)
+    body = ["| " + " | ".join(map(str, row)) + " |" for row in shown.itertuples(index=False)]
+    return "\n".join([head, rule, *body])
+
+
+def plain(frame: pd.DataFrame) -> str:
+    """The same for a terminal, without the records."""
+    return frame.drop(columns="records").to_string(index=False)
+
+
+def provenance(experiment: Experiment, folder: Path = records.RECORDS) -> str:
+    """One line on what the numbers come from: code versions and hardware."""
+    found = [r for cell in experiment.cells for r in records.read_all(experiment.configs(cell), folder)]
+    versions = sorted({(r.environment["git"] or "no git")[:10] for r in found})
+    dirty = " with uncommitted changes" if any(r.environment["dirty"] for r in found) else ""
+    machines = sorted({f"{r.environment['cores']}-core {r.environment['cpu']}" for r in found})
+    packages = sorted({f"torch {r.environment['packages']['torch']}" for r in found})
+    return f"{len(found)} runs; code {', '.join(versions)}{dirty}; {', '.join(packages)}; {', '.join(machines)}."
+
+
+def figure(experiment: Experiment, path: Path, folder: Path = records.RECORDS) -> None:
+    """Curves over epochs, mean over seeds with the range of the seeds shaded; a dot marks the switch of LAWN."""
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "lawn"})
+    drawing, axes = plt.subplots(1, len(CURVES), figsize=(3.6 * len(CURVES), 3.1), layout="constrained")
+    for cell, style in zip(experiment.cells, ("-", "--", "-"), strict=True):
+        found = records.read_all(experiment.configs(cell), folder)
+        if not found:
+            continue
+        constrained = found[0].history["constrained"].to_numpy()
+        for axis, (field, label, scale) in zip(axes, CURVES, strict=True):
+            curves = np.stack([record.history[field].to_numpy(float) for record in found])
+            epochs = found[0].history["epoch"].to_numpy()
+            mean = curves.mean(0)
+            (line,) = axis.plot(epochs, mean, style, label=cell.label)
+            axis.fill_between(epochs, curves.min(0), curves.max(0), alpha=0.2, color=line.get_color(), linewidth=0)
+            if constrained.any():
+                switch = int(constrained.argmax())
+                axis.plot(epochs[switch], mean[switch], "o", color=line.get_color(), markersize=5)
+            axis.set(xlabel="epoch", ylabel=label, yscale=scale)
+    if axes[0].lines:
+        axes[0].legend(frameon=False)
+    for suffix in (".png", ".svg"):
+        with atomic(path.with_suffix(suffix)) as temporary:
+            drawing.savefig(temporary, dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
+    plt.close(drawing)
+
+
+def write(experiment: Experiment, results: Path = RESULTS) -> str:
+    """Write results/NAME.md and the figure; returns the table for a terminal."""
+    folder = results / "runs"
+    frame = table(experiment, folder)
+    figure(experiment, results / experiment.name, folder)
+    text = (
+        f"# {experiment.title}\n\n"
+        f"Mean over seeds (standard error); the last epoch, nothing selected on test.\n\n{markdown(frame, 'runs')}\n\n"
+        f"{provenance(experiment, folder)}\n\n![curves]({experiment.name}.png)\n"
+    )
+    write_text(results / f"{experiment.name}.md", text)
+    return f"{experiment.title}; mean (standard error)\n\n{plain(frame)}"

@@ -1,0 +1,70 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lawn.data.interactions import Interactions, Unseen
+
+pairs = st.integers(1, 5).flatmap(
+    lambda users: st.integers(2, 9).flatmap(
+        lambda items: st.tuples(
+            st.just(users),
+            st.just(items),
+            st.lists(st.tuples(st.integers(0, users - 1), st.integers(0, items - 2)), min_size=1, max_size=30),
+        )
+    )
+)
+
+
+@given(pairs)
+@settings(deadline=None)
+def test_kth_unseen_lists_exactly_the_unseen_items(case):
+    num_users, num_items, seen = case
+    users, items = torch.tensor(seen).T
+    unseen = Unseen(users, items, num_users, num_items)
+    for user in range(num_users):
+        expected = [i for i in range(num_items) if (user, i) not in set(seen)]
+        assert unseen.available[user] == len(expected)
+        k = torch.arange(len(expected))
+        assert unseen.kth(torch.full_like(k, user), k).tolist() == expected
+
+
+def test_samples_are_uniform_over_the_unseen():
+    unseen = Unseen(torch.tensor([0, 0, 1]), torch.tensor([1, 3, 0]), 2, 6)
+    drawn = unseen.sample(torch.zeros(40_000, dtype=torch.long), torch.Generator().manual_seed(0))
+    counts = torch.bincount(drawn, minlength=6)
+    assert counts[[1, 3]].tolist() == [0, 0]
+    assert ((counts[[0, 2, 4, 5]] / 10_000 - 1).abs() < 0.05).all()  # five standard deviations
+
+
+def small() -> Interactions:
+    users, items = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 1, 2, 3, 4])
+    candidates = torch.tensor([[5, 2, 3], [4, 0, 1]])
+    return Interactions(users, items, torch.tensor([0, 1]), candidates, 3, 7, 4, [])
+
+
+def test_an_epoch_has_every_positive_once_and_its_negatives():
+    data = small()
+    batches = list(data.train_batches(8, torch.Generator().manual_seed(0)))
+    assert [len(users) for users, _, _ in batches] == [8, 8, 8, 1]
+    users, items, labels = (torch.cat(column) for column in zip(*batches, strict=True))
+    positives = {(u, i) for u, i, y in zip(users.tolist(), items.tolist(), labels.tolist(), strict=True) if y == 1}
+    seen = set(zip(data.users.tolist(), data.items.tolist(), strict=True))
+    assert positives == seen
+    assert labels.sum() == 5
+    assert torch.bincount(users).tolist() == [10, 10, 5]
+    drawn = {(u, i) for u, i, y in zip(users.tolist(), items.tolist(), labels.tolist(), strict=True) if y == 0}
+    assert not drawn & seen
+
+
+def test_the_generator_decides_the_epoch():
+    def epoch(seed: int) -> list[torch.Tensor]:
+        return [torch.cat(c) for c in zip(*small().train_batches(4, torch.Generator().manual_seed(seed)), strict=True)]
+
+    assert all(torch.equal(a, b) for a, b in zip(epoch(1), epoch(1), strict=True))
+    assert not torch.equal(epoch(1)[1], epoch(2)[1])
+
+
+def test_evaluation_keeps_every_user():
+    batches = list(small().eval_batches(1))
+    assert [users.tolist() for users, _ in batches] == [[0], [1]]
+    assert torch.cat([candidates for _, candidates in batches]).tolist() == [[5, 2, 3], [4, 0, 1]]

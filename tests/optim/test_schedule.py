@@ -1,0 +1,56 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lawn import LinearWarmupDecay
+
+
+def rates(warmup: int, total: int, peak: float = 0.5) -> list[float]:
+    """The rate of every update, and then the one that is left."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=peak)
+    schedule = LinearWarmupDecay(optimizer, warmup, total)
+    seen = []
+    for _ in range(total):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return [*seen, optimizer.param_groups[0]["lr"]]
+
+
+def test_by_hand():
+    assert rates(3, 7, peak=1.0) == [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0]
+    assert rates(0, 2, peak=1.0) == [1.0, 0.5, 0.0]
+
+
+@given(total=st.integers(1, 60), data=st.data())
+def test_shape(total, data):
+    warmup = data.draw(st.integers(0, total - 1))
+    seen = rates(warmup, total)
+    assert all(rate > 0 for rate in seen[:-1])
+    assert seen[-1] == 0
+    assert max(seen) == seen[warmup] == 0.5
+    assert seen[: warmup + 1] == sorted(seen[: warmup + 1])
+    assert seen[warmup:] == sorted(seen[warmup:], reverse=True)
+
+
+def test_survives_a_checkpoint():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    schedule = LinearWarmupDecay(optimizer, 2, 10)
+    for _ in range(4):
+        optimizer.step()
+        schedule.step()
+    twin_optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    twin = LinearWarmupDecay(twin_optimizer, 2, 10)
+    twin_optimizer.load_state_dict(optimizer.state_dict())
+    twin.load_state_dict(schedule.state_dict())
+    for s, o in ((schedule, optimizer), (twin, twin_optimizer)):
+        o.step()
+        s.step()
+    assert twin.get_last_lr() == schedule.get_last_lr() == [0.625]
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(-1, 3), (3, 3), (0, 0)])
+def test_bad_lengths(warmup, total):
+    with pytest.raises(ValueError, match="warmup_steps"):
+        LinearWarmupDecay(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0), warmup, total)

@@ -1,0 +1,145 @@
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lawn.config import GROUPS, Config, config_hash, identity, run_name
+from lawn.errors import ConfigError
+from lawn.optim.factory import OPTIMIZERS
+from lawn.task import TASKS, build
+from lawn.train import logger
+from lawn.train.loop import optimizer_arguments
+from tests.helpers import ROOT, compose
+
+MEMBERS = [
+    (group, path.stem) for group in (*GROUPS, "sweep") for path in sorted((ROOT / "conf" / group).glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize(("group", "member"), MEMBERS)
+def test_every_member_composes_and_its_arguments_fit(group, member):
+    dataset = {"ncf_mlp": "movielens100k", "bce": "movielens100k", "vgg19": "cifar10", "resnet50": "imagenet"}
+    overrides = [f"dataset={dataset[member]}"] if member in dataset else []
+    config = compose(*overrides, f"{group}={member}")
+    build(config)
+    optimizer_arguments(config)
+    logger.make(config)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "optim"), list(product([name for task in TASKS for name in task.datasets], sorted(OPTIMIZERS)))
+)
+def test_every_dataset_goes_with_every_optimizer_and_a_single_epoch(dataset, optim):
+    config = compose(f"dataset={dataset}", f"optim={optim}", "train.epochs=1")
+    build(config)
+    optimizer_arguments(config)
+
+
+def test_groups_and_code_name_the_same_members():
+    files = {group: {member for g, member in MEMBERS if g == group} for group in GROUPS}
+    assert files["optim"] == set(OPTIMIZERS)
+    assert files["dataset"] == {name for task in TASKS for name in task.datasets}
+    assert files["model"] == {name for task in TASKS for name in task.models}
+    assert files["loss"] == {name for task in TASKS for name in task.losses}
+    assert files["logger"] == set(logger.LOGGERS)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optim.free_epochs=400", "train.epochs=300"], "optim.free_epochs=400: must be below train.epochs=300"),
+        (["optim.lr=0"], "optim.lr=0.0: must be a finite number above 0"),
+        (["optim.lr=nan"], "optim.lr=nan: must be a finite"),
+        (["optim.lr=inf"], "optim.lr=inf: must be a finite"),
+        (["train.epochs=0"], "train.epochs=0: must be"),
+        (["train.batch_size=-1"], "train.batch_size=-1: must be"),
+        (["schedule.warmup_epochs=100"], "schedule.warmup_epochs=100: must be below train.epochs=100"),
+        (["eval.split=tset"], "eval.split=tset: must be one of test, val"),
+        (["optim.betas=[0.9]"], "optim.betas=.*: must be two numbers"),
+        (["optim.betas=[0.9,1]"], "optim.betas=.*: must be two numbers"),
+        (["model.widths=[0]"], "model.widths=.*: must be positive"),
+        (["dataset.val_fraction=1"], "dataset.val_fraction=1.0: must be below 1"),
+        (["+optim.lrr=1"], "optim.lrr: no such key; optim takes name, lr"),
+        (["+foo=1"], "foo: no such key; the config takes dataset"),
+        (["seed=-1"], "seed=-1: must be"),
+        (["optim.lr=???"], "optim.lr: needs a value"),
+    ],
+)
+def test_bad_values_are_refused_by_name(overrides, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        compose(*overrides)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["optim.momentum=0.9"],
+            "optim.momentum=0.9: does not apply to optim=adam_lawn, which takes lr, betas, eps, free",
+        ),
+        (["optim.weight_decay=0.1"], "optim.weight_decay=0.1: does not apply to optim=adam_lawn"),
+        (["optim=sgd", "optim.free_epochs=1"], "optim.free_epochs=1.0: does not apply to optim=sgd"),
+        (["optim.betas=null"], "optim.betas: optim=adam_lawn needs a value"),
+    ],
+)
+def test_keys_that_do_not_apply(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        optimizer_arguments(compose(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model=vgg19", "dataset=movielens100k"],
+            "model=vgg19: does not fit dataset=movielens100k; choose from ncf_mlp",
+        ),
+        (["loss=bce"], "loss=bce: does not fit dataset=digits; choose from cross_entropy"),
+        (["dataset=movielens100k", "dataset.limit=5"], "dataset.limit=5: does not apply to dataset=movielens100k"),
+        (["model.factors=5"], "model.factors=5: does not apply to model=mlp, which takes widths"),
+    ],
+)
+def test_members_that_do_not_fit(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        build(compose(*overrides))
+
+
+def test_the_hash_is_of_what_defines_the_run():
+    base = compose()
+    for elsewhere in (
+        "device=cpu",
+        "data_dir=x",
+        "runs_dir=x",
+        "run_dir=x",
+        "logger=wandb",
+        "train.checkpoint_seconds=1",
+    ):
+        assert config_hash(compose(elsewhere)) == config_hash(base)
+    for other in ("seed=1", "optim.lr=0.5", "train.epochs=7", "eval.split=val", "dataset.limit=9"):
+        assert config_hash(compose(other)) != config_hash(base)
+    assert run_name(base) == f"digits-mlp-adam_lawn-s0-{config_hash(base)}"
+    assert all(
+        v is not None for section in identity(base).values() if isinstance(section, dict) for v in section.values()
+    )
+
+
+values = st.one_of(st.integers(-5, 5), st.floats(), st.sampled_from(["abc", "null", "[]", "{}", "true", "''"]))
+keys = st.sampled_from(
+    [f"{g}.{k}" for g, s in vars(Config()).items() if hasattr(s, "__dict__") for k in vars(s)] + ["seed"]
+)
+
+
+@given(key=keys, value=values)
+@settings(max_examples=60, deadline=None)
+def test_whatever_is_typed_is_a_config_or_one_line(key, value):
+    try:
+        config = compose(f"{key}={value}")
+        build(config)
+        optimizer_arguments(config)
+        return
+    except ConfigError as error:
+        line = str(error)
+    assert "\n" not in line
+    assert key.split(".")[0] in line

@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from lawn.models.mlp import mlp
+from lawn.models.ncf import NCFMLP
+from lawn.models.resnet import resnet50
+from lawn.models.vgg import VGG19
+
+
+def test_mlp_is_fully_homogeneous():
+    model = mlp((1, 4, 4), 3, widths=[8, 5])
+    images = torch.randn(2, 1, 4, 4)
+    before = model(images)
+    for p in model.parameters():
+        p.data *= 2
+    torch.testing.assert_close(model(images), before * 2**3)
+
+
+def test_ncf_sizes():
+    model = NCFMLP(10, 20, factors=8, layers=3, init="he2017")
+    assert [tuple(p.shape) for p in model.parameters() if p.ndim > 1] == [
+        (10, 32), (20, 32), (32, 64), (16, 32), (8, 16), (1, 8)
+    ]  # fmt: skip
+    assert model.user.weight.std() < 0.015
+    assert NCFMLP(10, 20, factors=8, layers=3, init="torch").user.weight.std() > 0.5
+
+
+def test_ncf_is_the_concatenation_for_small_and_large_batches():
+    model = NCFMLP(10, 20, factors=4, layers=2, init="torch").double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    users, items = torch.randint(10, (200,)), torch.randint(20, (200,))
+    pair = torch.cat([model.user.weight[users], model.item.weight[items]], dim=1)
+    expected = model.score(model.hidden(pair)).squeeze(1)
+
+    def gradients(logits):
+        return torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+
+    whole = model(users, items)  # tables smaller than the batch: projected first
+    split = torch.cat([model(u, i) for u, i in zip(users.split(5), items.split(5), strict=True)])
+    for got in (whole, split):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    for a, b, c in zip(gradients(whole), gradients(split), gradients(expected), strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(b, c, rtol=1e-10, atol=1e-10)
+
+
+def test_vgg19():
+    model = VGG19((3, 32, 32), 10, batch_norm=True)
+    assert sum(p.numel() for p in model.parameters()) == 20_035_018
+    assert sum(isinstance(m, torch.nn.Conv2d) for m in model.modules()) == 16
+    assert model.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in VGG19((3, 32, 32), 10, batch_norm=False).modules())
+    with pytest.raises(ValueError, match="32 x 32"):
+        VGG19((1, 8, 8), 10, batch_norm=True)
+
+
+def test_resnet50_begins_as_the_identity_of_its_blocks():
+    model = resnet50((3, 64, 64), 7)
+    gains = [p for name, p in model.named_parameters() if name.endswith("bn3.weight")]
+    assert len(gains) == 16
+    assert all((gain == 0).all() for gain in gains)
+    assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 7)

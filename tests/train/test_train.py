@@ -1,0 +1,197 @@
+import csv
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from lawn.config import config_hash
+from lawn.errors import ConfigError, RunError
+from lawn.task import build
+from lawn.train import train
+from lawn.train.loop import Run, epoch_seed, optimizer_arguments
+from lawn.train.record import RunDirectory
+from lawn.train.throughput import flops_per_sample
+from tests.helpers import compose, synthetic_ratings, write_ratings
+
+
+def directory(config) -> Path:
+    return RunDirectory(config).path
+
+
+def rows(config) -> list[dict[str, str]]:
+    with (directory(config) / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_run_directory(tiny):
+    config = tiny("optim.free_epochs=2")
+    result = train(config)
+    path = directory(config)
+    assert {p.name for p in path.iterdir()} == {
+        "DONE", "config.yaml", "env.json", "metrics.csv", "result.json", "checkpoint.pt"
+    }  # fmt: skip
+    assert result == json.loads((path / "result.json").read_text())
+    assert result["status"] == "done"
+    assert result["last"]["epoch"] == 4
+    assert result["best"]["accuracy"] == max(float(row["test_accuracy"]) for row in rows(config))
+    assert [row["constrained"] for row in rows(config)] == ["0", "0", "1", "1"]
+    norms = [float(row["weight_norm"]) for row in rows(config)]
+    assert norms[2] == pytest.approx(norms[1], rel=1e-6)
+    assert norms[0] != pytest.approx(norms[1], rel=1e-6)
+    assert f"hash: {config_hash(config)}" in (path / "config.yaml").read_text()
+    assert json.loads((path / "env.json").read_text())["packages"]["torch"] == version("torch")
+
+
+def test_done_runs_are_not_run_again(tiny, capsys):
+    config = tiny()
+    result = train(config)
+    checkpoint = (directory(config) / "checkpoint.pt").stat()
+    assert train(config) == result
+    assert "done already" in capsys.readouterr().out
+    assert (directory(config) / "checkpoint.pt").stat() == checkpoint
+
+
+class PowerCutError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("optim", ["adam_lawn", "sgd_lawn", "adamw"])
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_resume_is_exact(tiny, tmp_path, monkeypatch, optim, after):
+    overrides = [f"optim={optim}", "train.checkpoint_seconds=0", "optim.lr=0.01"]
+    if "lawn" in optim:
+        overrides.append("optim.free_epochs=2")
+    whole, broken = (tiny(*overrides, f"run_dir={tmp_path}/{name}") for name in ("whole", "broken"))
+    train(whole)
+    next_epoch = Run.next_epoch
+
+    def fail(self):
+        if self.epoch == after:
+            raise PowerCutError
+        return next_epoch(self)
+
+    monkeypatch.setattr(Run, "next_epoch", fail)
+    with pytest.raises(PowerCutError):
+        train(broken)
+    monkeypatch.setattr(Run, "next_epoch", next_epoch)
+    assert len(rows(broken)) == after
+    train(broken)
+    a, b = (torch.load(directory(c) / "checkpoint.pt", weights_only=True) for c in (whole, broken))
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+    assert (directory(whole) / "metrics.csv").read_bytes() == (directory(broken) / "metrics.csv").read_bytes()
+
+
+def test_divergence_is_a_result(tiny):
+    config = tiny("optim=sgd", "optim.lr=1e20")
+    result = train(config)
+    assert result["status"] == "diverged"
+    assert result["last"]["train_loss"] is None
+    assert (directory(config) / "DONE").exists()
+    json.loads((directory(config) / "result.json").read_text(), parse_constant=pytest.fail)  # no NaN in JSON
+
+
+def test_another_runs_directory_is_refused(tiny, tmp_path):
+    train(tiny(f"run_dir={tmp_path}/here"))
+    with pytest.raises(RunError, match="holds run"):
+        train(tiny(f"run_dir={tmp_path}/here", "seed=1"))
+
+
+def test_a_damaged_checkpoint_is_named(tiny, monkeypatch):
+    config = tiny()
+    train(config)
+    path = directory(config)
+    (path / "DONE").unlink()
+    (path / "checkpoint.pt").write_bytes((path / "checkpoint.pt").read_bytes()[:500])
+    with pytest.raises(RunError, match=r"checkpoint.pt: cannot be read .*delete it"):
+        train(config)
+
+
+def test_unwritable_directory(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be written"):
+        train(tiny(f"run_dir={tmp_path}/file/run"))
+
+
+def test_validation_split_names_its_columns(tiny):
+    config = tiny("eval.split=val", "eval.every=3")
+    result = train(config)
+    assert "val_accuracy" in result["last"]
+    assert "test_accuracy" not in result["last"]
+    assert [bool(row["val_accuracy"]) for row in rows(config)] == [False, False, True, True]
+
+
+def test_recommendation(tmp_path):
+    write_ratings(tmp_path / "ml-100k" / "u.data", synthetic_ratings())
+    config = compose(
+        "dataset=movielens100k", "train.epochs=30", "train.batch_size=100", "dataset.candidates=40", "model.factors=4",
+        "optim.lr=0.01", f"data_dir={tmp_path}", f"runs_dir={tmp_path}/runs", "device=cpu",
+    )  # fmt: skip
+    result = train(config)
+    assert result["status"] == "done"
+    assert result["last"]["train_loss"] < 0.45  # the labels' own entropy is 0.5
+    assert 0 <= result["last"]["test_ndcg10"] <= result["last"]["test_hr10"] <= 100
+    assert len(result["warnings"]) == 3
+
+
+def test_flops_of_a_linear_network(tiny):
+    config = tiny()
+    task = build(config)(torch.device("cpu"))
+    batch = next(iter(task.dataset.train_batches(50, torch.Generator())))
+    forward = 2 * (64 * 16 + 16 * 10)
+    backward = forward + 2 * 16 * 10 + 2 * 64 * 16 - 2 * 64 * 16  # no gradient for the images
+    assert flops_per_sample(task, batch) == forward + backward
+    assert task.model[1].weight.device.type == "cpu"
+
+
+def test_the_switch_comes_after_free_epochs_even_where_they_are_fractions(tiny):
+    config = tiny("optim.free_epochs=1.5", "train.batch_size=20", "schedule.warmup_epochs=3.9")
+    run = Run(config, build(config)(torch.device("cpu")), torch.device("cpu"), optimizer_arguments(config))
+    assert run.optimizer.param_groups[0]["free_steps"] == 15
+    assert (run.scheduler.warmup_steps, run.scheduler.total_steps) == (39, 40)
+
+
+def test_epoch_seeds_differ():
+    seeds = {epoch_seed(seed, epoch) for seed in range(30) for epoch in range(30)}
+    assert len(seeds) == 900
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_device(tiny):
+    with pytest.raises(ConfigError, match="device=warp: cannot be used"):
+        train(tiny("device=warp"))
+
+
+def test_a_failing_wandb_does_not_fail_the_run(tiny, monkeypatch, capsys):
+    import wandb
+
+    def refuse(**_):
+        raise ConnectionError("no server")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    assert train(tiny("logger=wandb"))["status"] == "done"
+    assert "wandb: ConnectionError: no server; logging to it ends here" in capsys.readouterr().out
+
+
+def test_wandb_gets_rows_and_result(tiny, monkeypatch):
+    import wandb
+
+    class Stub:
+        def __init__(self) -> None:
+            self.rows, self.summary, self.finished = [], {}, False
+
+        def log(self, row, step):
+            self.rows.append((step, row))
+
+        def finish(self):
+            self.finished = True
+
+    stub, given = Stub(), {}
+    monkeypatch.setattr(wandb, "init", lambda **keys: given.update(keys) or stub)
+    config = tiny("logger=wandb", "logger.mode=offline")
+    train(config)
+    assert [step for step, _ in stub.rows] == [1, 2, 3, 4]
+    assert stub.finished
+    assert stub.summary["status"] == "done"
+    assert (given["id"], given["mode"], given["resume"]) == (config_hash(config), "offline", "allow")
