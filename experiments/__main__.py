@@ -1,4 +1,7 @@
-"""python -m experiments run|report NAME: run an experiment's cells, or report on the recorded ones."""
+"""python -m experiments run|report NAME: run an experiment's cells, or report on the recorded ones.
+
+The report also renews the tables of README.md when it is about the results of this checkout.
+"""
 
 import argparse
 import sys
@@ -6,10 +9,12 @@ from pathlib import Path
 
 from experiments import records, report
 from experiments.demo import DEMO
+from experiments.movielens100k import MOVIELENS100K
 from lawn.errors import UserError
 from lawn.train import train
 
-EXPERIMENTS = {experiment.name: experiment for experiment in (DEMO,)}
+EXPERIMENTS = {experiment.name: experiment for experiment in (DEMO, MOVIELENS100K)}
+README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
                     train(config)
                     records.write(config, given.results / "runs")
         print(report.write(experiment, given.results))
+        if given.results == report.RESULTS and README.exists():
+            report.embed(README, EXPERIMENTS.values())
         print(f"\n{given.results / given.name}.md, .png and .svg")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

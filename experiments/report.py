@@ -1,6 +1,7 @@
 """Tables and figures from records alone."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -17,22 +18,6 @@ from lawn.files import atomic, write_text
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
-@dataclass(frozen=True)
-class Column:
-    """A field of a result's last epoch, and how to print it."""
-
-    key: str
-    title: str
-    digits: int  # after the point; negative: significant digits, in powers of ten
-
-
-COLUMNS = (
-    Column("test_accuracy", "test accuracy, %", 2),
-    Column("test_ece", "ECE", 4),
-    Column("train_loss", "final training loss", -2),
-    Column("margin_p50", "median margin", 2),
-    Column("weight_norm", "weight norm", 2),
-)
 CURVES = (  # of the figure: field, axis label, scale
     ("train_loss", "training loss (cross entropy, nats)", "log"),
     ("margin_p50", "median training margin (logits)", "linear"),
@@ -66,7 +51,7 @@ def table(experiment: Experiment, folder: Path = records.RECORDS) -> pd.DataFram
         found = records.read_all(experiment.configs(cell), folder)
         failed = any(record.result["status"] == "diverged" for record in found)
         row: dict[str, object] = {"": cell.label, "seeds": len(found)}
-        for column in COLUMNS:
+        for column in experiment.columns:
             values = [record.result["last"][column.key] for record in found if not failed]
             row[column.title] = "Fail" if failed else show(values, column.digits)
         row["records"] = [record.name for record in found]
@@ -105,7 +90,7 @@ def figure(experiment: Experiment, path: Path, folder: Path = records.RECORDS) -
     """Curves over epochs, mean over seeds with the range of the seeds shaded; a dot marks the switch of LAWN."""
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "lawn"})
     drawing, axes = plt.subplots(1, len(CURVES), figsize=(3.6 * len(CURVES), 3.1), layout="constrained")
-    for cell, style in zip(experiment.cells, ("-", "--", "-"), strict=True):
+    for cell, style in zip(experiment.cells, cycle(("-", "--"))):
         found = records.read_all(experiment.configs(cell), folder)
         if not found:
             continue
@@ -140,3 +125,16 @@ def write(experiment: Experiment, results: Path = RESULTS) -> str:
     )
     write_text(results / f"{experiment.name}.md", text)
     return f"{experiment.title}; mean (standard error)\n\n{plain(frame)}"
+
+
+def embed(readme: Path, experiments: Iterable[Experiment], results: Path = RESULTS) -> None:
+    """Put the tables into a page, between the comments `<!-- table NAME -->` and `<!-- end -->`."""
+    text = readme.read_text()
+    for experiment in experiments:
+        begin = f"<!-- table {experiment.name} -->"
+        head, found, rest = text.partition(begin)
+        if found:
+            content = markdown(table(experiment, results / "runs"), "results/runs")
+            source = provenance(experiment, results / "runs")
+            text = f"{head}{begin}\n{content}\n\n{source}\n{rest[rest.index('<!-- end -->') :]}"
+    write_text(readme, text)

@@ -19,10 +19,20 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Column:
+    """A field of a result's last epoch, and how to print it."""
+
+    key: str
+    title: str
+    digits: int  # after the point; negative: that many significant digits, in powers of ten
+
+
+@dataclass(frozen=True)
 class Experiment:
     name: str
     title: str
     cells: tuple[Cell, ...]
+    columns: tuple[Column, ...]
     seeds: int
 
     def configs(self, cell: Cell, *extra: str) -> list[Config]:

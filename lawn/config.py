@@ -108,9 +108,14 @@ _NOT_IDENTITY = ("logger", "device", "data_dir", "runs_dir", "run_dir")
 
 
 def register() -> None:
-    """Make the schema known to Hydra, and `mul` to the YAML files; call before composing."""
+    """Make the schema known to Hydra, and `scaled` to the YAML files; call before composing.
+
+    `${scaled:E,T}` is E epochs of a run of T epochs, in proportion to this run's train.epochs.
+    """
     ConfigStore.instance().store(name="schema", node=Config)
-    OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
+    OmegaConf.register_new_resolver(
+        "scaled", lambda epochs, budget, *, _root_: epochs * _root_.train.epochs / budget, replace=True
+    )
 
 
 def validate(composed: DictConfig) -> Config:

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Rank the finished runs of a sweep by their headline metric at the last epoch, seeds averaged:
 
-python scripts/rank_runs.py runs [--split val] [--only optim.name=adam_lawn] [--top 10]
+python scripts/rank_runs.py runs [--split val] [--only optim.name=adam_lawn] [--top 10] [--csv FILE]
 
-Prints what differs between the runs, then mean, standard error and number of seeds, the best first.
+Prints what differs between the runs, then mean, standard error and number of seeds, the best first. --csv keeps a
+row for each run: its hash, the code version, what differs, and its metrics.
 """
 
 import argparse
@@ -14,25 +15,41 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import OmegaConf
 
+from lawn.files import write_text
+
 
 def read(folder: Path, split: str) -> pd.DataFrame:
-    """A row for each finished run of `split`: the flattened config and the headline metric as `score`."""
+    """A row for each finished run of `split`: the flattened config, code version, metrics and headline `score`."""
     rows = []
     for marker in sorted(folder.glob("*/DONE")):
         result = json.loads((marker.parent / "result.json").read_text())
         if result["split"] != split:
             continue
-        tree = OmegaConf.to_container(OmegaConf.load(marker.parent / "config.yaml"))
-        row = pd.json_normalize(tree).iloc[0].to_dict()
-        rows.append({**row, "score": result["last"].get(f"{split}_{result['headline']}")})
+        config = OmegaConf.to_container(OmegaConf.load(marker.parent / "config.yaml"))
+        rows.append(
+            {
+                **pd.json_normalize(config).iloc[0].to_dict(),
+                "git": json.loads((marker.parent / "env.json").read_text())["git"],
+                "status": result["status"],
+                **{key: result["last"].get(key) for key in ("train_loss", "margin_p50", "weight_norm")},
+                **{key: value for key, value in result["last"].items() if key.startswith(split)},
+                "score": result["last"].get(f"{split}_{result['headline']}"),
+            }
+        )
     return pd.DataFrame(rows)
 
 
+def varied(runs: pd.DataFrame) -> list[str]:
+    """The settings in which the runs differ, the seed apart; the optimizer's name if they do not."""
+    elsewhere = {"seed", "hash", "run_dir", "runs_dir", "data_dir", "device"}
+    settings = [column for column in runs if "." in column or column == "hash"]
+    differing = [c for c in settings if c not in elsewhere and runs[c].astype(str).nunique(dropna=False) > 1]
+    return differing or ["optim.name"]
+
+
 def rank(runs: pd.DataFrame) -> pd.DataFrame:
-    """Seeds averaged, the best first; columns that are the same everywhere are left out."""
-    settings = runs.drop(columns=["score", "seed", "hash", "run_dir", "runs_dir", "data_dir", "device"]).astype(str)
-    varied = [column for column in settings if settings[column].nunique() > 1]
-    keys = [settings[column] for column in varied] or [settings["optim.name"]]
+    """Seeds averaged, the best first."""
+    keys = [runs[column].astype(str) for column in varied(runs)]
     ranked = runs["score"].groupby(keys, dropna=False).agg(["mean", "sem", "count"]).reset_index()
     return ranked.sort_values("mean", ascending=False)
 
@@ -43,6 +60,7 @@ def main() -> int:
     parser.add_argument("--split", choices=("val", "test"), default="val")
     parser.add_argument("--only", metavar="KEY=VALUE", help="runs whose config has this value, e.g. optim.name=adam")
     parser.add_argument("--top", type=int, default=10)
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write a row for each run")
     given = parser.parse_args()
     runs = read(given.folder, given.split)
     if given.only and not runs.empty:
@@ -53,6 +71,9 @@ def main() -> int:
     if runs.empty:
         print(f"error: {given.folder}: no finished runs with eval.split={given.split}", file=sys.stderr)
         return 1
+    if given.csv:
+        kept = ["hash", "git", *varied(runs), "seed", *runs.columns[runs.columns.get_loc("status") : -1]]
+        write_text(given.csv, runs[kept].to_csv(index=False, float_format="%.6g"))
     print(rank(runs).head(given.top).to_string(index=False))
     return 0
 

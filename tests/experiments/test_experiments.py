@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ MINI = Experiment(
         Cell("Fails", (*SHORT, "optim=sgd", "optim.lr=1e20")),
         Cell("None", (*SHORT, "optim.lr=0.5")),
     ),
+    DEMO.columns,
     2,
 )
 
@@ -98,10 +100,17 @@ def test_demo_is_what_the_readme_says():
     assert configs[3].optim.weight_decay > 0
 
 
-def test_committed_results_are_those_of_the_records(tmp_path):
-    """results/demo.md is what the committed records give."""
-    for path in (ROOT / "results" / "runs").glob("*.json"):
-        (tmp_path / "runs").mkdir(exist_ok=True)
-        (tmp_path / "runs" / path.name).write_bytes(path.read_bytes())
-    report.write(DEMO, tmp_path)
-    assert (tmp_path / "demo.md").read_text() == (ROOT / "results" / "demo.md").read_text()
+@pytest.mark.parametrize("experiment", command.EXPERIMENTS.values(), ids=lambda e: e.name)
+def test_committed_results_are_those_of_the_records(tmp_path, experiment):
+    shutil.copytree(ROOT / "results" / "runs", tmp_path / "runs")
+    report.write(experiment, tmp_path)
+    assert (tmp_path / f"{experiment.name}.md").read_text() == (ROOT / "results" / f"{experiment.name}.md").read_text()
+
+
+def test_the_readmes_tables_are_those_of_the_records(tmp_path):
+    page = tmp_path / "README.md"
+    shutil.copy(ROOT / "README.md", page)
+    report.embed(page, command.EXPERIMENTS.values())
+    assert page.read_text() == (ROOT / "README.md").read_text()
+    for experiment in command.EXPERIMENTS:
+        assert f"<!-- table {experiment} -->" in page.read_text()
