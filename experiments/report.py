@@ -71,9 +71,9 @@ def markdown(frame: pd.DataFrame, links: str) -> str:
     return "\n".join([head, rule, *body])
 
 
-def plain(frame: pd.DataFrame) -> str:
-    """The same for a terminal, without the records."""
-    return frame.drop(columns="records").to_string(index=False)
+def terminal(experiment: Experiment, frame: pd.DataFrame) -> str:
+    """The same for a terminal, with its title and without the records."""
+    return f"{experiment.title}; mean (standard error)\n\n{frame.drop(columns='records').to_string(index=False)}"
 
 
 def provenance(experiment: Experiment, folder: Path = records.RECORDS) -> str:
@@ -124,17 +124,23 @@ def write(experiment: Experiment, results: Path = RESULTS) -> str:
         f"{provenance(experiment, folder)}\n\n![curves]({experiment.name}.png)\n"
     )
     write_text(results / f"{experiment.name}.md", text)
-    return f"{experiment.title}; mean (standard error)\n\n{plain(frame)}"
+    return terminal(experiment, frame)
 
 
-def embed(readme: Path, experiments: Iterable[Experiment], results: Path = RESULTS) -> None:
-    """Put the tables into a page, between the comments `<!-- table NAME -->` and `<!-- end -->`."""
-    text = readme.read_text()
+def embed(page: Path, experiments: Iterable[Experiment], results: Path = RESULTS) -> None:
+    """Renew what stands in a page between `<!-- table NAME -->` (with links to the records) or `<!-- output NAME -->`
+    (as the terminal shows it) and `<!-- end -->`."""
+    text = page.read_text()
     for experiment in experiments:
-        begin = f"<!-- table {experiment.name} -->"
-        head, found, rest = text.partition(begin)
-        if found:
-            content = markdown(table(experiment, results / "runs"), "results/runs")
-            source = provenance(experiment, results / "runs")
-            text = f"{head}{begin}\n{content}\n\n{source}\n{rest[rest.index('<!-- end -->') :]}"
-    write_text(readme, text)
+        frame = table(experiment, results / "runs")
+        source = provenance(experiment, results / "runs")
+        contents = {
+            "table": f"{markdown(frame, 'results/runs')}\n\n{source}",
+            "output": f"```text\n{terminal(experiment, frame)}\n```",
+        }
+        for kind, content in contents.items():
+            begin = f"<!-- {kind} {experiment.name} -->\n"
+            head, found, rest = text.partition(begin)
+            if found:
+                text = f"{head}{begin}{content}\n{rest[rest.index('<!-- end -->') :]}"
+    write_text(page, text)

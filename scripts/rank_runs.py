@@ -72,8 +72,9 @@ def main() -> int:
         print(f"error: {given.folder}: no finished runs with eval.split={given.split}", file=sys.stderr)
         return 1
     if given.csv:
-        kept = ["hash", "git", *varied(runs), "seed", *runs.columns[runs.columns.get_loc("status") : -1]]
-        write_text(given.csv, runs[kept].to_csv(index=False, float_format="%.6g"))
+        metrics = runs.columns[runs.columns.get_loc("status") :].drop("score")
+        kept = runs[["hash", "git", *varied(runs), "seed", *metrics]].dropna(axis=1, how="all")
+        write_text(given.csv, kept.to_csv(index=False, float_format="%.6g"))
     print(rank(runs).head(given.top).to_string(index=False))
     return 0
 

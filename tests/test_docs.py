@@ -1,0 +1,36 @@
+import re
+import subprocess
+import sys
+
+from tests.helpers import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_program_runs():
+    (program,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, check=True, timeout=120)
+
+
+def test_links_lead_somewhere():
+    for page in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "results").glob("*.md"),
+    ):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readme_names_every_member():
+    for group in ("dataset", "model", "optim", "loss", "logger", "sweep"):
+        row = next(line for line in README.splitlines() if line.startswith(f"| `{group}="))
+        for path in (ROOT / "conf" / group).glob("*.yaml"):
+            assert re.search(rf"\b{path.stem}\b", row), f"{group}={path.stem}"
+
+
+def test_make_help_lists_the_readmes_targets():
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in re.findall(r"\bmake ([a-z-]+)", README):
+        assert f"make {target} " in listed
