@@ -7,6 +7,7 @@ python run.py -m dataset=digits optim=adam,adam_lawn seed=0,1,2
 
 import os
 import sys
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -23,7 +24,7 @@ register()
 failures: list[UserError] = []  # of this process's jobs: one that fails does not keep a multirun from the others
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+@hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="config")
 def run(composed: DictConfig) -> None:
     try:
         train(validate(composed))
@@ -36,8 +37,9 @@ def run(composed: DictConfig) -> None:
 
 
 def main() -> int:
-    debug = "HYDRA_FULL_ERROR" in os.environ  # the user's own switch for tracebacks
+    debug = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's own switch for tracebacks
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra prints several lines and exits; here it raises
+    failures.clear()
     try:
         run()
     except (HydraException, OmegaConfBaseException) as error:

@@ -1,7 +1,11 @@
-"""The real commands, each in its own process."""
+"""The commands: whole ones in their own process, one-line errors through their main function."""
+
+import subprocess
+import sys
 
 import pytest
 
+import run as run_module
 from tests.helpers import ROOT, run, synthetic_ratings, write_ratings
 
 SHORT = ("dataset=digits", "train.epochs=2", "model.widths=[8]", "dataset.limit=100", "device=cpu")
@@ -20,12 +24,30 @@ def test_sweep_runs_then_skips(tmp_path):
     assert "done after" not in again.stdout
 
 
-def test_a_failing_job_does_not_keep_the_others(tmp_path):
-    result = run("-m", *SHORT, "optim.lr=-1,0.01", f"runs_dir={tmp_path}/runs")
-    assert result.returncode == 2
-    assert result.stdout.count("done after epoch 2") == 1
-    assert "error in the job" in result.stderr
-    assert "optim.lr=-1.0: must be a finite number above 0" in result.stderr
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """run.py's main function: exit code, standard output and standard error of a command line."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # main sets it for its process
+        code = run_module.main()
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_a_failing_job_does_not_keep_the_others(tmp_path, main):
+    code, out, err = main("-m", *SHORT, "optim.lr=-1,0.01", f"runs_dir={tmp_path}/runs")
+    assert code == 2
+    assert out.count("done after epoch 2") == 1
+    assert err.startswith("error in the job")
+    assert "optim.lr=-1.0: must be a finite number above 0" in err
+
+
+def test_a_bad_command_in_its_own_process(tmp_path):
+    result = run("optim=adm", f"runs_dir={tmp_path}/runs")
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
 
 
 @pytest.mark.parametrize(
@@ -41,16 +63,14 @@ def test_a_failing_job_does_not_keep_the_others(tmp_path):
         (["optim.lr=="], 2, "Error parsing override"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, arguments, code, words):
+def test_bad_input_is_one_line(tmp_path, main, arguments, code, words):
     path = tmp_path / "cut" / "ml-100k" / "u.data"
     write_ratings(path, synthetic_ratings()[:3])
     path.write_bytes(path.read_bytes()[:-12])
-    result = run(*(a.format(tmp=tmp_path) for a in arguments), f"runs_dir={tmp_path}/runs")
-    assert result.returncode == code
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    assert words in result.stderr
+    got, out, err = main(*(a.format(tmp=tmp_path) for a in arguments), f"runs_dir={tmp_path}/runs")
+    assert (got, out, err.count("\n")) == (code, "", 1)
+    assert err.startswith("error: ")
+    assert words in err
     assert not (tmp_path / "runs").exists()
 
 
@@ -62,14 +82,21 @@ def test_offline_is_one_line(tmp_path):
     assert "put ml-100k.zip from there, or its u.data, into" in result.stderr
 
 
-def test_rank_runs(tmp_path):
-    run("-m", *SHORT, "optim.lr=1e-6,1e-2", "seed=0,1", "eval.split=val", f"runs_dir={tmp_path}/runs")
-    result = run(str(tmp_path / "runs"), "--only", "optim.name=adam_lawn", script="scripts/rank_runs.py")
+def test_rank_runs(tmp_path, main):
+    main("-m", *SHORT, "optim.lr=1e-6,1e-2", "seed=0,1", "eval.split=val", f"runs_dir={tmp_path}/runs")
+    result = run(
+        str(tmp_path / "runs"),
+        "--only",
+        "optim.name=adam_lawn",
+        "--csv",
+        str(tmp_path / "table.csv"),
+        script="scripts/rank_runs.py",
+    )
     assert result.returncode == 0
     best = result.stdout.splitlines()[1].split()
     assert (best[0], best[-1]) == ("0.01", "2")
-    empty = run(str(tmp_path), script="scripts/rank_runs.py")
-    assert (empty.returncode, empty.stderr.count("\n")) == (1, 1)
+    with (tmp_path / "table.csv").open() as file:
+        assert len(file.readlines()) == 5
 
 
 def test_the_library_needs_nothing_but_torch():
@@ -79,7 +106,4 @@ def test_the_library_needs_nothing_but_torch():
         "    sys.modules[name] = None\n"
         "from lawn import AdamLAWN, SGDLAWN, LinearWarmupDecay\n"
     )
-    import subprocess
-    import sys
-
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True, timeout=120)
