@@ -22,8 +22,8 @@ $(READY): pyproject.toml constraints.txt
 	fi
 	@touch $@
 
-demo: $(READY) ## train Adam, Adam with decay and Adam-LAWN on real digits; table and figure in results/
-	$(PYTHON) -m experiments run demo
+demo: $(READY) ## train Adam, Adam with decay and Adam-LAWN on real digits; table and figure in demo/
+	$(PYTHON) -m experiments run demo --results demo
 
 data: $(READY) ## download MovieLens-100k, CIFAR-10 and CIFAR-100 into DATA_DIR (default: data)
 	$(PYTHON) -m lawn.data movielens100k cifar10 cifar100 --data-dir $(DATA_DIR)
@@ -44,4 +44,4 @@ format: $(READY) ## put the code in ruff's format
 	$(PYTHON) -m ruff format .
 
 clean: ## remove the environment, runs and caches; data stays
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) runs demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

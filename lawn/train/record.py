@@ -100,7 +100,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Code version, packages and hardware of this process."""
     return {
         "git": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(_git("status", "--porcelain", "--", "lawn", "conf", "run.py")),
         "command": sys.argv[1:],
         "python": platform.python_version(),
         "packages": {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")},
