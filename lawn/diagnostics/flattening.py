@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lawn.optim.sphere import norm
+from lawn.optim.update import norm
 
 
 def multiclass_margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -23,4 +23,4 @@ def binary_margin(logits: Tensor, labels: Tensor) -> Tensor:
 @torch.no_grad()
 def weight_norm(parameters: Iterable[Tensor]) -> Tensor:
     """Euclidean norm of all weights with two or more dimensions together, as a 0-dim tensor."""
-    return torch.linalg.vector_norm(torch.stack([norm(p) for p in parameters if p.ndim >= 2]))
+    return torch.linalg.vector_norm(torch.stack([norm([p]) for p in parameters if p.ndim >= 2]))

@@ -1,14 +1,14 @@
 """Adam-LAWN (paper, Algorithm 1)."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from lawn.optim import sphere
+from lawn.optim import update
 from lawn.optim.base import LAWNOptimizer
+from lawn.optim.phase import gradients
 
 
 class AdamLAWN(LAWNOptimizer):
@@ -20,6 +20,7 @@ class AdamLAWN(LAWNOptimizer):
         betas: decay rates of the moments m and v.
         eps: added to sqrt(v_hat); 1e-6 as in the paper's section 4 (its plain Adam uses 1e-8).
         free_steps: updates before the switch; 0 constrains from the start, None waits for `constrain()`.
+        fused: compiled constrained update on the CPU; None where it is possible, False never.
 
     The free phase is torch's own Adam, bit for bit. A constrained update, for each weight w with norm c:
         g <- g - w (w.g) / c^2;  m, v from g;  r = m_hat / (sqrt(v_hat) + eps);  r <- r - w (w.r) / c^2;
@@ -34,32 +35,19 @@ class AdamLAWN(LAWNOptimizer):
         eps: float = 1e-6,
         *,
         free_steps: int | None = None,
+        fused: bool | None = None,
     ) -> None:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be in [0, 1), got {betas}")
-        if eps < 0:
-            raise ValueError(f"eps must not be negative, got {eps}")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, free_steps)
-
-    def _moments(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        for p in params:
-            if not self.state[p]:
-                self.state[p] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
-                    "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
-                }
-        states = [self.state[p] for p in params]
-        return [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [s["step"] for s in states]
+        check_adam(betas, eps)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, free_steps, fused)
 
     def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        m, v, steps = self._moments(params)
+        first, second, steps = moments(self, params)
         beta1, beta2 = group["betas"]
         adam(
             params,
-            [p.grad for p in params if p.grad is not None],
-            m,
-            v,
+            gradients(params),
+            first,
+            second,
             [],
             steps,
             amsgrad=False,
@@ -71,18 +59,47 @@ class AdamLAWN(LAWNOptimizer):
             maximize=False,
         )
 
-    def _constrained_update(self, group: dict[str, Any], params: list[Tensor], norms: list[Tensor]) -> None:
-        m, v, steps = self._moments(params)
-        beta1, beta2 = group["betas"]
-        tangents = sphere.project([p.grad for p in params if p.grad is not None], params, norms)
-        g = [t.to(p.dtype) for t, p in zip(tangents, params, strict=True)]
-        torch._foreach_add_(steps, 1)
-        torch._foreach_lerp_(m, g, 1 - beta1)
-        torch._foreach_mul_(v, beta2)
-        torch._foreach_addcmul_(v, g, g, 1 - beta2)
-        counts = [s.item() for s in steps]  # on the host: no synchronization
-        denominators = torch._foreach_div(torch._foreach_sqrt(v), [math.sqrt(1 - beta2**t) for t in counts])
-        torch._foreach_add_(denominators, group["eps"])
-        torch._foreach_mul_(denominators, [1 - beta1**t for t in counts])
-        r = sphere.project(list(torch._foreach_div(m, denominators)), params, norms)
-        sphere.move_(params, r, group["lr"], norms)
+    def _constrained_update(self, group: dict[str, Any], params: list[Tensor], c: Tensor) -> None:
+        constrained_adam(self, group, params, c, trust=False)
+
+
+def check_adam(betas: tuple[float, float], eps: float) -> None:
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+    if eps < 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+
+
+def moments(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """First and second moments and step counters, in torch Adam's own form; made where they are missing."""
+    for p in params:
+        if not optimizer.state[p]:
+            optimizer.state[p] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+            }
+    states = [optimizer.state[p] for p in params]
+    return [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [s["step"] for s in states]
+
+
+def constrained_adam(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], params: list[Tensor], c: Tensor, *, trust: bool
+) -> None:
+    """The constrained update of Adam-LAWN, and with `trust` of LAMB-LAWN, for one block."""
+    first, second, steps = moments(optimizer, params)
+    for step in steps:
+        step += 1
+    update.adam(
+        params,
+        gradients(params),
+        first,
+        second,
+        c,
+        lr=group["lr"],
+        betas=group["betas"],
+        eps=group["eps"],
+        step=steps[0].item(),  # counters are kept on the host: no synchronization
+        trust=trust,
+        fused=group["fused"],
+    )

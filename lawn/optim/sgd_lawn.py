@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from lawn.optim import sphere
+from lawn.optim import update
 from lawn.optim.base import LAWNOptimizer
+from lawn.optim.phase import gradients
 
 
 class SGDLAWN(LAWNOptimizer):
@@ -18,23 +19,30 @@ class SGDLAWN(LAWNOptimizer):
         lr: learning rate eta.
         momentum: heavy-ball coefficient; 0 for plain SGD.
         free_steps: updates before the switch; 0 constrains from the start, None waits for `constrain()`.
+        fused: compiled constrained update on the CPU; None where it is possible, False never.
 
     The free phase is torch's own SGD, bit for bit. A constrained update, for each weight w with norm c:
         g <- g - w (w.g) / c^2;  b <- momentum b + g;  r = b - w (w.b) / c^2;  w <- w - lr r, rescaled to ||w|| = c.
     """
 
     def __init__(
-        self, params: Any, lr: float | Tensor = 1e-3, momentum: float = 0.9, *, free_steps: int | None = None
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        *,
+        free_steps: int | None = None,
+        fused: bool | None = None,
     ) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-        super().__init__(params, {"lr": lr, "momentum": momentum}, free_steps)
+        super().__init__(params, {"lr": lr, "momentum": momentum}, free_steps, fused)
 
     def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         buffers: list[Tensor | None] = [self.state[p].get("momentum_buffer") for p in params]
         sgd(
             params,
-            [p.grad for p in params if p.grad is not None],
+            gradients(params),
             buffers,
             weight_decay=0.0,
             momentum=group["momentum"],
@@ -47,14 +55,11 @@ class SGDLAWN(LAWNOptimizer):
             for p, buffer in zip(params, buffers, strict=True):
                 self.state[p]["momentum_buffer"] = buffer
 
-    def _constrained_update(self, group: dict[str, Any], params: list[Tensor], norms: list[Tensor]) -> None:
-        r = sphere.project([p.grad for p in params if p.grad is not None], params, norms)
-        if group["momentum"]:
-            for p in params:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            buffers = [self.state[p]["momentum_buffer"] for p in params]
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, [g.to(p.dtype) for g, p in zip(r, params, strict=True)])
-            r = sphere.project(buffers, params, norms)
-        sphere.move_(params, r, group["lr"], norms)
+    def _constrained_update(self, group: dict[str, Any], params: list[Tensor], c: Tensor) -> None:
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        update.sgd(
+            params, gradients(params), buffers, c, lr=group["lr"], momentum=group["momentum"], fused=group["fused"]
+        )

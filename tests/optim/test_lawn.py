@@ -9,16 +9,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lawn import SGDLAWN, AdamLAWN
-from lawn.optim import LAWNOptimizer
+from lawn import LAMBLAWN, LAWN, SGDLAWN, AdamLAWN
+from lawn.optim import native
 from lawn.optim.reference import ReferenceLAWN
 
 shapes = st.lists(
-    st.sampled_from([(3,), (1,), (2, 3), (1, 1), (4, 1, 2), (5, 4), (2, 3, 2, 2)]), min_size=1, max_size=4
+    st.sampled_from([(3,), (1,), (2, 3), (1, 2), (4, 1, 2), (5, 4), (2, 3, 2, 2), (60, 70)]), min_size=1, max_size=4
 ).filter(lambda s: any(len(shape) > 1 for shape in s))
 
 
-def make(kind: type[LAWNOptimizer], params: list[Tensor], **keys) -> LAWNOptimizer:
+class Wrapped:
+    """LAWN on another optimizer, with the methods of one of this package's."""
+
+    def __init__(self, base: torch.optim.Optimizer, **keys) -> None:
+        self.base, self.lawn = base, LAWN(base, **keys)
+
+    def __getattr__(self, name: str):
+        return getattr(self.lawn if name in ("constrained", "constrain") else self.base, name)
+
+
+def wrapped_adam(params, lr, **keys):
+    return Wrapped(torch.optim.Adam(params, lr, eps=1e-6), **keys)
+
+
+def wrapped_sgd(params, lr, **keys):
+    return Wrapped(torch.optim.SGD(params, lr, momentum=0.9), **keys)
+
+
+EVERY = [(AdamLAWN, "adam"), (SGDLAWN, "sgd"), (LAMBLAWN, "lamb"), (wrapped_adam, "adam"), (wrapped_sgd, "sgd")]
+KINDS = [kind for kind, _ in EVERY]
+
+
+def make(kind, params: list[Tensor], **keys):
     return kind(params, lr=0.05, **keys)
 
 
@@ -32,13 +54,15 @@ def random_grads(sizes: list[tuple[int, ...]], seed: int, step: int) -> list[Ten
     return [torch.randn(s, generator=generator, dtype=torch.float64) for s in sizes]
 
 
-@pytest.mark.parametrize(("kind", "rule"), [(AdamLAWN, "adam"), (SGDLAWN, "sgd")])
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize(("kind", "rule"), EVERY)
 @given(sizes=shapes, seed=st.integers(0, 10**6), free_steps=st.integers(0, 6), steps=st.integers(1, 12))
-@settings(max_examples=40, deadline=None)
-def test_equals_algorithm_1(kind, rule, sizes, seed, free_steps, steps):
+@settings(max_examples=25, deadline=None)
+def test_equals_algorithm_1(kind, rule, fused, sizes, seed, free_steps, steps):
+    assert native.library(True, random_weights([(2, 2)], 0)) is not None, "these tests want a C compiler"
     params = random_weights(sizes, seed)
     reference = ReferenceLAWN(rule, [p.detach().clone() for p in params], lr=0.05, free_steps=free_steps)
-    optimizer = make(kind, params, free_steps=free_steps)
+    optimizer = make(kind, params, free_steps=free_steps, fused=fused)
     for t in range(steps):
         grads = random_grads(sizes, seed, t)
         for p, g in zip(params, grads, strict=True):
@@ -51,7 +75,7 @@ def test_equals_algorithm_1(kind, rule, sizes, seed, free_steps, steps):
         torch.testing.assert_close(p.detach(), w, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("kind", [AdamLAWN, SGDLAWN])
+@pytest.mark.parametrize("kind", KINDS)
 @given(seed=st.integers(0, 10**6), scale=st.floats(-5, 5))
 @settings(max_examples=25, deadline=None)
 def test_gradient_along_the_weight_has_no_effect(kind, seed, scale):
@@ -68,7 +92,7 @@ def test_gradient_along_the_weight_has_no_effect(kind, seed, scale):
         torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", [AdamLAWN, SGDLAWN])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
 def test_norms_stay(kind, dtype, tolerance):
     params = random_weights([(32, 16), (8, 4, 3, 3), (16,)], 0, dtype)
@@ -81,11 +105,13 @@ def test_norms_stay(kind, dtype, tolerance):
     targets = optimizer.param_groups[0]["target_norms"]
     assert targets[2] is None
     assert all(c.dtype == torch.float32 for c in targets[:2])
+    if dtype == torch.bfloat16 and kind in (wrapped_adam, wrapped_sgd):
+        tolerance = 4e-3  # the base optimizer rounds the weight before LAWN sees it: see the wrapper's docstring
     for p, c in zip(params[:2], targets[:2], strict=True):
         assert abs(p.detach().float().norm() / c - 1) < tolerance
 
 
-@pytest.mark.parametrize("kind", [AdamLAWN, SGDLAWN])
+@pytest.mark.parametrize("kind", KINDS)
 def test_update_is_orthogonal_to_the_weight(kind):
     """w - lr r with r tangent: what the rescaled weight says r was must have no share along w."""
     (p,) = random_weights([(6, 5)], 1)
@@ -117,7 +143,7 @@ def test_free_phase_is_torchs_own_bit_for_bit(kind, base, dtype):
     assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("kind", [AdamLAWN, SGDLAWN])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("saved_after", [1, 3, 6])
 def test_resume_from_a_file_is_exact(kind, dtype, saved_after):
@@ -169,6 +195,25 @@ def test_deepcopy_goes_its_own_way():
     twin.step()
     assert twin.constrained
     assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fused", [None, False])
+def test_joined_parameters_are_one_vector(kind, fused):
+    """A weight and a bias that share a norm move like the one weight that holds both."""
+    (whole,) = random_weights([(4, 6)], 7)
+    weight, bias = nn.Parameter(whole.detach()[:, :5].clone()), nn.Parameter(whole.detach()[:, 5].clone())
+    apart = make(kind, [{"params": [weight, bias], "constrain": True, "blocks": [3, 3]}], free_steps=2, fused=fused)
+    together = make(kind, [whole], free_steps=2, fused=fused)
+    if kind is LAMBLAWN:  # its free phase has a trust ratio for each parameter
+        apart.constrain()
+        together.constrain()
+    for t in range(8):
+        (g,) = random_grads([(4, 6)], 8, t)
+        whole.grad, weight.grad, bias.grad = g.clone(), g[:, :5].clone(), g[:, 5].clone()
+        apart.step()
+        together.step()
+    torch.testing.assert_close(torch.cat([weight, bias[:, None]], dim=1), whole, rtol=1e-9, atol=1e-11)
 
 
 def test_group_key_overrides_the_rule():
@@ -234,11 +279,20 @@ def test_what_cannot_be_constrained_is_refused():
         SGDLAWN([vector]).constrain()
     with pytest.raises(ValueError, match="param group 1: weight_decay"):
         AdamLAWN([{"params": [vector]}, {"params": [matrix], "weight_decay": 0.1}])
+    with pytest.raises(ValueError, match="param group 0: weight_decay"):
+        LAWN(torch.optim.AdamW([matrix]))
+    with pytest.raises(ValueError, match="already"):
+        LAWN(AdamLAWN([matrix]))
+    base = torch.optim.AdamW([matrix], weight_decay=0.0)
+    handle = LAWN(base)
+    base.param_groups[0]["weight_decay"] = 0.1
+    with pytest.raises(ValueError, match="param group 0: weight_decay"):
+        handle.constrain()
     with pytest.raises(ValueError, match="empty parameter list"):
         AdamLAWN([])
     optimizer = AdamLAWN([matrix])
     optimizer.constrain()
-    with pytest.raises(RuntimeError, match="already"):
+    with pytest.raises(ValueError, match="already"):
         optimizer.constrain()
 
 
