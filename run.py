@@ -47,6 +47,11 @@ def main() -> int:
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
         return ConfigError.exit_code
+    except OSError as error:  # a full disk, a path that cannot be
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return UserError.exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -87,24 +87,27 @@ def provenance(experiment: Experiment, folder: Path = records.RECORDS) -> str:
 
 
 def figure(experiment: Experiment, path: Path, folder: Path = records.RECORDS) -> None:
-    """Curves over epochs, mean over seeds with the range of the seeds shaded; a dot marks the switch of LAWN."""
+    """Curves over epochs, mean over seeds with the range of the seeds shaded; a dot marks where LAWN
+    fixes the norms. A cell with a diverged run is left out, as "Fail" in the table says.
+    """
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "lawn"})
     drawing, axes = plt.subplots(1, len(CURVES), figsize=(3.6 * len(CURVES), 3.1), layout="constrained")
     for cell, style in zip(experiment.cells, cycle(("-", "--"))):
         found = records.read_all(experiment.configs(cell), folder)
-        if not found:
+        if not found or any(record.result["status"] == "diverged" for record in found):
             continue
         constrained = found[0].history["constrained"].to_numpy()
-        for axis, (field, label, scale) in zip(axes, CURVES, strict=True):
+        for axis, (field, _, _) in zip(axes, CURVES, strict=True):
             curves = np.stack([record.history[field].to_numpy(float) for record in found])
             epochs = found[0].history["epoch"].to_numpy()
             mean = curves.mean(0)
             (line,) = axis.plot(epochs, mean, style, label=cell.label)
             axis.fill_between(epochs, curves.min(0), curves.max(0), alpha=0.2, color=line.get_color(), linewidth=0)
             if constrained.any():
-                switch = int(constrained.argmax())
+                switch = max(0, int(constrained.argmax()) - 1)  # the last point of the free phase
                 axis.plot(epochs[switch], mean[switch], "o", color=line.get_color(), markersize=5)
-            axis.set(xlabel="epoch", ylabel=label, yscale=scale)
+    for axis, (_, label, scale) in zip(axes, CURVES, strict=True):
+        axis.set(xlabel="epoch", ylabel=label, yscale=scale if axis.lines else "linear")
     if axes[0].lines:
         axes[0].legend(frameon=False)
     for suffix in (".png", ".svg"):

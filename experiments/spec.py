@@ -6,7 +6,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-from lawn.config import Config, explain, register, validate
+from lawn.config import Config, config_hash, explain, register, validate
 from lawn.errors import ConfigError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -36,8 +36,17 @@ class Experiment:
     seeds: int
 
     def configs(self, cell: Cell, *extra: str) -> list[Config]:
-        """The validated configs of a cell, one for each seed; `extra` overrides come last."""
-        return compose_all([(*cell.overrides, f"seed={seed}", *extra) for seed in range(self.seeds)])
+        """The validated configs of a cell, one for each seed, with `extra` overrides that say where and how to run.
+
+        Raises ConfigError when they would make other runs of them than the report is about.
+        """
+        plain = compose_all([(*cell.overrides, f"seed={seed}") for seed in range(self.seeds)])
+        if not extra:
+            return plain
+        placed = compose_all([(*cell.overrides, f"seed={seed}", *extra) for seed in range(self.seeds)])
+        if [config_hash(config) for config in placed] != [config_hash(config) for config in plain]:
+            raise ConfigError(f"{' '.join(extra)}: changes what {self.name} runs; only where and how can be overridden")
+        return placed
 
 
 def compose_all(jobs: list[tuple[str, ...]]) -> list[Config]:

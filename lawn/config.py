@@ -1,7 +1,7 @@
 """The whole configuration as dataclasses: every key a user can set, validated once after Hydra has composed it.
 
 A field that is None does not apply to the chosen member of its group (SGD has no betas); the YAML files under
-conf/ give the values. Units: epochs are passes over the training set and may be fractions, rates are per update.
+conf/ give the values. Units: epochs are passes over the training set; E_free and E_warmup may be fractions.
 """
 
 import hashlib
@@ -185,6 +185,7 @@ def _problems(c: Config):  # type: ignore[no-untyped-def]  # a generator of line
     choices = {
         "model.init": ("he2017", "torch"),
         "eval.split": ("test", "val"),
+        "schedule.name": ("linear",),
         "logger.mode": ("online", "offline", "disabled"),
     }
     for key, allowed in choices.items():
@@ -200,6 +201,11 @@ def _problems(c: Config):  # type: ignore[no-untyped-def]  # a generator of line
             f"optim.free_epochs={c.optim.free_epochs:g}: must be below train.epochs={c.train.epochs}, "
             "or the constrained phase never begins"
         )
+    if c.optim.nesterov and not c.optim.momentum:
+        yield "optim.nesterov=True: needs optim.momentum above 0"
+    for key, bound in (("seed", 2**63), ("dataset.seed", 2**32)):
+        if _get(c, key) >= bound:
+            yield f"{key}={_get(c, key)}: must be below {bound}"
     if c.schedule.warmup_epochs >= c.train.epochs:
         yield f"schedule.warmup_epochs={c.schedule.warmup_epochs:g}: must be below train.epochs={c.train.epochs}"
 

@@ -41,16 +41,21 @@ def read(folder: Path, split: str) -> pd.DataFrame:
 
 def varied(runs: pd.DataFrame) -> list[str]:
     """The settings in which the runs differ, the seed apart; the optimizer's name if they do not."""
-    elsewhere = {"seed", "hash", "run_dir", "runs_dir", "data_dir", "device"}
-    settings = [column for column in runs if "." in column or column == "hash"]
-    differing = [c for c in settings if c not in elsewhere and runs[c].astype(str).nunique(dropna=False) > 1]
+    settings = [c for c in runs if "." in c and not c.startswith("logger.") and c != "train.checkpoint_seconds"]
+    differing = [c for c in settings if runs[c].astype(str).nunique(dropna=False) > 1]
     return differing or ["optim.name"]
 
 
 def rank(runs: pd.DataFrame) -> pd.DataFrame:
-    """Seeds averaged, the best first."""
+    """Seeds averaged, the best first; a setting with a diverged seed has no mean and comes last."""
     keys = [runs[column].astype(str) for column in varied(runs)]
-    ranked = runs["score"].groupby(keys, dropna=False).agg(["mean", "sem", "count"]).reset_index()
+    scores = runs["score"].groupby(keys, dropna=False)
+    ranked = scores.agg(
+        mean=lambda s: s.mean(skipna=False),
+        sem=lambda s: s.sem(skipna=False),
+        seeds="size",
+        diverged=lambda s: s.isna().sum(),
+    ).reset_index()
     return ranked.sort_values("mean", ascending=False)
 
 
@@ -67,7 +72,9 @@ def main() -> int:
         key, _, value = given.only.partition("=")
         if key not in runs:
             parser.error(f"--only {given.only}: no such key in these runs")
-        runs = runs[runs[key].astype(str) == value]
+        runs = runs[runs[key].astype(str) == str(OmegaConf.from_dotlist([f"value={value}"])["value"])]
+        if runs.empty:
+            parser.error(f"--only {given.only}: no finished run of eval.split={given.split} has this value")
     if runs.empty:
         print(f"error: {given.folder}: no finished runs with eval.split={given.split}", file=sys.stderr)
         return 1

@@ -53,7 +53,11 @@ def test_a_bad_command_in_its_own_process(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["optim=adm"], 2, "optim=adm: no such optim; choose from adam, adam_lawn, adamw, sgd, sgd_lawn"),
+        (
+            ["optim=adm"],
+            2,
+            "optim=adm: no such optim; choose from adam, adam_lawn, adamw, lamb, lamb_lawn, lamb_plus, sgd, sgd_lawn",
+        ),
         (["optim.lrr=1"], 2, "optim.lrr: no such key; optim takes name, lr"),
         (["+optim.lrr=1"], 2, "optim.lrr: no such key; optim takes name, lr"),
         (["optim.free_epochs=400", "train.epochs=300"], 2, "must be below train.epochs=300"),
@@ -82,6 +86,22 @@ def test_offline_is_one_line(tmp_path):
     assert "put ml-100k.zip from there, or its u.data, into" in result.stderr
 
 
+def test_a_preset_sweep_validates(tmp_path, main):
+    code, out, _ = main("-m", "sweep=e_free", *SHORT, f"runs_dir={tmp_path}/runs")
+    assert code == 0
+    assert out.count("val_accuracy") >= 6
+    assert out.count("done after epoch 2") == 6
+
+
+def test_paths_that_cannot_be_are_one_line(tmp_path, main):
+    (tmp_path / "file").write_text("")
+    for arguments in (["-m", "seed=0,1"], []):
+        code, _, err = main(*arguments, *SHORT, f"runs_dir={tmp_path}/file/x")
+        assert (code, err.count("\n")) == (1, 1)
+    code, _, err = main("dataset=movielens100k", f"data_dir={tmp_path}/file", f"runs_dir={tmp_path}/runs")
+    assert (code, err.count("\n")) == (1, 1)
+
+
 def test_rank_runs(tmp_path, main):
     main("-m", *SHORT, "optim.lr=1e-6,1e-2", "seed=0,1", "eval.split=val", f"runs_dir={tmp_path}/runs")
     result = run(
@@ -94,7 +114,7 @@ def test_rank_runs(tmp_path, main):
     )
     assert result.returncode == 0
     best = result.stdout.splitlines()[1].split()
-    assert (best[0], best[-1]) == ("0.01", "2")
+    assert (best[0], best[-2:]) == ("0.01", ["2", "0"])  # setting, seeds, diverged
     with (tmp_path / "table.csv").open() as file:
         assert len(file.readlines()) == 5
 

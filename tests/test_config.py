@@ -64,6 +64,10 @@ def test_groups_and_code_name_the_same_members():
         (["+foo=1"], "foo: no such key; the config takes dataset"),
         (["seed=-1"], "seed=-1: must be"),
         (["optim.lr=???"], "optim.lr: needs a value"),
+        (["schedule.name=cosine"], "schedule.name=cosine: must be one of linear"),
+        (["optim=sgd", "optim.momentum=0", "optim.nesterov=true"], "optim.nesterov=True: needs optim.momentum"),
+        (["seed=99999999999999999999"], "seed=99999999999999999999: must be below"),
+        (["dataset.seed=5000000000"], "dataset.seed=5000000000: must be below"),
     ],
 )
 def test_bad_values_are_refused_by_name(overrides, message):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lawn.errors import ConfigError
 from lawn.models.mlp import mlp
 from lawn.models.ncf import NCFMLP
 from lawn.models.resnet import resnet50
@@ -52,7 +53,7 @@ def test_vgg19():
     assert sum(isinstance(m, torch.nn.Conv2d) for m in model.modules()) == 16
     assert model.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in VGG19((3, 32, 32), 10, batch_norm=False).modules())
-    with pytest.raises(ValueError, match="32 x 32"):
+    with pytest.raises(ConfigError, match="32 x 32"):
         VGG19((1, 8, 8), 10, batch_norm=True)
 
 

@@ -15,11 +15,11 @@ def download(url: str, target: Path, md5: str, advice: str) -> None:
     """
     from torchvision.datasets import utils  # seconds to import: only for those who use it
 
-    with atomic(target) as temporary:
-        try:
+    try:
+        with atomic(target) as temporary:
             utils.download_url(url, str(temporary.parent), temporary.name, md5)
-        except (URLError, OSError, RuntimeError) as error:
-            raise DataError(f"cannot download {url} ({error}); {advice}") from error
+    except (URLError, OSError, RuntimeError) as error:
+        raise DataError(f"cannot download {url} ({error}); {advice}") from error
 
 
 def extract(archive: Path, member: str, target: Path) -> None:
@@ -27,5 +27,5 @@ def extract(archive: Path, member: str, target: Path) -> None:
     try:
         with ZipFile(archive) as zipped, atomic(target) as temporary:
             temporary.write_bytes(zipped.read(member))
-    except (BadZipFile, KeyError) as error:
+    except (BadZipFile, KeyError, OSError) as error:
         raise DataError(f"{archive}: {error}; delete it to download it again") from error

@@ -100,9 +100,14 @@ def split_and_limit(
     if split == "val":
         from sklearn.model_selection import train_test_split  # a second to import: only for those who use it
 
-        images, held_images, labels, held_labels = train_test_split(
-            images, labels, test_size=val_fraction, random_state=seed, stratify=labels
-        )
+        try:
+            images, held_images, labels, held_labels = train_test_split(
+                images, labels, test_size=val_fraction, random_state=seed, stratify=labels
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f"dataset.val_fraction={val_fraction}: no stratified split of {len(labels)} ({error})"
+            ) from error
     if limit is not None:
         if limit > len(labels):
             raise ConfigError(f"dataset.limit={limit}: there are only {len(labels)} training images")

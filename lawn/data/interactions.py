@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lawn.errors import DataError
+
 
 @dataclass
 class Interactions:
@@ -79,7 +81,7 @@ class Unseen:
         self.keys = owner * self.stride + item - rank
         self.available = num_items - self.count
         if int(self.available.min()) < 1:
-            raise ValueError(f"user {int(self.available.argmin())} has interacted with all {num_items} items")
+            raise DataError(f"user {int(self.available.argmin())} has interacted with all {num_items} items")
 
     def sample(self, users: Tensor, generator: torch.Generator) -> Tensor:
         """One independent uniform draw for each entry of `users` (any shape)."""

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from lawn.errors import ConfigError
+
 STAGES = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))  # width and number of convolutions
 
 
@@ -12,7 +14,7 @@ class VGG19(nn.Module):
     def __init__(self, shape: tuple[int, int, int], num_classes: int, *, batch_norm: bool) -> None:
         super().__init__()
         if shape[1:] != (32, 32):
-            raise ValueError(f"VGG19 in its CIFAR form takes 32 x 32 images, not {shape[1]} x {shape[2]}")
+            raise ConfigError(f"model=vgg19: its CIFAR form takes 32 x 32 images, not {shape[1]} x {shape[2]}")
         layers: list[nn.Module] = []
         channels = shape[0]
         for width, depth in STAGES:

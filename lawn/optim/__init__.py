@@ -3,8 +3,19 @@
 from lawn.optim.adam_lawn import AdamLAWN
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.lamb import LAMB, LAMBLAWN, LAMBPlus
+from lawn.optim.phase import NonFiniteError
 from lawn.optim.schedule import LinearWarmupDecay
 from lawn.optim.sgd_lawn import SGDLAWN
 from lawn.optim.wrapper import LAWN
 
-__all__ = ["LAMB", "LAMBLAWN", "LAWN", "SGDLAWN", "AdamLAWN", "LAMBPlus", "LAWNOptimizer", "LinearWarmupDecay"]
+__all__ = [
+    "LAMB",
+    "LAMBLAWN",
+    "LAWN",
+    "SGDLAWN",
+    "AdamLAWN",
+    "LAMBPlus",
+    "LAWNOptimizer",
+    "LinearWarmupDecay",
+    "NonFiniteError",
+]

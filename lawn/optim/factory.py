@@ -6,6 +6,7 @@ from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lawn.optim.adam_lawn import AdamLAWN
+from lawn.optim.lamb import LAMB, LAMBLAWN, LAMBPlus
 from lawn.optim.sgd_lawn import SGDLAWN
 
 
@@ -32,6 +33,20 @@ def sgd_lawn(params: Iterable[Parameter], *, lr: float, momentum: float, free_st
     return SGDLAWN(params, lr, momentum, free_steps=free_steps)
 
 
+def lamb(params: Iterable[Parameter], *, lr: float, betas: list[float], eps: float, weight_decay: float) -> Optimizer:
+    return LAMB(_decay_weights_only(params, weight_decay), lr, (betas[0], betas[1]), eps)
+
+
+def lamb_plus(
+    params: Iterable[Parameter], *, lr: float, betas: list[float], eps: float, weight_decay: float
+) -> Optimizer:
+    return LAMBPlus(_decay_weights_only(params, weight_decay), lr, (betas[0], betas[1]), eps)
+
+
+def lamb_lawn(params: Iterable[Parameter], *, lr: float, betas: list[float], eps: float, free_steps: int) -> Optimizer:
+    return LAMBLAWN(params, lr, (betas[0], betas[1]), eps, free_steps=free_steps)
+
+
 def _decay_weights_only(params: Iterable[Parameter], weight_decay: float) -> list[dict[str, object]]:
     """Decay reaches the same parameters that LAWN constrains: those with two or more dimensions."""
     params = list(params)
@@ -48,4 +63,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam_lawn": adam_lawn,
     "sgd": sgd,
     "sgd_lawn": sgd_lawn,
+    "lamb": lamb,
+    "lamb_plus": lamb_plus,
+    "lamb_lawn": lamb_lawn,
 }

@@ -10,16 +10,20 @@ dtype. The keys of a group:
     target_norms  None before the switch; then for each parameter its block's norm c, or None where it is free
 """
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lawn.optim.update import norm
 
 Group = dict[str, Any]
 DEFAULTS: Group = {"constrain": None, "blocks": None, "free_steps": None, "steps": 0, "target_norms": None}
+
+
+class NonFiniteError(ValueError):
+    """A weight whose norm is infinite or not a number: training has diverged before the switch."""
 
 
 def check_free_steps(free_steps: int | None) -> None:
@@ -32,7 +36,7 @@ def prepare(groups: list[Group], index: int, free_steps: int | None) -> None:
     group = groups[index]
     for key, value in {**DEFAULTS, "free_steps": free_steps, "steps": groups[0].get("steps", 0)}.items():
         group.setdefault(key, value)
-    if any(isinstance(p, DTensor) for p in group["params"]):
+    if any(_is_sharded(p) for p in group["params"]):
         raise TypeError(
             f"param group {index} holds sharded parameters (DTensor): a norm over one shard is not the weight's; "
             "LAWN does not support FSDP2 or tensor parallelism yet, use DistributedDataParallel"
@@ -97,6 +101,11 @@ def gradients(params: list[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
 
 
+def _is_sharded(p: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # seconds to import, and without it there is no DTensor
+    return module is not None and isinstance(p, module.DTensor)
+
+
 def _refuse_decay(group: Group, index: int) -> None:
     if group.get("weight_decay") and any(_is_constrained(group, p) for p in group["params"]):
         raise ValueError(
@@ -120,7 +129,8 @@ def _target_norms(group: Group, index: int) -> list[Tensor | None]:
         c = norm([group["params"][position] for position in positions])
         if not (torch.isfinite(c) and c > 0):
             shape = tuple(group["params"][positions[0]].shape)
-            raise ValueError(
+            kind = ValueError if c == 0 else NonFiniteError
+            raise kind(
                 f"cannot constrain parameter {positions[0]} of param group {index} (shape {shape}): "
                 f"its norm is {c.item()}"
             )

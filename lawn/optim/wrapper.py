@@ -45,6 +45,7 @@ class LAWN:
         self._before: dict[Tensor, Tensor] = {}  # weights where the step began; kept, to be used again
         self._projected: dict[Tensor, Tensor] = {}
         self._gradients: dict[Tensor, Tensor | None] = {}  # the caller's, while the optimizer sees projected ones
+        self._skipped = False
         self._hooks = [
             optimizer.register_step_pre_hook(self._begin),
             optimizer.register_step_post_hook(self._end),
@@ -78,6 +79,11 @@ class LAWN:
         for index, group in enumerate(groups):
             if "target_norms" not in group:  # added since
                 phase.prepare(groups, index, self._free_steps)
+        # GradScaler leaves it to a fused optimizer to skip a step that has overflowed.
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        self._skipped = found_inf is not None and bool(found_inf.item())
+        if self._skipped:
+            return None
         if phase.is_due(groups):
             self.constrain()
         if not self.constrained:
@@ -121,6 +127,8 @@ class LAWN:
 
     @torch.no_grad()
     def _end(self, *_: Any) -> None:
+        if self._skipped:
+            return
         for group in self.optimizer.param_groups:
             for params, c in phase.split(group)[1] if self._gradients else ():
                 before = [self._before[p] for p in params]

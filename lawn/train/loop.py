@@ -13,7 +13,7 @@ from torch import Tensor
 from lawn.config import Config, arguments
 from lawn.diagnostics import weight_norm
 from lawn.errors import ConfigError
-from lawn.optim import LAWNOptimizer, LinearWarmupDecay
+from lawn.optim import LAWNOptimizer, LinearWarmupDecay, NonFiniteError
 from lawn.optim.factory import OPTIMIZERS
 from lawn.task import Task, build
 from lawn.train import logger as loggers
@@ -75,8 +75,8 @@ class Run:
         steps = math.ceil(task.dataset.num_train / config.train.batch_size)
         total = steps * config.train.epochs
         if "free_steps" in chosen:
-            chosen = {**chosen, "free_steps": min(round(chosen["free_steps"] * steps), total - 1)}
-        warmup = min(round(config.schedule.warmup_epochs * steps), total - 1)
+            chosen = {**chosen, "free_steps": _steps(chosen["free_steps"], steps, total)}
+        warmup = _steps(config.schedule.warmup_epochs, steps, total)
         self.optimizer = OPTIMIZERS[config.optim.name](task.model.parameters(), **chosen)
         self.scheduler = LinearWarmupDecay(self.optimizer, warmup, total)
         self.epoch = 0
@@ -136,7 +136,10 @@ class Run:
             optimizer.zero_grad()
             loss, margin = task.loss_and_margins(batch)
             loss.backward()
-            optimizer.step()
+            try:
+                optimizer.step()
+            except NonFiniteError:  # the free phase has diverged before the switch
+                return math.nan, math.nan
             self.scheduler.step()
             self.step += 1
             total += loss.detach().double() * len(margin)
@@ -192,6 +195,11 @@ class Run:
         }
 
 
+def _steps(epochs: float, steps_per_epoch: int, total: int) -> int:
+    """Updates in a share of the run: at least one unless it is 0, and at least one is left for the rest."""
+    return min(max(round(epochs * steps_per_epoch), int(epochs > 0)), total - 1)
+
+
 def epoch_seed(seed: int, epoch: int) -> int:
     """A 63-bit seed for an epoch's order, augmentation and negatives."""
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
@@ -220,6 +228,7 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        torch.Generator(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

@@ -47,12 +47,16 @@ class RunDirectory:
         return (self.path / "DONE").exists()
 
     def begin(self, device: torch.device) -> None:
-        """Write config.yaml and env.json."""
+        """Write config.yaml and env.json; a run that goes on keeps its first environment and lists the later ones."""
+        content = {"hash": self.hash, **asdict(self._config)}
+        now, path = environment(device), self.path / "env.json"
         try:
-            content = {"hash": self.hash, **asdict(self._config)}
+            if path.exists():
+                first = json.loads(path.read_text())
+                now = {**first, "resumed": [*first.get("resumed", []), now]}
             write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(content)))
-            write_text(self.path / "env.json", json.dumps(environment(device), indent=1) + "\n")
-        except OSError as error:
+            write_text(path, json.dumps(now, indent=1) + "\n")
+        except (OSError, ValueError) as error:
             raise RunError(f"{self.path}: cannot be written ({error})") from error
 
     def write_metrics(self, rows: list[Row]) -> None:
@@ -76,10 +80,9 @@ class RunDirectory:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises what the damage makes it raise
             raise RunError(f"{path}: cannot be read ({type(error).__name__}); delete it to start over") from error
-        if state.get("version") != CHECKPOINT_VERSION:
-            raise RunError(
-                f"{path}: version {state.get('version')}, want {CHECKPOINT_VERSION}; delete it to start over"
-            )
+        found = state.get("version"), state.get("hash")
+        if found != (CHECKPOINT_VERSION, self.hash):
+            raise RunError(f"{path}: version and run are {found}, want {CHECKPOINT_VERSION, self.hash}; delete it")
         return state
 
     def finish(self, result: dict[str, Any]) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -54,6 +55,12 @@ def test_report_from_records_alone(results):
     assert "<svg" in (results / "mini.svg").read_text()
 
 
+def test_a_figure_without_anything_to_draw(results):
+    failing = dataclasses.replace(MINI, cells=MINI.cells[1:])
+    report.figure(failing, results / "nothing", results / "runs")
+    assert (results / "nothing.png").exists()
+
+
 def test_records_that_were_tampered_with_are_refused(results):
     config = MINI.configs(MINI.cells[0])[0]
     path = next((results / "runs").glob(f"*-adam-s0-{records.config_hash(config)}.json"))
@@ -89,6 +96,8 @@ def test_command(monkeypatch, tmp_path, capsys):
     assert "Adam" in capsys.readouterr().out
     assert command.main(["run", "demo", "--results", str(tmp_path), "optim.lrr=1"]) == 2
     assert capsys.readouterr().err.startswith("error: optim.lrr: no such key")
+    assert command.main(["run", "demo", "--results", str(tmp_path), "train.epochs=1"]) == 2
+    assert "train.epochs=1: changes what mini runs" in capsys.readouterr().err
 
 
 def test_demo_is_what_the_readme_says():

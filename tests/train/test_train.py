@@ -92,6 +92,34 @@ def test_divergence_is_a_result(tiny):
     json.loads((directory(config) / "result.json").read_text(), parse_constant=pytest.fail)  # no NaN in JSON
 
 
+def test_divergence_before_the_switch_is_a_result_too(tiny):
+    result = train(tiny("optim=sgd_lawn", "optim.lr=1e20", "train.batch_size=16", "optim.free_epochs=0.5"))
+    assert result["status"] == "diverged"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model=vgg19"], "model=vgg19: its CIFAR form takes 32 x 32 images, not 8 x 8"),
+        (["eval.split=val", "dataset.val_fraction=0.001"], "dataset.val_fraction=0.001: no stratified split"),
+        (["device=meta"], "device=meta: cannot be used"),
+    ],
+)
+def test_what_only_the_data_can_tell_is_one_line(tmp_path, overrides, words):
+    with pytest.raises(ConfigError, match=words) as error:
+        train(compose(f"runs_dir={tmp_path}", *overrides))
+    assert "\n" not in str(error.value)
+
+
+def test_a_resumed_run_lists_its_environments(tiny):
+    config = tiny()
+    train(config)
+    first = json.loads((directory(config) / "env.json").read_text())
+    (directory(config) / "DONE").unlink()
+    train(config)
+    assert json.loads((directory(config) / "env.json").read_text()) == {**first, "resumed": [first]}
+
+
 def test_another_runs_directory_is_refused(tiny, tmp_path):
     train(tiny(f"run_dir={tmp_path}/here"))
     with pytest.raises(RunError, match="holds run"):
@@ -140,7 +168,7 @@ def test_flops_of_a_linear_network(tiny):
     task = build(config)(torch.device("cpu"))
     batch = next(iter(task.dataset.train_batches(50, torch.Generator())))
     forward = 2 * (64 * 16 + 16 * 10)
-    backward = forward + 2 * 16 * 10 + 2 * 64 * 16 - 2 * 64 * 16  # no gradient for the images
+    backward = 2 * (64 * 16 + 2 * 16 * 10)  # no gradient for the images
     assert flops_per_sample(task, batch) == forward + backward
     assert task.model[1].weight.device.type == "cpu"
 
@@ -150,6 +178,9 @@ def test_the_switch_comes_after_free_epochs_even_where_they_are_fractions(tiny):
     run = Run(config, build(config)(torch.device("cpu")), torch.device("cpu"), optimizer_arguments(config))
     assert run.optimizer.param_groups[0]["free_steps"] == 15
     assert (run.scheduler.warmup_steps, run.scheduler.total_steps) == (39, 40)
+    config = tiny("optim.free_epochs=0.001")
+    run = Run(config, build(config)(torch.device("cpu")), torch.device("cpu"), optimizer_arguments(config))
+    assert run.optimizer.param_groups[0]["free_steps"] == 1  # only 0 means none
 
 
 def test_epoch_seeds_differ():
