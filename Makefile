@@ -8,17 +8,17 @@ READY := $(VENV)/.ready
 .PHONY: help setup demo data test test-all lint format clean
 
 help: ## show this list
-	@awk -F':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make the environment in .venv (uv where it is installed, else venv and pip)
 
 $(READY): pyproject.toml constraints.txt
 	@if command -v uv >/dev/null; then \
 		uv venv --quiet --allow-existing --python '>=3.11,<3.14' $(VENV) && \
-		uv pip install --quiet --python $(PYTHON) --constraint constraints.txt --editable '.[harness,dev]'; \
+		uv pip install --quiet --python $(PYTHON) --constraint constraints.txt --editable '.[harness,bench,dev]'; \
 	else \
 		python3 -m venv $(VENV) && \
-		$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[harness,dev]'; \
+		$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[harness,bench,dev]'; \
 	fi
 	@touch $@
 
@@ -42,6 +42,9 @@ lint: $(READY) ## ruff and mypy
 format: $(READY) ## put the code in ruff's format
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
+
+bench-optim: $(READY) ## time one step of every optimizer on VGG-19's parameters; results/bench/
+	$(PYTHON) scripts/bench_optim.py
 
 clean: ## remove the environment, runs and caches; data stays
 	rm -rf $(VENV) runs demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -2,6 +2,7 @@
 
 from lawn.optim.adam_lawn import AdamLAWN
 from lawn.optim.base import LAWNOptimizer
+from lawn.optim.hoffer import bound_norms, release
 from lawn.optim.lamb import LAMB, LAMBLAWN, LAMBPlus
 from lawn.optim.phase import NonFiniteError
 from lawn.optim.schedule import LinearWarmupDecay
@@ -18,4 +19,6 @@ __all__ = [
     "LAWNOptimizer",
     "LinearWarmupDecay",
     "NonFiniteError",
+    "bound_norms",
+    "release",
 ]

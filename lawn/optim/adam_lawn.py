@@ -59,8 +59,8 @@ class AdamLAWN(LAWNOptimizer):
             maximize=False,
         )
 
-    def _constrained_update(self, group: dict[str, Any], params: list[Tensor], c: Tensor) -> None:
-        constrained_adam(self, group, params, c, trust=False)
+    def _constrained_update(self, group: dict[str, Any], blocks: list[tuple[list[Tensor], Tensor]]) -> None:
+        constrained_adam(self, group, blocks, trust=False)
 
 
 def check_adam(betas: tuple[float, float], eps: float) -> None:
@@ -84,22 +84,18 @@ def moments(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> tuple[lis
 
 
 def constrained_adam(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], params: list[Tensor], c: Tensor, *, trust: bool
+    optimizer: torch.optim.Optimizer,
+    group: dict[str, Any],
+    blocks: list[tuple[list[Tensor], Tensor]],
+    *,
+    trust: bool,
 ) -> None:
-    """The constrained update of Adam-LAWN, and with `trust` of LAMB-LAWN, for one block."""
-    first, second, steps = moments(optimizer, params)
-    for step in steps:
-        step += 1
-    update.adam(
-        params,
-        gradients(params),
-        first,
-        second,
-        c,
-        lr=group["lr"],
-        betas=group["betas"],
-        eps=group["eps"],
-        step=steps[0].item(),  # counters are kept on the host: no synchronization
-        trust=trust,
-        fused=group["fused"],
-    )
+    """The constrained update of Adam-LAWN, and with `trust` of LAMB-LAWN."""
+    built = []
+    for params, c in blocks:
+        first, second, steps = moments(optimizer, params)
+        for step in steps:
+            step += 1
+        # Counters are kept on the host: reading one waits for nothing.
+        built.append(update.Block(params, gradients(params), first, second, c, steps[0].item()))
+    update.adam(built, lr=group["lr"], betas=group["betas"], eps=group["eps"], trust=trust, fused=group["fused"])

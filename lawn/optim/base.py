@@ -65,8 +65,8 @@ class LAWNOptimizer(Optimizer, ABC):
             free, blocks = phase.split(group)
             if free:
                 self._free_update(group, free)
-            for params, c in blocks:
-                self._constrained_update(group, params, c)
+            if blocks:
+                self._constrained_update(group, blocks)
             group["steps"] += 1
         return loss
 
@@ -75,5 +75,5 @@ class LAWNOptimizer(Optimizer, ABC):
         """Update `params`, which all have a gradient, as the base optimizer does."""
 
     @abstractmethod
-    def _constrained_update(self, group: dict[str, Any], params: list[Tensor], c: Tensor) -> None:
-        """Update one block of parameters on the sphere of radius c."""
+    def _constrained_update(self, group: dict[str, Any], blocks: list[tuple[list[Tensor], Tensor]]) -> None:
+        """Update blocks of parameters, each on the sphere of its radius c."""

@@ -92,8 +92,8 @@ class LAMBLAWN(LAWNOptimizer):
     def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         lamb(self, group, params, 0.0, float("inf"), True)
 
-    def _constrained_update(self, group: dict[str, Any], params: list[Tensor], c: Tensor) -> None:
-        constrained_adam(self, group, params, c, trust=True)
+    def _constrained_update(self, group: dict[str, Any], blocks: list[tuple[list[Tensor], Tensor]]) -> None:
+        constrained_adam(self, group, blocks, trust=True)
 
 
 def lamb(

@@ -35,17 +35,10 @@ def library(fused: bool | None, *lists: list[Tensor]) -> ctypes.CDLL | None:
     """
     if fused is False:
         return None
-    first = lists[0]
-    dtype = first[0].dtype
-    if dtype not in REAL or not all(
-        t.device.type == "cpu" and t.dtype == dtype and t.stride() == like.stride()
-        for tensors in lists
-        for t, like in zip(tensors, first, strict=True)
-    ):
+    dtype = lists[0][0].dtype
+    if dtype not in REAL or not alike(*lists):
         return None
-    if not all(
-        t.is_contiguous() or (t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last)) for t in first
-    ):
+    if not all(t.device.type == "cpu" and t.dtype == dtype for tensors in lists for t in tensors):
         return None
     compiled = _build(dtype)
     if compiled is None and fused:
@@ -53,12 +46,20 @@ def library(fused: bool | None, *lists: list[Tensor]) -> ctypes.CDLL | None:
     return compiled
 
 
-def pointers(tensors: list[Tensor]) -> ctypes.Array[c_void_p]:
-    return (c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
+def alike(*lists: list[Tensor]) -> bool:
+    """Whether tensors without gaps lie in memory alike at each position, so that addresses can be counted through."""
+    return all(
+        (first.is_contiguous() or (first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last)))
+        and all(t.stride() == first.stride() for t in others)
+        for first, *others in zip(*lists, strict=True)
+    )
 
 
-def sizes(tensors: list[Tensor]) -> ctypes.Array[c_int64]:
-    return (c_int64 * len(tensors))(*[t.numel() for t in tensors])
+def pointers(*lists: list[Tensor]) -> tuple[object, ...]:
+    """The leading arguments of every function: how many tensors a list has, the addresses of each list, the sizes."""
+    count = len(lists[0])
+    addresses = [(c_void_p * count)(*[t.data_ptr() for t in tensors]) for tensors in lists]
+    return count, *addresses, (c_int64 * count)(*[t.numel() for t in lists[0]])
 
 
 @cache

@@ -55,11 +55,12 @@ class SGDLAWN(LAWNOptimizer):
             for p, buffer in zip(params, buffers, strict=True):
                 self.state[p]["momentum_buffer"] = buffer
 
-    def _constrained_update(self, group: dict[str, Any], params: list[Tensor], c: Tensor) -> None:
-        for p in params:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
-        update.sgd(
-            params, gradients(params), buffers, c, lr=group["lr"], momentum=group["momentum"], fused=group["fused"]
-        )
+    def _constrained_update(self, group: dict[str, Any], blocks: list[tuple[list[Tensor], Tensor]]) -> None:
+        built = []
+        for params, c in blocks:
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            built.append(update.Block(params, gradients(params), buffers, [], c))
+        update.sgd(built, lr=group["lr"], momentum=group["momentum"], fused=group["fused"])

@@ -7,16 +7,36 @@ With r the base optimizer's update made from the projected gradient, and u = r -
 Since u is tangent, ||w - lr u||^2 = w.w + lr^2 u.u needs no pass over memory of its own, and as
 u.u = r.r - (w.r)^2 / w.w, neither does u. w.w is measured, not taken to be c^2: rounding does not pile up over steps.
 
-Plain torch operations here; native.c is the same in three passes over memory. Sums run in float64 on the CPU, where
-float32 sums over millions of terms are good to five digits only.
+Plain torch operations here; native.c on the CPU and triton.py on a GPU do the same in three passes over memory. Sums
+run in float64 on the CPU, where float32 sums over millions of terms are good to five digits only.
 """
 
 import math
+import os
+from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from lawn.optim import native
+
+
+@dataclass
+class Block:
+    """Tensors that share the norm c, with their gradients and moments; `step` counts updates from 1."""
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    first: list[Tensor]
+    second: list[Tensor]
+    c: Tensor
+    step: float = 1
+
+    @property
+    def lists(self) -> tuple[list[Tensor], ...]:
+        lists = (self.weights, self.grads, self.first, self.second)
+        return lists if self.second else lists[:3]
 
 
 def norm(tensors: list[Tensor]) -> Tensor:
@@ -26,60 +46,71 @@ def norm(tensors: list[Tensor]) -> Tensor:
 
 
 def adam(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
-    c: Tensor,
+    blocks: list[Block],
     *,
     lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
-    step: float,
     trust: bool,
     fused: bool | None,
 ) -> None:
-    """One step of Adam-LAWN (Algorithm 1), in place on the weights and their moments; `step` counts from 1.
+    """One step of Adam-LAWN (Algorithm 1), in place on the weights and their moments.
 
     With `trust` it is LAMB-LAWN: the trust ratio ||w|| / ||u|| multiplies the rate.
     """
     beta1, beta2 = betas
-    first_scale, second_scale = 1 / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
-    compiled = native.library(fused, weights, grads, first, second)
-    if compiled is not None:
-        lists = (native.pointers(tensors) for tensors in (weights, grads, first, second))
-        scalars = (float(c), float(lr), beta1, beta2, eps, first_scale, second_scale, trust)
-        compiled.adam(len(weights), *lists, native.sizes(weights), *scalars)
+    scales = [(1 / (1 - beta1**block.step), 1 / math.sqrt(1 - beta2**block.step)) for block in blocks]
+    if (gpu := _gpu(blocks, fused)) is not None:
+        factors = {"first": (beta1, 1 - beta1), "second": (beta2, 1 - beta2), "eps": eps}
+        gpu.step([b.lists for b in blocks], [b.c for b in blocks], scales, lr, adam=True, trust=trust, **factors)
         return
-    updates = []
-    for m, v, g in zip(first, second, projected(weights, grads), strict=True):
-        g = g.to(m.dtype)
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        wide = _wide(m)
-        updates.append(m.to(wide).mul(first_scale).div_(v.to(wide).sqrt().mul_(second_scale).add_(eps)))
-    move(weights, weights, updates, c, lr, trust=trust)
+    for block, (first_scale, second_scale) in zip(blocks, scales, strict=True):
+        compiled = native.library(fused, *block.lists)
+        if compiled is not None:
+            scalars = (float(block.c), float(lr), beta1, beta2, eps, first_scale, second_scale, trust)
+            compiled.adam(*native.pointers(*block.lists), *scalars)
+            continue
+        updates = []
+        tangents = projected(block.weights, block.grads)
+        for m, v, g in zip(block.first, block.second, tangents, strict=True):
+            g = g.to(m.dtype)
+            m.lerp_(g, 1 - beta1)
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            wide = _wide(m)
+            updates.append(m.to(wide).mul(first_scale).div_(v.to(wide).sqrt().mul_(second_scale).add_(eps)))
+        move(block.weights, block.weights, updates, block.c, lr, trust=trust)
 
 
-def sgd(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    buffers: list[Tensor],
-    c: Tensor,
-    *,
-    lr: float | Tensor,
-    momentum: float,
-    fused: bool | None,
-) -> None:
-    """One step of SGD-LAWN with heavy-ball momentum, in place on the weights and their momentum buffers."""
-    compiled = native.library(fused, weights, grads, buffers)
-    if compiled is not None:
-        lists = (native.pointers(tensors) for tensors in (weights, grads, buffers))
-        compiled.sgd(len(weights), *lists, native.sizes(weights), float(c), float(lr), momentum)
+def sgd(blocks: list[Block], *, lr: float | Tensor, momentum: float, fused: bool | None) -> None:
+    """One step of SGD-LAWN with heavy-ball momentum, in place on the weights and their buffers (`first`)."""
+    if (gpu := _gpu(blocks, fused)) is not None:
+        factors = {"first": (momentum, 1.0), "second": (0.0, 0.0), "eps": 0.0}
+        scales = [(1.0, 1.0)] * len(blocks)
+        gpu.step([b.lists for b in blocks], [b.c for b in blocks], scales, lr, adam=False, trust=False, **factors)
         return
-    for b, g in zip(buffers, projected(weights, grads), strict=True):
-        b.mul_(momentum).add_(g.to(b.dtype))
-    move(weights, weights, buffers, c, lr)
+    for block in blocks:
+        compiled = native.library(fused, *block.lists)
+        if compiled is not None:
+            compiled.sgd(*native.pointers(*block.lists), float(block.c), float(lr), momentum)
+            continue
+        for b, g in zip(block.first, projected(block.weights, block.grads), strict=True):
+            b.mul_(momentum).add_(g.to(b.dtype))
+        move(block.weights, block.weights, block.first, block.c, lr)
+
+
+def _gpu(blocks: list[Block], fused: bool | None) -> ModuleType | None:
+    """triton.py, if `fused` allows it and it can work on all blocks at once; None otherwise."""
+    like = blocks[0].weights[0]
+    if fused is False or not (like.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    try:
+        from lawn.optim import triton
+    except ImportError:
+        return None
+    fits = all(
+        t.device == like.device and t.dtype == like.dtype and t.numel() for b in blocks for ts in b.lists for t in ts
+    )
+    return triton if fits and like.dtype in triton.DTYPES and all(native.alike(*b.lists) for b in blocks) else None
 
 
 def projected(weights: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:

@@ -114,8 +114,7 @@ class LAWN:
                 before, projected = [self._before[p] for p in params], [self._projected[p] for p in params]
                 compiled = native.library(self._fused, params, grads, before, projected)
                 if compiled is not None:
-                    lists = (native.pointers(tensors) for tensors in (params, grads, before, projected))
-                    compiled.project(len(params), *lists, native.sizes(params))
+                    compiled.project(*native.pointers(params, grads, before, projected))
                 else:
                     for target, source in zip(before, params, strict=True):
                         target.copy_(source)
@@ -134,8 +133,7 @@ class LAWN:
                 before = [self._before[p] for p in params]
                 compiled = native.library(self._fused, params, before)
                 if compiled is not None:
-                    lists = (native.pointers(tensors) for tensors in (params, before))
-                    compiled.retract(len(params), *lists, native.sizes(params), float(c))
+                    compiled.retract(*native.pointers(params, before), float(c))
                 else:
                     updates = [update.difference(b, p) for b, p in zip(before, params, strict=True)]
                     update.move(params, before, updates, c, 1.0)

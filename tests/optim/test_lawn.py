@@ -56,22 +56,37 @@ def random_grads(sizes: list[tuple[int, ...]], seed: int, step: int) -> list[Ten
 
 @pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize(("kind", "rule"), EVERY)
-@given(sizes=shapes, seed=st.integers(0, 10**6), free_steps=st.integers(0, 6), steps=st.integers(1, 12))
+@given(
+    sizes=shapes,
+    seed=st.integers(0, 10**6),
+    free_steps=st.integers(0, 6),
+    steps=st.integers(1, 12),
+    cut=st.integers(0, 3),
+)
 @settings(max_examples=25, deadline=None)
-def test_equals_algorithm_1(kind, rule, fused, sizes, seed, free_steps, steps):
+def test_equals_algorithm_1(kind, rule, fused, sizes, seed, free_steps, steps, cut):
     assert native.library(True, random_weights([(2, 2)], 0)) is not None, "these tests want a C compiler"
     params = random_weights(sizes, seed)
-    reference = ReferenceLAWN(rule, [p.detach().clone() for p in params], lr=0.05, free_steps=free_steps)
-    optimizer = make(kind, params, free_steps=free_steps, fused=fused)
+    cut = min(cut, len(params) - 1)  # two param groups with rates of their own, or one
+    parts = [part for part in (params[:cut], params[cut:]) if part]
+    rates = [0.05, 0.02][: len(parts)]
+    references = [
+        ReferenceLAWN(rule, [p.detach().clone() for p in part], lr=lr, free_steps=free_steps)
+        for part, lr in zip(parts, rates, strict=True)
+    ]
+    groups = [{"params": part, "lr": lr} for part, lr in zip(parts, rates, strict=True)]
+    optimizer = make(kind, groups, free_steps=free_steps, fused=fused)
     for t in range(steps):
         grads = random_grads(sizes, seed, t)
         for p, g in zip(params, grads, strict=True):
             p.grad = g.clone()
         optimizer.step()
-        reference.step(grads)
+        references[0].step(grads[: len(parts[0])])
+        if len(parts) == 2:
+            references[1].step(grads[len(parts[0]) :])
         for p, g in zip(params, grads, strict=True):
             assert torch.equal(p.grad, g), "the gradient must be left as it was"
-    for p, w in zip(params, reference.weights, strict=True):
+    for p, w in zip(params, [w for reference in references for w in reference.weights], strict=True):
         torch.testing.assert_close(p.detach(), w, rtol=1e-9, atol=1e-11)
 
 

@@ -1,0 +1,187 @@
+"""The constrained updates on a GPU: all blocks of a parameter group in five kernel launches.
+
+A table of addresses stands for the tensors; a program works on one chunk of one tensor. Sums go to one row for each
+chunk and are added up by one program for each block, always in the same order: runs repeat bit for bit. Nothing is
+read back by the host.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 4096
+TILE = 1024  # rows of sums that a block's program adds at a time
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _place(layout, numels, program, CHUNK: tl.constexpr):
+    """Tensor of a program's chunk, its elements and which of them exist."""
+    tensor = tl.load(layout + 2 * program)
+    at = tl.load(layout + 2 * program + 1) + tl.arange(0, CHUNK)
+    return tensor, at, at < tl.load(numels + tensor)
+
+
+@triton.jit
+def _gradient_sums(table, layout, numels, sums, DTYPE: tl.constexpr, CHUNK: tl.constexpr):
+    program = tl.program_id(0)
+    tensor, at, there = _place(layout, numels, program, CHUNK)
+    w = tl.load(tl.load(table + 4 * tensor).to(tl.pointer_type(DTYPE)) + at, there, 0.0).to(tl.float32)
+    g = tl.load(tl.load(table + 4 * tensor + 1).to(tl.pointer_type(DTYPE)) + at, there, 0.0).to(tl.float32)
+    tl.store(sums + 3 * program, tl.sum(w * w))
+    tl.store(sums + 3 * program + 1, tl.sum(w * g))
+
+
+@triton.jit
+def _gradient_along(sums, blocks, along, TILE: tl.constexpr):
+    block = tl.program_id(0)
+    start, stop = tl.load(blocks + block), tl.load(blocks + block + 1)
+    ww, wg = 0.0, 0.0
+    for tile in range(start, stop, TILE):
+        row = tile + tl.arange(0, TILE)
+        ww += tl.sum(tl.load(sums + 3 * row, row < stop, 0.0))
+        wg += tl.sum(tl.load(sums + 3 * row + 1, row < stop, 0.0))
+    tl.store(along + block, wg / ww)
+
+
+@triton.jit
+def _moments(
+    table, layout, numels, owners, along, scales, sums, beta1, rest1, beta2, rest2, eps,
+    ADAM: tl.constexpr, DTYPE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    tensor, at, there = _place(layout, numels, program, CHUNK)
+    block = tl.load(owners + tensor)
+    w = tl.load(tl.load(table + 4 * tensor).to(tl.pointer_type(DTYPE)) + at, there, 0.0).to(tl.float32)
+    g = tl.load(tl.load(table + 4 * tensor + 1).to(tl.pointer_type(DTYPE)) + at, there, 0.0).to(tl.float32)
+    first = tl.load(table + 4 * tensor + 2).to(tl.pointer_type(DTYPE)) + at
+    p = g - tl.load(along + block) * w
+    r = beta1 * tl.load(first, there, 0.0).to(tl.float32) + rest1 * p
+    tl.store(first, r.to(DTYPE), there)
+    if ADAM:
+        second = tl.load(table + 4 * tensor + 3).to(tl.pointer_type(DTYPE)) + at
+        v = beta2 * tl.load(second, there, 0.0).to(tl.float32) + rest2 * p * p
+        tl.store(second, v.to(DTYPE), there)
+        # What is stored is what the move reads: in half precision the sums must be of the rounded moments.
+        r = r.to(DTYPE).to(tl.float32) * tl.load(scales + 2 * block)
+        r = r / (tl.sqrt(v.to(DTYPE).to(tl.float32)) * tl.load(scales + 2 * block + 1) + eps)
+    else:
+        r = r.to(DTYPE).to(tl.float32)
+    tl.store(sums + 3 * program, tl.sum(w * w))
+    tl.store(sums + 3 * program + 1, tl.sum(w * r))
+    tl.store(sums + 3 * program + 2, tl.sum(r * r))
+
+
+@triton.jit
+def _coefficients(sums, blocks, norms, lr, coefficients, TRUST: tl.constexpr, TILE: tl.constexpr):
+    block = tl.program_id(0)
+    start, stop = tl.load(blocks + block), tl.load(blocks + block + 1)
+    ww, wr, rr = 0.0, 0.0, 0.0
+    for tile in range(start, stop, TILE):
+        row = tile + tl.arange(0, TILE)
+        ww += tl.sum(tl.load(sums + 3 * row, row < stop, 0.0))
+        wr += tl.sum(tl.load(sums + 3 * row + 1, row < stop, 0.0))
+        rr += tl.sum(tl.load(sums + 3 * row + 2, row < stop, 0.0))
+    along = wr / ww
+    tangent = tl.maximum(rr - along * wr, 0.0)
+    c = tl.load(norms + block)
+    rate = tl.load(lr)
+    if TRUST:
+        rate = tl.where(tangent > 0, rate * c / tl.sqrt(tangent), rate)
+    scale = c / tl.sqrt(ww + rate * rate * tangent)
+    tl.store(coefficients + 2 * block, scale * (1 + rate * along))
+    tl.store(coefficients + 2 * block + 1, scale * rate)
+
+
+@triton.jit
+def _move(
+    table, layout, numels, owners, scales, coefficients, eps,
+    ADAM: tl.constexpr, DTYPE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    tensor, at, there = _place(layout, numels, program, CHUNK)
+    block = tl.load(owners + tensor)
+    weight = tl.load(table + 4 * tensor).to(tl.pointer_type(DTYPE)) + at
+    w = tl.load(weight, there, 0.0).to(tl.float32)
+    r = tl.load(tl.load(table + 4 * tensor + 2).to(tl.pointer_type(DTYPE)) + at, there, 0.0).to(tl.float32)
+    if ADAM:
+        v = tl.load(tl.load(table + 4 * tensor + 3).to(tl.pointer_type(DTYPE)) + at, there, 0.0).to(tl.float32)
+        r = r * tl.load(scales + 2 * block) / (tl.sqrt(v) * tl.load(scales + 2 * block + 1) + eps)
+    w = tl.load(coefficients + 2 * block) * w - tl.load(coefficients + 2 * block + 1) * r
+    tl.store(weight, w.to(DTYPE), there)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What does not change from step to step, on the device."""
+
+    layout: Tensor  # int64 [programs, 2]: tensor and first element of each program's chunk
+    numels: Tensor  # int64 [tensors]
+    owners: Tensor  # int64 [tensors]: block of each tensor
+    blocks: Tensor  # int64 [blocks + 1]: the programs of block b are blocks[b] to blocks[b + 1]
+
+
+@lru_cache(maxsize=64)
+def _layout(numels: tuple[tuple[int, ...], ...], device: torch.device) -> Layout:
+    programs: list[tuple[int, int]] = []
+    starts, owners, tensor = [0], [], 0
+    for block, sizes in enumerate(numels):
+        for size in sizes:
+            programs += [(tensor, at) for at in range(0, size, CHUNK)]
+            owners.append(block)
+            tensor += 1
+        starts.append(len(programs))
+    flat = [size for sizes in numels for size in sizes]
+    made = (torch.tensor(values, dtype=torch.int64, device=device) for values in (programs, flat, owners, starts))
+    return Layout(*made)
+
+
+def step(
+    blocks: list[tuple[list[Tensor], ...]],
+    norms: list[Tensor],
+    scales: list[tuple[float, float]],
+    lr: float | Tensor,
+    *,
+    first: tuple[float, float],
+    second: tuple[float, float],
+    eps: float,
+    adam: bool,
+    trust: bool,
+) -> None:
+    """One update of all blocks, in place. A block is (weights, grads, first moments, second moments or nothing).
+
+    `first` and `second` are the factors of the old moment and of the new gradient; `scales` the bias corrections of
+    each block: of m, and of sqrt(v).
+    """
+    device, dtype = blocks[0][0][0].device, blocks[0][0][0].dtype
+    fixed = _layout(tuple(tuple(w.numel() for w in block[0]) for block in blocks), device)
+    addresses = [
+        [tensors[i].data_ptr() for tensors in block] + [0] * (4 - len(block))
+        for block in blocks
+        for i in range(len(block[0]))
+    ]
+    table = _upload(torch.tensor(addresses, dtype=torch.int64), device)
+    corrections = _upload(torch.tensor(scales, dtype=torch.float32), device)
+    rate = lr.float() if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float32, device=device)
+    radii = torch.stack(norms).float()
+    programs, count = len(fixed.layout), len(blocks)
+    sums = torch.empty(programs, 3, device=device)
+    along, coefficients = torch.empty(count, device=device), torch.empty(count, 2, device=device)
+    where = (table, fixed.layout, fixed.numels)
+    kind = {"DTYPE": DTYPES[dtype], "CHUNK": CHUNK}
+    _gradient_sums[(programs,)](*where, sums, **kind)
+    _gradient_along[(count,)](sums, fixed.blocks, along, TILE=TILE)
+    _moments[(programs,)](*where, fixed.owners, along, corrections, sums, *first, *second, eps, ADAM=adam, **kind)
+    _coefficients[(count,)](sums, fixed.blocks, radii, rate, coefficients, TRUST=trust, TILE=TILE)
+    _move[(programs,)](*where, fixed.owners, corrections, coefficients, eps, ADAM=adam, **kind)
+
+
+def _upload(values: Tensor, device: torch.device) -> Tensor:
+    """To the device without waiting for it."""
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)

@@ -1,0 +1,158 @@
+"""The GPU kernels: in Triton's interpreter on the CPU, and where there is a GPU for real.
+
+The interpreter is chosen when the kernels are defined, so these tests run in a process of their own that
+`test_in_the_interpreter` starts.
+"""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lawn import LAMBLAWN, SGDLAWN, AdamLAWN
+from lawn.optim import update
+from lawn.optim.reference import ReferenceLAWN
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
+gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no GPU")
+KINDS = [(AdamLAWN, "adam"), (LAMBLAWN, "lamb"), (SGDLAWN, "sgd")]
+SIZES = [(60, 70), (5, 4), (7,), (100, 90), (3, 2, 3, 3)]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the interpreter's process")
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", str(Path(__file__)), "-p", "no:cacheprovider"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout
+    assert "9 passed" in done.stdout
+
+
+def run(kind, device: str, dtype: torch.dtype, fused: bool | None, steps: int = 6, **keys) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(size, generator=generator).to(device, dtype)) for size in SIZES]
+    optimizer = kind(params, lr=0.02, free_steps=2, fused=fused, **keys)
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(device, dtype)
+        optimizer.step()
+    for p, c in zip(params, optimizer.param_groups[0]["target_norms"], strict=True):
+        if c is not None:
+            tolerance = 2e-6 if dtype == torch.float32 else 4e-3
+            assert abs(update.norm([p.detach()]) / c - 1) < tolerance
+    return [p.detach() for p in params]
+
+
+@interpreted
+@pytest.mark.parametrize(("kind", "rule"), KINDS)
+def test_equals_algorithm_1(kind, rule):
+    got = run(kind, "cpu", torch.float32, None)
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(size, generator=generator).double() for size in SIZES]
+    reference = ReferenceLAWN(rule, weights, lr=0.02, free_steps=2)
+    for _ in range(6):
+        reference.step([torch.randn(size, generator=generator).double() for size in SIZES])
+    for p, w in zip(got, reference.weights, strict=True):
+        torch.testing.assert_close(p.double(), w, rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize(("kind", "rule"), KINDS)
+def test_bfloat16_equals_the_plain_update(kind, rule):
+    """To the resolution of the type: the kernels round once where torch's operations round twice."""
+    for p, q in zip(*(run(kind, "cpu", torch.bfloat16, fused) for fused in (None, False)), strict=True):
+        torch.testing.assert_close(p, q, rtol=0.05, atol=0.02)
+
+
+@interpreted
+def test_joined_blocks():
+    keys = {"constrain": True, "blocks": [0, 0, 1, 2, 2]}
+
+    def kind(params, **more):
+        return AdamLAWN([{"params": params, **keys}], **more)
+
+    outcomes = []
+    for fused in (None, False):
+        generator = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(size, generator=generator)) for size in SIZES]
+        optimizer = kind(params, lr=0.02, free_steps=1, fused=fused)
+        for _ in range(4):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+        outcomes.append([p.detach() for p in params])
+    for p, q in zip(*outcomes, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that would be kernels on a GPU, and those that would wait for it."""
+
+    FREE = ("empty", "view", "as_strided", "detach", "select", "unbind", "pin_memory", "reshape", "lift_fresh")
+    INTERPRETER = ("set_", "new_empty", "copy_", "_record_function")  # it fetches a kernel's arguments and returns them
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        host = name == "_local_scalar_dense" or (name == "add_" and args[0].ndim == 0)  # the step counters
+        if not host and not name.startswith(self.FREE + self.INTERPRETER):
+            self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def many() -> list[nn.Parameter]:
+    """120 weights, as a ResNet-50 and more has."""
+    return [nn.Parameter(torch.randn(8, 4 + i % 7)) for i in range(120)]
+
+
+@interpreted
+@pytest.mark.parametrize("kind", [AdamLAWN, SGDLAWN])
+def test_operations_do_not_grow_with_the_number_of_weights(kind):
+    """Beside the five kernels: the tables, the norms and the rate. (step counters are read on the host)"""
+    params = many()
+    optimizer = kind(params, free_steps=0)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        with Launches() as launches:
+            optimizer.step()
+    assert sum(launches.counts.values()) <= 10, launches.counts
+
+
+@gpu
+@pytest.mark.parametrize(("kind", "rule"), KINDS)
+def test_on_a_gpu_equals_the_plain_update(kind, rule):
+    for p, q in zip(*(run(kind, "cuda", torch.float32, fused) for fused in (True, False)), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+@gpu
+@pytest.mark.parametrize("kind", [AdamLAWN, SGDLAWN, LAMBLAWN])
+def test_at_most_40_launches_and_no_waiting(kind):
+    from torch.profiler import ProfilerActivity, profile
+
+    params = [nn.Parameter(p.detach().cuda()) for p in many()]
+    params += [nn.Parameter(torch.randn(8, device="cuda")) for _ in range(60)]
+    optimizer = kind(params, free_steps=0)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    for _ in range(3):
+        optimizer.step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        optimizer.step()
+    names = Counter({event.key: event.count for event in profiled.key_averages()})
+    launches = sum(n for key, n in names.items() if "LaunchKernel" in key)
+    assert launches <= 40, names
+    assert not [key for key in names if "Synchronize" in key and "Device" not in key], names
