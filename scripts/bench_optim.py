@@ -3,7 +3,7 @@
 
 The optimizers take turns, a step each in every round, so a drift of the machine's speed reaches all of them. Prints
 the median time and the median of the ratios to torch's fused Adam in the same round; writes the same with hardware
-and versions to results/bench/optim-DEVICE.json. Optimizers from packages that are not installed are left out.
+and versions to results/bench/optim-DEVICE.json and .md. Optimizers from packages that are not installed are left out.
 """
 
 import argparse
@@ -120,11 +120,22 @@ def main() -> int:
         }
         for name, measured in seconds.items()
     }
-    print(f"one step on VGG-19, median of {given.rounds}, and ratio to fused Adam")
-    for name, row in rows.items():
-        print(f"{name:26} {row['milliseconds']:8.2f} ms {row['ratio']:6.2f} x")
-    content = {"rounds": given.rounds, "rows": rows, "environment": environment(device)}
+    made = environment(device)
+    title = (
+        f"One step on VGG-19's parameters: median of {given.rounds}, and median ratio to fused Adam in the same round"
+    )
+    machine = f"{made['cores']}-core {made['cpu']}" if device.type == "cpu" else made["device"]
+    table = [f"| {name} | {row['milliseconds']:.2f} | {row['ratio']:.2f} |" for name, row in rows.items()]
+    page = [
+        *(f"# {title}", "", "LAWN's optimizers are in their constrained phase.", ""),
+        *("| optimizer | ms | x fused Adam |", "| --- | --- | --- |", *table, ""),
+        f"{machine}, {made['threads']} threads; torch {made['packages']['torch']}; code {made['git']}"
+        f"{' with uncommitted changes' if made['dirty'] else ''}. From [the JSON file](optim-{device.type}.json).",
+    ]
+    print("\n".join([title, *table]))
+    content = {"rounds": given.rounds, "rows": rows, "environment": made}
     write_text(RESULTS / f"optim-{device.type}.json", json.dumps(content, indent=1) + "\n")
+    write_text(RESULTS / f"optim-{device.type}.md", "\n".join(page) + "\n")
     return 0
 
 

@@ -22,8 +22,7 @@ class LAWNOptimizer(Optimizer, ABC):
         phase.check_free_steps(free_steps)
         if defaults["lr"] < 0:
             raise ValueError(f"lr must not be negative, got {defaults['lr']}")
-        self._free_steps = free_steps  # for the groups that are being made; afterwards the groups have it
-        super().__init__(params, {**defaults, "fused": fused})
+        super().__init__(params, {**defaults, "free_steps": free_steps, "fused": fused})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -34,7 +33,7 @@ class LAWNOptimizer(Optimizer, ABC):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
-            phase.prepare(self.param_groups, len(self.param_groups) - 1, self._free_steps)
+            phase.prepare(self.param_groups, len(self.param_groups) - 1, self.defaults["free_steps"])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise

@@ -1,4 +1,4 @@
-"""The constrained updates on a GPU: all blocks of a parameter group in five kernel launches.
+"""The constrained updates on a GPU: all blocks of a parameter group in five kernel launches (six for the wrapper).
 
 A table of addresses stands for the tensors; a program works on one chunk of one tensor. Sums go to one row for each
 chunk and are added up by one program for each block, always in the same order: runs repeat bit for bit. Nothing is
@@ -115,6 +115,41 @@ def _move(
     tl.store(weight, w.to(DTYPE), there)
 
 
+@triton.jit
+def _project(table, layout, numels, owners, along, DTYPE: tl.constexpr, CHUNK: tl.constexpr):
+    program = tl.program_id(0)
+    tensor, at, there = _place(layout, numels, program, CHUNK)
+    w = tl.load(tl.load(table + 4 * tensor).to(tl.pointer_type(DTYPE)) + at, there, 0.0)
+    g = tl.load(tl.load(table + 4 * tensor + 1).to(tl.pointer_type(DTYPE)) + at, there, 0.0).to(tl.float32)
+    p = g - tl.load(along + tl.load(owners + tensor)) * w.to(tl.float32)
+    tl.store(tl.load(table + 4 * tensor + 2).to(tl.pointer_type(DTYPE)) + at, w, there)
+    tl.store(tl.load(table + 4 * tensor + 3).to(tl.pointer_type(DTYPE)) + at, p.to(DTYPE), there)
+
+
+@triton.jit
+def _difference_sums(table, layout, numels, sums, DTYPE: tl.constexpr, CHUNK: tl.constexpr):
+    program = tl.program_id(0)
+    tensor, at, there = _place(layout, numels, program, CHUNK)
+    w = tl.load(tl.load(table + 4 * tensor).to(tl.pointer_type(DTYPE)) + at, there, 0.0).to(tl.float32)
+    before = tl.load(tl.load(table + 4 * tensor + 1).to(tl.pointer_type(DTYPE)) + at, there, 0.0).to(tl.float32)
+    r = before - w
+    tl.store(sums + 3 * program, tl.sum(before * before))
+    tl.store(sums + 3 * program + 1, tl.sum(before * r))
+    tl.store(sums + 3 * program + 2, tl.sum(r * r))
+
+
+@triton.jit
+def _retract(table, layout, numels, owners, coefficients, DTYPE: tl.constexpr, CHUNK: tl.constexpr):
+    program = tl.program_id(0)
+    tensor, at, there = _place(layout, numels, program, CHUNK)
+    block = tl.load(owners + tensor)
+    weight = tl.load(table + 4 * tensor).to(tl.pointer_type(DTYPE)) + at
+    w = tl.load(weight, there, 0.0).to(tl.float32)
+    before = tl.load(tl.load(table + 4 * tensor + 1).to(tl.pointer_type(DTYPE)) + at, there, 0.0).to(tl.float32)
+    w = tl.load(coefficients + 2 * block) * before - tl.load(coefficients + 2 * block + 1) * (before - w)
+    tl.store(weight, w.to(DTYPE), there)
+
+
 @dataclass(frozen=True)
 class Layout:
     """What does not change from step to step, on the device."""
@@ -140,6 +175,41 @@ def _layout(numels: tuple[tuple[int, ...], ...], device: torch.device) -> Layout
     return Layout(*made)
 
 
+class _Launch:
+    """The arguments that the kernels share, for blocks of one device and dtype, each a tuple of up to 4 lists."""
+
+    def __init__(self, blocks: list[tuple[list[Tensor], ...]]) -> None:
+        like = blocks[0][0][0]
+        self.device, self.blocks = like.device, len(blocks)
+        self.fixed = _layout(tuple(tuple(w.numel() for w in block[0]) for block in blocks), like.device)
+        addresses = [
+            [tensors[i].data_ptr() for tensors in block] + [0] * (4 - len(block))
+            for block in blocks
+            for i in range(len(block[0]))
+        ]
+        table = upload(torch.tensor(addresses, dtype=torch.int64), like.device)
+        self.chunks, self.each = (len(self.fixed.layout),), (self.blocks,)
+        self.where = (table, self.fixed.layout, self.fixed.numels)
+        self.kind = {"DTYPE": DTYPES[like.dtype], "CHUNK": CHUNK}
+        self.sums = torch.empty(self.chunks[0], 3, device=like.device)
+
+    def gradient_along(self) -> Tensor:
+        """w.g / w.w of each block, for the first two lists."""
+        along = torch.empty(self.blocks, device=self.device)
+        _gradient_sums[self.chunks](*self.where, self.sums, **self.kind)
+        _gradient_along[self.each](self.sums, self.fixed.blocks, along, TILE=TILE)
+        return along
+
+    def coefficients(self, norms: list[Tensor], lr: float | Tensor, trust: bool) -> Tensor:
+        """What each block keeps of w and takes of r, from the sums: [blocks, 2]."""
+        made = torch.empty(self.blocks, 2, device=self.device)
+        full = torch.full((), float(lr), device=self.device) if not isinstance(lr, Tensor) else lr
+        rate = full.to(self.device, torch.float32)
+        radii = torch.stack(norms).float()
+        _coefficients[self.each](self.sums, self.fixed.blocks, radii, rate, made, TRUST=trust, TILE=TILE)
+        return made
+
+
 def step(
     blocks: list[tuple[list[Tensor], ...]],
     norms: list[Tensor],
@@ -157,30 +227,31 @@ def step(
     `first` and `second` are the factors of the old moment and of the new gradient; `scales` the bias corrections of
     each block: of m, and of sqrt(v).
     """
-    device, dtype = blocks[0][0][0].device, blocks[0][0][0].dtype
-    fixed = _layout(tuple(tuple(w.numel() for w in block[0]) for block in blocks), device)
-    addresses = [
-        [tensors[i].data_ptr() for tensors in block] + [0] * (4 - len(block))
-        for block in blocks
-        for i in range(len(block[0]))
-    ]
-    table = _upload(torch.tensor(addresses, dtype=torch.int64), device)
-    corrections = _upload(torch.tensor(scales, dtype=torch.float32), device)
-    rate = lr.float() if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float32, device=device)
-    radii = torch.stack(norms).float()
-    programs, count = len(fixed.layout), len(blocks)
-    sums = torch.empty(programs, 3, device=device)
-    along, coefficients = torch.empty(count, device=device), torch.empty(count, 2, device=device)
-    where = (table, fixed.layout, fixed.numels)
-    kind = {"DTYPE": DTYPES[dtype], "CHUNK": CHUNK}
-    _gradient_sums[(programs,)](*where, sums, **kind)
-    _gradient_along[(count,)](sums, fixed.blocks, along, TILE=TILE)
-    _moments[(programs,)](*where, fixed.owners, along, corrections, sums, *first, *second, eps, ADAM=adam, **kind)
-    _coefficients[(count,)](sums, fixed.blocks, radii, rate, coefficients, TRUST=trust, TILE=TILE)
-    _move[(programs,)](*where, fixed.owners, corrections, coefficients, eps, ADAM=adam, **kind)
+    on = _Launch(blocks)
+    corrections = upload(torch.tensor(scales, dtype=torch.float32), on.device)
+    along = on.gradient_along()
+    _moments[on.chunks](
+        *on.where, on.fixed.owners, along, corrections, on.sums, *first, *second, eps, ADAM=adam, **on.kind
+    )
+    coefficients = on.coefficients(norms, lr, trust)
+    _move[on.chunks](*on.where, on.fixed.owners, corrections, coefficients, eps, ADAM=adam, **on.kind)
 
 
-def _upload(values: Tensor, device: torch.device) -> Tensor:
+def project(blocks: list[tuple[list[Tensor], ...]]) -> None:
+    """For the wrapper, before the base optimizer's step. A block is (weights, grads, before, projected): the weights
+    are copied to `before`, the projected gradients written to `projected`."""
+    on = _Launch(blocks)
+    _project[on.chunks](*on.where, on.fixed.owners, on.gradient_along(), **on.kind)
+
+
+def retract(blocks: list[tuple[list[Tensor], ...]], norms: list[Tensor]) -> None:
+    """After it. A block is (weights, before): the update before - weights is projected, taken, and rescaled."""
+    on = _Launch(blocks)
+    _difference_sums[on.chunks](*on.where, on.sums, **on.kind)
+    _retract[on.chunks](*on.where, on.fixed.owners, on.coefficients(norms, 1.0, False), **on.kind)
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
     """To the device without waiting for it."""
     if device.type == "cuda":
         return values.pin_memory().to(device, non_blocking=True)

@@ -13,6 +13,7 @@ run in float64 on the CPU, where float32 sums over millions of terms are good to
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -60,7 +61,7 @@ def adam(
     """
     beta1, beta2 = betas
     scales = [(1 / (1 - beta1**block.step), 1 / math.sqrt(1 - beta2**block.step)) for block in blocks]
-    if (gpu := _gpu(blocks, fused)) is not None:
+    if (gpu := gpu_kernels([b.lists for b in blocks], fused)) is not None:
         factors = {"first": (beta1, 1 - beta1), "second": (beta2, 1 - beta2), "eps": eps}
         gpu.step([b.lists for b in blocks], [b.c for b in blocks], scales, lr, adam=True, trust=trust, **factors)
         return
@@ -83,7 +84,7 @@ def adam(
 
 def sgd(blocks: list[Block], *, lr: float | Tensor, momentum: float, fused: bool | None) -> None:
     """One step of SGD-LAWN with heavy-ball momentum, in place on the weights and their buffers (`first`)."""
-    if (gpu := _gpu(blocks, fused)) is not None:
+    if (gpu := gpu_kernels([b.lists for b in blocks], fused)) is not None:
         factors = {"first": (momentum, 1.0), "second": (0.0, 0.0), "eps": 0.0}
         scales = [(1.0, 1.0)] * len(blocks)
         gpu.step([b.lists for b in blocks], [b.c for b in blocks], scales, lr, adam=False, trust=False, **factors)
@@ -98,19 +99,17 @@ def sgd(blocks: list[Block], *, lr: float | Tensor, momentum: float, fused: bool
         move(block.weights, block.weights, block.first, block.c, lr)
 
 
-def _gpu(blocks: list[Block], fused: bool | None) -> ModuleType | None:
-    """triton.py, if `fused` allows it and it can work on all blocks at once; None otherwise."""
-    like = blocks[0].weights[0]
+def gpu_kernels(blocks: Sequence[tuple[list[Tensor], ...]], fused: bool | None) -> ModuleType | None:
+    """triton.py, if `fused` allows it and it can work on all blocks (lists of tensors) at once; None otherwise."""
+    like = blocks[0][0][0]
     if fused is False or not (like.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return None
     try:
         from lawn.optim import triton
     except ImportError:
         return None
-    fits = all(
-        t.device == like.device and t.dtype == like.dtype and t.numel() for b in blocks for ts in b.lists for t in ts
-    )
-    return triton if fits and like.dtype in triton.DTYPES and all(native.alike(*b.lists) for b in blocks) else None
+    fits = all(t.device == like.device and t.dtype == like.dtype and t.numel() for b in blocks for ts in b for t in ts)
+    return triton if fits and like.dtype in triton.DTYPES and all(native.alike(*b) for b in blocks) else None
 
 
 def projected(weights: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:

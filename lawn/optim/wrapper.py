@@ -106,20 +106,31 @@ class LAWN:
     @torch.no_grad()
     def _project(self) -> None:
         for group in self.optimizer.param_groups:
-            for params, _ in phase.split(group)[1]:
-                grads = phase.gradients(params)
+            blocks = [(params, phase.gradients(params)) for params, _ in phase.split(group)[1]]
+            if not blocks:
+                continue
+            for params, grads in blocks:
                 for p, g in zip(params, grads, strict=True):
                     if p not in self._before:
                         self._before[p], self._projected[p] = torch.empty_like(p), torch.empty_like(g)
-                before, projected = [self._before[p] for p in params], [self._projected[p] for p in params]
-                compiled = native.library(self._fused, params, grads, before, projected)
-                if compiled is not None:
-                    compiled.project(*native.pointers(params, grads, before, projected))
-                else:
-                    for target, source in zip(before, params, strict=True):
-                        target.copy_(source)
-                    for target, source in zip(projected, update.projected(params, grads), strict=True):
-                        target.copy_(source)
+            lists = [
+                (params, grads, [self._before[p] for p in params], [self._projected[p] for p in params])
+                for params, grads in blocks
+            ]
+            if (gpu := update.gpu_kernels(lists, self._fused)) is not None:
+                gpu.project(lists)
+            else:
+                for block in lists:
+                    compiled = native.library(self._fused, *block)
+                    if compiled is not None:
+                        compiled.project(*native.pointers(*block))
+                    else:
+                        weights, gradients, before, projected = block
+                        for target, source in zip(before, weights, strict=True):
+                            target.copy_(source)
+                        for target, source in zip(projected, update.projected(weights, gradients), strict=True):
+                            target.copy_(source)
+            for params, _, _, projected in lists:
                 for p, tangent in zip(params, projected, strict=True):
                     self._gradients[p] = p.grad
                     p.grad = tangent
@@ -129,15 +140,21 @@ class LAWN:
         if self._skipped:
             return
         for group in self.optimizer.param_groups:
-            for params, c in phase.split(group)[1] if self._gradients else ():
-                before = [self._before[p] for p in params]
-                compiled = native.library(self._fused, params, before)
-                if compiled is not None:
-                    compiled.retract(*native.pointers(params, before), float(c))
-                else:
-                    updates = [update.difference(b, p) for b, p in zip(before, params, strict=True)]
-                    update.move(params, before, updates, c, 1.0)
             group["steps"] += 1
+            blocks = phase.split(group)[1] if self._gradients else []
+            lists = [(params, [self._before[p] for p in params]) for params, _ in blocks]
+            if not blocks:
+                continue
+            if (gpu := update.gpu_kernels(lists, self._fused)) is not None:
+                gpu.retract(lists, [c for _, c in blocks])
+                continue
+            for (weights, before), (_, c) in zip(lists, blocks, strict=True):
+                compiled = native.library(self._fused, weights, before)
+                if compiled is not None:
+                    compiled.retract(*native.pointers(weights, before), float(c))
+                else:
+                    updates = [update.difference(b, w) for b, w in zip(before, weights, strict=True)]
+                    update.move(weights, before, updates, c, 1.0)
         self._give_back()
 
     def _give_back(self) -> None:

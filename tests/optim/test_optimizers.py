@@ -149,6 +149,7 @@ def test_copies_go_on_alike(make, copier):
     twin = copier(optimizer)
     twin_weight, twin_bias = twin.param_groups[0]["params"]
     assert quadratic(optimizer, weight, bias, 3) == quadratic(twin, twin_weight, twin_bias, 3)
+    twin.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
 
 
 @pytest.mark.parametrize("make", EVERY)
