@@ -136,7 +136,7 @@ class LAWN:
                     p.grad = tangent
 
     @torch.no_grad()
-    def _end(self, *_: Any) -> None:
+    def _end(self, *arguments: Any) -> None:
         if self._skipped:
             return
         for group in self.optimizer.param_groups:
