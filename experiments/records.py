@@ -35,10 +35,12 @@ def write(config: Config, folder: Path = RECORDS) -> Path:
     if not directory.done:
         raise RunError(f"{directory.path}: not finished, so it cannot be recorded")
     history = pd.read_csv(directory.path / "metrics.csv")
+    environment = json.loads((directory.path / "env.json").read_text())
+    environment.pop("command", None)  # folders of this machine, and nothing that the config does not say
     content = {
         "hash": directory.hash,
         "config": identity(config),
-        "environment": json.loads((directory.path / "env.json").read_text()),
+        "environment": environment,
         "result": directory.result(),
         "history": {column: [_short(v) for v in history[column]] for column in history},
     }
