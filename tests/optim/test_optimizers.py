@@ -256,6 +256,21 @@ def test_wrapper_on_timms(name):
     assert losses[-1] < losses[0]
 
 
+def test_wrapper_on_schedule_free():
+    """In train mode the weights are on the sphere; the average that eval() swaps in is inside it."""
+    schedulefree = pytest.importorskip("schedulefree")
+    weight, bias = layer()
+    base = schedulefree.AdamWScheduleFree([weight, bias], lr=1e-2)
+    LAWN(base, free_steps=2)
+    base.train()
+    quadratic(base, weight, bias, 2)
+    c = weight.detach().norm()
+    quadratic(base, weight, bias, 40)
+    torch.testing.assert_close(weight.detach().norm(), c, rtol=1e-6, atol=0)
+    base.eval()
+    assert weight.detach().norm() < c
+
+
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_wrapper_on_muon():
     weight, bias = layer()
