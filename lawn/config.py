@@ -150,6 +150,7 @@ def _takes(section: str) -> str:
 
 def _problems(c: Config):  # type: ignore[no-untyped-def]  # a generator of lines, in the order to be reported
     lower_bounds: dict[str, tuple[float, bool]] = {  # key: bound, whether the bound itself is allowed
+        "train.epochs": (0, False),  # first: the defaults of others are in proportion to it
         "dataset.limit": (0, False),
         "dataset.val_fraction": (0, False),
         "dataset.image_size": (0, False),
@@ -164,7 +165,6 @@ def _problems(c: Config):  # type: ignore[no-untyped-def]  # a generator of line
         "optim.weight_decay": (0, True),
         "optim.free_epochs": (0, True),
         "schedule.warmup_epochs": (0, True),
-        "train.epochs": (0, False),
         "train.batch_size": (0, False),
         "train.checkpoint_seconds": (0, True),
         "eval.every": (0, False),
