@@ -8,7 +8,7 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -148,7 +148,8 @@ def _takes(section: str) -> str:
     return f"{name} takes {', '.join(f.name for f in fields(owner))}"  # type: ignore[arg-type]
 
 
-def _problems(c: Config):  # type: ignore[no-untyped-def]  # a generator of lines, in the order to be reported
+def _problems(c: Config) -> Iterator[str]:
+    """What is wrong, a line each, in the order to be reported."""
     lower_bounds: dict[str, tuple[float, bool]] = {  # key: bound, whether the bound itself is allowed
         "train.epochs": (0, False),  # first: the defaults of others are in proportion to it
         "dataset.limit": (0, False),
