@@ -143,9 +143,10 @@ def _refuse_unknown_keys(node: DictConfig, schema: type, prefix: str) -> None:
 
 def _takes(section: str) -> str:
     """The keys of a section of the config; of the config itself for any other word."""
-    owner = next((f.default_factory for f in fields(Config) if f.name == section), Config)
-    name = "the config" if owner is Config else section
-    return f"{name} takes {', '.join(f.name for f in fields(owner))}"  # type: ignore[arg-type]
+    default = Config()
+    owner = getattr(default, section, None)
+    name, owner = (section, owner) if is_dataclass(owner) else ("the config", default)
+    return f"{name} takes {', '.join(vars(owner))}"
 
 
 def _problems(c: Config) -> Iterator[str]:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lawn.optim.adam_lawn import check_adam, constrained_adam, moments
-from lawn.optim.base import LAWNOptimizer
+from lawn.optim.adam_lawn import AdamLAWN, check_adam, constrained_adam, moments
 from lawn.optim.phase import gradients
 
 
@@ -69,25 +68,12 @@ class LAMBPlus(LAMB):
     trust_vectors = False
 
 
-class LAMBLAWN(LAWNOptimizer):
+class LAMBLAWN(AdamLAWN):
     """LAMB without decay in the free phase, projected LAMB on fixed weight norms after it.
 
     Args: as for `AdamLAWN`. The constrained update is Adam-LAWN's with the rate multiplied by the trust ratio
     c / ||r|| of the projected r, so a weight turns by about lr radians at each step.
     """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        *,
-        free_steps: int | None = None,
-        fused: bool | None = None,
-    ) -> None:
-        check_adam(betas, eps)
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, free_steps, fused)
 
     def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         lamb(self, group, params, 0.0, float("inf"), True)
