@@ -82,10 +82,9 @@ class Classification(Task):
         return self.loss(logits, labels), multiclass_margin(logits.detach(), labels)
 
     def evaluate(self) -> dict[str, float]:
-        sums: dict[str, Tensor] = {}
-        for images, labels in self.dataset.eval_batches():
-            sums = metrics.add(sums, metrics.classification_sums(self.model(images), labels))
-        return metrics.classification_metrics(sums)
+        batches = self.dataset.eval_batches()
+        rows = [metrics.classification_rows(self.model(images), labels) for images, labels in batches]
+        return metrics.classification_metrics(torch.cat(rows))
 
 
 class Recommendation(Task):
@@ -104,11 +103,11 @@ class Recommendation(Task):
         return self.loss(logits, labels), binary_margin(logits.detach(), labels)
 
     def evaluate(self) -> dict[str, float]:
-        sums: dict[str, Tensor] = {}
-        for users, candidates in self.dataset.eval_batches():
-            pairs = users[:, None].expand_as(candidates).reshape(-1), candidates.reshape(-1)
-            sums = metrics.add(sums, metrics.ranking_sums(self.model(*pairs).view_as(candidates)))
-        return metrics.ranking_metrics(sums)
+        ranks = []
+        for users, items in self.dataset.eval_batches():
+            scores = self.model(users[:, None].expand_as(items).reshape(-1), items.reshape(-1))
+            ranks.append(metrics.ranks(scores.view_as(items), items))
+        return metrics.ranking_metrics(torch.cat(ranks))
 
 
 TASKS: tuple[type[Task], ...] = (Classification, Recommendation)

@@ -8,8 +8,8 @@ from lawn.errors import DataError
 from lawn.files import atomic
 
 
-def download(url: str, target: Path, md5: str, advice: str) -> None:
-    """Download `url` to `target` with a progress bar and check its MD5 sum.
+def download(url: str, target: Path, md5: str | None, advice: str) -> None:
+    """Download `url` to `target` with a progress bar and check its MD5 sum, where one is published.
 
     `advice` says what to put where by hand; it ends the DataError that is raised when the download fails.
     """

@@ -1,0 +1,148 @@
+"""Recommender data in the three files of He et al. 2017, in which most of the literature shares its splits.
+
+PREFIX.train.rating and PREFIX.test.rating have user, item, rating and time on each line, separated by tabs, ids from
+0; line k of PREFIX.test.negative has `(user,item)` of line k of the second and the items it is ranked against.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from lawn.data.fetch import download
+from lawn.data.interactions import Interactions
+from lawn.data.ratings import (
+    Ratings,
+    bind,
+    by_time,
+    count_warnings,
+    draw_candidates,
+    drop_repeats,
+    hold_out_latest,
+    read_lines,
+    read_table,
+)
+from lawn.errors import ConfigError, DataError
+
+URL = "https://raw.githubusercontent.com/hexiangnan/neural_collaborative_filtering/master/Data"
+RELEASED = ("ml-1m", "pinterest-20")  # the prefixes that are there
+
+
+def three_files(
+    root: Path,
+    prefix: str,
+    split: str,
+    *,
+    seed: int,
+    negatives: int,
+    candidates: int,
+    published: dict[str, int],
+) -> Interactions:
+    """Reads `root`/PREFIX/PREFIX.*; downloads He et al.'s own where they are not there.
+
+    split="test" holds out and ranks what the files say. split="val" puts that aside, holds out the latest item of the
+    training file (a random one by `seed` where the file has no times) and draws `candidates` by `seed`.
+    """
+    train_path, test_path, listed_path = (
+        _fetch(root / prefix / f"{prefix}.{part}", prefix in RELEASED)
+        for part in ("train.rating", "test.rating", "test.negative")
+    )
+    train, test = _read(train_path), _read(test_path)
+    listed = _read_candidates(listed_path, test)
+    pairs = [np.column_stack([ratings.users, ratings.items]) for ratings in (train, test)]
+    _check_ids({train_path: pairs[0], test_path: pairs[1], listed_path: listed})
+    warnings = count_warnings(prefix, published, train, test)
+    train, notes = _clean(train, test)
+    _check_users(test_path, train, test)
+    everything = train.and_also(test)
+    users, items = everything.size
+    size = users, max(items, int(listed.max()) + 1)
+    if split == "val":
+        if (train.times == train.times[0]).all():
+            notes.append("no times in the training file, so a random item of each user is held out")
+            train = Ratings(train.users, train.items, np.random.default_rng(seed).permutation(len(train)))
+        train, held = hold_out_latest(train)
+        listed = draw_candidates(everything, held, size, candidates, seed)
+    else:
+        if candidates > listed.shape[1]:
+            raise ConfigError(f"dataset.candidates={candidates}: {listed_path} has {listed.shape[1]} for each user")
+        train, held = by_time(train), test
+        listed, more = _once(listed[:, :candidates], test)
+        notes += more
+    return bind(train, held, listed, size, negatives, [*warnings, *(f"{prefix}: {note}" for note in notes)])
+
+
+def _fetch(path: Path, released: bool) -> Path:
+    if not path.exists():
+        if not released:
+            raise DataError(f"{path}: not there; dataset.prefix is the first part of the names of three such files")
+        download(f"{URL}/{path.name}", path, None, f"put {path.name} from there into {path.parent}")
+    return path
+
+
+def _read(path: Path) -> Ratings:
+    users, items, _, times = read_table(path).T
+    return Ratings(users, items, times)
+
+
+def _read_candidates(path: Path, test: Ratings) -> np.ndarray:
+    """Items that each held-out rating is ranked against, int64 [len(test), C]."""
+    number = rb"\d{1,18}+"
+    text = read_lines(
+        path,
+        rb"\(" + number + rb"," + number + rb"\)(?:\t" + number + rb")++",
+        "(user,item) and the items to rank it against, separated by tabs",
+    )
+    lines = text.translate(bytes.maketrans(b",", b"\t"), delete=b"()\r").splitlines()
+    widths = [line.count(b"\t") for line in lines]
+    for number, width in enumerate(widths, 1):
+        if width != widths[0]:
+            raise DataError(f"{path}, line {number}: {width - 1} items to rank against, line 1 has {widths[0] - 1}")
+    if len(lines) != len(test):
+        raise DataError(f"{path}: {len(lines)} lines, but {len(test)} held-out ratings")
+    table = np.loadtxt(io.BytesIO(b"\n".join(lines)), dtype=np.int64, delimiter="\t", ndmin=2, comments=None)
+    for number in 1 + np.flatnonzero((table[:, 0] != test.users) | (table[:, 1] != test.items))[:1]:
+        raise DataError(f"{path}, line {number}: not the user and item of that line of the held-out ratings")
+    return table[:, 2:]
+
+
+def _check_ids(files: dict[Path, np.ndarray]) -> None:
+    """An id beyond the number of entries is damage, and a table of that size could fill the memory."""
+    entries = sum(ids.size for ids in files.values())
+    for path, ids in files.items():
+        for number in 1 + np.flatnonzero((ids >= entries).any(axis=1))[:1]:
+            raise DataError(f"{path}, line {number}: the id {ids[number - 1].max()} is too large; ids count from 0")
+
+
+def _check_users(path: Path, train: Ratings, test: Ratings) -> None:
+    """Every held-out user has been trained on, and has one held-out item."""
+    first = np.unique(test.users, return_index=True)[1]
+    for number in 1 + np.setdiff1d(np.arange(len(test)), first)[:1]:
+        raise DataError(f"{path}, line {number}: a second held-out item of user {test.users[number - 1]}")
+    for number in 1 + np.flatnonzero(~np.isin(test.users, train.users))[:1]:
+        raise DataError(f"{path}, line {number}: user {test.users[number - 1]} has no line of its own in the training file")
+
+
+def _clean(train: Ratings, test: Ratings) -> tuple[Ratings, list[str]]:
+    """The training ratings without repeats and without the held-out pairs, and what had to go."""
+    train, notes = drop_repeats(train)
+    stride = train.and_also(test).size[1]
+    leaked = np.isin(train.users * stride + train.items, test.users * stride + test.items)
+    if leaked.any():
+        notes.append(f"{leaked.sum()} held-out ratings are in the training file too and left out there")
+    return train[~leaked], notes
+
+
+def _once(listed: np.ndarray, test: Ratings) -> tuple[np.ndarray, list[str]]:
+    """Let a repeated candidate count once: the others become the held-out item, which is not ranked against itself."""
+    order = listed.argsort(axis=1, kind="stable")
+    ranked = np.take_along_axis(listed, order, axis=1)
+    repeated = np.zeros_like(listed, bool)
+    np.put_along_axis(repeated, order[:, 1:], ranked[:, 1:] == ranked[:, :-1], axis=1)
+    own = listed == test.items[:, None]
+    notes = []
+    if own.any():
+        notes.append(f"{own.any(axis=1).sum()} users have their held-out item among their candidates; ignored there")
+    if (repeated & ~own).any():
+        notes.append(f"{(repeated & ~own).sum()} candidates are repeated in their line; they count once")
+    return np.where(repeated, test.items[:, None], listed), notes
