@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
@@ -28,8 +29,9 @@ class DatasetConfig:
     val_fraction: float | None = None  # images: share of the training set held out by eval.split=val
     image_size: int | None = None  # ImageNet: side of the training and evaluation crop, pixels
     workers: int | None = None  # ImageNet: decoding processes
+    prefix: str | None = None  # recommenders: read three files of this name (He et al. 2017); null: GroupLens' file
     negatives: int | None = None  # recommenders: fresh negatives per positive and epoch
-    candidates: int | None = None  # recommenders: negatives that the held-out item is ranked against
+    candidates: int | None = None  # recommenders: items that the held-out one is ranked against
 
 
 @dataclass
@@ -37,6 +39,7 @@ class ModelConfig:
     name: str = MISSING
     widths: list[int] | None = None  # mlp: hidden widths
     batch_norm: bool | None = None  # vgg19
+    bias: bool | None = None  # vgg19, ncf_mlp: false, and no batch norm, makes the network fully homogeneous
     factors: int | None = None  # ncf_mlp: width of the last hidden layer ("predictive factors")
     layers: int | None = None  # ncf_mlp: hidden layers
     init: str | None = None  # ncf_mlp: he2017 or torch
@@ -52,11 +55,16 @@ class OptimConfig:
     nesterov: bool | None = None
     weight_decay: float | None = None  # on weights with two or more dimensions
     free_epochs: float | None = None  # LAWN: E_free
+    scope: str | None = None  # LAWN: all weights (the default), or those of the final_homogeneous sub-network
+    include_bias: bool | None = None  # LAWN: a layer's bias shares the norm of its weight
 
 
 @dataclass
 class LossConfig:
     name: str = MISSING
+    smoothing: float | None = None  # label_smoothing: share of the target that is spread over all classes
+    gamma: float | None = None  # focal
+    level: float | None = None  # flooding: the training loss to stay at, nats
 
 
 @dataclass
@@ -69,6 +77,7 @@ class ScheduleConfig:
 class TrainConfig:
     epochs: int = MISSING  # E_total
     batch_size: int = MISSING  # recommenders count positives and negatives
+    logit_scale: float | None = None  # LAWN: multiply the output layer by this at the switch (Figure 1)
     checkpoint_seconds: float = 30.0  # at most one checkpoint in that time, and one at the end
 
 
@@ -166,8 +175,12 @@ def _problems(c: Config) -> Iterator[str]:
         "optim.momentum": (0, True),
         "optim.weight_decay": (0, True),
         "optim.free_epochs": (0, True),
+        "loss.smoothing": (0, True),
+        "loss.gamma": (0, True),
+        "loss.level": (0, True),
         "schedule.warmup_epochs": (0, True),
         "train.batch_size": (0, False),
+        "train.logit_scale": (0, False),
         "train.checkpoint_seconds": (0, True),
         "eval.every": (0, False),
         "dataset.seed": (0, True),
@@ -179,15 +192,15 @@ def _problems(c: Config) -> Iterator[str]:
             continue
         if not (math.isfinite(value) and (value > bound or (inclusive and value == bound))):
             yield f"{key}={value}: must be a finite number {'at least' if inclusive else 'above'} {bound:g}"
-    below_one = {"dataset.val_fraction", "optim.momentum"}
-    for key in sorted(below_one):
+    for key in ("dataset.val_fraction", "loss.smoothing", "optim.momentum"):
         value = _get(c, key)
         if value is not None and value >= 1:
             yield f"{key}={value}: must be below 1"
     choices = {
         "model.init": ("he2017", "torch"),
         "eval.split": ("test", "val"),
-        "schedule.name": ("linear",),
+        "optim.scope": ("all", "final_homogeneous"),
+        "schedule.name": ("linear", "constant"),
         "logger.mode": ("online", "offline", "disabled"),
     }
     for key, allowed in choices.items():
@@ -203,6 +216,10 @@ def _problems(c: Config) -> Iterator[str]:
             f"optim.free_epochs={c.optim.free_epochs:g}: must be below train.epochs={c.train.epochs}, "
             "or the constrained phase never begins"
         )
+    if c.train.logit_scale is not None and c.optim.free_epochs is None:
+        yield f"train.logit_scale={c.train.logit_scale:g}: needs a LAWN optimizer, whose switch it happens at"
+    if c.dataset.prefix is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", c.dataset.prefix):
+        yield f"dataset.prefix={c.dataset.prefix}: must be a plain name of letters, digits, '_', '-' and '.'"
     if c.optim.nesterov and not c.optim.momentum:
         yield "optim.nesterov=True: needs optim.momentum above 0"
     for key, bound in (("seed", 2**63), ("dataset.seed", 2**32)):

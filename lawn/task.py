@@ -13,10 +13,21 @@ from lawn.config import Config, arguments
 from lawn.data.cifar import cifar10, cifar100
 from lawn.data.digits import digits
 from lawn.data.imagenet import imagenet
-from lawn.data.movielens import movielens100k
+from lawn.data.movielens import movielens1m, movielens100k
+from lawn.data.pinterest import pinterest
 from lawn.diagnostics import binary_margin, multiclass_margin
 from lawn.errors import ConfigError
-from lawn.losses import Loss, bce, cross_entropy
+from lawn.losses import (
+    Loss,
+    bce,
+    binary_flooding,
+    binary_focal,
+    binary_label_smoothing,
+    cross_entropy,
+    flooding,
+    focal,
+    label_smoothing,
+)
 from lawn.models.mlp import mlp
 from lawn.models.ncf import NCFMLP
 from lawn.models.resnet import resnet50
@@ -70,7 +81,12 @@ class Classification(Task):
     headline = "accuracy"
     datasets = {"digits": digits, "cifar10": cifar10, "cifar100": cifar100, "imagenet": imagenet}
     models = {"mlp": mlp, "vgg19": VGG19, "resnet50": resnet50}
-    losses = {"cross_entropy": cross_entropy}
+    losses = {
+        "cross_entropy": cross_entropy,
+        "label_smoothing": label_smoothing,
+        "focal": focal,
+        "flooding": flooding,
+    }
 
     @staticmethod
     def size(dataset: Any) -> tuple[Any, ...]:
@@ -89,9 +105,14 @@ class Classification(Task):
 
 class Recommendation(Task):
     headline = "hr10"
-    datasets = {"movielens100k": movielens100k}
+    datasets = {"movielens100k": movielens100k, "movielens1m": movielens1m, "pinterest": pinterest}
     models = {"ncf_mlp": NCFMLP}
-    losses = {"bce": bce}
+    losses = {
+        "bce": bce,
+        "label_smoothing": binary_label_smoothing,
+        "focal": binary_focal,
+        "flooding": binary_flooding,
+    }
 
     @staticmethod
     def size(dataset: Any) -> tuple[Any, ...]:

@@ -6,10 +6,9 @@ from hypothesis import strategies as st
 
 from lawn.config import GROUPS, Config, config_hash, identity, run_name
 from lawn.errors import ConfigError
-from lawn.optim.factory import OPTIMIZERS
+from lawn.optimizers import OPTIMIZERS, optimizer_arguments
 from lawn.task import TASKS, build
 from lawn.train import logger
-from lawn.train.loop import optimizer_arguments
 from tests.helpers import ROOT, compose
 
 MEMBERS = [

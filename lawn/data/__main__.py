@@ -1,60 +1,79 @@
-"""python -m lawn.data NAME... [--data-dir D]: download what is not there, check it, print what was found."""
+"""python -m lawn.data NAME... [--data-dir D] [--download | --verify | --stats]: fetch, check and describe datasets.
+
+In every mode what is not there is downloaded first, where it can be, and everything is read and checked.
+"""
 
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lawn.data.cifar import cifar10, cifar100
-from lawn.data.imagenet import imagenet
-from lawn.data.movielens import movielens100k
-from lawn.errors import UserError
+from lawn.data.imagenet import FolderImages, imagenet
+from lawn.data.movielens import movielens1m, movielens100k
+from lawn.data.pinterest import pinterest
+from lawn.data.published import only_deviations
+from lawn.errors import DataError, UserError
 
-
-def images(name: str, root: Path) -> tuple[str, list[str]]:
-    data = {"cifar10": cifar10, "cifar100": cifar100}[name](root, "test", seed=0, val_fraction=0.1)
-    return f"{data.num_train:,} training and {len(data.test_labels):,} test images", data.warnings
-
-
-def folders(name: str, root: Path) -> tuple[str, list[str]]:
-    data = imagenet(root, "test", seed=0, val_fraction=0.1, image_size=224, workers=0)
-    return f"{data.num_train:,} training images in {data.num_classes:,} classes", data.warnings
-
-
-def ratings(name: str, root: Path) -> tuple[str, list[str]]:
-    data = movielens100k(root, "test", seed=0, negatives=4, candidates=99)
-    held_out = len(data.candidates)
-    found = (
-        f"{data.num_users:,} users, {data.num_items:,} items, {len(data.users):,} training and {held_out:,} held out"
-    )
-    return found, data.warnings
-
-
-CHECKS: dict[str, Callable[[str, Path], tuple[str, list[str]]]] = {
-    "cifar10": images,
-    "cifar100": images,
-    "imagenet": folders,
-    "movielens100k": ratings,
+IMAGES = {"seed": 0, "val_fraction": 0.1}
+INTERACTIONS = {"seed": 0, "negatives": 4, "candidates": 99}
+DATASETS: dict[str, Callable[..., Any]] = {
+    "cifar10": partial(cifar10, **IMAGES),
+    "cifar100": partial(cifar100, **IMAGES),
+    "imagenet": partial(imagenet, image_size=224, **IMAGES),
+    "movielens100k": partial(movielens100k, **INTERACTIONS),
+    "movielens1m": partial(movielens1m, prefix="ml-1m", **INTERACTIONS),
+    "movielens1m-ratings": partial(movielens1m, prefix=None, **INTERACTIONS),
+    "pinterest": partial(pinterest, prefix="pinterest-20", **INTERACTIONS),
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lawn.data", description=__doc__)
-    parser.add_argument("name", nargs="+", choices=sorted(CHECKS))
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    head, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(prog="python -m lawn.data", description=f"{head.partition(': ')[2]} {rest}")
+    parser.add_argument("name", nargs="+", choices=sorted(DATASETS), metavar="NAME", help=", ".join(sorted(DATASETS)))
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="holds a folder for each (default: data)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode ImageNet's images for --verify")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--download", action="store_true", help="say in a line what is there (the default)")
+    mode.add_argument("--verify", action="store_true", help="fail if counts are not as published or an image is damaged")
+    mode.add_argument("--stats", action="store_true", help="describe what is there")
     given = parser.parse_args(arguments)
     code = 0
     for name in given.name:
         try:
-            found, warnings = CHECKS[name](name, given.data_dir)
+            options = {"workers": given.workers} if name == "imagenet" else {}
+            show(name, DATASETS[name](given.data_dir, "test", **options), given.verify, given.stats)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr, flush=True)
             code = error.exit_code
-            continue
-        print(f"{name}: {found}", flush=True)
-        for warning in warnings:
-            print(f"warning: {warning}", flush=True)
     return code
+
+
+def show(name: str, data: Any, verify: bool, stats: bool) -> None:
+    statistics = data.statistics()
+    shown = list(statistics.items()) if stats else list(statistics.items())[:3]
+    if stats:
+        print(name)
+        for key, value in shown:
+            print(f"  {key}: {_number(value)}")
+    else:
+        print(f"{name}: " + ", ".join(f"{_number(value)} {key}" for key, value in shown), flush=True)
+    for warning in data.warnings:
+        print(f"warning: {warning}", flush=True)
+    if verify:
+        damaged = list(data.damaged()) if isinstance(data, FolderImages) else []
+        for line in damaged:
+            print(f"damaged: {line}", flush=True)
+        wrong = only_deviations(data.warnings)
+        if damaged or wrong:
+            raise DataError(f"{name}: {len(wrong)} counts are not as published, {len(damaged)} files are damaged")
+
+
+def _number(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 if __name__ == "__main__":

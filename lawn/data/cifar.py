@@ -7,10 +7,12 @@ from zipfile import BadZipFile
 import numpy as np
 
 from lawn.data.images import DeviceImages, device_images
+from lawn.data.published import deviations
 from lawn.errors import DataError
 from lawn.files import atomic
 
-PUBLISHED = {"train": 50_000, "test": 10_000}
+PARTS = ("train", "test")
+PUBLISHED = {"training images": 50_000, "test images": 10_000}
 PADDING = 4  # the field's standard augmentation: pad 4, random crop 32, horizontal flip
 
 
@@ -27,15 +29,11 @@ def cifar100(root: Path, split: str, *, seed: int, val_fraction: float, limit: i
 def _load(
     folder: Path, official: str, classes: int, split: str, seed: int, val_fraction: float, limit: int | None
 ) -> DeviceImages:
-    for part in PUBLISHED:
+    for part in PARTS:
         if not (folder / f"{part}.npz").exists():
             _cache(folder, official, part)
-    train, test = (_read(folder / f"{part}.npz", classes) for part in PUBLISHED)
-    warnings = [
-        f"{folder.name} {part}: {len(labels)} images, published are {PUBLISHED[part]}"
-        for part, (_, labels) in zip(PUBLISHED, (train, test), strict=True)
-        if len(labels) != PUBLISHED[part]
-    ]
+    train, test = (_read(folder / f"{part}.npz", classes) for part in PARTS)
+    found = {"training images": len(train[1]), "test images": len(test[1])}
     return device_images(
         train,
         test,
@@ -45,7 +43,7 @@ def _load(
         seed=seed,
         num_classes=classes,
         padding=PADDING,
-        warnings=warnings,
+        warnings=deviations(folder.name, found, PUBLISHED),
     )
 
 

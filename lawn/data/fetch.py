@@ -17,6 +17,7 @@ def download(url: str, target: Path, md5: str | None, advice: str) -> None:
 
     try:
         with atomic(target) as temporary:
+            temporary.unlink()  # without an MD5 sum to compare, a file that is there counts as downloaded
             utils.download_url(url, str(temporary.parent), temporary.name, md5)
     except (URLError, OSError, RuntimeError) as error:
         raise DataError(f"cannot download {url} ({error}); {advice}") from error

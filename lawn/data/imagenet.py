@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
+from lawn.data.published import deviations
 from lawn.errors import ConfigError, DataError
 
-PUBLISHED_CLASSES = 1000
+PUBLISHED = {"classes": 1000, "training images": 1_281_167, "validation images": 50_000}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the training set, in units of 1; the field's constants
 
 
@@ -56,8 +57,56 @@ class FolderImages:
         return {"num_workers": self.workers, "pin_memory": self.device.type == "cuda"}
 
     def _batches(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in loader:
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        try:
+            for images, labels in loader:
+                yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        except DataError as error:  # from a worker it comes with the worker's traceback around it
+            raise DataError(str(error).splitlines()[-1].partition("DataError: ")[2] or str(error)) from None
+
+    def statistics(self) -> dict[str, object]:
+        labels = torch.tensor(self.train.dataset.targets)[self.train.indices]
+        each = labels.bincount(minlength=self.num_classes)
+        return {
+            "training images": self.num_train,
+            "evaluation images": len(self.held_out),
+            "classes": self.num_classes,
+            "training images of a class": f"{each.min()} to {each.max()}",
+        }
+
+    def damaged(self) -> Iterator[str]:
+        """Decode every image of the two folders; a line for each that cannot be."""
+        for folder in {id(part.dataset): part.dataset for part in (self.train, self.held_out)}.values():
+            paths = [path for path, _ in folder.samples]
+            for batch in DataLoader(Damage(paths), 64, num_workers=self.workers, collate_fn=list):
+                yield from filter(None, batch)
+
+
+class Damage(Dataset):
+    """What is wrong with each of the files; an empty text where nothing is."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            decode(self.paths[index])
+        except DataError as error:
+            return str(error)
+        return ""
+
+
+def decode(path: str) -> Any:
+    """The image of a file in RGB, be it grayscale or CMYK. Raises DataError that names the file."""
+    from PIL import Image  # comes with torchvision
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: cannot be decoded ({error}); put the image there again, or remove it") from error
 
 
 def imagenet(
@@ -77,13 +126,14 @@ def imagenet(
     from sklearn.model_selection import train_test_split  # seconds to import: only for those who use them
     from torchvision.transforms import v2
 
-    normalize = [v2.ToImage(), v2.RGB(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    normalize = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
     augment = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), *normalize])
     plain = v2.Compose([v2.Resize(round(image_size * 256 / 224)), v2.CenterCrop(image_size), *normalize])
     train = _folder(root / "imagenet" / "train", augment)
     held_out = _folder(root / "imagenet" / "val", plain)
     if train.classes != held_out.classes:
         raise DataError(f"{root / 'imagenet'}: train and val do not have the same class folders")
+    found = {"classes": len(train.classes), "training images": len(train), "validation images": len(held_out)}
     chosen = np.arange(len(train))
     kept = np.arange(len(held_out))
     if split == "val":
@@ -100,12 +150,13 @@ def imagenet(
         if limit > len(chosen):
             raise ConfigError(f"dataset.limit={limit}: there are only {len(chosen)} training images")
         chosen = np.random.default_rng(seed).permutation(chosen)[:limit]
-    classes = len(train.classes)
-    warnings = (
-        [] if classes == PUBLISHED_CLASSES else [f"imagenet: {classes} classes, published are {PUBLISHED_CLASSES}"]
-    )
     return FolderImages(
-        Subset(train, chosen.tolist()), Subset(held_out, kept.tolist()), classes, image_size, workers, warnings
+        Subset(train, chosen.tolist()),
+        Subset(held_out, kept.tolist()),
+        len(train.classes),
+        image_size,
+        workers,
+        deviations("imagenet", found, PUBLISHED),
     )
 
 
@@ -113,7 +164,7 @@ def _folder(folder: Path, transform: Callable[[Any], Tensor]) -> Any:
     from torchvision.datasets import ImageFolder
 
     try:
-        return ImageFolder(str(folder), transform)
+        return ImageFolder(str(folder), transform, loader=decode)
     except FileNotFoundError as error:
         raise DataError(
             f"{folder}: no class folders with images there; ImageNet asks for an account at image-net.org, "

@@ -61,6 +61,18 @@ class DeviceImages:
         for images, labels in zip(self.test_images.split(batch_size), self.test_labels.split(batch_size), strict=True):
             yield self._normalize(images), labels
 
+    def statistics(self) -> dict[str, object]:
+        each = self.train_labels.bincount(minlength=self.num_classes)
+        return {
+            "training images": self.num_train,
+            "evaluation images": len(self.test_labels),
+            "classes": self.num_classes,
+            "training images of a class": f"{each.min()} to {each.max()}",
+            "shape": " x ".join(map(str, self.shape)),
+            "mean of the channels": ", ".join(f"{value / 255:.4f}" for value in self.mean),
+            "deviation of the channels": ", ".join(f"{value / 255:.4f}" for value in self.std),
+        }
+
     @cached_property
     def _padded(self) -> Tensor:
         return torch.nn.functional.pad(self.train_images, [self.padding] * 4)

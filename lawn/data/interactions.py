@@ -62,6 +62,22 @@ class Interactions:
         """Users [B] and their candidates [B, 1 + C]."""
         yield from zip(self.candidate_users.split(batch_size), self.candidates.split(batch_size), strict=True)
 
+    def statistics(self) -> dict[str, object]:
+        def spread(ids: Tensor, size: int) -> str:
+            counts = ids.bincount(minlength=size)
+            return f"{counts.min()} to {counts.max()}, median {counts.median()}"
+
+        return {
+            "users": self.num_users,
+            "items": self.num_items,
+            "training interactions": len(self.users),
+            "held out": len(self.candidates),
+            "candidates": self.candidates.shape[1] - 1,
+            "density": f"{100 * len(self.users) / (self.num_users * self.num_items):.2f} %",
+            "training interactions of a user": spread(self.users, self.num_users),
+            "training interactions of an item": spread(self.items, self.num_items),
+        }
+
 
 class Unseen:
     """Draws items that a user has no pair with, uniformly and without rejection.

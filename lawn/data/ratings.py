@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from lawn.data.interactions import Interactions, Unseen
+from lawn.data.published import deviations
 from lawn.errors import ConfigError, DataError
 
 
@@ -166,4 +167,4 @@ def count_warnings(name: str, published: dict[str, int], *ratings: Ratings) -> l
         "items": len(np.unique(np.concatenate([r.items for r in ratings]))),
         "ratings": sum(map(len, ratings)),
     }
-    return [f"{name}: {found[k]} {k}, published are {published[k]}" for k in found if found[k] != published[k]]
+    return deviations(name, found, published)

@@ -10,29 +10,33 @@ class NCFMLP(nn.Module):
 
     The last hidden layer has `factors` units, the one before it 2 x factors, and so on; an embedding has half the
     width of the first layer's input, factors * 2^(layers - 1). `init="he2017"` draws embeddings from N(0, 0.01),
-    hidden weights by Glorot's uniform rule, biases zero; "torch" keeps torch's defaults.
+    hidden weights by Glorot's uniform rule, biases zero; "torch" keeps torch's defaults. Without `bias` the network
+    is fully homogeneous.
     """
 
-    def __init__(self, num_users: int, num_items: int, *, factors: int, layers: int, init: str) -> None:
+    def __init__(
+        self, num_users: int, num_items: int, *, factors: int, layers: int, init: str, bias: bool = True
+    ) -> None:
         super().__init__()
         width = factors * 2**layers
         self.user = nn.Embedding(num_users, width // 2)
         self.item = nn.Embedding(num_items, width // 2)
         hidden: list[nn.Module] = []
         for _ in range(layers):
-            hidden += [nn.Linear(width, width // 2), nn.ReLU()]
+            hidden += [nn.Linear(width, width // 2, bias=bias), nn.ReLU()]
             width //= 2
         self.hidden = nn.Sequential(*hidden)
-        self.score = nn.Linear(width, 1)
+        self.score = nn.Linear(width, 1, bias=bias)
         if init == "he2017":
             for embedding in (self.user, self.item):
                 nn.init.normal_(embedding.weight, std=0.01)
             for layer in self.hidden:
                 if isinstance(layer, nn.Linear):
                     nn.init.xavier_uniform_(layer.weight)
-                    nn.init.zeros_(layer.bias)
             nn.init.kaiming_uniform_(self.score.weight, a=1, nonlinearity="sigmoid")
-            nn.init.zeros_(self.score.bias)
+            for layer in self.modules():
+                if isinstance(layer, nn.Linear) and layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
 
     def forward(self, users: Tensor, items: Tensor) -> Tensor:
         """Logits [B] of the pairs (users [B], items [B])."""

@@ -1,11 +1,12 @@
 """LAWN optimizers. Pure torch: nothing here imports the rest of the project."""
 
 from lawn.optim.adam_lawn import AdamLAWN
+from lawn.optim.attenuation import attenuate_logits, output_layer
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.hoffer import bound_norms, release
 from lawn.optim.lamb import LAMB, LAMBLAWN, LAMBPlus
 from lawn.optim.phase import NonFiniteError
-from lawn.optim.schedule import LinearWarmupDecay
+from lawn.optim.schedule import LinearWarmup, LinearWarmupDecay
 from lawn.optim.sgd_lawn import SGDLAWN
 from lawn.optim.wrapper import LAWN
 
@@ -17,8 +18,11 @@ __all__ = [
     "AdamLAWN",
     "LAMBPlus",
     "LAWNOptimizer",
+    "LinearWarmup",
     "LinearWarmupDecay",
     "NonFiniteError",
+    "attenuate_logits",
     "bound_norms",
+    "output_layer",
     "release",
 ]

@@ -1,4 +1,4 @@
-"""The learning rate schedule of all the paper's runs."""
+"""The learning rate schedule of all the paper's runs, and the one for optimizers that want no decay."""
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -29,3 +29,16 @@ class LinearWarmupDecay(LRScheduler):
 
     def get_lr(self) -> list[float | Tensor]:
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
+
+
+class LinearWarmup(LRScheduler):
+    """Linear warmup to each group's initial lr, which then stays: the first part of `LinearWarmupDecay`."""
+
+    def __init__(self, optimizer: Optimizer, warmup_steps: int) -> None:
+        if warmup_steps < 0:
+            raise ValueError(f"need 0 <= warmup_steps, got {warmup_steps}")
+        self.warmup_steps = warmup_steps
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        return [base * min(1, (self.last_epoch + 1) / (self.warmup_steps + 1)) for base in self.base_lrs]

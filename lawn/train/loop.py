@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lawn.config import Config, arguments
+from lawn.config import Config
 from lawn.diagnostics import weight_norm
 from lawn.errors import ConfigError
-from lawn.optim import LAWNOptimizer, LinearWarmupDecay, NonFiniteError
-from lawn.optim.factory import OPTIMIZERS
+from lawn.optim import LAWNOptimizer, LinearWarmup, LinearWarmupDecay, NonFiniteError, attenuate_logits
+from lawn.optimizers import OPTIMIZERS, optimizer_arguments
 from lawn.task import Task, build
 from lawn.train import logger as loggers
 from lawn.train.progress import Progress
@@ -77,8 +77,13 @@ class Run:
         if "free_steps" in chosen:
             chosen = {**chosen, "free_steps": _steps(chosen["free_steps"], steps, total)}
         warmup = _steps(config.schedule.warmup_epochs, steps, total)
-        self.optimizer = OPTIMIZERS[config.optim.name](task.model.parameters(), **chosen)
-        self.scheduler = LinearWarmupDecay(self.optimizer, warmup, total)
+        self.optimizer = OPTIMIZERS[config.optim.name](task.model, **chosen)
+        self.scheduler = (
+            LinearWarmup(self.optimizer, warmup)
+            if config.schedule.name == "constant"
+            else LinearWarmupDecay(self.optimizer, warmup, total)
+        )
+        self.attenuate_at = None if config.train.logit_scale is None else chosen["free_steps"]
         self.epoch = 0
         self.step = 0
         self.rows: list[Row] = []
@@ -102,6 +107,7 @@ class Run:
         lr = float(self.optimizer.param_groups[0]["lr"])
         with self.clock("train"):
             loss, margin = self._train()
+            self._switch_weights("eval")
         row: Row = {
             "epoch": self.epoch,
             "step": self.step,
@@ -128,11 +134,14 @@ class Run:
         torch.manual_seed(seed)
         generator = torch.Generator(self.device).manual_seed(seed)
         task.model.train()
+        self._switch_weights("train")
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         margins: list[Tensor] = []
         for batch in task.dataset.train_batches(self.config.train.batch_size, generator):
             if not self.flops:
                 self.flops = flops_per_sample(task, batch)
+            if self.step == self.attenuate_at:
+                attenuate_logits(task.model, self.config.train.logit_scale or 1.0)
             optimizer.zero_grad()
             loss, margin = task.loss_and_margins(batch)
             loss.backward()
@@ -146,6 +155,10 @@ class Run:
             margins.append(margin)
         median = torch.cat(margins).median()
         return total.item() / task.dataset.num_train, median.item()  # the epoch's only synchronization
+
+    def _switch_weights(self, mode: str) -> None:
+        """A schedule-free optimizer has other weights for training than for evaluation."""
+        getattr(self.optimizer, mode, lambda: None)()
 
     @contextmanager
     def clock(self, what: str) -> Iterator[None]:
@@ -235,10 +248,3 @@ def _device(name: str) -> torch.device:
         raise ConfigError(f"device={name}: cannot be used ({reason}); choose auto, cpu, cuda or cuda:N") from error
     return device
 
-
-def optimizer_arguments(config: Config) -> dict[str, Any]:
-    """What the optimizer's builder is given; `free_steps` is still in epochs."""
-    name = config.optim.name
-    if name not in OPTIMIZERS:
-        raise ConfigError(f"optim={name}: no such optimizer; choose from {', '.join(OPTIMIZERS)}")
-    return arguments("optim", config.optim, OPTIMIZERS[name], {"free_epochs": "free_steps"})

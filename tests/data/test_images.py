@@ -71,8 +71,8 @@ def test_cifar_reads_what_is_there(tmp_path):
     data = cifar10(tmp_path, "test", seed=0, val_fraction=0.1)
     assert (data.num_train, data.num_classes, data.shape) == (60, 10, (3, 32, 32))
     assert data.warnings == [
-        "cifar10 train: 60 images, published are 50000",
-        "cifar10 test: 20 images, published are 10000",
+        "cifar10: 60 training images, published are 50000",
+        "cifar10: 20 test images, published are 10000",
     ]
     images, _ = next(data.train_batches(8, torch.Generator().manual_seed(0)))
     assert images.shape == (8, 3, 32, 32)

@@ -8,9 +8,10 @@ import torch
 
 from lawn.config import config_hash
 from lawn.errors import ConfigError, RunError
+from lawn.optimizers import optimizer_arguments
 from lawn.task import build
 from lawn.train import train
-from lawn.train.loop import Run, epoch_seed, optimizer_arguments
+from lawn.train.loop import Run, epoch_seed
 from lawn.train.record import RunDirectory
 from lawn.train.throughput import flops_per_sample
 from tests.helpers import compose, synthetic_ratings, write_ratings

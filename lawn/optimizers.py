@@ -1,0 +1,176 @@
+"""Optimizers by the names that the configs use: each takes the model and the keys that apply to it."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from lawn.config import Config, arguments
+from lawn.errors import ConfigError
+from lawn.optim import LAMB, LAMBLAWN, SGDLAWN, AdamLAWN, LAMBPlus, bound_norms, output_layer, select
+
+Groups = list[dict[str, Any]]
+
+
+def adam(model: nn.Module, *, lr: float, betas: list[float], eps: float, weight_decay: float) -> Optimizer:
+    """torch's Adam, whose decay is L2."""
+    return Adam(decayed(model, weight_decay), lr=lr, betas=_pair(betas), eps=eps)
+
+
+def adamw(model: nn.Module, *, lr: float, betas: list[float], eps: float, weight_decay: float) -> Optimizer:
+    """torch's AdamW, whose decay is decoupled from the gradient and scaled by lr."""
+    return AdamW(decayed(model, weight_decay), lr=lr, betas=_pair(betas), eps=eps)
+
+
+def adam_hoffer(model: nn.Module, *, lr: float, betas: list[float], eps: float) -> Optimizer:
+    """torch's Adam on weights whose norms are fixed from the start by reparameterization; changes the model."""
+    bound_norms(model)
+    return Adam(model.parameters(), lr=lr, betas=_pair(betas), eps=eps)
+
+
+def sgd(model: nn.Module, *, lr: float, momentum: float, nesterov: bool, weight_decay: float) -> Optimizer:
+    """torch's SGD, whose decay is L2."""
+    return SGD(decayed(model, weight_decay), lr=lr, momentum=momentum, nesterov=nesterov)
+
+
+def lamb(model: nn.Module, *, lr: float, betas: list[float], eps: float, weight_decay: float) -> Optimizer:
+    return LAMB(decayed(model, weight_decay), lr, _pair(betas), eps)
+
+
+def lamb_plus(model: nn.Module, *, lr: float, betas: list[float], eps: float, weight_decay: float) -> Optimizer:
+    return LAMBPlus(decayed(model, weight_decay), lr, _pair(betas), eps)
+
+
+def adam_lawn(
+    model: nn.Module,
+    *,
+    lr: float,
+    betas: list[float],
+    eps: float,
+    free_steps: int,
+    scope: str = "all",
+    include_bias: bool = False,
+) -> Optimizer:
+    return AdamLAWN(constrained(model, scope, include_bias), lr, _pair(betas), eps, free_steps=free_steps)
+
+
+def lamb_lawn(
+    model: nn.Module,
+    *,
+    lr: float,
+    betas: list[float],
+    eps: float,
+    free_steps: int,
+    scope: str = "all",
+    include_bias: bool = False,
+) -> Optimizer:
+    return LAMBLAWN(constrained(model, scope, include_bias), lr, _pair(betas), eps, free_steps=free_steps)
+
+
+def sgd_lawn(
+    model: nn.Module,
+    *,
+    lr: float,
+    momentum: float,
+    free_steps: int,
+    scope: str = "all",
+    include_bias: bool = False,
+) -> Optimizer:
+    return SGDLAWN(constrained(model, scope, include_bias), lr, momentum, free_steps=free_steps)
+
+
+def adamp(model: nn.Module, *, lr: float, betas: list[float], eps: float, weight_decay: float) -> Optimizer:
+    """AdamP (Heo et al. 2021) of the package adamp: projects the update where a weight looks scale-invariant."""
+    from adamp import AdamP
+
+    return AdamP(decayed(model, weight_decay), lr=lr, betas=_pair(betas), eps=eps)
+
+
+def adam_cpr(model: nn.Module, *, lr: float, betas: list[float], eps: float) -> Optimizer:
+    """Constrained parameter regularization (Franke et al. 2024) of pytorch-cpr, which finds the bounds by itself."""
+    from pytorch_cpr import AdamCPR
+
+    weights, others = _by_dimensions(model)
+    groups = _filled({"params": weights, "regularize": True}, {"params": others, "regularize": False})
+    return AdamCPR(groups, lr=lr, betas=_pair(betas), eps=eps)
+
+
+def muon(model: nn.Module, *, lr: float, betas: list[float], momentum: float, weight_decay: float) -> Optimizer:
+    """Muon (Jordan et al. 2024) of timm, with steps as large as AdamW's; embeddings, the output layer and whatever
+    has fewer than two dimensions are left to AdamW, as its authors advise."""
+    from timm.optim import Muon
+
+    tables = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    tables.add(output_layer(model).weight)
+    weights, others = _by_dimensions(model)
+    groups = _filled(
+        {"params": [p for p in weights if p not in tables], "weight_decay": weight_decay, "use_fallback": False},
+        {"params": [p for p in weights if p in tables], "weight_decay": weight_decay, "use_fallback": True},
+        {"params": others, "weight_decay": 0.0, "use_fallback": True},
+    )
+    return Muon(groups, lr=lr, betas=_pair(betas), momentum=momentum)
+
+
+def schedule_free(model: nn.Module, *, lr: float, betas: list[float], eps: float, weight_decay: float) -> Optimizer:
+    """Schedule-free AdamW (Defazio et al. 2024) of the package schedulefree: averages instead of decaying lr."""
+    from schedulefree import AdamWScheduleFree
+
+    return AdamWScheduleFree(decayed(model, weight_decay), lr=lr, betas=_pair(betas), eps=eps)
+
+
+def decayed(model: nn.Module, weight_decay: float) -> Groups:
+    """Decay reaches what LAWN constrains by default: parameters with two or more dimensions."""
+    weights, others = _by_dimensions(model)
+    return _filled({"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0})
+
+
+def constrained(model: nn.Module, scope: str, include_bias: bool) -> Groups:
+    choose = {"all": select.everything, "final_homogeneous": select.final_homogeneous}[scope]
+    try:
+        return choose(model, include_bias=include_bias)
+    except ValueError as error:
+        raise ConfigError(f"optim.scope={scope}: {error}") from error
+
+
+def _by_dimensions(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters with two or more dimensions, and the others."""
+    params = list(model.parameters())
+    return [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
+
+
+def _filled(*groups: dict[str, Any]) -> Groups:
+    return [group for group in groups if group["params"]]
+
+
+def _pair(betas: list[float]) -> tuple[float, float]:
+    return betas[0], betas[1]
+
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adam": adam,
+    "adamw": adamw,
+    "adam_hoffer": adam_hoffer,
+    "adam_lawn": adam_lawn,
+    "sgd": sgd,
+    "sgd_lawn": sgd_lawn,
+    "lamb": lamb,
+    "lamb_plus": lamb_plus,
+    "lamb_lawn": lamb_lawn,
+    "adamp": adamp,
+    "adam_cpr": adam_cpr,
+    "muon": muon,
+    "schedule_free": schedule_free,
+}
+PACKAGES = {"adamp": "adamp", "adam_cpr": "pytorch_cpr", "schedule_free": "schedulefree"}  # of the extra `baselines`
+
+
+def optimizer_arguments(config: Config) -> dict[str, Any]:
+    """What the chosen builder is given beside the model; `free_steps` is still in epochs. Raises ConfigError."""
+    name = config.optim.name
+    if name not in OPTIMIZERS:
+        raise ConfigError(f"optim={name}: no such optimizer; choose from {', '.join(OPTIMIZERS)}")
+    if name in PACKAGES and find_spec(PACKAGES[name]) is None:
+        raise ConfigError(f"optim={name}: the package {PACKAGES[name]} is not installed; pip install '.[baselines]'")
+    return arguments("optim", config.optim, OPTIMIZERS[name], {"free_epochs": "free_steps"})
