@@ -301,3 +301,29 @@ def test_timms_loop(base):
     assert rates[0] < rates[2] > rates[-1]
     torch.testing.assert_close(norms[-1], norms[FREE_STEPS - 1], rtol=1e-5, atol=0)
     assert losses[-1] < losses[0]
+
+
+def test_timm_registry_and_the_launcher_of_the_docs():
+    """What docs/integrations.md puts beside timm's train.py: both ways to have its factory make LAWN optimizers."""
+    import timm
+    from timm.optim import OptimInfo, create_optimizer_v2
+    from timm.optim._optim_factory import default_registry
+
+    def adamlawn(params, weight_decay=0.0, **options):
+        return AdamLAWN(params, **options)
+
+    model = timm.create_model("test_resnet", num_classes=4)
+    default_registry.register(OptimInfo("adamlawn", adamlawn, has_betas=True))
+    optimizer = create_optimizer_v2(model, "adamlawn", lr=5e-3, weight_decay=0.0, free_steps=7)
+    assert isinstance(optimizer, AdamLAWN)
+    assert optimizer.param_groups[0]["free_steps"] == 7
+
+    def create(*model, free_steps, **options):
+        return LAWN(create_optimizer_v2(*model, **options), free_steps).optimizer
+
+    optimizer = create(model, opt="lamb", lr=5e-3, weight_decay=0.0, free_steps=7, always_adapt=True)
+    assert optimizer.param_groups[0]["free_steps"] == 7
+    with pytest.raises(ValueError, match="weight_decay"):
+        create(model, opt="lamb", lr=5e-3, weight_decay=2e-5, free_steps=7)
+    with pytest.raises(TypeError, match="Lookahead is no torch optimizer"):
+        create(model, opt="lookahead_adamw", lr=5e-3, weight_decay=0.0, free_steps=7)
