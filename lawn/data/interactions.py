@@ -48,15 +48,16 @@ class Interactions:
 
     def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """One epoch in random order: users, items and labels (1.0 positive, 0.0 negative)."""
-        negatives = self.unseen.sample(self.users[:, None].expand(-1, self.negatives), generator)
-        items = torch.cat([self.items[:, None], negatives], dim=1).flatten()
-        users = self.users[:, None].expand(-1, 1 + self.negatives).flatten()
-        labels = torch.zeros(len(self.users), 1 + self.negatives, device=users.device)
-        labels[:, 0] = 1
-        labels = labels.flatten()
-        order = torch.randperm(self.num_train, generator=generator, device=users.device)
+        negatives = self.unseen.sample(self.users, self.negatives, generator)
+        items = torch.cat([self.items[:, None], negatives], dim=1)
+        # A sample in one number, user, item and label, since a random order has to be read from memory only once.
+        samples = (self.users[:, None] << 32) | (items << 1)
+        samples[:, 0] |= 1
+        samples = samples.flatten()
+        order = torch.randperm(self.num_train, generator=generator, device=items.device, dtype=torch.int32)
         for index in order.split(batch_size):
-            yield users[index], items[index], labels[index]
+            sample = samples.index_select(0, index)
+            yield sample >> 32, (sample >> 1) & 0x7FFFFFFF, (sample & 1).float()
 
     def eval_batches(self, batch_size: int = 2048) -> Iterator[tuple[Tensor, Tensor]]:
         """Users [B] and their candidates [B, 1 + C]."""
@@ -99,12 +100,12 @@ class Unseen:
         if int(self.available.min()) < 1:
             raise DataError(f"user {int(self.available.argmin())} has interacted with all {num_items} items")
 
-    def sample(self, users: Tensor, generator: torch.Generator) -> Tensor:
-        """One independent uniform draw for each entry of `users` (any shape)."""
-        bits = torch.randint(2**31, users.shape, generator=generator, device=users.device)
-        return self.kth(users, (bits * self.available[users]) >> 31)
+    def sample(self, users: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """`count` independent uniform draws for each of `users` [N]: [N, count]."""
+        bits = torch.randint(2**31, (len(users), count), generator=generator, device=users.device)
+        return self.kth(users[:, None], (bits * self.available[users][:, None]) >> 31)
 
     def kth(self, users: Tensor, k: Tensor) -> Tensor:
-        """The k-th unseen item (from 0) of each user; needs k < available[user]."""
+        """The k-th unseen item (from 0) of each user; needs k < available[user]. Shapes are broadcast."""
         below = torch.searchsorted(self.keys, users * self.stride + k, right=True)
         return k + below - self.start[users]

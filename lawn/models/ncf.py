@@ -23,7 +23,7 @@ class NCFMLP(nn.Module):
         self.item = nn.Embedding(num_items, width // 2)
         hidden: list[nn.Module] = []
         for _ in range(layers):
-            hidden += [nn.Linear(width, width // 2, bias=bias), nn.ReLU()]
+            hidden += [nn.Linear(width, width // 2, bias=bias), nn.ReLU(inplace=True)]  # in place: memory is what limits the step
             width //= 2
         self.hidden = nn.Sequential(*hidden)
         self.score = nn.Linear(width, 1, bias=bias)
@@ -56,4 +56,4 @@ class NCFMLP(nn.Module):
         for_users, for_items = first.weight.chunk(2, dim=1)
         projected_users = F.linear(self.user.weight, for_users)
         projected_items = F.linear(self.item.weight, for_items, first.bias)
-        return F.embedding(users, projected_users) + F.embedding(items, projected_items)
+        return F.embedding(users, projected_users).add_(F.embedding(items, projected_items))
