@@ -77,13 +77,20 @@ def terminal(experiment: Experiment, frame: pd.DataFrame) -> str:
 
 
 def provenance(experiment: Experiment, folder: Path = records.RECORDS) -> str:
-    """One line on what the numbers come from: code versions and hardware."""
-    found = [r for cell in experiment.cells for r in records.read_all(experiment.configs(cell), folder)]
+    """What the numbers come from: a line with code versions and hardware, then the warnings of the runs, if any."""
+    cells = {cell.label: records.read_all(experiment.configs(cell), folder) for cell in experiment.cells}
+    found = [record for recorded in cells.values() for record in recorded]
+    warned: dict[str, list[str]] = {}
+    for label, recorded in cells.items():
+        for warning in dict.fromkeys(w for record in recorded for w in record.result["warnings"]):
+            warned.setdefault(warning, []).append(label)
+    remarks = "".join(f"\n- {warning} ({', '.join(labels)})" for warning, labels in warned.items())
     versions = sorted({(r.environment["git"] or "no git")[:10] for r in found})
     dirty = " with uncommitted changes" if any(r.environment["dirty"] for r in found) else ""
     machines = sorted({f"{r.environment['cores']}-core {r.environment['cpu']}" for r in found})
     packages = sorted({f"torch {r.environment['packages']['torch']}" for r in found})
-    return f"{len(found)} runs; code {', '.join(versions)}{dirty}; {', '.join(packages)}; {', '.join(machines)}."
+    source = f"{len(found)} runs; code {', '.join(versions)}{dirty}; {', '.join(packages)}; {', '.join(machines)}."
+    return source + (f"\n\nWarnings of the runs:\n{remarks}" if remarks else "")
 
 
 def figure(experiment: Experiment, path: Path, folder: Path = records.RECORDS) -> None:

@@ -40,7 +40,7 @@ def classification_metrics(rows: Tensor) -> dict[str, float]:
 
 
 def calibration_error(confidence: Tensor, correct: Tensor) -> Tensor:
-    """Expected calibration error over 15 bins of equal width, lower edge exclusive, upper inclusive (Guo et al. 2017)."""
+    """Expected calibration error, 15 bins of equal width, lower edge exclusive, upper inclusive (Guo et al. 2017)."""
     index = (confidence * ECE_BINS).ceil().long().sub(1).clamp(0, ECE_BINS - 1)
     gaps = torch.zeros(ECE_BINS, device=confidence.device, dtype=confidence.dtype)
     return gaps.index_add_(0, index, confidence - correct).abs().sum() / len(confidence)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lawn.config import Config, arguments
@@ -102,7 +102,9 @@ def muon(model: nn.Module, *, lr: float, betas: list[float], momentum: float, we
     has fewer than two dimensions are left to AdamW, as its authors advise."""
     from timm.optim import Muon
 
-    tables = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    tables: set[Tensor] = {
+        p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
+    }
     tables.add(output_layer(model).weight)
     weights, others = _by_dimensions(model)
     groups = _filled(

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Time NCF's training against a plain loop: python scripts/bench_ncf.py --data-dir D [--rounds 15]
 
-The plain loop is what one writes first: a Dataset that draws negatives and returns samples one by one, a DataLoader,
-embeddings that are looked up and concatenated, torch's Adam (the manner of github.com/guoyang9/NCF). Both train the same network (16 factors) at batch 10,000,
-in turns: an epoch of ours, some batches of the plain loop, a matrix product. Prints medians of the ratios within a round, the share of the
-matrix product's rate that is spent on the network's FLOPs, and the peak memory of a run from start to end; writes
-the same with hardware and versions to results/bench/ncf-DEVICE.json and .md.
+The plain loop is what one writes first, in the manner of github.com/guoyang9/NCF: a Dataset that draws negatives and
+returns samples one by one, a DataLoader, embeddings that are looked up and concatenated, torch's Adam. Both train the
+same network (16 factors) at batch 10,000, in turns: an epoch of ours, some batches of the plain loop, a matrix product.
+Prints medians of the ratios within a round, the share of the matrix product's rate that is spent on the network's
+FLOPs, and the peak memory of a run from start to end; writes the same with hardware and versions to
+results/bench/ncf-DEVICE.json and .md.
 """
 
 import argparse

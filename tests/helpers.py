@@ -5,6 +5,8 @@ from pathlib import Path
 
 from experiments.spec import compose_all
 from lawn.config import Config
+from lawn.data.interactions import Interactions
+from lawn.data.ratings import Ratings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,9 +22,32 @@ def run(*arguments: str, script: str = "run.py", **environment: str) -> subproce
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables, timeout=300)
 
 
-def write_ratings(path: Path, rows: list[tuple[int, int, int, int]]) -> None:
+# Three users, six items. Users and items of the file are 10, 20, 30 and 1 to 6.
+#   user 10: item 1 at t=5, item 2 at t=9, item 3 at t=9 (later in the file), item 4 at t=1
+#   user 20: item 6 at t=3, item 5 at t=2, item 1 at t=1
+#   user 30: item 2 at t=7, item 6 at t=8
+RATINGS = [
+    (10, 1, 5, 5), (20, 6, 4, 3), (10, 2, 3, 9), (30, 2, 3, 7), (10, 3, 3, 9), (20, 5, 1, 2), (10, 4, 2, 1),
+    (30, 6, 1, 8), (20, 1, 1, 1),
+]  # fmt: skip
+
+
+def write_ratings(path: Path, rows: list[tuple[int, int, int, int]], separator: str = "\t") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join("\t".join(map(str, row)) + "\n" for row in rows))
+    path.write_text("".join(separator.join(map(str, row)) + "\n" for row in rows))
+
+
+def write_three_files(folder: Path, prefix: str, ratings: Ratings, test: Interactions) -> None:
+    """What He et al. would have released for `ratings` and the candidates of `test`."""
+    held = set(zip(test.candidate_users.tolist(), test.candidates[:, 0].tolist(), strict=True))
+    parts: dict[str, list[str]] = {"train.rating": [], "test.rating": [], "test.negative": []}
+    rows = zip(ratings.users.tolist(), ratings.items.tolist(), ratings.times.tolist(), strict=True)
+    for user, item, time in sorted(rows, key=lambda row: row[0]):
+        parts["test.rating" if (user, item) in held else "train.rating"].append(f"{user}\t{item}\t1\t{time}\n")
+    for user, (item, *others) in zip(test.candidate_users.tolist(), test.candidates.tolist(), strict=True):
+        parts["test.negative"].append("\t".join([f"({user},{item})", *map(str, others)]) + "\n")
+    for part, lines in parts.items():
+        (folder / f"{prefix}.{part}").write_text("".join(lines))
 
 
 def synthetic_ratings(users: int = 30, items: int = 150, each: int = 12) -> list[tuple[int, int, int, int]]:

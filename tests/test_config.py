@@ -63,8 +63,15 @@ def test_groups_and_code_name_the_same_members():
         (["+foo=1"], "foo: no such key; the config takes dataset"),
         (["seed=-1"], "seed=-1: must be"),
         (["optim.lr=???"], "optim.lr: needs a value"),
-        (["schedule.name=cosine"], "schedule.name=cosine: must be one of linear"),
+        (["schedule.name=cosine"], "schedule.name=cosine: must be one of linear, constant"),
         (["optim=sgd", "optim.momentum=0", "optim.nesterov=true"], "optim.nesterov=True: needs optim.momentum"),
+        (["train.logit_scale=0"], "train.logit_scale=0.0: must be"),
+        (["train.logit_scale=0.2", "optim=adam"], "train.logit_scale=0.2: needs a LAWN optimizer"),
+        (["optim.scope=last"], "optim.scope=last: must be one of all, final_homogeneous"),
+        (["loss=label_smoothing", "loss.smoothing=1"], "loss.smoothing=1.0: must be below 1"),
+        (["loss=focal", "loss.gamma=-1"], "loss.gamma=-1.0: must be"),
+        (["dataset=pinterest", "dataset.prefix=../x"], r"dataset.prefix=../x: must be a plain name"),
+        (["dataset=pinterest", "dataset.prefix=..."], r"dataset.prefix=...: must be a plain name"),
         (["seed=99999999999999999999"], "seed=99999999999999999999: must be below"),
         (["dataset.seed=5000000000"], "dataset.seed=5000000000: must be below"),
     ],
@@ -84,6 +91,7 @@ def test_bad_values_are_refused_by_name(overrides, message):
         ),
         (["optim.weight_decay=0.1"], "optim.weight_decay=0.1: does not apply to optim=adam_lawn"),
         (["optim=sgd", "optim.free_epochs=1"], "optim.free_epochs=1.0: does not apply to optim=sgd"),
+        (["optim=adam", "optim.scope=all"], "optim.scope=all: does not apply to optim=adam"),
         (["optim.betas=null"], "optim.betas: optim=adam_lawn needs a value"),
     ],
 )
@@ -101,12 +109,28 @@ def test_keys_that_do_not_apply(overrides, message):
         ),
         (["loss=bce"], "loss=bce: does not fit dataset=digits; choose from cross_entropy"),
         (["dataset=movielens100k", "dataset.limit=5"], "dataset.limit=5: does not apply to dataset=movielens100k"),
+        (["loss.gamma=2"], "loss.gamma=2.0: does not apply to loss=cross_entropy, which takes no keys"),
+        (["loss=focal", "loss.gamma=null"], "loss.gamma: loss=focal needs a value"),
+        (["dataset=pinterest", "dataset.prefix=null"], "dataset.prefix: dataset=pinterest needs a value"),
         (["model.factors=5"], "model.factors=5: does not apply to model=mlp, which takes widths"),
     ],
 )
 def test_members_that_do_not_fit(overrides, message):
     with pytest.raises(ConfigError, match=message):
         build(compose(*overrides))
+
+
+def test_a_schedule_free_optimizer_brings_its_schedule():
+    assert compose("optim=schedule_free").schedule.name == "constant"
+    assert compose("optim=schedule_free", "schedule=linear").schedule.name == "linear"
+    assert compose("optim=adam").schedule.name == "linear"
+
+
+@pytest.mark.parametrize("dataset", [name for task in TASKS for name in task.datasets])
+@pytest.mark.parametrize("gamma", [0.5, 2, 5])
+def test_the_losses_of_the_paper_go_with_every_dataset(dataset, gamma):
+    for overrides in (["loss=focal", f"loss.gamma={gamma}"], ["loss=label_smoothing"], ["loss=flooding"]):
+        build(compose(f"dataset={dataset}", *overrides))
 
 
 def test_the_hash_is_of_what_defines_the_run():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import log_loss
+from sklearn.metrics import brier_score_loss, log_loss, ndcg_score, top_k_accuracy_score
 
 from lawn import metrics
 from lawn.diagnostics import binary_margin, multiclass_margin, weight_norm
@@ -18,62 +18,112 @@ def random_case(count: int, classes: int, seed: int) -> tuple[torch.Tensor, torc
     return logits, torch.randint(classes, (count,), generator=generator)
 
 
-@given(count=st.integers(1, 60), classes=st.integers(2, 7), seed=st.integers(0, 9999))
+def evaluate(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    return metrics.classification_metrics(metrics.classification_rows(logits, labels))
+
+
+@given(count=st.integers(1, 60), classes=st.integers(2, 9), seed=st.integers(0, 9999))
 @settings(deadline=None)
 def test_classification_against_independent_computations(count, classes, seed):
     logits, labels = random_case(count, classes, seed)
-    got = metrics.classification_metrics(metrics.classification_sums(logits, labels))
+    got = evaluate(logits, labels)
     p = torch.softmax(logits.double(), 1).numpy()
+    p /= p.sum(1, keepdims=True)
     y = labels.numpy()
-    assert got["accuracy"] == pytest.approx(100 * (p.argmax(1) == y).mean())
-    assert got["nll"] == pytest.approx(
-        log_loss(y, p / p.sum(1, keepdims=True), labels=range(classes)), rel=1e-5, abs=1e-6
+    confidence, correct = p.max(1), (p.argmax(1) == y).astype(float)
+    assert got["accuracy"] == pytest.approx(100 * correct.mean())
+    assert got["nll"] == pytest.approx(log_loss(y, p, labels=range(classes)), rel=1e-5, abs=1e-6)
+    brier = brier_score_loss(y, p, labels=range(classes), scale_by_half=False)
+    assert got["brier"] == pytest.approx(brier, rel=1e-5, abs=1e-6)
+    assert got["top5"] == pytest.approx(
+        100 * (top_k_accuracy_score(y, p, k=5, labels=range(classes)) if classes > 5 else 1.0)
     )
     edges = np.linspace(0, 1, 16)
     ece = 0.0
     for low, high in pairwise(edges):  # Guo et al. 2017, bin by bin
-        inside = (p.max(1) > low) & (p.max(1) <= high)
+        inside = (confidence > low) & (confidence <= high)
         if inside.any():
-            ece += inside.mean() * abs((p.argmax(1) == y)[inside].mean() - p.max(1)[inside].mean())
+            ece += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
     assert got["ece"] == pytest.approx(ece, abs=1e-5)
+    adaptive = 0.0
+    for part in np.array_split(np.lexsort((correct, logits.softmax(1).numpy().max(1))), 15):
+        if len(part):
+            adaptive += len(part) / count * abs(correct[part].mean() - confidence[part].mean())
+    assert got["adaptive_ece"] == pytest.approx(adaptive, abs=1e-5)
 
 
-def test_ece_by_hand():
-    """Two answers of confidence 0.9 in one bin, one of them right: |0.9 - 0.5| = 0.4."""
+def test_calibration_by_hand():
+    """Two answers of confidence 0.9 in one bin, one of them right: |0.9 - 0.5| = 0.4. Fifteen bins of equal size hold
+    one each, the wrong one first: (0.9 + 0.1) / 2 = 0.5."""
     logits = torch.log(torch.tensor([[0.9, 0.1], [0.9, 0.1]]))
-    got = metrics.classification_metrics(metrics.classification_sums(logits, torch.tensor([0, 1])))
-    assert got["ece"] == pytest.approx(0.4, abs=1e-6)
-    assert got["accuracy"] == 50
+    for labels in ([0, 1], [1, 0]):
+        got = evaluate(logits, torch.tensor(labels))
+        assert got["ece"] == pytest.approx(0.4, abs=1e-6)
+        assert got["adaptive_ece"] == pytest.approx(0.5, abs=1e-6)
+        assert got["accuracy"] == 50
+        assert got["brier"] == pytest.approx((2 * 0.1**2 + 2 * 0.9**2) / 2, abs=1e-6)
+
+
+def test_adaptive_bins_hold_as_many_samples_each():
+    """30 samples, two for each bin: the surest pair is (0.99 right, 0.98 wrong), all others are as sure as right."""
+    confidence = torch.cat([torch.full((28,), 0.5), torch.tensor([0.98, 0.99])]).double()
+    correct = torch.tensor([0.0, 1.0] * 14 + [0.0, 1.0]).double()
+    # The 28 samples of confidence 0.5 are sorted wrong answers first: seven bins of -1.0 and seven of +1.0 in sum.
+    expected = (14 * 1.0 + abs(0.98 + 0.99 - 1)) / 30
+    assert metrics.adaptive_calibration_error(confidence, correct).item() == pytest.approx(expected)
+    shuffled = torch.randperm(30)
+    assert metrics.adaptive_calibration_error(confidence[shuffled], correct[shuffled]).item() == pytest.approx(expected)
 
 
 @given(count=st.integers(2, 40), cut=st.integers(1, 39), seed=st.integers(0, 9999))
 @settings(deadline=None)
-def test_sums_of_parts_are_the_sums_of_the_whole(count, cut, seed):
+def test_metrics_of_any_parts_in_any_order_are_those_of_the_whole(count, cut, seed):
     logits, labels = random_case(count, 4, seed)
     cut = min(cut, count - 1)
-    whole = metrics.classification_metrics(metrics.classification_sums(logits, labels))
-    parts = metrics.add({}, metrics.classification_sums(logits[:cut], labels[:cut]))
-    parts = metrics.add(parts, metrics.classification_sums(logits[cut:], labels[cut:]))
-    assert metrics.classification_metrics(parts) == pytest.approx(whole)
+    parts = [metrics.classification_rows(logits[part], labels[part]) for part in (slice(cut, None), slice(cut))]
+    assert metrics.classification_metrics(torch.cat(parts)) == pytest.approx(evaluate(logits, labels))
+
+
+def rank(scores: torch.Tensor, items: torch.Tensor | None = None) -> dict[str, float]:
+    others = torch.arange(scores.shape[1]).expand_as(scores) if items is None else items
+    return metrics.ranking_metrics(metrics.ranks(scores, others))
 
 
 def test_ranking_by_hand():
     scores = torch.zeros(4, 100)
     scores[0, 0] = 1  # rank 0
-    scores[1, 1:10], scores[1, 0] = 2, 1  # rank 9: the last hit
-    scores[2, 1:11], scores[2, 0] = 2, 1  # rank 10: a miss
+    scores[1, 1:10], scores[1, 0] = 2, 1  # rank 9: the last hit of the ten
+    scores[2, 1:11], scores[2, 0] = 2, 1  # rank 10: one of the twenty
     # user 3: all tied with the held-out item, a miss
-    got = metrics.ranking_metrics(metrics.ranking_sums(scores))
-    assert got["hr10"] == 50
+    got = rank(scores)
+    assert (got["hr5"], got["hr10"], got["hr20"]) == (25, 50, 75)
+    assert got["ndcg5"] == pytest.approx(100 / 4)
     assert got["ndcg10"] == pytest.approx(100 * (1 + 1 / math.log2(11)) / 4)
+    assert got["ndcg20"] == pytest.approx(100 * (1 + 1 / math.log2(11) + 1 / math.log2(12)) / 4)
+
+
+@given(seed=st.integers(0, 9999))
+@settings(deadline=None, max_examples=25)
+def test_ndcg_is_that_of_scikit_learn(seed):
+    scores = torch.randn(6, 30, generator=torch.Generator().manual_seed(seed))
+    relevance = np.zeros((6, 30))
+    relevance[:, 0] = 1
+    assert rank(scores)["ndcg10"] == pytest.approx(100 * ndcg_score(relevance, scores.numpy(), k=10))
+
+
+def test_the_held_out_item_is_not_ranked_against_itself():
+    scores = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
+    items = torch.tensor([[7, 7, 3], [7, 8, 3]])
+    assert metrics.ranks(scores, items).tolist() == [0, 1]
 
 
 def test_scores_that_are_not_numbers_are_no_hits():
-    scores = torch.full((1, 100), torch.nan)
-    assert metrics.ranking_metrics(metrics.ranking_sums(scores))["hr10"] == 0
+    assert rank(torch.full((1, 100), torch.nan))["hr10"] == 0
     scores = torch.arange(100.0).flip(0)[None].clone()
     scores[0, 50:] = torch.nan
-    assert metrics.ranking_metrics(metrics.ranking_sums(scores))["hr10"] == 0
+    assert rank(scores)["hr20"] == 0
+    got = evaluate(torch.full((2, 10), torch.nan), torch.tensor([0, 1]))
+    assert got["top5"] == 0
 
 
 def test_margins_by_hand():

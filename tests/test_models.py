@@ -17,6 +17,23 @@ def test_mlp_is_fully_homogeneous():
     torch.testing.assert_close(model(images), before * 2**3)
 
 
+@pytest.mark.parametrize(
+    ("model", "layers", "inputs"),
+    [
+        (NCFMLP(10, 20, factors=4, layers=3, init="he2017", bias=False), 5, (torch.arange(6), torch.arange(6))),
+        (VGG19((3, 32, 32), 10, batch_norm=False, bias=False), 17, (torch.randn(2, 3, 32, 32),)),
+    ],
+)
+def test_fully_homogeneous_options(model, layers, inputs):
+    model = model.double()
+    inputs = [x.double() if x.is_floating_point() else x for x in inputs]
+    before = model(*inputs)
+    for p in model.parameters():
+        p.data *= 1.1
+    assert before.abs().max() > 0
+    torch.testing.assert_close(model(*inputs), before * 1.1**layers)
+
+
 def test_ncf_sizes():
     model = NCFMLP(10, 20, factors=8, layers=3, init="he2017")
     assert [tuple(p.shape) for p in model.parameters() if p.ndim > 1] == [

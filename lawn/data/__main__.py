@@ -17,8 +17,8 @@ from lawn.data.pinterest import pinterest
 from lawn.data.published import only_deviations
 from lawn.errors import DataError, UserError
 
-IMAGES = {"seed": 0, "val_fraction": 0.1}
-INTERACTIONS = {"seed": 0, "negatives": 4, "candidates": 99}
+IMAGES: dict[str, Any] = {"seed": 0, "val_fraction": 0.1}
+INTERACTIONS: dict[str, Any] = {"seed": 0, "negatives": 4, "candidates": 99}
 DATASETS: dict[str, Callable[..., Any]] = {
     "cifar10": partial(cifar10, **IMAGES),
     "cifar100": partial(cifar100, **IMAGES),
@@ -38,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=0, help="processes that decode ImageNet's images for --verify")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--download", action="store_true", help="say in a line what is there (the default)")
-    mode.add_argument("--verify", action="store_true", help="fail if counts are not as published or an image is damaged")
+    mode.add_argument(
+        "--verify", action="store_true", help="fail if counts are not as published or an image is damaged"
+    )
     mode.add_argument("--stats", action="store_true", help="describe what is there")
     given = parser.parse_args(arguments)
     code = 0

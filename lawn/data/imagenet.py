@@ -64,7 +64,8 @@ class FolderImages:
             raise DataError(str(error).splitlines()[-1].partition("DataError: ")[2] or str(error)) from None
 
     def statistics(self) -> dict[str, object]:
-        labels = torch.tensor(self.train.dataset.targets)[self.train.indices]
+        folder: Any = self.train.dataset
+        labels = torch.tensor(folder.targets)[self.train.indices]
         each = labels.bincount(minlength=self.num_classes)
         return {
             "training images": self.num_train,
@@ -75,7 +76,8 @@ class FolderImages:
 
     def damaged(self) -> Iterator[str]:
         """Decode every image of the two folders; a line for each that cannot be."""
-        for folder in {id(part.dataset): part.dataset for part in (self.train, self.held_out)}.values():
+        folders: dict[int, Any] = {id(part.dataset): part.dataset for part in (self.train, self.held_out)}
+        for folder in folders.values():
             paths = [path for path, _ in folder.samples]
             for batch in DataLoader(Damage(paths), 64, num_workers=self.workers, collate_fn=list):
                 yield from filter(None, batch)

@@ -87,10 +87,9 @@ def _read(path: Path) -> Ratings:
 
 def _read_candidates(path: Path, test: Ratings) -> np.ndarray:
     """Items that each held-out rating is ranked against, int64 [len(test), C]."""
-    number = rb"\d{1,18}+"
     text = read_lines(
         path,
-        rb"\(" + number + rb"," + number + rb"\)(?:\t" + number + rb")++",
+        rb"\(N,N\)(?:\tN)++".replace(b"N", rb"\d{1,18}+"),
         "(user,item) and the items to rank it against, separated by tabs",
     )
     lines = text.translate(bytes.maketrans(b",", b"\t"), delete=b"()\r").splitlines()
@@ -120,7 +119,9 @@ def _check_users(path: Path, train: Ratings, test: Ratings) -> None:
     for number in 1 + np.setdiff1d(np.arange(len(test)), first)[:1]:
         raise DataError(f"{path}, line {number}: a second held-out item of user {test.users[number - 1]}")
     for number in 1 + np.flatnonzero(~np.isin(test.users, train.users))[:1]:
-        raise DataError(f"{path}, line {number}: user {test.users[number - 1]} has no line of its own in the training file")
+        raise DataError(
+            f"{path}, line {number}: user {test.users[number - 1]} has no line of its own in the training file"
+        )
 
 
 def _clean(train: Ratings, test: Ratings) -> tuple[Ratings, list[str]]:

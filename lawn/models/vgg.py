@@ -12,9 +12,7 @@ class VGG19(nn.Module):
     one linear layer 512 -> classes. Without batch norm the convolutions have biases, unless `bias=False`, which makes
     the network fully homogeneous. He initialization."""
 
-    def __init__(
-        self, shape: tuple[int, int, int], num_classes: int, *, batch_norm: bool, bias: bool = True
-    ) -> None:
+    def __init__(self, shape: tuple[int, int, int], num_classes: int, *, batch_norm: bool, bias: bool = True) -> None:
         super().__init__()
         if shape[1:] != (32, 32):
             raise ConfigError(f"model=vgg19: its CIFAR form takes 32 x 32 images, not {shape[1]} x {shape[2]}")

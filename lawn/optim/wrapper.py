@@ -32,8 +32,8 @@ class LAWN:
         phase.check_free_steps(free_steps)
         if not hasattr(optimizer, "_optimizer_load_state_dict_post_hooks"):
             raise TypeError(
-                f"{type(optimizer).__name__} is no torch optimizer, or never initialized itself as one, and calls no hooks; "
-                "put LAWN on the optimizer inside it"
+                f"{type(optimizer).__name__} is no torch optimizer, or never initialized itself as one, and calls no "
+                "hooks; put LAWN on the optimizer inside it"
             )
         groups = optimizer.param_groups
         if any("target_norms" in group for group in groups):

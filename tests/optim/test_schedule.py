@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lawn import LinearWarmupDecay
+from lawn.optim import LinearWarmup
 
 
 def rates(warmup: int, total: int, peak: float = 0.5) -> list[float]:
@@ -16,6 +17,19 @@ def rates(warmup: int, total: int, peak: float = 0.5) -> list[float]:
         optimizer.step()
         schedule.step()
     return [*seen, optimizer.param_groups[0]["lr"]]
+
+
+def test_warmup_alone_is_the_first_part():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
+    schedule = LinearWarmup(optimizer, 3)
+    seen = []
+    for _ in range(6):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert seen == [*rates(3, 50)[:4], 0.5, 0.5]
+    with pytest.raises(ValueError, match="warmup_steps"):
+        LinearWarmup(optimizer, -1)
 
 
 def test_by_hand():

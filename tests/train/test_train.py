@@ -1,6 +1,7 @@
 import csv
 import json
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 
 from lawn.config import config_hash
 from lawn.errors import ConfigError, RunError
-from lawn.optimizers import optimizer_arguments
+from lawn.models.ncf import NCFMLP
+from lawn.models.vgg import VGG19
+from lawn.optimizers import OPTIMIZERS, PACKAGES, constrained, optimizer_arguments
 from lawn.task import build
 from lawn.train import train
 from lawn.train.loop import Run, epoch_seed
@@ -58,12 +61,14 @@ class PowerCutError(Exception):
     pass
 
 
-@pytest.mark.parametrize("optim", ["adam_lawn", "sgd_lawn", "adamw"])
-@pytest.mark.parametrize("after", [1, 2, 3])
+RESUMED = [*product(["adam_lawn", "sgd_lawn"], [1, 2, 3]), *((name, 2) for name in sorted(OPTIMIZERS))]
+
+
+@pytest.mark.parametrize(("optim", "after"), RESUMED)
 def test_resume_is_exact(tiny, tmp_path, monkeypatch, optim, after):
     overrides = [f"optim={optim}", "train.checkpoint_seconds=0", "optim.lr=0.01"]
     if "lawn" in optim:
-        overrides.append("optim.free_epochs=2")
+        overrides += ["optim.free_epochs=2", "train.logit_scale=0.2"]
     whole, broken = (tiny(*overrides, f"run_dir={tmp_path}/{name}") for name in ("whole", "broken"))
     train(whole)
     next_epoch = Run.next_epoch
@@ -82,6 +87,81 @@ def test_resume_is_exact(tiny, tmp_path, monkeypatch, optim, after):
     a, b = (torch.load(directory(c) / "checkpoint.pt", weights_only=True) for c in (whole, broken))
     assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
     assert (directory(whole) / "metrics.csv").read_bytes() == (directory(broken) / "metrics.csv").read_bytes()
+
+
+@pytest.mark.parametrize("optim", sorted(OPTIMIZERS))
+def test_every_optimizer_learns(tiny, optim):
+    lr = 0.1 if "sgd" in optim else 0.02 if "lamb" in optim else 0.01
+    result = train(tiny(f"optim={optim}", f"optim.lr={lr}", "train.epochs=15", "train.batch_size=20"))
+    assert result["status"] == "done"
+    assert result["last"]["train_loss"] < 1  # ln 10 = 2.3 at the start
+    assert result["last"]["test_accuracy"] > 60
+
+
+def test_hoffers_weights_keep_the_norms_that_they_began_with(tiny):
+    config = tiny("optim=adam_hoffer", "optim.lr=0.01")
+    task = build(config)(torch.device("cpu"))
+    before = [p.norm().item() for p in task.model.parameters()]
+    run = Run(config, task, torch.device("cpu"), optimizer_arguments(config))
+    values = [layer.weight.detach().clone() for layer in task.model if hasattr(layer, "weight")]
+    run.next_epoch()
+    layers = [layer.weight.detach() for layer in task.model if hasattr(layer, "weight")]
+    assert [w.norm().item() for w in layers] == pytest.approx(before, rel=1e-6)
+    assert not any(torch.equal(a, b) for a, b in zip(values, layers, strict=True))
+
+
+def test_logits_are_attenuated_at_the_switch_and_norms_fixed_there(tiny):
+    """Figure 1: the free phase, then the output layer times alpha, then the constraint."""
+    free = 20
+    common = f"train.epochs={free + 2}", f"optim.free_epochs={free}", "optim.lr=0.01", "train.batch_size=20"
+    config = tiny(*common, "train.logit_scale=0.2")
+    task = build(config)(torch.device("cpu"))
+    run = Run(config, task, torch.device("cpu"), optimizer_arguments(config))
+    norms = []
+    for _ in range(free + 2):
+        run.next_epoch()
+        norms.append([p.norm().item() for p in task.model.parameters()])
+    hidden, output = norms[free - 1]
+    assert norms[free] == pytest.approx([hidden, 0.2 * output], rel=1e-5)
+    assert norms[free + 1] == pytest.approx(norms[free], rel=1e-6)
+    margins = [row["margin_p50"] for row in run.rows]
+    assert margins[free] < 0.4 * margins[free - 1]
+    plain = tiny(*common)
+    other = Run(plain, build(plain)(torch.device("cpu")), torch.device("cpu"), optimizer_arguments(plain))
+    assert [other.next_epoch()["train_loss"] for _ in range(free)] == [row["train_loss"] for row in run.rows[:free]]
+
+
+def test_scope_of_the_constraint(tiny):
+    """All weights of the digits MLP are a homogeneous sub-network; in VGG-19 only the last layer is."""
+    both = [
+        Run(c, build(c)(torch.device("cpu")), torch.device("cpu"), optimizer_arguments(c)).optimizer.param_groups
+        for c in (tiny(), tiny("optim.scope=final_homogeneous"))
+    ]
+    assert [[p.shape for p in g["params"]] for g in both[0]] == [[p.shape for p in g["params"]] for g in both[1]]
+    model = VGG19((3, 32, 32), 10, batch_norm=True)
+    bound, free = constrained(model, "final_homogeneous", True)
+    assert [tuple(p.shape) for p in bound["params"]] == [(10, 512), (10,)]
+    assert bound["blocks"] == [0, 0]
+    assert len(free["params"]) == len(list(model.parameters())) - 2
+    with pytest.raises(ConfigError, match=r"optim.scope=final_homogeneous: no final homogeneous sub-network"):
+        constrained(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh()), "final_homogeneous", False)
+
+
+def test_muon_leaves_embeddings_and_the_output_layer_to_adamw():
+    model = NCFMLP(10, 20, factors=4, layers=2, init="torch")
+    groups = OPTIMIZERS["muon"](model, lr=0.01, betas=[0.9, 0.999], momentum=0.9, weight_decay=0.1).param_groups
+    by_muon, apart, others = groups
+    assert [g["use_fallback"] for g in groups] == [False, True, True]
+    assert [tuple(p.shape) for p in by_muon["params"]] == [(8, 16), (4, 8)]
+    assert [tuple(p.shape) for p in apart["params"]] == [(10, 8), (20, 8), (1, 4)]
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.1, 0.0]
+    assert all(p.ndim == 1 for p in others["params"])
+
+
+def test_a_package_that_is_not_installed_is_one_line(monkeypatch):
+    monkeypatch.setitem(PACKAGES, "adamp", "no_such_package")
+    with pytest.raises(ConfigError, match=r"optim=adamp: the package no_such_package is not installed; pip install"):
+        optimizer_arguments(compose("optim=adamp"))
 
 
 def test_divergence_is_a_result(tiny):

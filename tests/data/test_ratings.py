@@ -1,0 +1,138 @@
+"""Rating files, and leave-one-out on a handful of ratings checked item by item."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lawn.data.ratings import Ratings, drop_repeats, hold_out_latest, leave_one_out, read_ratings
+from lawn.errors import ConfigError, DataError
+from tests.helpers import RATINGS, write_ratings
+
+
+def by_hand(tmp_path, split: str):
+    write_ratings(tmp_path / "u.data", RATINGS)
+    ratings = read_ratings(tmp_path / "u.data")
+    return leave_one_out(ratings, split=split, seed=0, negatives=2, candidates=2, warnings=[])
+
+
+def test_test_split_by_hand(tmp_path):
+    data = by_hand(tmp_path, "test")
+    assert (data.num_users, data.num_items) == (3, 6)
+    train = list(zip(data.users.tolist(), data.items.tolist(), strict=True))
+    assert train == [(0, 3), (0, 0), (0, 1), (1, 0), (1, 4), (2, 1)]  # by user, then time
+    assert data.candidate_users.tolist() == [0, 1, 2]
+    assert data.candidates[:, 0].tolist() == [2, 5, 5]  # of the two items at t=9 the later in the file
+    unrated = [{4, 5}, {1, 2, 3}, {0, 2, 3, 4}]
+    for row, allowed in zip(data.candidates[:, 1:].tolist(), unrated, strict=True):
+        assert len(set(row)) == 2
+        assert set(row) <= allowed
+    assert data.warnings == []
+
+
+def test_val_split_by_hand(tmp_path):
+    data = by_hand(tmp_path, "val")
+    train = list(zip(data.users.tolist(), data.items.tolist(), strict=True))
+    assert train == [(0, 3), (0, 0), (1, 0), (2, 1)]  # no user's latest item: those are for the test
+    assert data.candidate_users.tolist() == [0, 1]
+    assert data.candidates[:, 0].tolist() == [1, 4]
+    assert not set(data.candidates[0, 1:].tolist()) & {0, 1, 2, 3}  # nor is a test item a candidate
+    assert data.warnings == ["1 users have too few ratings and are not evaluated"]
+
+
+interactions = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6), st.integers(0, 3)), min_size=1, max_size=30)
+
+
+@given(interactions)
+@settings(deadline=None)
+def test_holding_out_keeps_every_rating_and_takes_the_latest(rows):
+    ratings = Ratings(*np.array(rows).T)
+    rest, held = hold_out_latest(ratings)
+    assert sorted(zip(*map(np.ndarray.tolist, vars(rest.and_also(held)).values()), strict=True)) == sorted(rows)
+    for user, item, time in zip(held.users, held.items, held.times, strict=True):
+        mine = [(t, place, i) for place, (u, i, t) in enumerate(rows) if u == user]
+        assert len(mine) > 1
+        assert max(mine)[::2] == (time, item)
+    assert len(held) == sum(sum(u == user for u, _, _ in rows) > 1 for user in range(5))
+
+
+@given(interactions)
+@settings(deadline=None)
+def test_of_repeated_ratings_the_latest_stays(rows):
+    kept, notes = drop_repeats(Ratings(*np.array(rows).T))
+    latest = {}
+    for u, i, t in rows:
+        latest[u, i] = max(t, latest.get((u, i), 0))
+    assert {(u, i): t for u, i, t in zip(kept.users, kept.items, kept.times, strict=True)} == latest
+    assert len(kept) == len(latest)
+    assert (notes == []) == (len(rows) == len(latest))
+
+
+def test_too_many_candidates(tmp_path):
+    write_ratings(tmp_path / "u.data", RATINGS)
+    ratings = read_ratings(tmp_path / "u.data")
+    with pytest.raises(ConfigError, match=r"dataset.candidates=3: some user has only 2 items"):
+        leave_one_out(ratings, split="test", seed=0, negatives=1, candidates=3, warnings=[])
+
+
+def test_nothing_to_hold_out(tmp_path):
+    write_ratings(tmp_path / "u.data", [(1, 1, 1, 1), (2, 2, 1, 1)])
+    with pytest.raises(DataError, match="nothing to hold out"):
+        leave_one_out(read_ratings(tmp_path / "u.data"), split="test", seed=0, negatives=1, candidates=1, warnings=[])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "empty"),
+        (b"1\t2\t3\t4\n1\t2\t3\n", "line 2"),
+        (b"1\t2\t3\t4\n1\t2\t3\t4\n1\t2", "line 3.*cut off"),
+        (b"1\t2\t3\t4\n5\t6\t7\t8", "line 2.*cut off"),
+        (b"1,2,3,4\n", "line 1"),
+        (b"1::2::3::4\n", "line 1"),
+        (b"1\t2\t3\t4\n1\t-2\t3\t4\n", "line 2"),
+        (b"1\t2\tnan\t4\n", "line 1"),
+        (b"1\t2\t0\t4\n", "line 1: want user, item, rating \\(1 or more\\)"),
+        (b"1\t2\t4.5\t4\n", "line 1"),
+        (b"\xff\xfe\x00\n", "line 1"),
+        (b"1\t2\t3\t4\t5\n", "line 1"),
+        (b"1\t2\t3\t4\n\n1\t2\t3\t4\n", "line 2"),
+        (b"1\t99999999999999999999\t3\t4\n", "line 1"),
+    ],
+)
+def test_damaged_files_are_named_with_the_line(tmp_path, text, message):
+    path = tmp_path / "u.data"
+    path.write_bytes(text)
+    with pytest.raises(DataError, match=message) as error:
+        read_ratings(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@given(st.data(), st.sampled_from(["\t", "::"]))
+@settings(deadline=None, max_examples=200)
+def test_a_damaged_byte_is_found_or_does_no_harm(tmp_path_factory, data, separator):
+    """One byte is cut out, put in or changed: the file is refused by line, or has the numbers that it seems to."""
+    rows = data.draw(st.lists(st.tuples(*[st.integers(1, 10**6)] * 4), min_size=1, max_size=5))
+    text = bytearray("".join(separator.join(map(str, row)) + "\n" for row in rows), "ascii")
+    where = data.draw(st.integers(0, len(text) - 1))
+    how, byte = data.draw(st.sampled_from(["cut", "put", "change"])), data.draw(st.integers(0, 255))
+    text[where : where + (how != "put")] = b"" if how == "cut" else bytes([byte])
+    path = tmp_path_factory.mktemp("fuzz") / "ratings"
+    path.write_bytes(text)
+    expected = []
+    try:
+        for line in bytes(text).decode("ascii").removesuffix("\n").split("\n"):
+            fields = line.removesuffix("\r").split(separator)
+            if not (len(fields) == 4 and all(f.isdigit() and len(f) < 19 for f in fields) and fields[2][0] != "0"):
+                raise ValueError
+            expected.append([int(f) for f in fields])
+        if not text.endswith(b"\n"):
+            raise ValueError
+    except ValueError:
+        with pytest.raises(DataError, match=r"line \d|empty"):
+            read_ratings(path, separator)
+    else:
+        got = read_ratings(path, separator)
+        assert got.times.tolist() == [row[3] for row in expected]
+        assert got.users.tolist() == [sorted({r[0] for r in expected}).index(row[0]) for row in expected]
