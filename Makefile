@@ -5,7 +5,7 @@ DATA_DIR ?= data
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data test test-all lint format clean
+.PHONY: help setup demo data test test-all lint format bench-optim bench-ncf clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,8 +25,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## train Adam, Adam with decay and Adam-LAWN on real digits; table and figure in demo/
 	$(PYTHON) -m experiments run demo --results demo
 
-data: $(READY) ## download MovieLens-100k, CIFAR-10 and CIFAR-100 into DATA_DIR (default: data)
-	$(PYTHON) -m lawn.data movielens100k cifar10 cifar100 --data-dir $(DATA_DIR)
+data: $(READY) ## download MovieLens, Pinterest, CIFAR-10 and CIFAR-100 into DATA_DIR (default: data)
+	$(PYTHON) -m lawn.data movielens100k movielens1m pinterest cifar10 cifar100 --data-dir $(DATA_DIR)
 
 test: $(READY) ## the fast test suite, under 3 minutes on 2 cores
 	$(PYTHON) -m pytest
@@ -45,6 +45,9 @@ format: $(READY) ## put the code in ruff's format
 
 bench-optim: $(READY) ## time one step of every optimizer on VGG-19's parameters; results/bench/
 	$(PYTHON) scripts/bench_optim.py
+
+bench-ncf: $(READY) ## time NCF's training against a plain loop, on MovieLens in DATA_DIR; results/bench/
+	$(PYTHON) scripts/bench_ncf.py --data-dir $(DATA_DIR)
 
 clean: ## remove the environment, runs and caches; data stays
 	rm -rf $(VENV) runs demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
