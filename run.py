@@ -21,15 +21,18 @@ from lawn.errors import ConfigError, UserError
 from lawn.train import train
 
 register()
-failures: list[UserError] = []  # of this process's jobs: one that fails does not keep a multirun from the others
+DEBUG = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's own switch for tracebacks
+failures: list[int] = []  # exit codes of this process's jobs: one that fails does not keep a multirun from the others
 
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="config")
 def run(composed: DictConfig) -> None:
     try:
         train(validate(composed))
-    except UserError as error:
-        failures.append(error)
+    except (UserError, OSError) as error:  # the system's own: a full disk, a path that cannot be
+        if DEBUG and isinstance(error, OSError):
+            raise
+        failures.append(getattr(error, "exit_code", UserError.exit_code))
         hydra_config = HydraConfig.get()
         multirun = hydra_config.mode == RunMode.MULTIRUN
         of = f" in the job {' '.join(hydra_config.overrides.task)}" if multirun else ""
@@ -37,25 +40,24 @@ def run(composed: DictConfig) -> None:
 
 
 def main() -> int:
-    debug = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's own switch for tracebacks
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra prints several lines and exits; here it raises
     failures.clear()
     try:
         run()
     except (HydraException, OmegaConfBaseException) as error:
-        if debug:
+        if DEBUG:
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
         return ConfigError.exit_code
-    except OSError as error:  # a full disk, a path that cannot be
-        if debug:
+    except OSError as error:
+        if DEBUG:
             raise
         print(f"error: {error}", file=sys.stderr)
         return UserError.exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    return max((failure.exit_code for failure in failures), default=0)
+    return max(failures, default=0)
 
 
 if __name__ == "__main__":

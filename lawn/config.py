@@ -180,7 +180,6 @@ def _problems(c: Config) -> Iterator[str]:
         "loss.level": (0, True),
         "schedule.warmup_epochs": (0, True),
         "train.batch_size": (0, False),
-        "train.logit_scale": (0, False),
         "train.checkpoint_seconds": (0, True),
         "eval.every": (0, False),
         "dataset.seed": (0, True),
@@ -216,10 +215,12 @@ def _problems(c: Config) -> Iterator[str]:
             f"optim.free_epochs={c.optim.free_epochs:g}: must be below train.epochs={c.train.epochs}, "
             "or the constrained phase never begins"
         )
+    if c.train.logit_scale is not None and not 1e-6 <= c.train.logit_scale <= 1:
+        yield f"train.logit_scale={c.train.logit_scale:g}: must be from 1e-6 to 1"
     if c.train.logit_scale is not None and c.optim.free_epochs is None:
         yield f"train.logit_scale={c.train.logit_scale:g}: needs a LAWN optimizer, whose switch it happens at"
     if c.dataset.prefix is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", c.dataset.prefix):
-        yield f"dataset.prefix={c.dataset.prefix}: must be a plain name of letters, digits, '_', '-' and '.'"
+        yield f"dataset.prefix={c.dataset.prefix!r}: must be a plain name of letters, digits, '_', '-' and '.'"
     if c.optim.nesterov and not c.optim.momentum:
         yield "optim.nesterov=True: needs optim.momentum above 0"
     for key, bound in (("seed", 2**63), ("dataset.seed", 2**32)):

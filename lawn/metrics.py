@@ -19,9 +19,10 @@ def classification_rows(logits: Tensor, labels: Tensor) -> Tensor:
     p = log_p.exp()
     confidence, predicted = p.max(dim=1)
     of_label = log_p.gather(1, labels[:, None])
-    better = (~(log_p <= of_label)).sum(dim=1)  # a NaN is never among the best
+    ahead = (~(log_p < of_label)).sum(dim=1) - 1  # ties are ahead; the label itself is not
+    known = of_label[:, 0].isfinite()  # where the network has diverged, no answer is right
     brier = (p - F.one_hot(labels, logits.shape[1])).square().sum(dim=1)
-    columns = confidence, predicted == labels, better < 5, -of_label[:, 0], brier
+    columns = confidence, (predicted == labels) & known, (ahead < 5) & known, -of_label[:, 0], brier
     return torch.stack([column.double() for column in columns], dim=1)
 
 

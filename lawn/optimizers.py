@@ -107,12 +107,14 @@ def muon(model: nn.Module, *, lr: float, betas: list[float], momentum: float, we
     }
     tables.add(output_layer(model).weight)
     weights, others = _by_dimensions(model)
+    by_muon: dict[str, Any] = {"use_fallback": False, "nesterov": True}
+    by_adamw: dict[str, Any] = {"use_fallback": True, "nesterov": False}
     groups = _filled(
-        {"params": [p for p in weights if p not in tables], "weight_decay": weight_decay, "use_fallback": False},
-        {"params": [p for p in weights if p in tables], "weight_decay": weight_decay, "use_fallback": True},
-        {"params": others, "weight_decay": 0.0, "use_fallback": True},
+        {"params": [p for p in weights if p not in tables], "weight_decay": weight_decay, **by_muon},
+        {"params": [p for p in weights if p in tables], "weight_decay": weight_decay, **by_adamw},
+        {"params": others, "weight_decay": 0.0, **by_adamw},
     )
-    return Muon(groups, lr=lr, betas=_pair(betas), momentum=momentum)
+    return Muon(groups, lr=lr, betas=_pair(betas), momentum=momentum, ns_steps=5, adjust_lr_fn="match_rms_adamw")
 
 
 def schedule_free(model: nn.Module, *, lr: float, betas: list[float], eps: float, weight_decay: float) -> Optimizer:

@@ -102,6 +102,16 @@ def test_data_command(root, data_command, tmp_path):
     assert (code, err) == (1, "error: cifar10: 2 counts are not as published, 0 files are damaged\n")
 
 
+def test_data_command_in_places_that_are_none(tmp_path, data_command):
+    (tmp_path / "ml-100k" / "u.data").mkdir(parents=True)
+    (tmp_path / "imagenet").mkdir()
+    (tmp_path / "imagenet" / "train").write_text("")
+    code, out, err = data_command("movielens100k", "imagenet", "--data-dir", str(tmp_path))
+    assert (code, out, err.count("\n")) == (1, "", 2)
+    with pytest.raises(SystemExit):
+        data_command("imagenet", "--workers", "-1")
+
+
 def test_data_command_decodes_every_image(tmp_path, data_command):
     write_folders(tmp_path)
     path = tmp_path / "imagenet" / "val" / "n00000002" / "3.JPEG"

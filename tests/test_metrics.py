@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import brier_score_loss, log_loss, ndcg_score, top_k_accuracy_score
+from torch import nn
 
 from lawn import metrics
 from lawn.diagnostics import binary_margin, multiclass_margin, weight_norm
+from lawn.optim import bound_norms
 
 
 def random_case(count: int, classes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,8 +124,10 @@ def test_scores_that_are_not_numbers_are_no_hits():
     scores = torch.arange(100.0).flip(0)[None].clone()
     scores[0, 50:] = torch.nan
     assert rank(scores)["hr20"] == 0
-    got = evaluate(torch.full((2, 10), torch.nan), torch.tensor([0, 1]))
-    assert got["top5"] == 0
+    for classes in (3, 10):
+        got = evaluate(torch.full((2, classes), torch.nan), torch.tensor([0, 1]))
+        assert (got["accuracy"], got["top5"]) == (0, 0)
+    assert evaluate(torch.zeros(2, 10), torch.tensor([0, 1]))["top5"] == 0  # ties are no hits
 
 
 def test_margins_by_hand():
@@ -133,5 +137,18 @@ def test_margins_by_hand():
 
 
 def test_weight_norm_leaves_out_vectors():
-    parameters = [torch.full((2, 2), 1.0), torch.full((3,), 9.0), torch.full((1, 5), 2.0, dtype=torch.bfloat16)]
-    assert weight_norm(parameters).item() == pytest.approx(math.sqrt(4 + 20))
+    model = nn.ParameterList([torch.full((2, 2), 1.0), torch.full((3,), 9.0), torch.full((1, 5), 2.0).bfloat16()])
+    assert weight_norm(model).item() == pytest.approx(math.sqrt(4 + 20))
+
+
+def test_weight_norm_is_of_the_weights_that_the_model_computes_with():
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 3, bias=False))
+    model.append(nn.Linear(3, 4, bias=False))
+    model[2].weight = model[0].weight  # tied: counts once
+    before = weight_norm(model).item()
+    assert before == pytest.approx(math.hypot(*(p.norm().item() for p in model.parameters())))
+    bound_norms(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+    assert weight_norm(model).item() == pytest.approx(before)

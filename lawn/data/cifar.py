@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from urllib.error import URLError
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
@@ -66,14 +66,23 @@ def _cache(folder: Path, official: str, part: str) -> None:
 
 def _read(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
     try:
-        with path.open("rb") as opened, np.load(opened) as file:
+        with ZipFile(path) as archive:
+            if damaged := archive.testzip():  # numpy does not read a member to its end, where its sum is compared
+                raise BadZipFile(f"wrong sum of {damaged}")
+        with np.load(path) as file:
             images, labels = file["images"], file["labels"]
-    except (BadZipFile, KeyError, ValueError, OSError, EOFError) as error:
-        raise DataError(f"{path}: damaged ({error}); delete it to make it again") from error
-    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or labels.shape != images.shape[:1]:
+    except Exception as error:  # numpy raises what the damage makes it raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise DataError(f"{path}: damaged ({reason}); delete it to make it again") from error
+    if (
+        images.dtype != np.uint8
+        or images.shape[1:] != (32, 32, 3)
+        or labels.dtype.kind not in "iu"
+        or labels.shape != images.shape[:1]
+    ):
         raise DataError(
-            f"{path}: want images uint8 [N, 32, 32, 3] and labels [N], "
-            f"found {images.dtype} {list(images.shape)} and {list(labels.shape)}"
+            f"{path}: want images uint8 [N, 32, 32, 3] and integer labels [N], "
+            f"found {images.dtype} {list(images.shape)} and {labels.dtype} {list(labels.shape)}"
         )
     if not len(labels) or labels.min() < 0 or labels.max() >= classes:
         raise DataError(f"{path}: labels must be 0 to {classes - 1}, and at least one")

@@ -1,5 +1,6 @@
 """Downloads from the official places."""
 
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
 from zipfile import BadZipFile, ZipFile
@@ -19,14 +20,21 @@ def download(url: str, target: Path, md5: str | None, advice: str) -> None:
         with atomic(target) as temporary:
             temporary.unlink()  # without an MD5 sum to compare, a file that is there counts as downloaded
             utils.download_url(url, str(temporary.parent), temporary.name, md5)
-    except (URLError, OSError, RuntimeError) as error:
+    except (URLError, HTTPException, OSError, RuntimeError) as error:
         raise DataError(f"cannot download {url} ({error}); {advice}") from error
 
 
-def extract(archive: Path, member: str, target: Path) -> None:
-    """Write one member of a zip file to `target`; nothing else of the archive is touched."""
+def extract(archive: Path, md5: str, member: str, target: Path) -> None:
+    """Write one member of a zip file to `target`; nothing else of the archive is touched.
+
+    An archive that is not the published one, byte by byte, is not opened.
+    """
+    from torchvision.datasets import utils
+
     try:
-        with ZipFile(archive) as zipped, atomic(target) as temporary:
-            temporary.write_bytes(zipped.read(member))
+        if not utils.check_integrity(str(archive), md5):
+            raise DataError(f"{archive}: not the published file (MD5 sum {md5}); delete it to download it again")
+        with ZipFile(archive) as zipped, zipped.open(member) as source, atomic(target) as temporary:
+            temporary.write_bytes(source.read())
     except (BadZipFile, KeyError, OSError) as error:
         raise DataError(f"{archive}: {error}; delete it to download it again") from error

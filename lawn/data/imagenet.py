@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from lawn.data.images import split_and_limit
 from lawn.data.published import deviations
-from lawn.errors import ConfigError, DataError
+from lawn.errors import DataError
 
 PUBLISHED = {"classes": 1000, "training images": 1_281_167, "validation images": 50_000}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the training set, in units of 1; the field's constants
@@ -107,8 +108,9 @@ def decode(path: str) -> Any:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be decoded ({error}); put the image there again, or remove it") from error
+    except Exception as error:  # a decoder raises what the damage makes it raise
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{path}: cannot be decoded ({reason}); put the image there again, or remove it") from error
 
 
 def imagenet(
@@ -125,8 +127,7 @@ def imagenet(
 
     Training: random resized crop and flip; evaluation: resize the short side to image_size * 256/224, center crop.
     """
-    from sklearn.model_selection import train_test_split  # seconds to import: only for those who use them
-    from torchvision.transforms import v2
+    from torchvision.transforms import v2  # seconds to import: only for those who use it
 
     normalize = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
     augment = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), *normalize])
@@ -136,22 +137,14 @@ def imagenet(
     if train.classes != held_out.classes:
         raise DataError(f"{root / 'imagenet'}: train and val do not have the same class folders")
     found = {"classes": len(train.classes), "training images": len(train), "validation images": len(held_out)}
-    chosen = np.arange(len(train))
-    kept = np.arange(len(held_out))
-    if split == "val":
-        try:
-            chosen, kept = train_test_split(
-                chosen, test_size=val_fraction, random_state=seed, stratify=np.asarray(train.targets)
-            )
-        except ValueError as error:
-            raise DataError(
-                f"{root / 'imagenet' / 'train'}: too few images for a validation split ({error})"
-            ) from error
+    targets = np.asarray(train.targets)
+    chosen, _, kept, _ = split_and_limit(
+        np.arange(len(train)), targets, split=split, val_fraction=val_fraction, limit=limit, seed=seed
+    )
+    if kept is None:
+        kept = np.arange(len(held_out))
+    else:
         held_out = _folder(root / "imagenet" / "train", plain)
-    if limit is not None:
-        if limit > len(chosen):
-            raise ConfigError(f"dataset.limit={limit}: there are only {len(chosen)} training images")
-        chosen = np.random.default_rng(seed).permutation(chosen)[:limit]
     return FolderImages(
         Subset(train, chosen.tolist()),
         Subset(held_out, kept.tolist()),
@@ -167,8 +160,9 @@ def _folder(folder: Path, transform: Callable[[Any], Tensor]) -> Any:
 
     try:
         return ImageFolder(str(folder), transform, loader=decode)
-    except FileNotFoundError as error:
+    except OSError as error:
+        reason = str(error).partition("\n")[0][:200]
         raise DataError(
-            f"{folder}: no class folders with images there; ImageNet asks for an account at image-net.org, "
+            f"{folder}: {reason}; ImageNet asks for an account at image-net.org, "
             f"so put its images into {folder}/<wnid>/*.JPEG yourself"
         ) from error

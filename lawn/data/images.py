@@ -118,7 +118,7 @@ def split_and_limit(
             )
         except ValueError as error:
             raise ConfigError(
-                f"dataset.val_fraction={val_fraction}: no stratified split of {len(labels)} ({error})"
+                f"dataset.val_fraction={val_fraction}: no stratified split of {len(labels)} images ({str(error)[:200]})"
             ) from error
     if limit is not None:
         if limit > len(labels):
@@ -146,18 +146,29 @@ def device_images(
     )
     if held_images is not None and held_labels is not None:
         test = held_images, held_labels
-    scale = images.reshape(-1, images.shape[-1]).astype(np.float32, copy=False)
+    mean, std = _channel_statistics(images)
     return DeviceImages(
         train_images=_channels_first(images),
         train_labels=torch.from_numpy(labels.astype(np.int64)),
         test_images=_channels_first(test[0]),
         test_labels=torch.from_numpy(test[1].astype(np.int64)),
         num_classes=num_classes,
-        mean=scale.mean(0, dtype=np.float64).tolist(),
-        std=scale.std(0, dtype=np.float64).tolist(),
+        mean=mean,
+        std=std,
         padding=padding,
         warnings=warnings,
     )
+
+
+def _channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, from how often each of the 256 values occurs."""
+    values = np.arange(256.0)
+    mean, std = [], []
+    for channel in range(images.shape[-1]):
+        share = np.bincount(images[..., channel].ravel(), minlength=256) / images[..., channel].size
+        mean.append(float(share @ values))
+        std.append(float(np.sqrt(share @ (values - mean[-1]) ** 2)))
+    return mean, std
 
 
 def _channels_first(images: np.ndarray) -> Tensor:

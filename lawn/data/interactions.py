@@ -59,9 +59,10 @@ class Interactions:
             sample = samples.index_select(0, index)
             yield sample >> 32, (sample >> 1) & 0x7FFFFFFF, (sample & 1).float()
 
-    def eval_batches(self, batch_size: int = 2048) -> Iterator[tuple[Tensor, Tensor]]:
-        """Users [B] and their candidates [B, 1 + C]."""
-        yield from zip(self.candidate_users.split(batch_size), self.candidates.split(batch_size), strict=True)
+    def eval_batches(self, pairs: int = 2**18) -> Iterator[tuple[Tensor, Tensor]]:
+        """Users [B] and their candidates [B, 1 + C], about `pairs` of a user and an item at a time."""
+        users = max(1, pairs // self.candidates.shape[1])
+        yield from zip(self.candidate_users.split(users), self.candidates.split(users), strict=True)
 
     def statistics(self) -> dict[str, object]:
         def spread(ids: Tensor, size: int) -> str:
@@ -98,7 +99,7 @@ class Unseen:
         self.keys = owner * self.stride + item - rank
         self.available = num_items - self.count
         if int(self.available.min()) < 1:
-            raise DataError(f"user {int(self.available.argmin())} has interacted with all {num_items} items")
+            raise DataError(f"some user has interacted with all {num_items} items: there is none to rank against")
 
     def sample(self, users: Tensor, count: int, generator: torch.Generator) -> Tensor:
         """`count` independent uniform draws for each of `users` [N]: [N, count]."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from lawn.data.fetch import download, extract
 from lawn.data.interactions import Interactions
-from lawn.data.ratings import count_warnings, leave_one_out, read_ratings
+from lawn.data.ratings import count_warnings, leave_one_out, naming, read_ratings
 from lawn.data.three_files import three_files
 
 URL = "https://files.grouplens.org/datasets/movielens"
@@ -30,19 +30,10 @@ def movielens1m(
 
     Downloads what is not there. The three files have candidates of their own, the same for all who use them.
     """
+    options = {"seed": seed, "negatives": negatives, "candidates": candidates}
     if prefix is not None:
-        return three_files(
-            root,
-            prefix,
-            split,
-            seed=seed,
-            negatives=negatives,
-            candidates=candidates,
-            published=PUBLISHED["ml-1m"],
-        )
-    return _official(
-        root, "ml-1m", "ratings.dat", "::", split=split, seed=seed, negatives=negatives, candidates=candidates
-    )
+        return three_files(root, prefix, split, published=PUBLISHED["ml-1m"], **options)
+    return _official(root, "ml-1m", "ratings.dat", "::", split=split, **options)
 
 
 def _official(root: Path, name: str, member: str, separator: str, **options: Any) -> Interactions:
@@ -52,6 +43,7 @@ def _official(root: Path, name: str, member: str, separator: str, **options: Any
         if not archive.exists():
             advice = f"put {archive.name} from there, or its {member}, into {path.parent}"
             download(f"{URL}/{archive.name}", archive, MD5[name], advice)
-        extract(archive, f"{name}/{member}", path)
+        extract(archive, MD5[name], f"{name}/{member}", path)
     ratings = read_ratings(path, separator)
-    return leave_one_out(ratings, warnings=count_warnings(name, PUBLISHED[name], ratings), **options)
+    with naming(path):
+        return leave_one_out(ratings, warnings=count_warnings(name, PUBLISHED[name], ratings), **options)

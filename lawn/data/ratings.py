@@ -2,6 +2,8 @@
 
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,15 @@ import torch
 from lawn.data.interactions import Interactions, Unseen
 from lawn.data.published import deviations
 from lawn.errors import ConfigError, DataError
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the file in front of what is found wrong with its contents."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -42,10 +53,9 @@ def read_lines(path: Path, line: bytes, wanted: str) -> bytes:
 
     Raises DataError that names the file, and the first line that is not as `wanted` says.
     """
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: not there") from error
+    if not path.is_file():
+        raise DataError(f"{path}: not there, or no file")
+    text = path.read_bytes()
     if not text:
         raise DataError(f"{path}: empty")
     whole = re.match(rb"(?:" + line + rb"\r?\n)*+", text)
@@ -54,7 +64,7 @@ def read_lines(path: Path, line: bytes, wanted: str) -> bytes:
         number = text.count(b"\n", 0, whole.end()) + 1
         found, newline, _ = text[whole.end() :].partition(b"\n")
         cut = "" if newline else " (cut off before the end of the line)"
-        raise DataError(f"{path}, line {number}: want {wanted}, found {found[:60]!r}{cut}")
+        raise DataError(f"{path}, line {number}: want {wanted}, found {found[:60]!r}{cut}; mend it or delete it")
     return text
 
 
@@ -143,6 +153,8 @@ def bind(
     warnings: list[str],
 ) -> Interactions:
     """Interactions to train on and to rank. Users of whom nothing is held out are trained on; a warning counts them."""
+    if negatives > size[1]:
+        raise ConfigError(f"dataset.negatives={negatives}: there are only {size[1]} items")
     if not len(held):
         raise DataError("no user has enough ratings: there is nothing to hold out")
     without = len(np.setdiff1d(train.users, held.users))

@@ -19,6 +19,7 @@ from lawn.data.ratings import (
     draw_candidates,
     drop_repeats,
     hold_out_latest,
+    naming,
     read_lines,
     read_table,
 )
@@ -49,8 +50,8 @@ def three_files(
     )
     train, test = _read(train_path), _read(test_path)
     listed = _read_candidates(listed_path, test)
-    pairs = [np.column_stack([ratings.users, ratings.items]) for ratings in (train, test)]
-    _check_ids({train_path: pairs[0], test_path: pairs[1], listed_path: listed})
+    _check_ids({train_path: train.users[:, None], test_path: test.users[:, None]})
+    _check_ids({train_path: train.items[:, None], test_path: test.items[:, None], listed_path: listed})
     warnings = count_warnings(prefix, published, train, test)
     train, notes = _clean(train, test)
     _check_users(test_path, train, test)
@@ -68,8 +69,10 @@ def three_files(
             raise ConfigError(f"dataset.candidates={candidates}: {listed_path} has {listed.shape[1]} for each user")
         train, held = by_time(train), test
         listed, more = _once(listed[:, :candidates], test)
-        notes += more
-    return bind(train, held, listed, size, negatives, [*warnings, *(f"{prefix}: {note}" for note in notes)])
+        notes += more + _trained(listed, train, test)
+    warnings += [f"{prefix}: {note}" for note in notes]
+    with naming(train_path):
+        return bind(train, held, listed, size, negatives, warnings)
 
 
 def _fetch(path: Path, released: bool) -> Path:
@@ -106,11 +109,12 @@ def _read_candidates(path: Path, test: Ratings) -> np.ndarray:
 
 
 def _check_ids(files: dict[Path, np.ndarray]) -> None:
-    """An id beyond the number of entries is damage, and a table of that size could fill the memory."""
-    entries = sum(ids.size for ids in files.values())
+    """Ids count from 0. One that leaves more ids unused than used is damage, and its table could fill the memory."""
+    different = len(np.unique(np.concatenate([ids.ravel() for ids in files.values()])))
     for path, ids in files.items():
-        for number in 1 + np.flatnonzero((ids >= entries).any(axis=1))[:1]:
-            raise DataError(f"{path}, line {number}: the id {ids[number - 1].max()} is too large; ids count from 0")
+        for number in 1 + np.flatnonzero((ids >= 2 * different).any(axis=1))[:1]:
+            wrong = ids[number - 1].max()
+            raise DataError(f"{path}, line {number}: the id {wrong} is too large for {different} that count from 0")
 
 
 def _check_users(path: Path, train: Ratings, test: Ratings) -> None:
@@ -147,3 +151,10 @@ def _once(listed: np.ndarray, test: Ratings) -> tuple[np.ndarray, list[str]]:
     if (repeated & ~own).any():
         notes.append(f"{(repeated & ~own).sum()} candidates are repeated in their line; they count once")
     return np.where(repeated, test.items[:, None], listed), notes
+
+
+def _trained(listed: np.ndarray, train: Ratings, test: Ratings) -> list[str]:
+    """A note on candidates that are no negatives, as when files of two splits are mixed."""
+    stride = 1 + max(listed.max(), train.items.max())
+    count = np.isin(test.users[:, None] * stride + listed, train.users * stride + train.items).sum()
+    return [f"{count} candidates are items that their user is trained on"] if count else []

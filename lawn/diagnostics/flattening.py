@@ -1,9 +1,8 @@
 """Signs of loss flattening: margins and weights that grow without end."""
 
-from collections.abc import Iterable
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lawn.optim.update import norm
 
@@ -21,6 +20,15 @@ def binary_margin(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def weight_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Euclidean norm of all weights with two or more dimensions together, as a 0-dim tensor."""
-    return torch.linalg.vector_norm(torch.stack([norm([p]) for p in parameters if p.ndim >= 2]))
+def weight_norm(model: nn.Module) -> Tensor:
+    """Euclidean norm of all weights with two or more dimensions together, as a 0-dim tensor.
+
+    Of a parametrized weight it is the value that the model computes with.
+    """
+    weights: dict[int, Tensor] = {}  # a tied weight counts once
+    for module in model.modules():
+        if isinstance(module, parametrize.ParametrizationList):
+            weights[id(module.original)] = module()
+        else:
+            weights |= {id(p): p for p in module._parameters.values() if p is not None}
+    return torch.linalg.vector_norm(torch.stack([norm([w]) for w in weights.values() if w.ndim >= 2]))

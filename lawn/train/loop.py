@@ -83,7 +83,7 @@ class Run:
             if config.schedule.name == "constant"
             else LinearWarmupDecay(self.optimizer, warmup, total)
         )
-        self.attenuate_at = None if config.train.logit_scale is None else chosen["free_steps"]
+        self.logit_scale = config.train.logit_scale
         self.epoch = 0
         self.step = 0
         self.rows: list[Row] = []
@@ -93,7 +93,7 @@ class Run:
     @property
     def status(self) -> str:
         """running, done or diverged."""
-        if self.rows and self.rows[-1]["train_loss"] is None:
+        if self.rows and None in (self.rows[-1]["train_loss"], self.rows[-1]["weight_norm"]):
             return "diverged"
         return "done" if self.epoch == self.config.train.epochs else "running"
 
@@ -115,10 +115,10 @@ class Run:
             "constrained": int(isinstance(self.optimizer, LAWNOptimizer) and self.optimizer.constrained),
             "train_loss": _finite(loss),
             "margin_p50": _finite(margin),
-            "weight_norm": _finite(weight_norm(self.task.model.parameters()).item()),
+            "weight_norm": _finite(weight_norm(self.task.model).item()),
         }
         last = self.epoch == self.config.train.epochs
-        if row["train_loss"] is not None and (last or self.epoch % self.config.eval.every == 0):
+        if None not in (row["train_loss"], row["weight_norm"]) and (last or self.epoch % self.config.eval.every == 0):
             with self.clock("eval"):
                 self.task.model.eval()
                 with torch.no_grad():
@@ -140,8 +140,8 @@ class Run:
         for batch in task.dataset.train_batches(self.config.train.batch_size, generator):
             if not self.flops:
                 self.flops = flops_per_sample(task, batch)
-            if self.step == self.attenuate_at:
-                attenuate_logits(task.model, self.config.train.logit_scale or 1.0)
+            if self.logit_scale is not None and self.step == optimizer.param_groups[0]["free_steps"]:
+                attenuate_logits(task.model, self.logit_scale)
             optimizer.zero_grad()
             loss, margin = task.loss_and_margins(batch)
             loss.backward()

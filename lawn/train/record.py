@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from lawn.files import atomic, write_text
 
 Row = dict[str, float | int | None]
 CHECKPOINT_VERSION = 1
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "adamp", "pytorch-cpr", "schedulefree")
 
 
 class RunDirectory:
@@ -106,7 +108,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "dirty": bool(_git("status", "--porcelain", "--", "lawn", "conf", "run.py")),
         "command": sys.argv[1:],
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")},
+        "packages": {name: version(name) for name in PACKAGES if find_spec(name.replace("-", "_"))},
         "system": platform.platform(terse=True),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),

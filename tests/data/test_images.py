@@ -4,6 +4,8 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from lawn.data.cifar import cifar10
@@ -96,6 +98,9 @@ def test_cifar_absent_and_offline(tmp_path, monkeypatch):
         ({"images": np.zeros((4, 32, 32, 3), np.float32), "labels": np.zeros(4, int)}, "want images"),
         ({"images": np.zeros((4, 32, 32, 3), np.uint8), "labels": np.full(4, 10)}, "labels must be 0 to 9"),
         ({"images": np.zeros((4, 32, 32, 3), np.uint8)}, "damaged"),
+        ({"images": np.zeros((4, 32, 32, 3), np.uint8), "labels": np.full(4, 1.7)}, "integer labels"),
+        ({"images": np.zeros((4, 32, 32, 3), np.uint8), "labels": np.array(["a"] * 4)}, "integer labels"),
+        ({"images": np.zeros((0, 32, 32, 3), np.uint8), "labels": np.zeros(0, int)}, "at least one"),
         (None, "damaged"),
     ],
 )
@@ -108,6 +113,31 @@ def test_cifar_damaged(tmp_path, arrays, message):
         np.savez(path, **arrays)
     with pytest.raises(DataError, match=message):
         cifar10(tmp_path, "test", seed=0, val_fraction=0.1)
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=150)
+def test_a_damaged_cifar_cache_is_one_line_or_reads_the_same(tmp_path_factory, data):
+    """Bytes of the headers and the directory of the archive are changed, or its end is missing."""
+    folder = tmp_path_factory.mktemp("fuzz") / "cifar10"
+    write_cifar(folder, 12, 10)
+    path = folder / "train.npz"
+    whole = path.read_bytes()
+    text = bytearray(whole)
+    edge = st.one_of(st.integers(0, 300), st.integers(len(text) - 400, len(text) - 1))
+    where = data.draw(edge)
+    text[where : None if data.draw(st.booleans()) else where + 1] = bytes([data.draw(st.integers(0, 255))])
+    path.write_bytes(text)
+    try:
+        images = cifar10(folder.parent, "test", seed=0, val_fraction=0.1).train_images
+    except DataError as error:
+        line = str(error)
+    else:
+        path.write_bytes(whole)
+        assert torch.equal(images, cifar10(folder.parent, "test", seed=0, val_fraction=0.1).train_images)
+        return
+    assert "\n" not in line
+    assert str(path) in line
 
 
 def write_folders(root: Path, classes: int = 3, each: int = 4) -> None:
@@ -179,6 +209,10 @@ def test_damaged_images_are_named(tmp_path, workers, damage):
 
 def test_imagenet_absent(tmp_path):
     with pytest.raises(DataError, match=r"put its images into .*train/<wnid>/\*.JPEG yourself"):
+        imagenet(tmp_path, "test", seed=0, val_fraction=0.1, image_size=32, workers=0)
+    write_folders(tmp_path)
+    (tmp_path / "imagenet" / "train" / "n99999999").mkdir()
+    with pytest.raises(DataError, match=r"Found no valid file for the classes n99999999"):
         imagenet(tmp_path, "test", seed=0, val_fraction=0.1, image_size=32, workers=0)
 
 

@@ -1,7 +1,10 @@
+import hashlib
+
 import numpy as np
 import pytest
 import torch
 
+from lawn.data import movielens
 from lawn.data.movielens import PUBLISHED, movielens1m, movielens100k
 from lawn.data.ratings import read_ratings
 from lawn.errors import DataError
@@ -64,7 +67,7 @@ def test_absent_and_offline(tmp_path, monkeypatch):
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
-def test_the_archive_is_read_and_a_bad_one_named(tmp_path):
+def test_the_archive_is_read_and_a_bad_one_named(tmp_path, monkeypatch):
     from zipfile import ZipFile
 
     folder = tmp_path / "ml-100k"
@@ -73,12 +76,21 @@ def test_the_archive_is_read_and_a_bad_one_named(tmp_path):
     with ZipFile(folder / "ml-100k.zip", "w") as archive:
         archive.write(tmp_path / "source", "ml-100k/u.data")
         archive.writestr("../escape", "x")
+    content = (folder / "ml-100k.zip").read_bytes()
+    monkeypatch.setitem(movielens.MD5, "ml-100k", hashlib.md5(content).hexdigest())
     assert movielens100k(tmp_path, "test", **OPTIONS).num_users == 30
     assert not (tmp_path / "escape").exists()
     (folder / "u.data").unlink()
-    (folder / "ml-100k.zip").write_bytes(b"not a zip")
-    with pytest.raises(DataError, match=r"ml-100k.zip: .*delete it"):
+    for damaged in (b"not a zip", content[:-1], content[:200] + b"!" + content[201:]):
+        (folder / "ml-100k.zip").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"ml-100k.zip: not the published file .*delete it"):
+            movielens100k(tmp_path, "test", **OPTIONS)
+    with ZipFile(folder / "ml-100k.zip", "w") as archive:
+        archive.write(tmp_path / "source", "elsewhere/u.data")
+    monkeypatch.setitem(movielens.MD5, "ml-100k", hashlib.md5((folder / "ml-100k.zip").read_bytes()).hexdigest())
+    with pytest.raises(DataError, match=r"ml-100k.zip: .*no item named.*delete it"):
         movielens100k(tmp_path, "test", **OPTIONS)
+    assert not (folder / "u.data").exists()
 
 
 @pytest.mark.data

@@ -81,6 +81,19 @@ def test_nothing_to_hold_out(tmp_path):
         leave_one_out(read_ratings(tmp_path / "u.data"), split="test", seed=0, negatives=1, candidates=1, warnings=[])
 
 
+def test_what_is_no_file_and_what_cannot_be_ranked_or_drawn(tmp_path):
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(DataError, match="not there, or no file"):
+            read_ratings(path)
+    write_ratings(tmp_path / "u.data", [(7, item, 1, item) for item in range(1, 6)])
+    ratings = read_ratings(tmp_path / "u.data")
+    with pytest.raises(DataError, match="some user has interacted with all 5 items"):
+        leave_one_out(ratings, split="test", seed=0, negatives=1, candidates=1, warnings=[])
+    write_ratings(tmp_path / "u.data", RATINGS)
+    with pytest.raises(ConfigError, match=r"dataset.negatives=7: there are only 6 items"):
+        leave_one_out(read_ratings(tmp_path / "u.data"), split="test", seed=0, negatives=7, candidates=1, warnings=[])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -81,9 +81,15 @@ def test_what_is_handled_is_reported(tmp_path):
         "tiny: 1 users have their held-out item among their candidates; ignored there",
         "tiny: 2 candidates are repeated in their line; they count once",
     ]
+    assert notes(load(tmp_path, candidates=1)) == notes(data)[:3]
     scores = torch.zeros(3, 4)
     scores[0, 1:] = 1  # the three candidates of user 0 are one item
     assert metrics.ranks(scores, data.candidates).tolist() == [1, 2, 3]
+
+
+def test_candidates_that_are_trained_on_are_reported(tmp_path):
+    write(tmp_path, negative=NEGATIVE.replace("(0,2)\t3\t4\t5", "(0,2)\t0\t1\t5"))
+    assert notes(load(tmp_path)) == ["tiny: 2 candidates are items that their user is trained on"]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +105,11 @@ def test_what_is_handled_is_reported(tmp_path):
         ({"negative": NEGATIVE.replace("\t3\t5", "\t-3\t5")}, r"tiny.test.negative, line 2"),
         ({"negative": NEGATIVE[:20]}, r"tiny.test.negative, line 2"),
         ({"negative": NEGATIVE.splitlines()[0] + "\n"}, r"tiny.test.negative: 1 lines, but 3 held-out"),
-        ({"negative": NEGATIVE.replace("\t3\t5", "\t3\t99999999")}, r"test.negative, line 2: the id 99999999 is too"),
+        (
+            {"negative": NEGATIVE.replace("\t3\t5", "\t3\t99999999")},
+            r"test.negative, line 2: the id 99999999 is too large for 7 that",
+        ),
+        ({"train": TRAIN + "1\t14\t1\t1\n"}, r"tiny.train.rating, line 6: the id 14 is too large for 7 that count"),
         ({"train": TRAIN + "999999999999\t1\t1\t1\n"}, r"tiny.train.rating, line 6: the id 999999999999 is too large"),
         ({"test": TEST + "0\t3\t5\t40\n", "negative": NEGATIVE + "(0,3)\t1\t4\t5\n"}, "line 4: a second held-out item"),
         ({"test": TEST + "3\t3\t5\t40\n", "negative": NEGATIVE + "(3,3)\t1\t4\t5\n"}, "line 4: user 3 has no line"),

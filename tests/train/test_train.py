@@ -155,6 +155,7 @@ def test_muon_leaves_embeddings_and_the_output_layer_to_adamw():
     assert [tuple(p.shape) for p in by_muon["params"]] == [(8, 16), (4, 8)]
     assert [tuple(p.shape) for p in apart["params"]] == [(10, 8), (20, 8), (1, 4)]
     assert [g["weight_decay"] for g in groups] == [0.1, 0.1, 0.0]
+    assert [g["nesterov"] for g in groups] == [True, False, False]
     assert all(p.ndim == 1 for p in others["params"])
 
 
@@ -171,6 +172,13 @@ def test_divergence_is_a_result(tiny):
     assert result["last"]["train_loss"] is None
     assert (directory(config) / "DONE").exists()
     json.loads((directory(config) / "result.json").read_text(), parse_constant=pytest.fail)  # no NaN in JSON
+
+
+def test_weights_that_are_lost_with_the_last_update_are_a_divergence(tiny):
+    result = train(tiny("optim=sgd", "optim.lr=1e38", "train.epochs=1", "train.batch_size=200"))
+    assert result["status"] == "diverged"
+    assert result["last"]["train_loss"] is not None
+    assert "test_accuracy" not in result["last"]
 
 
 def test_divergence_before_the_switch_is_a_result_too(tiny):
