@@ -44,16 +44,11 @@ def main() -> int:
     failures.clear()
     try:
         run()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, OSError) as error:
         if DEBUG:
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
-        return ConfigError.exit_code
-    except OSError as error:
-        if DEBUG:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return UserError.exit_code
+        return UserError.exit_code if isinstance(error, OSError) else ConfigError.exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
