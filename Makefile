@@ -29,10 +29,10 @@ data: $(READY) ## download MovieLens, Pinterest, CIFAR-10 and CIFAR-100 into DAT
 	$(PYTHON) -m lawn.data movielens100k movielens1m pinterest cifar10 cifar100 --data-dir $(DATA_DIR)
 
 test: $(READY) ## the fast test suite, under 3 minutes on 2 cores
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2
 
 test-all: $(READY) ## every test, the slow ones too
-	$(PYTHON) -m pytest -m ''
+	$(PYTHON) -m pytest -n 2 -m ''
 
 lint: $(READY) ## ruff and mypy
 	$(PYTHON) -m ruff check .

@@ -48,7 +48,8 @@ def main() -> int:
         if DEBUG:
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
-        return UserError.exit_code if isinstance(error, OSError) else ConfigError.exit_code
+        composing = isinstance(error, HydraException | OmegaConfBaseException)
+        return ConfigError.exit_code if composing else UserError.exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
