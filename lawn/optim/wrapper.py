@@ -25,6 +25,8 @@ class LAWN:
     The optimizer rounds the weight before it is rescaled, so bfloat16 weights keep their norm only to about 0.4 %,
     the resolution of the type; the optimizers of this package, which round once, do better.
 
+    To copy or pickle the pair, copy this object: torch's own copy of an optimizer has no hooks.
+
     Costs two copies of the constrained weights in memory.
     """
 
@@ -44,6 +46,9 @@ class LAWN:
         except (TypeError, ValueError):
             self._forget(groups)
             raise
+        self._attach(optimizer, free_steps, fused)
+
+    def _attach(self, optimizer: Optimizer, free_steps: int | None, fused: bool | None) -> None:
         self.optimizer = optimizer
         self._free_steps = free_steps
         self._fused = fused
@@ -56,6 +61,12 @@ class LAWN:
             optimizer.register_step_post_hook(self._end),
             optimizer.register_load_state_dict_post_hook(lambda loaded: phase.restore(loaded.param_groups, free_steps)),
         ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "free_steps": self._free_steps, "fused": self._fused}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._attach(**state)
 
     @property
     def constrained(self) -> bool:

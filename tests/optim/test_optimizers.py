@@ -152,6 +152,23 @@ def test_copies_go_on_alike(make, copier):
     twin.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
+def test_copies_of_a_wrapper_go_on_alike_with_their_own_optimizer(steps, copier):
+    weight, bias = layer()
+    lawn = LAWN(torch.optim.Adam([weight, bias], lr=1e-2), free_steps=2)
+    quadratic(lawn.optimizer, weight, bias, steps)
+    twin = copier(lawn)
+    twin_weight, twin_bias = twin.optimizer.param_groups[0]["params"]
+    assert twin_weight is not weight
+    assert quadratic(lawn.optimizer, weight, bias, 3) == quadratic(twin.optimizer, twin_weight, twin_bias, 3)
+    assert torch.equal(weight, twin_weight)
+    assert twin.constrained
+    assert twin.optimizer.param_groups[0]["steps"] == steps + 3
+    twin.detach()
+    assert lawn.constrained
+
+
 @pytest.mark.parametrize("make", EVERY)
 def test_none_gradients_and_a_closure(make):
     weight, bias = layer()
