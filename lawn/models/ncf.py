@@ -23,10 +23,7 @@ class NCFMLP(nn.Module):
         self.item = nn.Embedding(num_items, width // 2)
         hidden: list[nn.Module] = []
         for _ in range(layers):
-            hidden += [
-                nn.Linear(width, width // 2, bias=bias),
-                nn.ReLU(inplace=True),
-            ]  # in place: memory is what limits the step
+            hidden += [nn.Linear(width, width // 2, bias=bias), nn.ReLU(inplace=True)]
             width //= 2
         self.hidden = nn.Sequential(*hidden)
         self.score = nn.Linear(width, 1, bias=bias)
