@@ -44,10 +44,10 @@ format: $(READY) ## put the code in ruff's format
 	$(PYTHON) -m ruff format .
 
 bench-optim: $(READY) ## time one step of every optimizer on VGG-19's parameters; results/bench/
-	$(PYTHON) scripts/bench_optim.py
+	$(PYTHON) -m scripts.bench_optim
 
 bench-ncf: $(READY) ## time NCF's training against a plain loop, on MovieLens in DATA_DIR; results/bench/
-	$(PYTHON) scripts/bench_ncf.py --data-dir $(DATA_DIR)
+	$(PYTHON) -m scripts.bench_ncf --data-dir $(DATA_DIR)
 
 clean: ## remove the environment, runs and caches; data stays
 	rm -rf $(VENV) runs demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,5 +1,4 @@
-#!/usr/bin/env python3
-"""Time NCF's training against a plain loop: python scripts/bench_ncf.py --data-dir D [--rounds 15]
+"""Time NCF's training against a plain loop: python -m scripts.bench_ncf --data-dir D [--rounds 15]
 
 The plain loop is what one writes first, in the manner of github.com/guoyang9/NCF: a Dataset that draws negatives and
 returns samples one by one, a DataLoader, embeddings that are looked up and concatenated, torch's Adam. Both train the
@@ -9,15 +8,15 @@ FLOPs, and the peak memory of a run from start to end; writes the same with hard
 results/bench/ncf-DEVICE.json and .md.
 """
 
-import argparse
-import json
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,12 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.spec import compose_all
 from lawn.data.interactions import Interactions
-from lawn.files import write_text
 from lawn.optimizers import optimizer_arguments
 from lawn.task import build
 from lawn.train.loop import Run
-from lawn.train.record import environment
 from lawn.train.throughput import flops_per_sample, peak_flops, synchronize
+from scripts import bench
 
 ROOT = Path(__file__).resolve().parents[1]
 DATASETS = ("movielens100k", "movielens1m")
@@ -50,9 +48,10 @@ class Samples(Dataset):
         self.labels = [1.0] * len(positives) + [0.0] * (4 * len(positives))
         for user, _ in positives:
             for _ in range(4):
-                item = np.random.randint(seen.shape[1])  # noqa: NPY002  # as it is commonly written
-                while (user, item) in seen:
-                    item = np.random.randint(seen.shape[1])  # noqa: NPY002
+                while True:
+                    item = np.random.randint(seen.shape[1])  # noqa: NPY002 - the plain loop is timed as it is written
+                    if (user, item) not in seen:
+                        break
                 self.pairs.append((user, item))
 
     def __len__(self) -> int:
@@ -91,7 +90,7 @@ class Plain:
 
     def rate(self) -> float:
         """Samples a second in an epoch on as many positives as make PLAIN_BATCHES batches."""
-        chosen = random.sample(self.positives, PLAIN_BATCHES * BATCH_SIZE // 5)
+        chosen = random.choices(self.positives, k=PLAIN_BATCHES * BATCH_SIZE // 5)
         start = time.perf_counter()
         for batch in DataLoader(Samples(chosen, self.seen), BATCH_SIZE, shuffle=True):
             users, items, labels = (column.to(self.device) for column in batch)
@@ -109,7 +108,7 @@ class Plain:
         return counter.get_total_flops() / len(zeros)
 
 
-def measure(name: str, rounds: int, data_dir: Path, device: torch.device) -> dict[str, object]:
+def measure(name: str, rounds: int, data_dir: Path, device: torch.device) -> dict[str, Any]:
     overrides = (f"dataset={name}", f"data_dir={data_dir}", f"train.epochs={rounds + 1}", "eval.every=1000")
     (config,) = compose_all([(*overrides, f"train.batch_size={BATCH_SIZE}", f"model.factors={FACTORS}")])
     task = build(config)(device)
@@ -153,42 +152,29 @@ def peak_memory(name: str, data_dir: Path) -> float:
     return int(line.split()[1]) * 1024 / 1e9
 
 
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "samples/s": lambda row: f"{row['samples_per_second']:,}",
+    "plain loop": lambda row: f"{row['plain_samples_per_second']:,}",
+    "ratio": lambda row: f"{row['ratio']:.1f}",
+    "share of the matmul rate, network's FLOPs": lambda row: f"{100 * row['peak_share']['of the network']:.0f} %",
+    "FLOPs computed": lambda row: f"{100 * row['peak_share']['computed']:.0f} %",
+    "matmul GFLOP/s": lambda row: f"{row['peak_gflops']:.0f}",
+    "peak memory, GB": lambda row: f"{row['peak_memory_gb']:.2f}",
+}
+REMARKS = """An epoch of `run.py`, negatives and order included, against single samples in a DataLoader.
+The first layer is computed for each user and item instead of each sample where that is less work, so fewer
+FLOPs are computed than the network has. Memory: the whole process, from start to evaluation."""
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench.parser(__doc__, rounds=15)
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
     device = torch.device(given.device)
     rows = {name: measure(name, given.rounds, given.data_dir, device) for name in DATASETS}
-    made = environment(device)
-    columns = {
-        "samples/s": lambda row: f"{row['samples_per_second']:,}",
-        "plain loop": lambda row: f"{row['plain_samples_per_second']:,}",
-        "ratio": lambda row: f"{row['ratio']:.1f}",
-        "share of the matmul rate, network's FLOPs": lambda row: f"{100 * row['peak_share']['of the network']:.0f} %",
-        "FLOPs computed": lambda row: f"{100 * row['peak_share']['computed']:.0f} %",
-        "peak memory, GB": lambda row: f"{row['peak_memory_gb']:.2f}",
-    }
-    lines = [f"| dataset | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
-    lines += [f"| {name} | {' | '.join(show(row) for show in columns.values())} |" for name, row in rows.items()]
     title = f"Training NCF, {FACTORS} factors, batch {BATCH_SIZE:,}: medians of {given.rounds} rounds"
-    machine = f"{made['cores']}-core {made['cpu']}" if device.type == "cpu" else made["device"]
-    page = [
-        *(f"# {title}", "", *lines, ""),
-        "An epoch of `run.py`, negatives and order included, against single samples in a DataLoader.",
-        "The first layer is computed for each user and item instead of each sample where that is less work, so fewer",
-        "FLOPs are computed than the network has. Memory: the whole process, from start to evaluation.",
-        "",
-        f"{machine}, {made['threads']} threads, {next(iter(rows.values()))['peak_gflops']} GFLOP/s in a large matrix "
-        f"product; torch {made['packages']['torch']}; code {made['git']}"
-        f"{' with uncommitted changes' if made['dirty'] else ''}. From [the JSON file](ncf-{device.type}.json).",
-    ]
-    print("\n".join([title, *lines]))
-    content = {"rounds": given.rounds, "rows": rows, "environment": made}
-    results = ROOT / "results" / "bench"
-    write_text(results / f"ncf-{device.type}.json", json.dumps(content, indent=1) + "\n")
-    write_text(results / f"ncf-{device.type}.md", "\n".join(page) + "\n")
+    lines = [[name, *(show(row) for show in COLUMNS.values())] for name, row in rows.items()]
+    bench.write("ncf", given, title, f"{bench.table(['dataset', *COLUMNS], lines)}\n\n{REMARKS}", rows)
     return 0
 
 

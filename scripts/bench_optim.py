@@ -1,30 +1,24 @@
-#!/usr/bin/env python3
-"""Time one step of each optimizer on the parameters of VGG-19: python scripts/bench_optim.py [--rounds 30]
+"""Time one step of each optimizer on the parameters of VGG-19: python -m scripts.bench_optim [--rounds 30]
 
 The optimizers take turns, a step each in every round, so a drift of the machine's speed reaches all of them. Prints
 the median time and the median of the ratios to torch's fused Adam in the same round; writes the same with hardware
 and versions to results/bench/optim-DEVICE.json and .md. Optimizers from packages that are not installed are left out.
 """
 
-import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
 from importlib import import_module
-from pathlib import Path
 
 import torch
 from torch.nn import Parameter
 from torch.optim import Adam, Optimizer
 
 from lawn import LAMBLAWN, LAWN, SGDLAWN, AdamLAWN
-from lawn.files import write_text
 from lawn.models.vgg import VGG19
-from lawn.train.record import environment
+from scripts import bench
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "bench"
 Params = list[Parameter]
 
 
@@ -105,13 +99,9 @@ def make(names: Iterable[str], device: torch.device) -> dict[str, Optimizer]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    given = parser.parse_args()
+    given = bench.parser(__doc__, rounds=30).parse_args()
     device = torch.device(given.device)
-    optimizers = make(CANDIDATES, device)
-    seconds = steps(optimizers, device, given.rounds)
+    seconds = steps(make(CANDIDATES, device), device, given.rounds)
     reference = seconds["torch Adam, fused"]
     rows = {
         name: {
@@ -120,22 +110,12 @@ def main() -> int:
         }
         for name, measured in seconds.items()
     }
-    made = environment(device)
     title = (
         f"One step on VGG-19's parameters: median of {given.rounds}, and median ratio to fused Adam in the same round"
     )
-    machine = f"{made['cores']}-core {made['cpu']}" if device.type == "cpu" else made["device"]
-    table = [f"| {name} | {row['milliseconds']:.2f} | {row['ratio']:.2f} |" for name, row in rows.items()]
-    page = [
-        *(f"# {title}", "", "LAWN's optimizers are in their constrained phase.", ""),
-        *("| optimizer | ms | x fused Adam |", "| --- | --- | --- |", *table, ""),
-        f"{machine}, {made['threads']} threads; torch {made['packages']['torch']}; code {made['git']}"
-        f"{' with uncommitted changes' if made['dirty'] else ''}. From [the JSON file](optim-{device.type}.json).",
-    ]
-    print("\n".join([title, *table]))
-    content = {"rounds": given.rounds, "rows": rows, "environment": made}
-    write_text(RESULTS / f"optim-{device.type}.json", json.dumps(content, indent=1) + "\n")
-    write_text(RESULTS / f"optim-{device.type}.md", "\n".join(page) + "\n")
+    lines = [[name, f"{row['milliseconds']:.2f}", f"{row['ratio']:.2f}"] for name, row in rows.items()]
+    table = bench.table(["optimizer", "ms", "x fused Adam"], lines)
+    bench.write("optim", given, title, f"LAWN's optimizers are in their constrained phase.\n\n{table}", rows)
     return 0
 
 

@@ -51,7 +51,7 @@ class RunDirectory:
     def begin(self, device: torch.device) -> None:
         """Write config.yaml and env.json; a run that goes on keeps its first environment and lists the later ones."""
         content = {"hash": self.hash, **asdict(self._config)}
-        now, path = environment(device), self.path / "env.json"
+        now, path = {**environment(device), "command": sys.argv[1:]}, self.path / "env.json"
         try:
             if path.exists():
                 first = json.loads(path.read_text())
@@ -106,7 +106,6 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "git": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--", "lawn", "conf", "run.py")),
-        "command": sys.argv[1:],
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES if find_spec(name.replace("-", "_"))},
         "system": platform.platform(terse=True),
