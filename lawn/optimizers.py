@@ -1,6 +1,7 @@
 """Optimizers by the names that the configs use: each takes the model and the keys that apply to it."""
 
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,59 +15,40 @@ from lawn.optim import LAMB, LAMBLAWN, SGDLAWN, AdamLAWN, LAMBPlus, bound_norms,
 Groups = list[dict[str, Any]]
 
 
-def adam(model: nn.Module, *, lr: float, betas: list[float], eps: float, weight_decay: float) -> Optimizer:
-    """torch's Adam, whose decay is L2."""
-    return Adam(decayed(model, weight_decay), lr=lr, betas=_pair(betas), eps=eps)
+def with_decay(kind: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
+    """Builder of an adaptive optimizer with weight decay on the weights."""
+
+    def build(model: nn.Module, *, lr: float, betas: list[float], eps: float, weight_decay: float) -> Optimizer:
+        return kind(decayed(model, weight_decay), lr=lr, betas=_pair(betas), eps=eps)
+
+    return build
 
 
-def adamw(model: nn.Module, *, lr: float, betas: list[float], eps: float, weight_decay: float) -> Optimizer:
-    """torch's AdamW, whose decay is decoupled from the gradient and scaled by lr."""
-    return AdamW(decayed(model, weight_decay), lr=lr, betas=_pair(betas), eps=eps)
+def with_lawn(kind: type[AdamLAWN]) -> Callable[..., Optimizer]:
+    """Builder of an adaptive LAWN optimizer."""
+
+    def build(
+        model: nn.Module,
+        *,
+        lr: float,
+        betas: list[float],
+        eps: float,
+        free_steps: int,
+        scope: str = "all",
+        include_bias: bool = False,
+    ) -> Optimizer:
+        return kind(constrained(model, scope, include_bias), lr, _pair(betas), eps, free_steps=free_steps)
+
+    return build
 
 
-def adam_hoffer(model: nn.Module, *, lr: float, betas: list[float], eps: float) -> Optimizer:
-    """torch's Adam on weights whose norms are fixed from the start by reparameterization; changes the model."""
-    bound_norms(model)
-    return Adam(model.parameters(), lr=lr, betas=_pair(betas), eps=eps)
+def imported(package: str, name: str) -> Callable[..., Optimizer]:
+    """The optimizer of a package that only its users need."""
+    return lambda *arguments, **keys: getattr(import_module(package), name)(*arguments, **keys)
 
 
 def sgd(model: nn.Module, *, lr: float, momentum: float, nesterov: bool, weight_decay: float) -> Optimizer:
-    """torch's SGD, whose decay is L2."""
     return SGD(decayed(model, weight_decay), lr=lr, momentum=momentum, nesterov=nesterov)
-
-
-def lamb(model: nn.Module, *, lr: float, betas: list[float], eps: float, weight_decay: float) -> Optimizer:
-    return LAMB(decayed(model, weight_decay), lr, _pair(betas), eps)
-
-
-def lamb_plus(model: nn.Module, *, lr: float, betas: list[float], eps: float, weight_decay: float) -> Optimizer:
-    return LAMBPlus(decayed(model, weight_decay), lr, _pair(betas), eps)
-
-
-def adam_lawn(
-    model: nn.Module,
-    *,
-    lr: float,
-    betas: list[float],
-    eps: float,
-    free_steps: int,
-    scope: str = "all",
-    include_bias: bool = False,
-) -> Optimizer:
-    return AdamLAWN(constrained(model, scope, include_bias), lr, _pair(betas), eps, free_steps=free_steps)
-
-
-def lamb_lawn(
-    model: nn.Module,
-    *,
-    lr: float,
-    betas: list[float],
-    eps: float,
-    free_steps: int,
-    scope: str = "all",
-    include_bias: bool = False,
-) -> Optimizer:
-    return LAMBLAWN(constrained(model, scope, include_bias), lr, _pair(betas), eps, free_steps=free_steps)
 
 
 def sgd_lawn(
@@ -81,11 +63,10 @@ def sgd_lawn(
     return SGDLAWN(constrained(model, scope, include_bias), lr, momentum, free_steps=free_steps)
 
 
-def adamp(model: nn.Module, *, lr: float, betas: list[float], eps: float, weight_decay: float) -> Optimizer:
-    """AdamP (Heo et al. 2021) of the package adamp: projects the update where a weight looks scale-invariant."""
-    from adamp import AdamP
-
-    return AdamP(decayed(model, weight_decay), lr=lr, betas=_pair(betas), eps=eps)
+def adam_hoffer(model: nn.Module, *, lr: float, betas: list[float], eps: float) -> Optimizer:
+    """torch's Adam on weights whose norms are fixed from the start by reparameterization; changes the model."""
+    bound_norms(model)
+    return Adam(model.parameters(), lr=lr, betas=_pair(betas), eps=eps)
 
 
 def adam_cpr(model: nn.Module, *, lr: float, betas: list[float], eps: float) -> Optimizer:
@@ -117,13 +98,6 @@ def muon(model: nn.Module, *, lr: float, betas: list[float], momentum: float, we
     return Muon(groups, lr=lr, betas=_pair(betas), momentum=momentum, ns_steps=5, adjust_lr_fn="match_rms_adamw")
 
 
-def schedule_free(model: nn.Module, *, lr: float, betas: list[float], eps: float, weight_decay: float) -> Optimizer:
-    """Schedule-free AdamW (Defazio et al. 2024) of the package schedulefree: averages instead of decaying lr."""
-    from schedulefree import AdamWScheduleFree
-
-    return AdamWScheduleFree(decayed(model, weight_decay), lr=lr, betas=_pair(betas), eps=eps)
-
-
 def decayed(model: nn.Module, weight_decay: float) -> Groups:
     """Decay reaches what LAWN constrains by default: parameters with two or more dimensions."""
     weights, others = _by_dimensions(model)
@@ -153,19 +127,19 @@ def _pair(betas: list[float]) -> tuple[float, float]:
 
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "adam": adam,
-    "adamw": adamw,
+    "adam": with_decay(Adam),  # its decay is L2
+    "adamw": with_decay(AdamW),  # its decay is decoupled from the gradient and scaled by lr
     "adam_hoffer": adam_hoffer,
-    "adam_lawn": adam_lawn,
-    "sgd": sgd,
+    "adam_lawn": with_lawn(AdamLAWN),
+    "sgd": sgd,  # its decay is L2
     "sgd_lawn": sgd_lawn,
-    "lamb": lamb,
-    "lamb_plus": lamb_plus,
-    "lamb_lawn": lamb_lawn,
-    "adamp": adamp,
+    "lamb": with_decay(LAMB),
+    "lamb_plus": with_decay(LAMBPlus),
+    "lamb_lawn": with_lawn(LAMBLAWN),
+    "adamp": with_decay(imported("adamp", "AdamP")),  # Heo et al. 2021
     "adam_cpr": adam_cpr,
     "muon": muon,
-    "schedule_free": schedule_free,
+    "schedule_free": with_decay(imported("schedulefree", "AdamWScheduleFree")),  # Defazio et al. 2024
 }
 PACKAGES = {"adamp": "adamp", "adam_cpr": "pytorch_cpr", "schedule_free": "schedulefree"}  # of the extra `baselines`
 
