@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
 """Train one run, or a Hydra multirun of many:
-
 python run.py dataset=movielens100k optim=adam_lawn
 python run.py -m dataset=digits optim=adam,adam_lawn seed=0,1,2
 """
@@ -17,11 +16,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from lawn.config import explain, register, validate
-from lawn.errors import ConfigError, UserError
+from lawn.errors import ConfigError, RunError, UserError
 from lawn.train import train
 
 register()
 DEBUG = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's own switch for tracebacks
+PROCESS = os.getpid()
 failures: list[int] = []  # exit codes of this process's jobs: one that fails does not keep a multirun from the others
 
 
@@ -32,11 +32,12 @@ def run(composed: DictConfig) -> None:
     except (UserError, OSError) as error:  # the system's own: a full disk, a path that cannot be
         if DEBUG and isinstance(error, OSError):
             raise
+        job = HydraConfig.get()
+        of = f"in the job {' '.join(job.overrides.task)}: " if job.mode == RunMode.MULTIRUN else ""
+        if os.getpid() != PROCESS:  # a launcher's, which hands the error to the process that waits for it
+            raise RunError(f"{of}{error}") from error
         failures.append(getattr(error, "exit_code", UserError.exit_code))
-        hydra_config = HydraConfig.get()
-        multirun = hydra_config.mode == RunMode.MULTIRUN
-        of = f" in the job {' '.join(hydra_config.overrides.task)}" if multirun else ""
-        print(f"error{of}: {error}", file=sys.stderr, flush=True)
+        print(f"error: {of}{error}", file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -44,12 +45,11 @@ def main() -> int:
     failures.clear()
     try:
         run()
-    except (HydraException, OmegaConfBaseException, OSError) as error:
+    except (HydraException, OmegaConfBaseException, OSError, UserError) as error:
         if DEBUG:
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
-        composing = isinstance(error, HydraException | OmegaConfBaseException)
-        return ConfigError.exit_code if composing else UserError.exit_code
+        return UserError.exit_code if isinstance(error, OSError | UserError) else ConfigError.exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

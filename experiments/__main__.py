@@ -1,44 +1,162 @@
-"""python -m experiments run|report NAME: run an experiment's cells, or report on the recorded ones.
+"""The paper's tables and figures: what they need, running it, and reporting on it.
 
-The report also renews the tables of README.md when it is about the results of this checkout.
+python -m experiments plan table4 --only dataset=movielens100k
+python -m experiments run table4 --devices cuda:0,cuda:1 --budget 2h
+python -m experiments report
 """
 
 import argparse
+import re
 import sys
+from itertools import islice
 from pathlib import Path
 
-from experiments import records, report
-from experiments.demo import DEMO
-from experiments.movielens100k import MOVIELENS100K
-from lawn.errors import UserError
-from lawn.train import train
+import pandas as pd
+import torch
 
-EXPERIMENTS = {experiment.name: experiment for experiment in (DEMO, MOVIELENS100K)}
+from experiments import report
+from experiments.demo import DEMO
+from experiments.figures import FIGURE1, FIGURE2
+from experiments.records import Store
+from experiments.runner import Pace, duration, missing, run
+from experiments.spec import Experiment
+from experiments.study import SELECTIONS, Study, studies
+from experiments.tables import TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6
+from lawn.errors import ConfigError, UserError
+
+EXPERIMENTS = {e.name: e for e in (DEMO, TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6, FIGURE1, FIGURE2)}
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
-    parser.add_argument("action", choices=("run", "report"))
-    parser.add_argument("name", choices=sorted(EXPERIMENTS))
-    parser.add_argument("--results", type=Path, default=report.RESULTS, help="where tables, figures and runs/ go")
-    parser.add_argument("override", nargs="*", help="for run: where and how, as for run.py, e.g. device=cpu runs_dir=D")
-    given = parser.parse_intermixed_args(arguments)
-    experiment = EXPERIMENTS[given.name]
+    given = _parser().parse_intermixed_args(arguments)
     try:
-        if given.action == "run":
-            for cell in experiment.cells:
-                for config in experiment.configs(cell, *given.override):
-                    train(config)
-                    records.write(config, given.results / "runs")
-        print(report.write(experiment, given.results))
-        if given.results == report.RESULTS and README.exists():
-            report.embed(README, EXPERIMENTS.values())
-        print(f"\n{given.results / given.name}.md, .png and .svg")
+        return {"plan": plan, "run": execute, "report": write}[given.action](given)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def plan(given: argparse.Namespace) -> int:
+    """Print what would run."""
+    store = Store(given.results / "runs")
+    pace = Pace(store)
+    rows, configs = [], []
+    for study in _studies(given):
+        to_do = missing(study, store, given.seeds)
+        tuning = sum(store.has(job.config) for job in study.tuning)
+        filled = sum(store.has(job.config) for job in islice(study.filling(store), given.seeds))
+        configs += to_do
+        rows.append(
+            {
+                "cell": study.cell.name,
+                "epochs": study.budget or "",
+                "tuning": f"{tuning}/{len(study.tuning)}" if study.tuning else "",
+                "seeds": f"{filled}/{given.seeds}",
+                "time": duration(pace.seconds(to_do)),
+            }
+        )
+    print(pd.DataFrame(rows).to_string(index=False))
+    total = sum(len(study.tuning) + given.seeds for study in _studies(given))
+    print(
+        f"\n{len(rows)} cells, {total} runs, {total - len(configs)} done; for the others one after the other, at the "
+        f"pace of those recorded: {duration(pace.seconds(configs))}"
+    )
     return 0
+
+
+def execute(given: argparse.Namespace) -> int:
+    """Run what is missing, then report."""
+    store = Store(given.results / "runs")
+    slots = _slots(given.devices, given.jobs)
+    failed = run(_studies(given), store, slots, given.seeds, given.budget)
+    write(given)
+    for ended in failed:
+        print(f"failed: {' '.join(ended.job.overrides)}: {ended.failure}", file=sys.stderr)
+    return UserError.exit_code if failed else 0
+
+
+def write(given: argparse.Namespace) -> int:
+    """Write the pages of the experiments named; in the project's own results, all pages, the index and README.md."""
+    own = given.results == report.RESULTS
+    names = EXPERIMENTS if own or not given.names else given.names
+    store = Store(given.results / "runs")
+    pages = [report.Page(EXPERIMENTS[name], store, given.selection) for name in names]
+    for page in pages:
+        report.write(page, given.results)
+        if page.experiment.name in given.names:
+            print(f"{report.terminal(page)}\n\n{given.results / page.name}.md")
+    if names is EXPERIMENTS and given.selection == "val":
+        report.write_index(pages, given.results)
+        print(given.results / "index.html")
+    if own and given.selection == "val" and README.exists():
+        report.embed(README, pages)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=("plan", "run", "report"))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(EXPERIMENTS)}; report: all by default")
+    parser.add_argument(
+        "--results", type=Path, default=report.RESULTS, help="where tables, figures and runs/ are (default: results)"
+    )
+    parser.add_argument(
+        "--selection", choices=SELECTIONS, default="val", help="split that hyperparameters are chosen on"
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="KEY=VALUE", help="cells with these overrides")
+    parser.add_argument("--short", action="store_true", help="the short budget of epochs, not the paper's")
+    parser.add_argument("--seeds", type=_positive, default=3, metavar="N", help="runs that fill a cell (default: 3)")
+    parser.add_argument("--devices", default="auto", help="auto, cpu, or e.g. cuda:0,cuda:1")
+    parser.add_argument("--jobs", type=_positive, metavar="N", help="runs at the same time (default: one a device)")
+    parser.add_argument("--budget", type=_seconds, metavar="TIME", help="stop after this time, e.g. 2h, 90m, 1h30m")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="where and how to run, as for run.py: data_dir=..."
+    )
+    return parser
+
+
+def _studies(given: argparse.Namespace) -> list[Study]:
+    if not given.names:
+        raise ConfigError(f"{given.action}: name an experiment: {', '.join(EXPERIMENTS)}")
+    if any(override.startswith("device=") for override in given.set):
+        raise ConfigError("device: the devices of experiments are given as --devices")
+    chosen = [_named(name).only(given.only) for name in given.names]
+    budget = -1 if given.short else 0
+    return [s for experiment in chosen for s in studies(experiment, budget, given.selection, tuple(given.set))]
+
+
+def _named(name: str) -> Experiment:
+    if name not in EXPERIMENTS:
+        raise ConfigError(f"{name}: no such experiment; choose from {', '.join(EXPERIMENTS)}")
+    return EXPERIMENTS[name]
+
+
+def _slots(devices: str, jobs: int | None) -> list[str]:
+    """A device for each job that runs at the same time."""
+    names = devices.split(",")
+    if devices == "auto":
+        names = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    return [names[i % len(names)] for i in range(jobs or len(names))]
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be a positive number")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if not text or match is None:
+        raise argparse.ArgumentTypeError(f"{text}: must be a time such as 2h, 90m or 1h30m")
+    hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return 3600.0 * hours + 60.0 * minutes + seconds
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Records: what remains of a finished run in results/runs/, one JSON file named like its run directory.
 
-A record holds the run's identity and hash, its environment, its result, and its metrics.csv as columns.
+A record holds the run's identity and hash, the command that gives the same run, its environment, its result, and its
+metrics.csv as columns. Records of the runs that chose hyperparameters lie in the folder tuning/ below, without the
+last.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -21,60 +24,101 @@ RECORDS = Path(__file__).resolve().parents[1] / "results" / "runs"
 
 @dataclass(frozen=True)
 class Record:
-    name: str
+    path: Path
     hash: str
     config: dict[str, Any]
     environment: dict[str, Any]
     result: dict[str, Any]
     history: pd.DataFrame  # a row for each epoch, the columns of metrics.csv
 
+    @property
+    def name(self) -> str:
+        return self.path.stem
 
-def write(config: Config, folder: Path = RECORDS) -> Path:
-    """Record the finished run of `config`. Raises RunError when it has not finished."""
-    directory = RunDirectory(config)
-    if not directory.done:
-        raise RunError(f"{directory.path}: not finished, so it cannot be recorded")
-    history = pd.read_csv(directory.path / "metrics.csv")
-    environment = json.loads((directory.path / "env.json").read_text())
-    environment.pop("command", None)  # folders of this machine, and nothing that the config does not say
-    content = {
-        "hash": directory.hash,
-        "config": identity(config),
-        "environment": environment,
-        "result": directory.result(),
-        "history": {column: [_short(v) for v in history[column]] for column in history},
-    }
-    path = folder / f"{run_name(config)}.json"
-    lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
-    write_text(path, "{\n" + lines + "\n}\n")
-    return path
+    @property
+    def diverged(self) -> bool:
+        return bool(self.result["status"] == "diverged")
+
+    def value(self, key: str) -> float:
+        """A field of the last epoch, `headline` the metric that the task is known by; NaN if the run diverged."""
+        if self.diverged:
+            return nan
+        name = f"{self.result['split']}_{self.result['headline']}" if key == "headline" else key
+        return float(self.result["last"][name])
 
 
-def read(config: Config, folder: Path = RECORDS) -> Record | None:
-    """The record of `config`, None where there is none. Raises RunError when it is not what its name says."""
-    path = folder / f"{run_name(config)}.json"
-    if not path.exists():
-        return None
+class Store:
+    """The records below a folder. What is read is kept, since files of finished runs do not change."""
+
+    def __init__(self, folder: Path = RECORDS) -> None:
+        self.folder = folder
+        self._read: dict[str, Record] = {}
+
+    def any_of(self, dataset: str) -> bool:
+        """Whether a run on this dataset has been recorded."""
+        return any(self.folder.glob(f"**/{dataset}-*.json"))
+
+    def has(self, config: Config) -> bool:
+        return self._path(config) is not None
+
+    def read(self, config: Config) -> Record | None:
+        """The record of `config`, None where there is none. Raises RunError when it is not what its name says."""
+        name = run_name(config)
+        if name not in self._read:
+            path = self._path(config)
+            if path is None:
+                return None
+            record = _load(path)
+            if record.hash != config_hash(config) or record.config != identity(config):
+                raise RunError(f"{path}: its config is not the one that its name stands for; delete it and run again")
+            self._read[name] = record
+        return self._read[name]
+
+    def all(self) -> Iterator[Record]:
+        """Every record there is."""
+        for path in sorted(self.folder.glob("**/*.json")):
+            yield _load(path)
+
+    def write(self, config: Config, overrides: tuple[str, ...], tuning: bool) -> Record:
+        """Record the finished run of `config`. Raises RunError when it has not finished."""
+        directory = RunDirectory(config)
+        if not directory.done:
+            raise RunError(f"{directory.path}: not finished, so it cannot be recorded")
+        environment = json.loads((directory.path / "env.json").read_text())
+        environment.pop("command", None)  # folders of this machine, and nothing that the overrides do not say
+        content = {
+            "hash": directory.hash,
+            "command": f"python run.py {' '.join(overrides)}",
+            "config": identity(config),
+            "environment": environment,
+            "result": directory.result(),
+        }
+        if not tuning:
+            history = pd.read_csv(directory.path / "metrics.csv")
+            content["history"] = {column: [_short(v) for v in history[column]] for column in history}
+        path = self.folder / ("tuning" if tuning else "") / f"{run_name(config)}.json"
+        lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+        write_text(path, "{\n" + lines + "\n}\n")
+        return _load(path)
+
+    def _path(self, config: Config) -> Path | None:
+        name = f"{run_name(config)}.json"
+        return next((path for path in (self.folder / name, self.folder / "tuning" / name) if path.exists()), None)
+
+
+def _load(path: Path) -> Record:
     try:
         content = json.loads(path.read_text())
-        record = Record(
-            name=path.stem,
+        return Record(
+            path=path,
             hash=content["hash"],
             config=content["config"],
             environment=content["environment"],
             result=content["result"],
-            history=pd.DataFrame(content["history"]),
+            history=pd.DataFrame(content.get("history", {})),
         )
     except (ValueError, KeyError) as error:
         raise RunError(f"{path}: damaged record ({error})") from error
-    if record.hash != config_hash(config) or record.config != identity(config):
-        raise RunError(f"{path}: its config is not the one that its name stands for; delete it and run again")
-    return record
-
-
-def read_all(configs: Iterable[Config], folder: Path = RECORDS) -> list[Record]:
-    """The records there are, in the order of `configs`."""
-    return [record for config in configs if (record := read(config, folder)) is not None]
 
 
 def _short(value: float) -> float | int | None:

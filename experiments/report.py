@@ -1,156 +1,345 @@
-"""Tables and figures from records alone."""
+"""Pages, tables and figures from records alone."""
 
+from base64 import b64encode
 from collections.abc import Iterable
-from itertools import cycle
+from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 
-import matplotlib
-import numpy as np
 import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from experiments import records
-from experiments.spec import Experiment
-from lawn.files import atomic, write_text
+from experiments.drawing import draw
+from experiments.outcomes import Comparison, Outcome, comparisons, mean_and_error, outcomes, paper, place, verdict
+from experiments.records import Record, Store
+from experiments.spec import Experiment, Measure
+from lawn.files import write_text
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-
-
-CURVES = (  # of the figure: field, axis label, scale
-    ("train_loss", "training loss (cross entropy, nats)", "log"),
-    ("margin_p50", "median training margin (logits)", "linear"),
-    ("weight_norm", "norm of all weights", "linear"),
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=lambda name: name is not None and name.endswith(".html"),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
 )
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and standard error of the mean; the error of a single value is NaN."""
-    array = np.asarray(values, float)
-    error = array.std(ddof=1) / np.sqrt(len(array)) if len(array) > 1 else np.nan
-    return float(array.mean()), float(error)
+@dataclass(frozen=True)
+class Entry:
+    """What stands in one place of a table, as text."""
+
+    ours: str  # "mean (standard error, n)", "Fail", or nothing
+    paper: str  # the paper's number, "Fail", or nothing
+    difference: str
+    marked: bool
+    records: list[Record]
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    columns: list[str]
+    rows: list[tuple[str, list[Entry]]]
+
+    @property
+    def filled(self) -> bool:
+        return any(entry.ours for _, entries in self.rows for entry in entries)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """How a cell's hyperparameters were chosen."""
+
+    place: str
+    row: str
+    chosen: str
+    value: str  # of the headline metric on the split of the selection; the best, then the median of those that ended
+    runs: str
+    edge: str  # hyperparameters whose chosen value is the last of the grid
+
+
+class Page:
+    """Everything that is shown of an experiment."""
+
+    def __init__(self, experiment: Experiment, store: Store, selection: str = "val") -> None:
+        self.experiment = experiment
+        self.selection = selection
+        self.name = experiment.name if selection == "val" else f"{experiment.name}-selected-on-{selection}"
+        self.found = outcomes(experiment, store, selection)
+
+    @property
+    def panels(self) -> list[Panel]:
+        """The table, a panel for each dataset; its columns are those of the cells, or else the measures."""
+        panels = []
+        measures = self.experiment.measures
+        for title in dict.fromkeys(outcome.cell.panel for outcome in self.found):
+            cells = [outcome for outcome in self.found if outcome.cell.panel == title]
+            columns = list(dict.fromkeys(outcome.cell.column for outcome in cells))
+            heads = [
+                measure.title if not column else f"{column}{_epochs(cells, column)}"
+                for column in columns
+                for measure in measures
+            ]
+            at = {(outcome.cell.row, outcome.cell.column): outcome for outcome in cells}
+            rows = [
+                (row, [entry(at[row, column], m, m is measures[0]) for column in columns for m in measures])
+                for row in dict.fromkeys(outcome.cell.row for outcome in cells)
+            ]
+            panels.append(Panel(title, heads, rows))
+        return panels
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        return comparisons(self.experiment, self.found)
+
+    @property
+    def verdict(self) -> list[str]:
+        return verdict(self.experiment, self.found)
+
+    @property
+    def measured(self) -> str:
+        """What the numbers are, in a sentence or two."""
+        seeds = f"mean (standard error, number of seeds) of the {self.experiment.measures[0].title} at the last epoch"
+        if len(self.experiment.measures) > 1:
+            seeds = "mean (standard error, number of seeds) at the last epoch"
+        if not any(cell.sweep for cell in self.experiment.cells):
+            return f"Shown: {seeds}."
+        chosen = (
+            "chosen on the validation split (the best of a grid, one run with seed 0 for each setting)"
+            if self.selection == "val"
+            else "chosen on the TEST split (the best of a grid, one run with seed 0 for each setting), as the paper "
+            "most likely did: the numbers are biased upwards"
+        )
+        return f"Shown: {seeds}, on the test split; hyperparameters {chosen}."
+
+    @property
+    def tuned(self) -> list[Tuned]:
+        return [_tuned(outcome) for outcome in self.found if outcome.setting]
+
+    @property
+    def grids(self) -> list[str]:
+        """The settings that were tried, a line for each preset."""
+        lines = {}
+        for outcome in self.found:
+            if outcome.tuning and outcome.study is not None:
+                axes = {axis: ", ".join(map(_plain, values)) for axis, values in outcome.study.axes.items()}
+                key = (outcome.cell.sweep, outcome.epochs)
+                lines[key] = f"`sweep={outcome.cell.sweep}`, {outcome.epochs} epochs: " + "; ".join(
+                    f"{axis} {values}" for axis, values in axes.items()
+                )
+        return list(lines.values())
+
+    @property
+    def records(self) -> list[Record]:
+        return [record for outcome in self.found for record in outcome.records]
+
+    @property
+    def warnings(self) -> dict[str, list[str]]:
+        """Warnings of the runs, and the cells that they are of."""
+        warned: dict[str, list[str]] = {}
+        for outcome in self.found:
+            for warning in dict.fromkeys(w for record in outcome.records for w in record.result["warnings"]):
+                warned.setdefault(warning, []).append(outcome.cell.name)
+        return warned
+
+    @property
+    def provenance(self) -> str:
+        """Code versions and hardware, in a line."""
+        found = [record.environment for record in self.records]
+        if not found:
+            return "Nothing of it has been run."
+        versions = sorted({(e["git"] or "no git")[:10] for e in found})
+        dirty = " with uncommitted changes" if any(e["dirty"] for e in found) else ""
+        machines = sorted({e["device"] if e["device"] != "cpu" else f"{e['cores']}-core {e['cpu']}" for e in found})
+        packages = sorted({f"torch {e['packages']['torch']}" for e in found})
+        tuning = sum(len(outcome.tuning) for outcome in self.found)
+        chosen = f" after {tuning} that chose the hyperparameters" if tuning else ""
+        return (
+            f"{len(found)} runs{chosen}; code {', '.join(versions)}{dirty}; {', '.join(packages)}; "
+            f"{', '.join(machines)}."
+        )
+
+
+def entry(outcome: Outcome, measure: Measure, linked: bool) -> Entry:
+    """`linked`: with the records, which are the same for all measures of a cell."""
+    printed = outcome.cell.paper
+    form = _form(measure.digits)
+    difference = outcome.difference(measure)
+    return Entry(
+        ours="Fail" if outcome.failed else show(outcome.values(measure), measure.digits),
+        paper="" if printed is None else "Fail" if printed.value is None else f"{printed.value:{form}}",
+        difference="" if isnan(difference) else f"{difference:+{form}}",
+        marked=outcome.marked(measure),
+        records=outcome.records if linked else [],
+    )
 
 
 def show(values: list[float], digits: int) -> str:
-    """'mean (standard error)', or 'mean' of a single value, or '' of none."""
+    """'mean (standard error, n)', or 'mean (n=1)' of a single value, or '' of none."""
     if not values:
         return ""
-    mean, error = mean_and_error(values)
-    form = f".{digits}f" if digits >= 0 else f".{-digits - 1}e"
-    return f"{mean:{form}}" + ("" if np.isnan(error) else f" ({error:{form}})")
+    (mean, error), form = mean_and_error(values), _form(digits)
+    return f"{mean:{form}} (n=1)" if isnan(error) else f"{mean:{form}} ({error:{form}}, n={len(values)})"
 
 
-def table(experiment: Experiment, folder: Path = records.RECORDS) -> pd.DataFrame:
-    """A row for each cell: the mean over seeds of every column with its standard error, and the records it is from.
+def _form(digits: int) -> str:
+    return f".{digits}f" if digits >= 0 else f".{-digits - 1}e"
 
-    A diverged run makes its cell "Fail", a cell without runs is blank.
-    """
+
+def _epochs(cells: list[Outcome], column: str) -> str:
+    """What is said of a column's budget, where the cells have one."""
+    here = [o for o in cells if o.cell.column == column and o.cell.epochs]
+    run = sorted({o.epochs for o in here if o.records and o.epochs is not None})
+    paper = max((o.cell.epochs[0] for o in here), default=0)
+    return f"; {' and '.join(map(str, run))} of {paper} epochs" if run else f"; {paper} epochs" if paper else ""
+
+
+def _tuned(outcome: Outcome) -> Tuned:
+    assert outcome.study is not None
+    scores = pd.Series([record.value("headline") for record in outcome.tuning])
+    axes = outcome.study.axes
+    chosen = dict(override.split("=", 1) for override in outcome.setting)
+    edge = [key for key, value in chosen.items() if len(axes[key]) > 1 and value in (axes[key][0], axes[key][-1])]
+    diverged = int(scores.isna().sum())
+    return Tuned(
+        place=place(outcome.cell.panel, outcome.cell.column),
+        row=outcome.cell.row,
+        chosen=", ".join(f"{key.split('.')[1]} {_plain(value)}" for key, value in chosen.items()),
+        value=f"{scores.max():.2f}; {scores.median():.2f}",
+        runs=f"{len(scores)}" + (f", {diverged} diverged" if diverged else ""),
+        edge=", ".join(key.split(".")[1] for key in edge),
+    )
+
+
+def _plain(number: str) -> str:
+    return f"{float(number):g}"
+
+
+def frame(page: Page) -> pd.DataFrame:
+    """The experiment as tidy data: a row for each cell and measure."""
     rows = []
-    for cell in experiment.cells:
-        found = records.read_all(experiment.configs(cell), folder)
-        failed = any(record.result["status"] == "diverged" for record in found)
-        row: dict[str, object] = {"": cell.label, "seeds": len(found)}
-        for column in experiment.columns:
-            values = [record.result["last"][column.key] for record in found if not failed]
-            row[column.title] = "Fail" if failed else show(values, column.digits)
-        row["records"] = [record.name for record in found]
-        rows.append(row)
+    for outcome in page.found:
+        for measure in page.experiment.measures:
+            values = outcome.values(measure)
+            mean, error = mean_and_error(values)
+            printed = outcome.cell.paper
+            rows.append(
+                {
+                    "panel": outcome.cell.panel,
+                    "column": outcome.cell.column,
+                    "row": outcome.cell.row,
+                    "measure": measure.title,
+                    "status": "fail" if outcome.failed else "done" if values else "not run",
+                    "epochs": outcome.epochs,
+                    "paper_epochs": outcome.cell.epochs[0] if outcome.cell.epochs else None,
+                    "n": len(values),
+                    "mean": mean,
+                    "standard_error": error,
+                    "paper": paper(outcome.cell),
+                    "paper_fails": printed is not None and printed.value is None,
+                    "paper_standard_error": printed.error if printed else None,
+                    "difference": outcome.difference(measure),
+                    "exceeds_both_errors": outcome.marked(measure),
+                    "setting": " ".join(outcome.setting),
+                    "records": " ".join(record.name for record in outcome.records),
+                }
+            )
     return pd.DataFrame(rows)
 
 
-def markdown(frame: pd.DataFrame, links: str) -> str:
-    """A Markdown table; the records become links below `links`."""
-    shown = frame.copy()
-    shown["records"] = [
-        " ".join(f"[{name.rsplit('-', 1)[1][:6]}]({links}/{name}.json)" for name in names) for names in frame["records"]
-    ]
-    head = "| " + " | ".join(map(str, shown.columns)) + " |"
-    rule = "|" + " --- |" * len(shown.columns)
-    body = ["| " + " | ".join(map(str, row)) + " |" for row in shown.itertuples(index=False)]
-    return "\n".join([head, rule, *body])
-
-
-def terminal(experiment: Experiment, frame: pd.DataFrame) -> str:
-    """The same for a terminal, with its title and without the records."""
-    return f"{experiment.title}; mean (standard error)\n\n{frame.drop(columns='records').to_string(index=False)}"
-
-
-def provenance(experiment: Experiment, folder: Path = records.RECORDS) -> str:
-    """What the numbers come from: a line with code versions and hardware, then the warnings of the runs, if any."""
-    cells = {cell.label: records.read_all(experiment.configs(cell), folder) for cell in experiment.cells}
-    found = [record for recorded in cells.values() for record in recorded]
-    warned: dict[str, list[str]] = {}
-    for label, recorded in cells.items():
-        for warning in dict.fromkeys(w for record in recorded for w in record.result["warnings"]):
-            warned.setdefault(warning, []).append(label)
-    remarks = "".join(f"\n- {warning} ({', '.join(labels)})" for warning, labels in warned.items())
-    versions = sorted({(r.environment["git"] or "no git")[:10] for r in found})
-    dirty = " with uncommitted changes" if any(r.environment["dirty"] for r in found) else ""
-    machines = sorted({f"{r.environment['cores']}-core {r.environment['cpu']}" for r in found})
-    packages = sorted({f"torch {r.environment['packages']['torch']}" for r in found})
-    source = f"{len(found)} runs; code {', '.join(versions)}{dirty}; {', '.join(packages)}; {', '.join(machines)}."
-    return source + (f"\n\nWarnings of the runs:\n{remarks}" if remarks else "")
-
-
-def figure(experiment: Experiment, path: Path, folder: Path = records.RECORDS) -> None:
-    """Curves over epochs, mean over seeds with the range of the seeds shaded; a dot marks where LAWN
-    fixes the norms. A cell with a diverged run is left out, as "Fail" in the table says.
-    """
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "lawn"})
-    drawing, axes = plt.subplots(1, len(CURVES), figsize=(3.6 * len(CURVES), 3.1), layout="constrained")
-    for cell, style in zip(experiment.cells, cycle(("-", "--"))):
-        found = records.read_all(experiment.configs(cell), folder)
-        if not found or any(record.result["status"] == "diverged" for record in found):
-            continue
-        constrained = found[0].history["constrained"].to_numpy()
-        for axis, (field, _, _) in zip(axes, CURVES, strict=True):
-            curves = np.stack([record.history[field].to_numpy(float) for record in found])
-            epochs = found[0].history["epoch"].to_numpy()
-            mean = curves.mean(0)
-            (line,) = axis.plot(epochs, mean, style, label=cell.label)
-            axis.fill_between(epochs, curves.min(0), curves.max(0), alpha=0.2, color=line.get_color(), linewidth=0)
-            if constrained.any():
-                switch = max(0, int(constrained.argmax()) - 1)  # the last point of the free phase
-                axis.plot(epochs[switch], mean[switch], "o", color=line.get_color(), markersize=5)
-    for axis, (_, label, scale) in zip(axes, CURVES, strict=True):
-        axis.set(xlabel="epoch", ylabel=label, yscale=scale if axis.lines else "linear")
-    if axes[0].lines:
-        axes[0].legend(frameon=False)
-    for suffix in (".png", ".svg"):
-        with atomic(path.with_suffix(suffix)) as temporary:
-            drawing.savefig(temporary, dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
-    plt.close(drawing)
-
-
-def write(experiment: Experiment, results: Path = RESULTS) -> str:
-    """Write results/NAME.md and the figure; returns the table for a terminal."""
-    folder = results / "runs"
-    frame = table(experiment, folder)
-    figure(experiment, results / experiment.name, folder)
-    text = (
-        f"# {experiment.title}\n\n"
-        f"Mean over seeds (standard error); the last epoch, nothing selected on test.\n\n{markdown(frame, 'runs')}\n\n"
-        f"{provenance(experiment, folder)}\n\n![curves]({experiment.name}.png)\n"
+def tuning_frame(page: Page) -> pd.DataFrame:
+    """Every run that chose hyperparameters: a row each."""
+    return pd.DataFrame(
+        {
+            "panel": outcome.cell.panel,
+            "column": outcome.cell.column,
+            "row": outcome.cell.row,
+            "epochs": job.config.train.epochs,
+            "seed": job.config.seed,
+            **dict(override.split("=", 1) for override in setting),
+            "status": record.result["status"],
+            f"{record.result['split']}_{record.result['headline']}": record.value("headline"),
+            "train_loss": record.result["last"]["train_loss"],
+            "chosen": setting == outcome.setting,
+            "record": record.name,
+        }
+        for outcome in page.found
+        if outcome.study is not None
+        for setting, job, record in zip(outcome.study.settings, outcome.study.tuning, outcome.tuning, strict=False)
     )
-    write_text(results / f"{experiment.name}.md", text)
-    return terminal(experiment, frame)
 
 
-def embed(page: Path, experiments: Iterable[Experiment], results: Path = RESULTS) -> None:
+def latex(page: Page) -> str:
+    """A tabular for each panel, with rules of booktabs: our numbers, the paper's in square brackets."""
+    parts = []
+    for panel in page.panels:
+        content = {
+            head: [_latex_entry(entries[i]) for _, entries in panel.rows] for i, head in enumerate(panel.columns)
+        }
+        table = pd.DataFrame(content, index=[row for row, _ in panel.rows])
+        style = table.style.format(escape="latex").format_index(escape="latex").format_index(axis=1, escape="latex")
+        parts.append(f"% {panel.title or page.experiment.title}\n{style.to_latex(hrules=True)}")
+    return f"% {page.experiment.title}. {page.measured} In brackets: the paper.\n" + "\n".join(parts)
+
+
+def _latex_entry(entry: Entry) -> str:
+    return " ".join(filter(None, (entry.ours, f"[{entry.paper}]" if entry.paper else "")))
+
+
+def terminal(page: Page) -> str:
+    """The table for a terminal."""
+    parts = [page.experiment.title, page.measured]
+    for panel in page.panels:
+        content = {head: [_terminal_entry(e[i]) for _, e in panel.rows] for i, head in enumerate(panel.columns)}
+        table = pd.DataFrame(content, index=[row for row, _ in panel.rows])
+        parts.append("\n".join(filter(None, (panel.title, table.to_string()))))
+    return "\n\n".join(parts)
+
+
+def _terminal_entry(entry: Entry) -> str:
+    return entry.ours + (f" [paper {entry.paper}]" if entry.paper else "")
+
+
+def write(page: Page, results: Path = RESULTS) -> None:
+    """Write results/NAME.md, .csv and .tex, the list of the tuning runs, and the figure."""
+    experiment = page.experiment
+    write_text(results / f"{page.name}.md", render("experiment.md", page=page, links="runs") + "\n")
+    write_text(results / f"{page.name}.csv", frame(page).to_csv(index=False, float_format="%.6g"))
+    write_text(results / f"{page.name}.tex", latex(page))
+    tuning = tuning_frame(page)
+    if not tuning.empty:
+        write_text(results / "tuning" / f"{page.name}.csv", tuning.to_csv(index=False, float_format="%.6g"))
+    if experiment.figure:
+        draw(experiment, page.found, results / page.name)
+
+
+def write_index(pages: list[Page], results: Path = RESULTS) -> None:
+    """Write results/index.html, one file with everything in it; `pages` have been written before."""
+    images = {
+        page.name: b64encode((results / f"{page.name}.svg").read_bytes()).decode()
+        for page in pages
+        if page.experiment.figure
+    }
+    write_text(results / "index.html", render("index.html", pages=pages, images=images) + "\n")
+
+
+def render(template: str, **content: object) -> str:
+    return TEMPLATES.get_template(template).render(**content)
+
+
+def embed(path: Path, pages: Iterable[Page]) -> None:
     """Renew what stands in a page between `<!-- table NAME -->` (with links to the records) or `<!-- output NAME -->`
     (as the terminal shows it) and `<!-- end -->`."""
-    text = page.read_text()
-    for experiment in experiments:
-        frame = table(experiment, results / "runs")
-        source = provenance(experiment, results / "runs")
+    text = path.read_text()
+    for page in pages:
         contents = {
-            "table": f"{markdown(frame, 'results/runs')}\n\n{source}",
-            "output": f"```text\n{terminal(experiment, frame)}\n```",
+            "table": render("table.md", page=page, links="results/runs"),
+            "output": f"```text\n{terminal(page)}\n```",
         }
         for kind, content in contents.items():
-            begin = f"<!-- {kind} {experiment.name} -->\n"
+            begin = f"<!-- {kind} {page.name} -->\n"
             head, found, rest = text.partition(begin)
             if found:
                 text = f"{head}{begin}{content}\n{rest[rest.index('<!-- end -->') :]}"
-    write_text(page, text)
+    write_text(path, text)

@@ -1,30 +1,49 @@
-"""An experiment is a list of cells; a cell is a list of Hydra overrides that several seeds are run with."""
+"""What an experiment is: cells of a table or curves of a figure, as data."""
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-
-from lawn.config import Config, config_hash, explain, register, validate
 from lawn.errors import ConfigError
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+
+@dataclass(frozen=True)
+class Paper:
+    """What the paper prints in a cell."""
+
+    value: float | None  # None: "Fail"
+    error: float | None = None  # standard error; the upper end where the paper gives a range, None where it is silent
 
 
 @dataclass(frozen=True)
 class Cell:
-    label: str
-    overrides: tuple[str, ...]
+    """A number of a table: which runs it is the mean of."""
+
+    row: str
+    overrides: tuple[str, ...]  # of run.py, without train.epochs where there are budgets
+    panel: str = ""  # the dataset, where a table has several
+    column: str = ""
+    epochs: tuple[int, ...] = ()  # budgets: the paper's, then a shorter one; empty: the dataset's own
+    sweep: str | None = None  # preset below conf/sweep which its hyperparameters are chosen from; None: all are given
+    paper: Paper | None = None  # None: the paper has no such cell
+
+    @property
+    def name(self) -> str:
+        return ", ".join(filter(None, (self.panel, self.column, self.row)))
+
+    def value(self, key: str) -> str:
+        """The value of one of its overrides. Raises KeyError."""
+        return dict(override.split("=", 1) for override in self.overrides)[key]
 
 
 @dataclass(frozen=True)
-class Column:
-    """A field of a result's last epoch, and how to print it."""
+class Measure:
+    """A field of a run's last epoch, and how to print it; `headline` is the one that the run's task is known by."""
 
     key: str
     title: str
-    digits: int  # after the point; negative: that many significant digits, in powers of ten
+    digits: int = 2  # after the point; negative: that many significant digits, in powers of ten
+    curve: str | None = None  # in a figure over epochs: linear or log, the scale of its axis
+    smaller_is_better: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,28 +51,16 @@ class Experiment:
     name: str
     title: str
     cells: tuple[Cell, ...]
-    columns: tuple[Column, ...]
-    seeds: int
+    measures: tuple[Measure, ...]
+    figure: str | None = None  # "epochs": curves of every cell; "batch": the measure over the batch size, by panel
+    pairs: tuple[tuple[str, str], ...] = ()  # rows to compare: a method, and what LAWN makes of it
+    notes: tuple[str, ...] = ()  # what the reader has to know
+    seeds: int = 3
 
-    def configs(self, cell: Cell, *extra: str) -> list[Config]:
-        """The validated configs of a cell, one for each seed, with `extra` overrides that say where and how to run.
-
-        Raises ConfigError when they would make other runs of them than the report is about.
-        """
-        plain = compose_all([(*cell.overrides, f"seed={seed}") for seed in range(self.seeds)])
-        if not extra:
-            return plain
-        placed = compose_all([(*cell.overrides, f"seed={seed}", *extra) for seed in range(self.seeds)])
-        if [config_hash(config) for config in placed] != [config_hash(config) for config in plain]:
-            raise ConfigError(f"{' '.join(extra)}: changes what {self.name} runs; only where and how can be overridden")
-        return placed
-
-
-def compose_all(jobs: list[tuple[str, ...]]) -> list[Config]:
-    """Compose each job's overrides as `run.py` would. Raises ConfigError."""
-    register()
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return [validate(compose("config", list(overrides))) for overrides in jobs]
-    except HydraException as error:
-        raise ConfigError(explain(error)) from error
+    def only(self, filters: Iterable[str]) -> "Experiment":
+        """The cells that have all of these overrides. Raises ConfigError when there are none."""
+        cells = tuple(cell for cell in self.cells if set(filters) <= set(cell.overrides))
+        if not cells:
+            known = sorted({override for cell in self.cells for override in cell.overrides})
+            raise ConfigError(f"--only {' '.join(filters)}: {self.name} has no such cell; its cells are {known}")
+        return replace(self, cells=cells)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.spec import compose_all
+from experiments.study import compose_all
 from lawn.data.interactions import Interactions
 from lawn.optimizers import optimizer_arguments
 from lawn.task import build

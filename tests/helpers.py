@@ -3,7 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from experiments.spec import compose_all
+from experiments.study import compose_all
 from lawn.config import Config
 from lawn.data.interactions import Interactions
 from lawn.data.ratings import Ratings

@@ -41,7 +41,7 @@ def test_a_failing_job_does_not_keep_the_others(tmp_path, main):
     code, out, err = main("-m", *SHORT, "optim.lr=-1,0.01", f"runs_dir={tmp_path}/runs")
     assert code == 2
     assert out.count("done after epoch 2") == 1
-    assert err.startswith("error in the job")
+    assert err.startswith("error: in the job")
     assert "optim.lr=-1.0: must be a finite number above 0" in err
 
 

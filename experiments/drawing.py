@@ -1,0 +1,80 @@
+"""Figures from outcomes."""
+
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from experiments.outcomes import Outcome, mean_and_error, paper
+from experiments.spec import Experiment
+from lawn.files import atomic
+
+STYLE: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "lawn"}
+
+
+def draw(experiment: Experiment, found: list[Outcome], path: Path) -> None:
+    """Write the experiment's figure as .png and .svg."""
+    with plt.rc_context(STYLE):
+        figure = {"epochs": over_epochs, "batch": over_batch_size}[str(experiment.figure)](experiment, found)
+        for suffix in (".png", ".svg"):
+            with atomic(path.with_suffix(suffix)) as temporary:
+                figure.savefig(temporary, dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
+        plt.close(figure)
+
+
+def over_epochs(experiment: Experiment, found: list[Outcome]) -> Figure:
+    """A curve for each cell and measure, mean over seeds with their range shaded; a dot marks where LAWN fixes the
+    norms. A cell with a diverged run is left out, as "Fail" in the table says.
+    """
+    measures = [measure for measure in experiment.measures if measure.curve]
+    figure, axes = plt.subplots(1, len(measures), figsize=(3.6 * len(measures), 3.1), layout="constrained")
+    for outcome, style in zip(found, cycle(("-", "--"))):
+        if not outcome.records or outcome.failed:
+            continue
+        histories = [record.history for record in outcome.records]
+        epochs = histories[0]["epoch"].to_numpy()
+        constrained = histories[0]["constrained"].to_numpy()
+        for axis, measure in zip(axes, measures, strict=True):
+            curves = np.stack([history[measure.key].to_numpy(float) for history in histories])
+            mean = curves.mean(0)
+            (line,) = axis.plot(epochs, mean, style, label=outcome.cell.row)
+            axis.fill_between(epochs, curves.min(0), curves.max(0), alpha=0.2, color=line.get_color(), linewidth=0)
+            if constrained.any():
+                switch = max(0, int(constrained.argmax()) - 1)  # the last point of the free phase
+                axis.plot(epochs[switch], mean[switch], "o", color=line.get_color(), markersize=5)
+    for axis, measure in zip(axes, measures, strict=True):
+        axis.set(xlabel="epoch", ylabel=measure.title, yscale=measure.curve if axis.lines else "linear")
+    if axes[0].lines:
+        axes[0].legend(frameon=False)
+    return figure
+
+
+def over_batch_size(experiment: Experiment, found: list[Outcome]) -> Figure:
+    """A panel for each dataset: mean and standard error over the batch size, beside them the paper's numbers."""
+    panels = list(dict.fromkeys(outcome.cell.panel for outcome in found))
+    rows = list(dict.fromkeys(outcome.cell.row for outcome in found))
+    figure, axes = plt.subplots(1, len(panels), figsize=(2.6 * len(panels), 3.1), layout="constrained")
+    measure = experiment.measures[0]
+    for axis, panel in zip(axes, panels, strict=True):
+        labels: dict[int, str] = {}
+        for i, row in enumerate(rows):
+            line = [o for o in found if (o.cell.panel, o.cell.row) == (panel, row)]
+            sizes = [int(o.cell.value("train.batch_size")) for o in line]
+            labels |= dict(zip(sizes, (o.cell.column for o in line), strict=True))
+            ours = [mean_and_error(o.values(measure)) for o in line]
+            means, errors = [m for m, _ in ours], [0.0 if np.isnan(e) else e for _, e in ours]
+            axis.errorbar(sizes, means, errors, fmt="o-", color=f"C{i}", capsize=2, markersize=4, label=f"{row}, ours")
+            theirs = [paper(o.cell) for o in line]
+            axis.plot(sizes, theirs, "s:", color=f"C{i}", markersize=3, alpha=0.6, label=f"{row}, paper")
+        axis.set(xscale="log", title=panel, xlabel="batch size")
+        axis.set_xticks(list(labels), list(labels.values()))
+        axis.minorticks_off()
+    axes[0].set_ylabel(measure.title)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, ncols=4, loc="outside lower center")
+    return figure

@@ -1,0 +1,55 @@
+"""The paper's two figures."""
+
+from experiments.spec import Cell, Experiment, Measure
+from experiments.tables import DECAY, HEADLINE, PAIRS, PANELS, PAPER, TABLE1, TABLE3, TABLE4
+
+_FIGURE1 = ("dataset=movielens100k", "model.bias=false", "train.batch_size=10000", "optim.lr=1e-3", "optim.eps=1e-8")
+_SWITCH = PAPER["figure1"]["constrain_epoch"]
+
+FIGURE1 = Experiment(
+    "figure1",
+    "Figure 1: attenuated logits against loss flattening, MovieLens-100k",
+    (
+        Cell("Adam without weight decay", (*_FIGURE1, "optim=adam", "optim.weight_decay=0"), epochs=(300, 60)),
+        Cell(
+            "Adam, logits attenuated, then fixed norms",
+            (
+                *_FIGURE1,
+                "optim=adam_lawn",
+                f"optim.free_epochs=${{scaled:{_SWITCH},300}}",
+                f"train.logit_scale={PAPER['figure1']['logit_scale']}",
+            ),
+            epochs=(300, 60),
+        ),
+    ),
+    (
+        Measure("test_hr10", "test HR@10, %", curve="linear"),
+        Measure("margin_p50", "median training margin, logits", curve="linear"),
+        Measure("train_loss", "training loss, nats", 3, curve="log"),
+    ),
+    figure="epochs",
+    pairs=(("Adam without weight decay", "Adam, logits attenuated, then fixed norms"),),
+    notes=(
+        f"A fully homogeneous network (no biases), batch 10k. After epoch {_SWITCH} of 300 (in proportion where the "
+        "run is shorter) the output layer is multiplied by 0.2 and all norms are fixed. Until then both are the same "
+        "run. The paper's curves are an image, so no numbers stand beside ours, and it names neither the learning "
+        "rate nor the batch size.",
+    ),
+)
+
+_SHOWN = {"cifar10", "cifar100", "movielens1m", "imagenet", "movielens100k"}
+FIGURE2 = Experiment(
+    "figure2",
+    "Figure 2: Adam-LAWN against Adam with tuned weight decay over the batch size",
+    tuple(
+        cell
+        for table in (TABLE3, TABLE4, TABLE1)
+        for panel in PANELS
+        for cell in table.cells
+        if panel in _SHOWN and cell.value("dataset") == panel and cell.row in ("Adam", "Adam-LAWN")
+    ),
+    (HEADLINE,),
+    figure="batch",
+    pairs=PAIRS,
+    notes=("The runs are those of tables 1, 3 and 4. The paper's figure has no panel for MovieLens-100k.", DECAY),
+)

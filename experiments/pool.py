@@ -1,0 +1,122 @@
+"""Processes on device slots: one job on each slot at a time, each in a process of its own that can die alone."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+
+from experiments.study import Job
+from lawn.config import Config, run_name
+from lawn.errors import UserError
+from lawn.train import train
+
+
+@dataclass(frozen=True)
+class Ended:
+    job: Job
+    seconds: float
+    failure: str | None  # why it has no result, in a line
+
+
+@dataclass(frozen=True)
+class _Running:
+    job: Job
+    process: BaseProcess
+    slot: str
+    start: float
+    log: Path
+
+
+class Pool:
+    """`slots` are device names, each as often as it takes jobs at the same time. A context manager: on leaving it
+    what still runs is stopped, and can go on from its checkpoint later. Output of a job goes to output.log in its
+    run directory.
+    """
+
+    def __init__(self, slots: Sequence[str]) -> None:
+        self._free = list(slots)
+        self._threads = max(1, (os.cpu_count() or 1) // len(slots))
+        self._running: list[_Running] = []
+        # A server that has imported everything and forks: a job starts at once, without the state of its caller.
+        self._context = get_context("forkserver")
+        self._context.set_forkserver_preload(["experiments.pool"])
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for running in self._running:
+            running.process.terminate()
+        for running in self._running:
+            running.process.join()
+
+    @property
+    def free(self) -> bool:
+        """Whether another job can be started."""
+        return bool(self._free)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def start(self, job: Job) -> None:
+        """Start a job on a free slot."""
+        slot = self._free.pop(0)
+        config = replace(job.config, device=slot)
+        log = Path(config.runs_dir) / run_name(config) / "output.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        process = self._context.Process(target=_work, args=(config, self._threads, log))
+        process.start()
+        self._running.append(_Running(job, process, slot, time.monotonic(), log))
+
+    def wait(self, timeout: float) -> list[Ended]:
+        """The jobs that have ended; waits up to `timeout` seconds for the first."""
+        sentinels = wait([running.process.sentinel for running in self._running], timeout)
+        ended = [running for running in self._running if running.process.sentinel in sentinels]
+        for running in ended:
+            running.process.join()
+            self._running.remove(running)
+            self._free.append(running.slot)
+        now = time.monotonic()
+        return [Ended(r.job, now - r.start, _failure(r)) for r in ended]
+
+
+def _failure(running: _Running) -> str | None:
+    code = running.process.exitcode or 0
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    if code > 0:
+        lines = running.log.read_text(errors="replace").strip().splitlines()
+        return (lines[-1] if lines else f"exit code {code}").removeprefix("error: ")
+    return None
+
+
+def _work(config: Config, threads: int, log: Path) -> None:
+    """The process of a job."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    output = log.open("a")
+    for stream in (1, 2):
+        os.dup2(output.fileno(), stream)
+    torch.set_num_threads(threads)
+    try:
+        train(config)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", flush=True)
+        sys.exit(getattr(error, "exit_code", UserError.exit_code))
+
+
+def _end_with_parent() -> None:
+    """A runner that was killed starts its jobs again; what it left behind must not work on the same directories."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

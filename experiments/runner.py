@@ -1,0 +1,103 @@
+"""Run the jobs of studies until nothing is left, or the time is up."""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
+from statistics import median
+
+from tqdm import tqdm
+
+from experiments.pool import Ended, Pool
+from experiments.records import Record, Store
+from experiments.study import Job, Study
+from lawn.config import Config, run_name
+
+REFRESH_SECONDS = 5.0  # of the progress bar while no job ends
+
+
+class Pace:
+    """Seconds an epoch takes, by what was recorded of runs of the same dataset, model and batch size.
+
+    A batch size of which there is nothing is taken to be like the nearest one that there is.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._seen: dict[tuple[str, str, int], list[float]] = {}
+        for record in store.all():
+            self.add(record)
+
+    def add(self, record: Record) -> None:
+        config, result = record.config, record.result
+        kind = config["dataset"]["name"], config["model"]["name"], config["train"]["batch_size"]
+        self._seen.setdefault(kind, []).append(sum(result["seconds"].values()) / result["last"]["epoch"])
+
+    def seconds(self, configs: Iterable[Config]) -> float | None:
+        """Of these runs one after the other; None where nothing like one of them was recorded."""
+        total = 0.0
+        for config in configs:
+            size = config.train.batch_size
+            like = [kind for kind in self._seen if kind[:2] == (config.dataset.name, config.model.name)]
+            if not like:
+                return None
+            nearest = min(like, key=lambda kind: max(kind[2], size) / min(kind[2], size))
+            total += median(self._seen[nearest]) * config.train.epochs
+        return total
+
+
+def missing(study: Study, store: Store, seeds: int) -> list[Config]:
+    """The runs that a study still needs. Before its hyperparameters are chosen the runs that fill the cell are not
+    known; the first setting stands for them.
+    """
+    outstanding = [job.config for job in study.outstanding(store, seeds)]
+    unknown = study.tuning and study.chosen(store) is None
+    return outstanding + ([study.tuning[0].config] * seeds if unknown else [])
+
+
+def duration(seconds: float | None) -> str:
+    return "unknown" if seconds is None else str(timedelta(seconds=round(seconds)))
+
+
+def run(
+    studies: Sequence[Study], store: Store, slots: Sequence[str], seeds: int, budget: float | None = None
+) -> list[Ended]:
+    """Run what is missing and record it, until it is done or `budget` seconds are over; returns the jobs that failed.
+
+    A job that fails is not tried again here, and what depends on it is not started; all others go on.
+    """
+    start = time.monotonic()
+    pace = Pace(store)
+    tried: set[str] = set()
+    failed: list[Ended] = []
+
+    def ready() -> Iterator[Job]:
+        for study in studies:
+            yield from (job for job in study.outstanding(store, seeds) if job.hash not in tried)
+
+    total = sum(len(missing(study, store, seeds)) for study in studies)
+    with Pool(slots) as pool, tqdm(total=total, unit="run", disable=None) as bar:
+        while True:
+            while pool.free and (job := next(ready(), None)) is not None:
+                tried.add(job.hash)
+                pool.start(job)
+            left = float("inf") if budget is None else budget - (time.monotonic() - start)
+            if left <= 0:
+                tqdm.write("the time is up; the same command goes on from here")
+            if not pool.running or left <= 0:
+                return failed
+            for ended in pool.wait(min(left, REFRESH_SECONDS)):
+                job, outcome = ended.job, ended.failure
+                if outcome is None:
+                    record = store.write(job.config, job.overrides, job.tuning)
+                    pace.add(record)
+                    outcome = "diverged" if record.diverged else f"{record.value('headline'):.2f}"
+                else:
+                    failed.append(ended)
+                to_do = [config for study in studies for config in missing(study, store, seeds)]
+                done, left_over = total - len(to_do), pace.seconds(to_do)
+                bar.update(done - bar.n)
+                tqdm.write(
+                    f"{run_name(job.config)}: {outcome} ({duration(ended.seconds)}); {done} of {total} done, "
+                    f"{pool.running} running, {len(failed)} failed, "
+                    f"{duration(left_over and left_over / len(slots))} left"
+                )
+            bar.refresh()

@@ -1,0 +1,154 @@
+"""A study: a cell at a budget of epochs, expanded into the runs that choose its hyperparameters and those that fill it.
+
+Choosing: every setting of the cell's sweep preset is run once, with seed 0; the best headline metric at the last
+epoch wins, a diverged run loses, the first of equals is kept. Filling: the chosen setting with every seed, on test.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import count, islice, product
+from math import inf
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, flag_override
+
+from experiments.records import Record, Store
+from experiments.spec import Cell, Experiment
+from lawn.config import Config, EvalConfig, config_hash, explain, register, validate
+from lawn.errors import ConfigError
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+SELECTIONS = ("val", "test")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study; `overrides` are what run.py is given for the same run."""
+
+    config: Config
+    overrides: tuple[str, ...]
+    tuning: bool
+
+    @cached_property
+    def hash(self) -> str:
+        return config_hash(self.config)
+
+
+class Study:
+    """`budget` None: the dataset's own number of epochs. `extra` overrides say where and how to run.
+
+    Raises ConfigError when the cell cannot be composed.
+    """
+
+    def __init__(self, cell: Cell, budget: int | None, selection: str = "val", extra: tuple[str, ...] = ()) -> None:
+        self.cell = cell
+        self.budget = budget
+        self.selection = selection
+        self._overrides = cell.overrides if budget is None else (*cell.overrides, f"train.epochs={budget}")
+        sweep = () if cell.sweep is None else (f"sweep={cell.sweep}",)
+        self._composed, self._swept = _compose((*self._overrides, *sweep, *extra))
+
+    @cached_property
+    def axes(self) -> dict[str, list[str]]:
+        """The values of each hyperparameter of the sweep preset; none where nothing is tuned."""
+        parser = OverridesParser.create()
+        parsed = [parser.parse_override(f"{key}={values}") for key, values in self._swept.items() if self.cell.sweep]
+        return {axis.key_or_group: list(axis.sweep_string_iterator()) for axis in parsed}
+
+    @cached_property
+    def settings(self) -> list[tuple[str, ...]]:
+        """The points of the grid, as overrides."""
+        if not self.axes:
+            return []
+        return list(product(*([f"{key}={value}" for value in values] for key, values in self.axes.items())))
+
+    @cached_property
+    def tuning(self) -> list[Job]:
+        split = f"eval.split={self.selection}"
+        return [
+            Job(self._at(*setting, split), (*self._overrides, f"sweep={self.cell.sweep}", *setting, split), tuning=True)
+            for setting in self.settings
+        ]
+
+    def chosen(self, store: Store) -> int | None:
+        """The index of the setting that won; None while a run is missing, or where nothing is tuned."""
+        found = [store.read(job.config) for job in self.tuning]
+        scores = [-inf if record.diverged else record.value("headline") for record in found if record is not None]
+        return scores.index(max(scores)) if scores and len(scores) == len(found) else None
+
+    def filling(self, store: Store) -> Iterator[Job]:
+        """The runs that fill the cell, seed after seed without end; none before its hyperparameters are chosen."""
+        setting: tuple[str, ...] = ()
+        config = self._at()
+        if self.cell.sweep is not None:
+            index = self.chosen(store)
+            if index is None:
+                return
+            setting = self.settings[index]
+            config = replace(self.tuning[index].config, eval=EvalConfig())
+        for seed in count():
+            yield Job(replace(config, seed=seed), (*self._overrides, *setting, f"seed={seed}"), tuning=False)
+
+    def outstanding(self, store: Store, seeds: int) -> list[Job]:
+        """What can be run now: the missing runs of the tuning, and after it the missing runs of the cell."""
+        tuning = [job for job in self.tuning if not store.has(job.config)]
+        return tuning or [job for job in islice(self.filling(store), seeds) if not store.has(job.config)]
+
+    def results(self, store: Store, seeds: int) -> list[Record]:
+        """The records that fill the cell: those of the first `seeds` seeds, and more as far as they go on."""
+        found = []
+        for seed, job in enumerate(self.filling(store)):
+            record = store.read(job.config)
+            if record is not None:
+                found.append(record)
+            elif seed >= seeds:
+                break
+        return found
+
+    def _at(self, *overrides: str) -> Config:
+        """The config with other values of keys, which is far faster than to compose it with them."""
+        changed = self._composed.copy()
+        for override in OverridesParser.create().parse_overrides(list(overrides)):
+            OmegaConf.update(changed, override.key_or_group, override.value())
+        return validate(changed)
+
+
+def studies(
+    experiment: Experiment, budget: int = 0, selection: str = "val", extra: tuple[str, ...] = ()
+) -> list[Study]:
+    """A study for each cell; `budget` counts in the cell's own, 0 the paper's and -1 the shortest.
+
+    Raises ConfigError when `extra` would make other runs of them than the experiment is about.
+    """
+    if extra:
+        overrides = experiment.cells[0].overrides
+        if len({config_hash(config) for config in compose_all([overrides, (*overrides, *extra)])}) > 1:
+            raise ConfigError(
+                f"{' '.join(extra)}: changes what {experiment.name} runs; only where and how can be overridden"
+            )
+    return [Study(cell, cell.epochs[budget] if cell.epochs else None, selection, extra) for cell in experiment.cells]
+
+
+def compose_all(jobs: list[tuple[str, ...]]) -> list[Config]:
+    """Compose each job's overrides as `run.py` would. Raises ConfigError."""
+    return [validate(_compose(overrides)[0]) for overrides in jobs]
+
+
+def _compose(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
+    """The composed config, not validated yet, and what Hydra's sweeper would sweep over."""
+    register()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose("config", list(overrides), return_hydra_config=True)
+        axes = OmegaConf.to_container(composed.hydra.sweeper.params or OmegaConf.create(), resolve=True)
+    except HydraException as error:
+        raise ConfigError(explain(error)) from error
+    assert isinstance(axes, dict)
+    swept = {str(key): str(values) for key, values in axes.items()}
+    with flag_override(composed, ["struct", "readonly"], False):
+        del composed["hydra"]
+    return composed, swept
