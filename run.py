@@ -49,7 +49,7 @@ def main() -> int:
         if DEBUG:
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
-        return UserError.exit_code if isinstance(error, OSError | UserError) else ConfigError.exit_code
+        return (ConfigError if isinstance(error, HydraException | OmegaConfBaseException) else UserError).exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

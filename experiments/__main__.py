@@ -139,9 +139,11 @@ def _named(name: str) -> Experiment:
 
 def _slots(devices: str, jobs: int | None) -> list[str]:
     """A device for each job that runs at the same time."""
-    names = devices.split(",")
-    if devices == "auto":
-        names = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    names = gpus or ["cpu"] if devices == "auto" else devices.split(",")
+    for name in names:
+        if name not in ("cpu", *gpus):
+            raise ConfigError(f"--devices {name}: not on this machine, which has {', '.join(('cpu', *gpus))}")
     return [names[i % len(names)] for i in range(jobs or len(names))]
 
 

@@ -44,11 +44,13 @@ class Pool:
 
     def __init__(self, slots: Sequence[str]) -> None:
         self._free = list(slots)
-        self._threads = max(1, (os.cpu_count() or 1) // len(slots))
+        self._threads = max(1, torch.get_num_threads() // len(slots))
         self._running: list[_Running] = []
-        # A server that has imported everything and forks: a job starts at once, without the state of its caller.
-        self._context = get_context("forkserver")
-        self._context.set_forkserver_preload(["experiments.pool"])
+        # On CPUs a server that has imported everything forks: a job starts at once instead of after some seconds, and
+        # without the state of its caller. A process that has looked at a GPU must not be forked.
+        gpu = any(slot.startswith("cuda") for slot in slots)
+        self._context = get_context("spawn") if gpu else get_context("forkserver")
+        self._context.set_forkserver_preload(["experiments.pool", "torch._dynamo", "sklearn.datasets"])
 
     def __enter__(self) -> "Pool":
         return self

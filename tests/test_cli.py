@@ -127,3 +127,15 @@ def test_the_library_needs_nothing_but_torch():
         "from lawn import AdamLAWN, SGDLAWN, LinearWarmupDecay\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+def test_a_launcher_of_clusters(tmp_path):
+    """submitit, which talks to Slurm, with its executor for this machine: jobs run, and one that cannot is reported."""
+    result = run(
+        "-m", "hydra/launcher=submitit_local", *SHORT, "optim=adam", "optim.lr=0.01,-1", f"runs_dir={tmp_path}/runs"
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert len(list((tmp_path / "runs").glob("*/DONE"))) == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: in the job")
+    assert last.endswith("optim.lr=-1.0: must be a finite number above 0")

@@ -1,49 +1,24 @@
 """A run of one short epoch for every dataset with its model: fixtures everywhere, the real data where they are."""
 
 import csv
-from pathlib import Path
 
 import pytest
 
-from experiments import records, report
-from experiments.spec import Cell, Column, Experiment
 from lawn.data.__main__ import main as data_main
-from lawn.data.movielens import movielens1m
-from lawn.data.ratings import read_ratings
 from lawn.train import train
-from tests.data.test_images import write_cifar, write_folders
-from tests.helpers import compose, synthetic_ratings, write_ratings, write_three_files
-
-RECOMMENDERS = ("dataset.candidates=20", "model.factors=4", "train.batch_size=200")
-FIXTURES = {
-    "cifar10": ("train.batch_size=30",),
-    "cifar100": ("train.batch_size=30",),
-    "imagenet": ("dataset.image_size=32", "dataset.workers=0", "train.batch_size=6"),
-    "movielens100k": RECOMMENDERS,
-    "movielens1m": RECOMMENDERS,
-    "pinterest": RECOMMENDERS,
-}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_cifar(folder / "cifar10")
-    write_cifar(folder / "cifar100")
-    write_folders(folder)
-    write_ratings(folder / "ml-100k" / "u.data", synthetic_ratings())
-    write_ratings(folder / "ml-1m" / "ratings.dat", synthetic_ratings(), "::")
-    test = movielens1m(folder, "test", seed=0, negatives=4, candidates=20)
-    for prefix in ("ml-1m", "pinterest-20"):
-        (folder / prefix).mkdir(exist_ok=True)
-        write_three_files(folder / prefix, prefix, read_ratings(folder / "ml-1m" / "ratings.dat", "::"), test)
-    return folder
+from tests.data.test_images import write_folders
+from tests.helpers import FIXTURES, RECOMMENDERS, compose, synthetic_ratings, write_ratings
 
 
 @pytest.mark.parametrize("name", FIXTURES)
-def test_an_epoch(name, root, tmp_path):
+def test_an_epoch(name, tiny_data, tmp_path):
     config = compose(
-        f"dataset={name}", *FIXTURES[name], "train.epochs=1", f"data_dir={root}", f"runs_dir={tmp_path}", "device=cpu"
+        f"dataset={name}",
+        *FIXTURES[name],
+        "train.epochs=1",
+        f"data_dir={tiny_data}",
+        f"runs_dir={tmp_path}",
+        "device=cpu",
     )
     result = train(config)
     assert result["status"] == "done"
@@ -52,10 +27,10 @@ def test_an_epoch(name, root, tmp_path):
 
 @pytest.mark.parametrize("loss", ["label_smoothing", "focal", "flooding"])
 @pytest.mark.parametrize("dataset", ["digits", "movielens1m"])
-def test_losses_train(loss, dataset, root, tmp_path):
+def test_losses_train(loss, dataset, tiny_data, tmp_path):
     sizes = RECOMMENDERS if dataset == "movielens1m" else ("model.widths=[16]",)
     config = compose(
-        f"dataset={dataset}", f"loss={loss}", *sizes, "train.epochs=8", "optim.lr=0.01", f"data_dir={root}",
+        f"dataset={dataset}", f"loss={loss}", *sizes, "train.epochs=8", "optim.lr=0.01", f"data_dir={tiny_data}",
         f"runs_dir={tmp_path}", "device=cpu",
     )  # fmt: skip
     result = train(config)
@@ -63,22 +38,6 @@ def test_losses_train(loss, dataset, root, tmp_path):
         losses = [float(row["train_loss"]) for row in csv.DictReader(file)]
     assert result["status"] == "done"
     assert losses[-1] < losses[0]
-
-
-def test_warnings_stand_below_the_tables(root, tmp_path):
-    small = Experiment(
-        "small",
-        "A small one",
-        (Cell("SGD", ("dataset=movielens100k", "optim=sgd", *RECOMMENDERS, "train.epochs=1")),),
-        (Column("test_hr10", "HR@10", 1),),
-        seeds=2,
-    )
-    for config in small.configs(small.cells[0], f"data_dir={root}", f"runs_dir={tmp_path}/runs", "device=cpu"):
-        train(config)
-        records.write(config, tmp_path / "results" / "runs")
-    report.write(small, tmp_path / "results")
-    page = (tmp_path / "results" / "small.md").read_text()
-    assert page.count("- ml-100k: 30 users, published are 943 (SGD)") == 1
 
 
 @pytest.fixture
@@ -89,16 +48,16 @@ def data_command(capsys):
     return call
 
 
-def test_data_command(root, data_command, tmp_path):
+def test_data_command(tiny_data, data_command, tmp_path):
     write_ratings(tmp_path / "ml-100k" / "u.data", synthetic_ratings(items=600, each=80))
     code, out, err = data_command("movielens100k", "cifar10", "--data-dir", str(tmp_path))
     assert (code, err.count("\n")) == (1, 1)  # CIFAR-10 is not there, and nor is the network in a test
     assert out.startswith("movielens100k: 30 users, ")
-    code, out, err = data_command("cifar10", "--stats", "--data-dir", str(root))
+    code, out, err = data_command("cifar10", "--stats", "--data-dir", str(tiny_data))
     assert (code, err) == (0, "")
     assert "  training images of a class: 6 to 6\n" in out
     assert "warning: cifar10: 60 training images, published are 50000" in out
-    code, out, err = data_command("cifar10", "--verify", "--data-dir", str(root))
+    code, out, err = data_command("cifar10", "--verify", "--data-dir", str(tiny_data))
     assert (code, err) == (1, "error: cifar10: 2 counts are not as published, 0 files are damaged\n")
 
 

@@ -1,0 +1,53 @@
+"""Miniatures of experiments, of runs that take less than a second."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from experiments.pool import Ended
+from experiments.records import Store
+from experiments.runner import run
+from experiments.spec import Cell, Experiment, Measure
+from experiments.study import studies
+from tests.helpers import FIXTURES
+
+SHORT = ("dataset=digits", "train.epochs=3", "model.widths=[8]", "dataset.limit=100")
+ACCURACY = Measure("headline", "test accuracy, %")
+MINI = Experiment(
+    "mini",
+    "A miniature",
+    (
+        Cell("Adam", (*SHORT, "optim=adam")),
+        Cell("Fails", (*SHORT, "optim=sgd", "optim.lr=1e20")),
+        Cell("None", (*SHORT, "optim.lr=0.5")),
+    ),
+    (
+        ACCURACY,
+        Measure("train_loss", "training loss", -2, curve="log"),
+        Measure("margin_p50", "margin", curve="linear"),
+    ),
+    figure="epochs",
+    seeds=2,
+)
+
+
+def fill(experiment: Experiment, folder: Path, seeds: int = 2, budget: int = 0, *extra: str) -> list[Ended]:
+    """Run all of an experiment on one device slot, with runs in folder/runs and records in folder/results/runs."""
+    placed = (f"runs_dir={folder}/runs", *extra)
+    return run(studies(experiment, budget, extra=placed), Store(folder / "results" / "runs"), ["cpu"], seeds)
+
+
+def miniature(experiment: Experiment) -> Experiment:
+    """Every row of every panel of a table at its first column, for an epoch of tiny data; the first cell is tuned."""
+    cells = []
+    seen: set[tuple[str, str]] = set()
+    for cell in experiment.cells:
+        if (cell.row, cell.panel) in seen:
+            continue
+        seen.add((cell.row, cell.panel))
+        dataset = cell.value("dataset")
+        small = FIXTURES[dataset]
+        if dataset.startswith(("cifar", "imagenet")):
+            small = (*small, "model=mlp", "model.widths=[8]", "dataset.val_fraction=0.25")
+        sweep = None if cells else "peak_lr"
+        cells.append(replace(cell, overrides=(*cell.overrides, *small), epochs=(2, 1), sweep=sweep))
+    return replace(experiment, cells=tuple(cells))

@@ -1,0 +1,91 @@
+"""python -m experiments: what it prints, what it refuses."""
+
+import pytest
+
+from experiments import __main__ as command
+from tests.experiments.helpers import MINI
+from tests.experiments.test_runner import TUNED
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path, capsys):
+    """Exit code, standard output and standard error of a command line, with results in the test's folder."""
+    monkeypatch.setitem(command.EXPERIMENTS, "mini", MINI)
+    monkeypatch.setitem(command.EXPERIMENTS, "tuned", TUNED)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        try:
+            code = command.main([*arguments, "--results", str(tmp_path / "results")])
+        except SystemExit as error:
+            code = int(error.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_plan_run_plan_report(call, tmp_path):
+    code, out, _ = call("plan", "tuned", "--seeds", "2")
+    assert code == 0
+    assert "0/6" in out
+    assert "0/2" in out
+    assert out.endswith(
+        "1 cells, 8 runs, 0 done; for the others one after the other, at the pace of those recorded: unknown\n"
+    )
+    assert not (tmp_path / "results").exists()
+    code, out, err = call("run", "tuned", "--seeds", "2", "--devices", "cpu", "--set", f"runs_dir={tmp_path}/runs")
+    assert (code, err) == (0, "")
+    assert "8 of 8 done" in out
+    assert f"{tmp_path}/results/tuned.md" in out
+    code, out, _ = call("plan", "tuned", "--seeds", "3")
+    assert "6/6" in out
+    assert "2/3" in out
+    assert "1 cells, 9 runs, 8 done" in out
+    assert "0:00:0" in out.splitlines()[-1]
+    page = (tmp_path / "results" / "tuned.md").read_text()
+    (tmp_path / "results" / "tuned.md").unlink()
+    assert call("report", "tuned")[0] == 0
+    assert (tmp_path / "results" / "tuned.md").read_text() == page
+
+
+def test_failed_runs_are_named_and_fail_the_command(call, tmp_path):
+    (tmp_path / "file").write_text("")  # no folder can be made below a file
+    only = ("dataset=movielens100k", "optim=adam_lawn", "train.batch_size=1000")
+    placed = (f"runs_dir={tmp_path}/runs", f"data_dir={tmp_path}/file/data")
+    code, _, err = call("run", "table4", "--short", "--devices", "cpu", "--only", *only, "--set", *placed)
+    assert code == 1
+    assert err.count("\n") == err.count("failed: dataset=movielens100k optim=adam_lawn") == 16
+    assert f"{tmp_path}/file" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "table9"], "table9: no such experiment; choose from demo, table1"),
+        (["run"], "run: name an experiment: demo, table1"),
+        (["plan", "table4", "--only", "dataset=mnist"], "--only dataset=mnist: table4 has no such cell"),
+        (["run", "mini", "--set", "train.epochs=1"], "train.epochs=1: changes what mini runs; only where and how"),
+        (["run", "mini", "--set", "optim.lrr=1"], "optim.lrr: no such key"),
+        (["run", "mini", "--set", "device=cpu"], "device: the devices of experiments are given as --devices"),
+        (["run", "mini", "--devices", "warp"], "--devices warp: not on this machine, which has cpu"),
+    ],
+)
+def test_bad_input_is_one_line(call, arguments, message):
+    code, _, err = call(*arguments)
+    assert code == 2
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--budget", "soon"], ["--budget", "h"], ["--jobs", "0"], ["--seeds", "-1"], ["--selection", "train"]]
+)
+def test_bad_options(call, arguments):
+    code, _, err = call("run", "mini", *arguments)
+    assert code == 2
+    assert "error: argument" in err
+
+
+def test_times():
+    assert command._seconds("2h") == 7200
+    assert command._seconds("1h30m5s") == 5405
+    assert command._seconds("90m") == 5400

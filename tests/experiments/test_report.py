@@ -1,0 +1,260 @@
+"""From records to numbers, pages, tables and figures."""
+
+import csv
+import json
+import re
+import shutil
+from dataclasses import replace
+from math import isnan, sqrt
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from experiments import report
+from experiments.__main__ import EXPERIMENTS
+from experiments.outcomes import Outcome, comparisons, mean_and_error, verdict, welch
+from experiments.records import Record, Store
+from experiments.spec import Cell, Experiment, Measure, Paper
+from experiments.study import compose_all
+from lawn.config import run_name
+from lawn.errors import RunError
+from tests.experiments.helpers import ACCURACY, MINI, fill
+from tests.helpers import RECOMMENDERS, ROOT
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mini")
+    assert fill(replace(MINI, cells=MINI.cells[:2]), folder) == []
+    return folder / "results"
+
+
+@pytest.fixture
+def results(filled, tmp_path):
+    shutil.copytree(filled, tmp_path / "results")
+    return tmp_path / "results"
+
+
+def made_up(cell: Cell, *values: float, status: str = "done", epochs: int = 300) -> Outcome:
+    records = [
+        Record(
+            path=ROOT / f"{cell.row}-{seed}.json",
+            hash="",
+            config={"seed": seed, "train": {"epochs": epochs}},
+            environment={},
+            result={"status": status, "split": "test", "headline": "accuracy", "last": {"test_accuracy": value}},
+            history=pd.DataFrame(),
+        )
+        for seed, value in enumerate(values)
+    ]
+    return Outcome(cell, None, records, [], ())
+
+
+def test_pages_from_records_alone(results):
+    page = report.Page(MINI, Store(results / "runs"))
+    report.write(page, results)
+    adam, fails, absent = page.found
+    accuracy = [record.result["last"]["test_accuracy"] for record in adam.records]
+    expected = f"{np.mean(accuracy):.2f} ({abs(accuracy[0] - accuracy[1]) / 2:.2f}, n=2)"
+    assert expected in report.terminal(page)
+    assert (fails.failed, absent.records) == (True, [])
+    text = (results / "mini.md").read_text()
+    assert f"| Adam | {expected} <sup>" in text
+    assert "| Fails | Fail <sup>" in text
+    assert "| None |  |  |  |" in text
+    for record in adam.records:
+        assert f"(runs/{record.name}.json)" in text
+        assert (results / "runs" / f"{record.name}.json").exists()
+    assert (results / "mini.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (results / "mini.svg").read_text()
+    tidy = pd.read_csv(results / "mini.csv", keep_default_na=False).set_index(["row", "measure"])
+    assert float(tidy.loc[("Adam", "test accuracy, %"), "mean"]) == pytest.approx(np.mean(accuracy), rel=1e-5)
+    assert tidy.loc[("Fails", "test accuracy, %"), "status"] == "fail"
+    assert tidy.loc[("None", "test accuracy, %"), "status"] == "not run"
+    latex = (results / "mini.tex").read_text()
+    assert f"Adam & {expected} &" in latex
+    assert r"test accuracy, \% &" in latex
+
+
+def test_the_index_stands_alone(results):
+    pages = [report.Page(experiment, Store(results / "runs")) for experiment in (MINI, EXPERIMENTS["table4"])]
+    for page in pages:
+        report.write(page, results)
+    report.write_index(pages, results)
+    text = (results / "index.html").read_text()
+    sources = re.findall(r'src="([^"]*)"', text)
+    assert len(sources) == 1
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    links = re.findall(r'href="(?!http|#)([^"]*)"', text)
+    assert len(links) > 4
+    assert all((results / link).exists() for link in links)
+    assert set(re.findall(r'href="#([^"]*)"', text)) == set(re.findall(r'id="([^"]*)"', text)) == {"mini", "table4"}
+    assert text.count("paper Fail") == 6
+    assert "<script" not in text
+
+
+def test_a_figure_without_anything_to_draw(results):
+    page = report.Page(replace(MINI, cells=MINI.cells[1:]), Store(results / "runs"))
+    report.write(page, results)
+    assert (results / "mini.png").exists()
+
+
+def test_records_that_were_tampered_with_are_refused(results):
+    (config,) = compose_all([(*MINI.cells[0].overrides, "seed=0")])
+    path = results / "runs" / f"{run_name(config)}.json"
+    content = json.loads(path.read_text())
+    content["config"]["optim"]["lr"] = 0.5
+    path.write_text(json.dumps(content))
+    with pytest.raises(RunError, match="its config is not the one"):
+        report.Page(MINI, Store(results / "runs"))
+    path.write_text("{")
+    with pytest.raises(RunError, match="damaged record"):
+        report.Page(MINI, Store(results / "runs"))
+
+
+def test_unfinished_runs_are_not_recorded(tmp_path):
+    (config,) = compose_all([(*MINI.cells[0].overrides, f"runs_dir={tmp_path}")])
+    with pytest.raises(RunError, match="not finished"):
+        Store(tmp_path).write(config, (), tuning=False)
+
+
+def test_warnings_of_the_runs_stand_below_the_table(tmp_path, tiny_data):
+    cell = Cell("SGD", ("dataset=movielens100k", "optim=sgd", *RECOMMENDERS, "train.epochs=1"))
+    small = Experiment("small", "A small one", (cell,), (Measure("test_hr10", "HR@10", 1),), seeds=2)
+    assert fill(small, tmp_path, 2, 0, f"data_dir={tiny_data}") == []
+    page = report.Page(small, Store(tmp_path / "results" / "runs"))
+    report.write(page, tmp_path / "results")
+    text = (tmp_path / "results" / "small.md").read_text()
+    assert text.count("- ml-100k: 30 users, published are 943 (SGD)") == 1
+
+
+def test_mean_and_error():
+    assert report.show([1.0, 2.0, 3.0], 2) == "2.00 (0.58, n=3)"
+    assert report.show([2.0], 1) == "2.0 (n=1)"
+    assert report.show([], 1) == ""
+    assert report.show([1e-4, 3e-4], -2) == "2.0e-04 (1.0e-04, n=2)"
+    assert mean_and_error([1.0, 2.0, 3.0]) == (2.0, pytest.approx(1 / sqrt(3)))
+    assert isnan(mean_and_error([2.0])[1])
+
+
+def test_the_difference_is_marked_where_it_exceeds_both_errors():
+    values = (70.0, 71.0, 72.0)  # 71 (0.577)
+    for paper, error, difference, marked in (
+        (70.0, 0.25, "+1.00", True),
+        (70.0, 1.5, "+1.00", False),  # within the paper's
+        (70.5, 0.25, "+0.50", False),  # within ours
+        (72.0, 0.25, "-1.00", True),
+        (70.0, None, "+1.00", False),  # not known
+    ):
+        entry = report.entry(made_up(Cell("A", (), paper=Paper(paper, error)), *values), ACCURACY, linked=True)
+        assert (entry.ours, entry.difference, entry.marked) == ("71.00 (0.58, n=3)", difference, marked)
+    one = report.entry(made_up(Cell("A", (), paper=Paper(70.0, 0.25)), 71.0), ACCURACY, linked=True)
+    assert (one.ours, one.difference, one.marked) == ("71.00 (n=1)", "+1.00", False)
+    both_fail = report.entry(made_up(Cell("A", (), paper=Paper(None)), 0.0, status="diverged"), ACCURACY, linked=True)
+    assert (both_fail.ours, both_fail.paper, both_fail.difference) == ("Fail", "Fail", "")
+    blank = report.entry(made_up(Cell("A", (), paper=Paper(70.0))), ACCURACY, linked=True)
+    assert (blank.ours, blank.paper, blank.difference, blank.marked) == ("", "70.00", "", False)
+
+
+def test_welch_by_hand():
+    """Means 2 and 5, variances 1 and 4, n = 3: t = 3 / sqrt(5/3), 50/17 degrees of freedom."""
+    p = welch([1.0, 2.0, 3.0], [3.0, 5.0, 7.0])
+    assert p == pytest.approx(2 * stats.t.sf(3 / sqrt(5 / 3), 50 / 17))
+    assert isnan(welch([1.0], [2.0, 3.0]))
+    assert isnan(welch([1.0, 1.0], [2.0, 2.0]))
+
+
+def table(smaller_is_better: bool = False) -> tuple[Experiment, list[Outcome]]:
+    cells = [
+        Cell("SGD", (), column="1k", paper=Paper(60.0)),
+        Cell("Adam", (), column="1k", paper=Paper(65.0)),
+        Cell("Adam-LAWN", (), column="1k", paper=Paper(67.0)),
+        Cell("SGD", (), column="100k", paper=Paper(None)),
+        Cell("Adam", (), column="100k", paper=Paper(64.0)),
+        Cell("Adam-LAWN", (), column="100k", paper=Paper(66.0)),
+    ]
+    measure = replace(ACCURACY, smaller_is_better=smaller_is_better)
+    experiment = Experiment("t", "T", tuple(cells), (measure,), pairs=(("Adam", "Adam-LAWN"),))
+    values = [(60, 61, 62), (66, 67, 68), (64, 65, 66), (1,), (60, 61, 62), (66, 67, 68)]
+    found = [
+        made_up(c, *map(float, v), status="diverged" if len(v) == 1 else "done")
+        for c, v in zip(cells, values, strict=True)
+    ]
+    return experiment, found
+
+
+def test_the_verdict_names_what_differs_from_the_paper():
+    experiment, found = table()
+    first, second = comparisons(experiment, found)
+    assert (first.gain, first.paper, first.turned) == (-2.0, 2.0, True)
+    assert (second.gain, second.paper, second.turned) == (6.0, 2.0, False)
+    lines = verdict(experiment, found)
+    assert lines[0] == (
+        "The second of a pair is ahead in 1 of 2 comparisons (p < 0.05 in 1) and behind in 1 (p < 0.05 in 0)."
+    )
+    assert lines[1].startswith("The sign is the paper's in 1 of the 2 comparisons that it has; opposite are: ")
+    assert "Adam-LAWN against Adam at 1k (here -2.00, p = 0.07, paper +2.00)." in lines[1]
+    assert lines[2] == ("Order at 1k: Adam > Adam-LAWN > SGD; in the paper Adam-LAWN > Adam > SGD.")
+    assert lines[3] == "Order at 100k: Adam-LAWN > Adam > SGD; as in the paper."
+    assert verdict(experiment, [made_up(o.cell) for o in found]) == []
+
+
+def test_an_error_is_better_when_it_is_smaller():
+    experiment, found = table(smaller_is_better=True)
+    assert [c.gain for c in comparisons(experiment, found)] == [2.0, -6.0]
+    assert "Order at 1k: SGD > Adam-LAWN > Adam; in the paper SGD > Adam > Adam-LAWN." in verdict(experiment, found)
+
+
+def test_the_longest_budget_that_was_run_is_shown(tmp_path):
+    cell = Cell(
+        "Adam", ("dataset=digits", "optim=adam", "model.widths=[8]", "dataset.limit=100"), column="128", epochs=(4, 2)
+    )
+    experiment = Experiment("budgets", "Budgets", (cell,), (ACCURACY,), seeds=1)
+    for budget, epochs, head in ((-1, 2, "128; 2 of 4 epochs"), (0, 4, "128; 4 of 4 epochs")):
+        assert fill(experiment, tmp_path, 1, budget) == []
+        page = report.Page(experiment, Store(tmp_path / "results" / "runs"))
+        assert page.found[0].epochs == epochs
+        assert page.panels[0].columns == [head]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=lambda e: e.name)
+def test_committed_results_are_those_of_the_records(tmp_path, experiment):
+    """Every number of the committed pages is computed again."""
+    page = report.Page(experiment, Store(ROOT / "results" / "runs"))
+    report.write(page, tmp_path)
+    for suffix in ("md", "csv", "tex"):
+        name = f"{experiment.name}.{suffix}"
+        assert (tmp_path / name).read_text() == (ROOT / "results" / name).read_text()
+
+
+def test_the_readmes_tables_are_those_of_the_records(tmp_path):
+    path = tmp_path / "README.md"
+    shutil.copy(ROOT / "README.md", path)
+    shown = [EXPERIMENTS[name] for name in ("demo", "table4", "figure1")]
+    report.embed(path, [report.Page(experiment, Store(ROOT / "results" / "runs")) for experiment in shown])
+    assert path.read_text() == (ROOT / "README.md").read_text()
+    for experiment in shown:
+        assert f"<!-- table {experiment.name} -->" in path.read_text()
+
+
+def test_every_number_of_the_readmes_tables_links_to_its_records():
+    text = (ROOT / "README.md").read_text()
+    for block in re.findall(r"<!-- table \w+ -->\n(.*?)<!-- end -->", text, flags=re.DOTALL):
+        rows = [line for line in block.splitlines() if line.startswith("| ") and "n=3)" in line]
+        assert rows
+        for row in rows:
+            (first, *_), links = re.findall(r"n=\d\)( <sup>.*?</sup>)?", row), re.findall(r"\]\(([^)]*)\)", row)
+            assert first
+            assert links
+            assert all((ROOT / link).exists() for link in links)
+
+
+def test_committed_tuning_lists_are_those_of_the_records():
+    store = Store(ROOT / "results" / "runs")
+    for path in (ROOT / "results" / "tuning").glob("table*.csv"):
+        with path.open() as file:
+            names = [row["record"] for row in csv.DictReader(file)]
+        assert names
+        assert all((store.folder / "tuning" / f"{name}.json").exists() for name in names)

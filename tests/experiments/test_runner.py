@@ -1,0 +1,211 @@
+"""Running experiments: whole miniatures, killed and started again, failures, the pool and the pace."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments import report
+from experiments.__main__ import EXPERIMENTS
+from experiments.records import Store
+from experiments.runner import Pace, duration, missing, run
+from experiments.spec import Cell, Experiment
+from experiments.study import studies
+from tests.experiments.helpers import ACCURACY, MINI, SHORT, fill, miniature
+from tests.helpers import ROOT
+
+TABLES = [e for e in EXPERIMENTS.values() if e.name != "demo"]
+
+
+@pytest.mark.parametrize("experiment", TABLES, ids=lambda e: e.name)
+def test_a_miniature_of_each_table(experiment, tmp_path, tiny_data):
+    small = miniature(experiment)
+    assert fill(small, tmp_path, 1, -1, f"data_dir={tiny_data}") == []
+    page = report.Page(small, Store(tmp_path / "results" / "runs"))
+    for outcome in page.found:
+        assert outcome.records, outcome.cell.name
+        assert outcome.epochs == 1
+        assert outcome.failed or len(outcome.values(experiment.measures[0])) == 1
+    assert page.found[0].setting
+    assert len(page.found[0].tuning) == 6
+    report.write(page, tmp_path / "results")
+    report.write_index([page], tmp_path / "results")
+    text = (tmp_path / "results" / f"{experiment.name}.md").read_text()
+    assert all(f"(runs/{record.name}.json)" in text for record in page.records)
+
+
+def test_diverged_runs_are_results(tmp_path, capsys):
+    assert fill(replace(MINI, cells=MINI.cells[:2]), tmp_path) == []
+    out = capsys.readouterr().out
+    assert out.count("diverged") == 2
+    assert "4 of 4 done, 0 running, 0 failed, 0:00:00 left" in out
+
+
+TUNED = Experiment("tuned", "Tuned", (Cell("Adam", (*SHORT, "optim=adam"), sweep="peak_lr"),), (ACCURACY,), seeds=2)
+
+
+def test_the_best_setting_on_validation_fills_the_cell(tmp_path):
+    assert fill(TUNED, tmp_path) == []
+    store = Store(tmp_path / "results" / "runs")
+    (study,) = studies(TUNED)
+    values = [store.read(job.config).result["last"]["val_accuracy"] for job in study.tuning]
+    best = study.settings[values.index(max(values))]
+    records = study.results(store, 2)
+    assert [record.config["seed"] for record in records] == [0, 1]
+    assert {f"optim.lr={record.config['optim']['lr']}" for record in records} == set(best)
+    assert all(record.result["split"] == "test" for record in records)
+    assert all(record.path.parent.name == "runs" for record in records)
+    assert {path.parent.name for path in (tmp_path / "results" / "runs" / "tuning").iterdir()} == {"tuning"}
+    for record in records:  # the command on the record gives the same run
+        command = json.loads(record.path.read_text())["command"]
+        assert set(best) <= set(command.split())
+
+
+def test_selection_on_test_is_another_study_and_says_so(tmp_path):
+    extra = (f"runs_dir={tmp_path}/runs",)
+    store = Store(tmp_path / "results" / "runs")
+    assert run(studies(TUNED, selection="test", extra=extra), store, ["cpu"], 1) == []
+    page = report.Page(TUNED, store, "test")
+    assert page.name == "tuned-selected-on-test"
+    assert "chosen on the TEST split" in page.measured
+    assert all(record.result["split"] == "test" for record in page.found[0].tuning)
+    assert report.Page(TUNED, store).found[0].records == []
+    assert "validation" in report.Page(TUNED, store).measured
+
+
+def test_a_job_that_dies_or_is_refused_does_not_keep_the_others(tmp_path, monkeypatch):
+    """One cell has no data; another's process is killed from outside while it runs."""
+    long = Cell("long", ("dataset=digits", "train.epochs=100000", "optim=adam"))
+    absent = Cell("absent", ("dataset=imagenet", "optim=adam_lawn"))
+    experiment = Experiment("three", "Three", (long, absent, MINI.cells[0]), (ACCURACY,))
+    extra = (f"runs_dir={tmp_path}/runs", f"data_dir={tmp_path}/nowhere")
+    killer = subprocess.Popen([sys.executable, "-c", KILL, str(tmp_path / "runs"), "digits-mlp-adam-"])
+    store = Store(tmp_path / "results" / "runs")
+    failed = run(studies(experiment, extra=extra), store, ["cpu", "cpu"], 1)
+    assert killer.wait(10) == 0
+    reasons = {ended.job.config.dataset.name: ended.failure for ended in failed}
+    assert reasons["digits"] == "killed by SIGKILL"
+    assert "put its images into" in reasons["imagenet"]
+    assert len(failed) == 2
+    (record,) = store.all()
+    assert record.config["train"]["epochs"] == 3
+
+
+# Kill the process that writes to output.log of the run directory with this prefix and 100,000 epochs.
+KILL = """
+import os, signal, sys, time
+from pathlib import Path
+folder, prefix = Path(sys.argv[1]), sys.argv[2]
+for _ in range(600):
+    for log in folder.glob(prefix + "*/output.log"):
+        if "/100000 " not in log.read_text():
+            continue
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                writes = os.path.samefile(process / "fd" / "1", log)
+            except OSError:
+                continue
+            if writes:
+                os.kill(int(process.name), signal.SIGKILL)
+                sys.exit(0)
+    time.sleep(0.1)
+sys.exit(1)
+"""
+
+DRIVER = """
+import sys
+from pathlib import Path
+from experiments import __main__ as command
+from tests.experiments.test_runner import KILLED
+command.EXPERIMENTS["killed"] = KILLED
+if __name__ == "__main__":
+    sys.exit(command.main(["run", "killed", "--results", sys.argv[1], "--seeds", "2", "--devices", "cpu",
+                           "--set", f"runs_dir={sys.argv[2]}"]))
+"""
+KILLED = Experiment(
+    "killed",
+    "Killed in the middle",
+    (
+        Cell("Adam", (*SHORT, "optim=adam"), sweep="peak_lr"),
+        Cell("Adam-LAWN", (*SHORT, "optim=adam_lawn")),
+    ),
+    (ACCURACY,),
+    pairs=(("Adam", "Adam-LAWN"),),
+    seeds=2,
+)
+
+
+def test_killed_and_started_again(tmp_path, capsys):
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+    command = [sys.executable, str(driver), str(tmp_path / "results"), str(tmp_path / "runs")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert any(" 3 of 10 done" in line for line in first.stdout)
+        first.send_signal(signal.SIGKILL)
+    recorded = {path: path.stat().st_mtime_ns for path in (tmp_path / "results" / "runs").glob("**/*.json")}
+    assert len(recorded) >= 3
+    _wait_until_nobody_writes(tmp_path / "runs")
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/DONE")}
+    assert fill(KILLED, tmp_path) == []
+    assert capsys.readouterr().out.count(" done, ") == 10 - len(recorded)
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "results" / "runs").glob("**/*.json")}
+    assert len(after) == 10
+    assert recorded.items() <= after.items()
+    assert finished.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/DONE")}.items()
+    assert fill(KILLED, tmp_path) == []
+    assert " done, " not in capsys.readouterr().out
+
+
+def _wait_until_nobody_writes(folder: Path) -> None:
+    """What a killed runner leaves behind ends by itself."""
+    for _ in range(100):
+        if not any(_writes_below(process, folder) for process in Path("/proc").glob("[0-9]*")):
+            return
+        time.sleep(0.1)
+    raise AssertionError("a job outlived its runner")
+
+
+def _writes_below(process: Path, folder: Path) -> bool:
+    try:
+        return (process / "fd" / "1").readlink().is_relative_to(folder)
+    except OSError:
+        return False
+
+
+def test_the_budget_of_time(tmp_path, capsys):
+    long = Experiment("long", "Long", (Cell("Adam", ("dataset=digits", "train.epochs=100000")),), (ACCURACY,))
+    store = Store(tmp_path / "results" / "runs")
+    start = time.monotonic()
+    assert run(studies(long, extra=(f"runs_dir={tmp_path}/runs",)), store, ["cpu"], 1, budget=3) == []
+    assert 3 <= time.monotonic() - start < 60
+    assert "the time is up" in capsys.readouterr().out
+    _wait_until_nobody_writes(tmp_path / "runs")
+
+
+def test_what_is_missing_and_how_long_it_takes(tmp_path):
+    store = Store(tmp_path / "results" / "runs")
+    (study,) = studies(TUNED)
+    assert len(missing(study, store, 3)) == 6 + 3
+    assert Pace(store).seconds([study.tuning[0].config]) is None
+    assert duration(None) == "unknown"
+    fill(replace(MINI, cells=MINI.cells[:1]), tmp_path)
+    pace = Pace(store)
+    records = list(store.all())
+    each = sorted(sum(r.result["seconds"].values()) for r in records)
+    expected = (each[0] + each[1]) / 2
+    config = study.tuning[0].config
+    assert pace.seconds([config]) == pytest.approx(expected)
+    twice = replace(config, train=replace(config.train, epochs=6, batch_size=1000))
+    assert pace.seconds([config, twice]) == pytest.approx(3 * expected)
+    fill(TUNED, tmp_path)
+    assert missing(study, store, 2) == []
+    assert len(missing(study, store, 3)) == 1
+    assert duration(3661.4) == "1:01:01"

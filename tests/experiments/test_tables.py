@@ -1,0 +1,136 @@
+"""The paper's tables and figures as data: the right cells, with the paper's numbers, that can be run."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from experiments.__main__ import EXPERIMENTS
+from experiments.records import Store
+from experiments.study import compose_all, studies
+from lawn.config import arguments, config_hash
+from lawn.models.mlp import mlp
+from lawn.optimizers import OPTIMIZERS, optimizer_arguments
+from lawn.task import TASKS, build
+from tests.helpers import ROOT
+
+COUNTS = {"table1": 10, "table2": 24, "table3": 30, "table4": 60, "table5": 48, "table6": 4, "figure2": 32}
+
+
+@pytest.mark.parametrize(("name", "cells"), COUNTS.items())
+def test_the_papers_cells(name, cells):
+    assert sum(cell.paper is not None for cell in EXPERIMENTS[name].cells) == cells
+
+
+def test_cells_beyond_the_paper():
+    beyond = {e.name: {c.row for c in e.cells if c.paper is None} for e in EXPERIMENTS.values()}
+    assert beyond["table4"] == {"SGD-LAWN"}
+    assert len(EXPERIMENTS["table4"].cells) == 72
+    assert len(EXPERIMENTS["figure1"].cells) == 2
+    assert all(not rows for name, rows in beyond.items() if name not in ("demo", "table4", "figure1"))
+    for experiment in EXPERIMENTS.values():
+        assert len({cell.name for cell in experiment.cells}) == len(experiment.cells)
+        if experiment.pairs:
+            rows = {cell.row for cell in experiment.cells}
+            assert any(set(pair) <= rows for pair in experiment.pairs)
+
+
+def test_paper_values_by_hand():
+    def printed(name: str, panel: str, column: str, row: str):
+        (cell,) = [c for c in EXPERIMENTS[name].cells if (c.panel, c.column, c.row) == (panel, column, row)]
+        return cell.paper.value, cell.paper.error
+
+    assert printed("table1", "ImageNet", "16k", "Adam-LAWN") == (76.07, 0.08)
+    assert printed("table2", "MovieLens-1M", "100k", "Adam, Hoffer et al.") == (45.52, None)
+    assert printed("table2", "CIFAR-100", "4k", "Adam-LAWN") == (73.13, None)
+    assert printed("table3", "CIFAR-100", "10k", "LAMB-LAWN") == (69.16, 0.45)
+    assert printed("table4", "MovieLens-100k", "400k", "LAMB") == (62.57, 0.25)
+    assert printed("table4", "Pinterest", "1M", "SGD") == (None, 0.25)
+    assert printed("table5", "CIFAR-10", "focal 5", "Adam, batch smaller") == (87.88, None)
+    assert printed("table5", "CIFAR-100", "cross entropy", "Adam-LAWN, batch larger") == (72.97, None)
+    assert printed("table6", "CIFAR-100", "256", "Adam") == (0.292, None)
+    assert printed("figure2", "ImageNet", "256", "Adam") == (71.16, 0.05)
+
+
+def test_the_papers_numbers_are_the_transcribed_ones():
+    original = ROOT.parent / "shared" / "paper" / "tables.yaml"
+    if not original.exists():
+        pytest.skip("the transcription is not beside the project")
+    assert OmegaConf.load(ROOT / "experiments" / "paper.yaml") == OmegaConf.load(original)
+
+
+def test_overrides_by_hand():
+    cells = {(e.name, c.name): c for e in EXPERIMENTS.values() for c in e.cells}
+    focal = cells["table5", "MovieLens-1M, focal 0.5, Adam-LAWN, batch larger"]
+    assert focal.overrides == (
+        "dataset=movielens1m", "optim=adam_lawn", "train.batch_size=1000000", "loss=focal", "loss.gamma=0.5"
+    )  # fmt: skip
+    assert (focal.epochs, focal.sweep) == ((500, 75), "ncf/adam_lawn")
+    smoothed = cells["table2", "CIFAR-10, 4k, Adam, label smoothing"]
+    assert smoothed.overrides[1:] == (
+        "optim=adam", "train.batch_size=4000", "loss=label_smoothing", "loss.smoothing=0.05"
+    )  # fmt: skip
+    assert (smoothed.epochs, smoothed.sweep) == ((300, 30), "cifar/adam")
+    assert cells["table4", "MovieLens-1M, 10k, LAMB"].epochs == (300, 30)
+    assert cells["table1", "ImageNet, 16k, LAMB+"].overrides == (
+        "dataset=imagenet", "optim=lamb_plus", "train.batch_size=16384"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("experiment", [e for e in EXPERIMENTS.values() if e.name != "figure2"], ids=lambda e: e.name)
+def test_every_cell_composes_and_builds(experiment, tmp_path):
+    """Each cell's grid, and task and optimizer of its first setting."""
+    for study in studies(experiment):
+        jobs = study.tuning or [next(study.filling(Store(tmp_path)))]
+        assert len({job.hash for job in jobs}) == len(jobs)
+        build(jobs[0].config)
+        chosen = optimizer_arguments(jobs[0].config)
+        if "free_steps" in chosen:
+            chosen["free_steps"] = 1
+        OPTIMIZERS[jobs[0].config.optim.name](mlp((4,), 3, widths=[5]), **chosen)
+
+
+def test_the_figures_cells_are_those_of_the_tables():
+    tables = {cell for e in EXPERIMENTS.values() if e.name.startswith("table") for cell in e.cells}
+    assert set(EXPERIMENTS["figure2"].cells) <= tables
+
+
+def test_every_model_of_the_tables_builds():
+    sizes = {"ncf_mlp": (50, 60), "vgg19": ((3, 32, 32), 10), "resnet50": ((3, 64, 64), 10)}
+    datasets = {cell.value("dataset") for e in EXPERIMENTS.values() for cell in e.cells} - {"digits"}
+    for config in compose_all([(f"dataset={dataset}",) for dataset in sorted(datasets)]):
+        task = next(task for task in TASKS if config.dataset.name in task.datasets)
+        builder = task.models[config.model.name]
+        with torch.device("meta"):
+            network = builder(*sizes[config.model.name], **arguments("model", config.model, builder))
+        assert sum(p.numel() for p in network.parameters()) > 1000
+
+
+@pytest.mark.parametrize("name", ["table4", "table3", "table1"])
+def test_a_study_runs_what_the_command_line_runs(name):
+    """The fast way to the config of a setting gives the run of the overrides that stand in its record."""
+    experiment = EXPERIMENTS[name]
+    for study in studies(experiment.only([experiment.cells[-1].overrides[0]]), -1)[::5]:
+        for job in (study.tuning[0], study.tuning[-1]):
+            (composed,) = compose_all([job.overrides])
+            assert config_hash(composed) == job.hash
+            assert composed.eval.split == "val"
+            assert composed.eval.every == composed.train.epochs
+
+
+def test_grids_are_logarithmic_in_the_rate_and_differ_only_by_what_they_tune():
+    for path in sorted((ROOT / "conf" / "sweep").glob("*/*.yaml")):
+        axes = OmegaConf.load(path).hydra.sweeper.params
+        rates = [float(rate) for rate in axes["optim.lr"].split(",")]
+        steps = [b / a for a, b in pairwise(rates)]
+        assert all(2.9 < step < 3.4 for step in steps), path
+        assert (path.stem.endswith("_lawn")) == ("optim.free_epochs" in axes), path
+        assert not (path.stem.endswith("_lawn") and "optim.weight_decay" in axes), path
+
+
+def test_the_presets_of_the_tables_exist():
+    for experiment in EXPERIMENTS.values():
+        for cell in experiment.cells:
+            assert cell.sweep is None or Path(ROOT / "conf" / "sweep" / f"{cell.sweep}.yaml").exists()
