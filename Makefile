@@ -5,10 +5,14 @@ DATA_DIR ?= data
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data test test-all lint format bench-optim bench-ncf clean
+TABLES := table1 table2 table3 table4 table5 table6 figure1 figure2
+.PHONY: help setup demo data report $(TABLES) test test-all lint format bench-optim bench-ncf clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "make $(TABLES)"
+	@echo "  run what is missing of a table or figure of the paper; e.g. make table4 ARGS='--short --jobs 2'"
 
 setup: $(READY) ## make the environment in .venv (uv where it is installed, else venv and pip)
 
@@ -23,7 +27,13 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY) ## train Adam, Adam with decay and Adam-LAWN on real digits; table and figure in demo/
-	$(PYTHON) -m experiments run demo --results demo
+	$(PYTHON) -m experiments run demo --results demo --jobs 2
+
+$(TABLES): $(READY)
+	$(PYTHON) -m experiments run $@ --set data_dir=$(DATA_DIR) $(ARGS)
+
+report: $(READY) ## write results/ anew from its records: pages, tables, figures, index.html
+	$(PYTHON) -m experiments report
 
 data: $(READY) ## download MovieLens, Pinterest, CIFAR-10 and CIFAR-100 into DATA_DIR (default: data)
 	$(PYTHON) -m lawn.data movielens100k movielens1m pinterest cifar10 cifar100 --data-dir $(DATA_DIR)

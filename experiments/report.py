@@ -329,12 +329,13 @@ def render(template: str, **content: object) -> str:
 
 
 def embed(path: Path, pages: Iterable[Page]) -> None:
-    """Renew what stands in a page between `<!-- table NAME -->` (with links to the records) or `<!-- output NAME -->`
-    (as the terminal shows it) and `<!-- end -->`."""
+    """Renew what stands in a page between `<!-- table NAME -->` (with links to the records), `<!-- verdict NAME -->` or
+    `<!-- output NAME -->` (as the terminal shows it) and `<!-- end -->`."""
     text = path.read_text()
     for page in pages:
         contents = {
             "table": render("table.md", page=page, links="results/runs"),
+            "verdict": "\n".join(f"- {line}" for line in page.verdict),
             "output": f"```text\n{terminal(page)}\n```",
         }
         for kind, content in contents.items():

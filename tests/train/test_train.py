@@ -315,3 +315,26 @@ def test_wandb_gets_rows_and_result(tiny, monkeypatch):
     assert stub.finished
     assert stub.summary["status"] == "done"
     assert (given["id"], given["mode"], given["resume"]) == (config_hash(config), "offline", "allow")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # wandb's own
+def test_wandb_offline_keeps_one_run_for_a_directory(tiny, monkeypatch):
+    """The real wandb, without a network: stopped and gone on, it writes twice to the run that has the hash as its id."""
+    config = tiny("logger=wandb", "logger.mode=offline", "train.checkpoint_seconds=0")
+    next_epoch = Run.next_epoch
+
+    def stop(self):
+        if self.epoch == 2:
+            raise PowerCutError
+        return next_epoch(self)
+
+    monkeypatch.setattr(Run, "next_epoch", stop)
+    with pytest.raises(PowerCutError):
+        train(config)
+    monkeypatch.undo()
+    assert train(config)["status"] == "done"
+    folders = list((directory(config) / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2
+    assert {folder.name.rsplit("-", 1)[1] for folder in folders} == {config_hash(config)}
+    assert all(any(folder.glob("*.wandb")) for folder in folders)
