@@ -109,14 +109,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--selection", choices=SELECTIONS, default="val", help="split that hyperparameters are chosen on"
     )
-    parser.add_argument("--only", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="cells with these overrides")
+    parser.add_argument(
+        "--only", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="cells with these overrides"
+    )
     parser.add_argument("--short", action="store_true", help="the short budget of epochs, not the paper's")
     parser.add_argument("--seeds", type=_positive, default=3, metavar="N", help="runs that fill a cell (default: 3)")
     parser.add_argument("--devices", default="auto", help="auto, cpu, or e.g. cuda:0,cuda:1")
     parser.add_argument("--jobs", type=_positive, metavar="N", help="runs at the same time (default: one a device)")
     parser.add_argument("--budget", type=_seconds, metavar="TIME", help="stop after this time, e.g. 2h, 90m, 1h30m")
     parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="where and how to run, as for run.py: data_dir=..."
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="where and how to run, as for run.py: data_dir=...",
     )
     return parser
 
