@@ -44,12 +44,13 @@ def plan(given: argparse.Namespace) -> int:
     """Print what would run."""
     store = Store(given.results / "runs")
     pace = Pace(store)
-    rows, configs = [], []
+    rows, configs, total = [], [], 0
     for study in _studies(given):
         to_do = missing(study, store, given.seeds)
         tuning = sum(store.has(job.config) for job in study.tuning)
         filled = sum(store.has(job.config) for job in islice(study.filling(store), given.seeds))
         configs += to_do
+        total += len(study.tuning) + given.seeds
         rows.append(
             {
                 "cell": study.cell.name,
@@ -60,7 +61,6 @@ def plan(given: argparse.Namespace) -> int:
             }
         )
     print(pd.DataFrame(rows).to_string(index=False))
-    total = sum(len(study.tuning) + given.seeds for study in _studies(given))
     print(
         f"\n{len(rows)} cells, {total} runs, {total - len(configs)} done; for the others one after the other, at the "
         f"pace of those recorded: {duration(pace.seconds(configs))}"
@@ -80,19 +80,21 @@ def execute(given: argparse.Namespace) -> int:
 
 
 def write(given: argparse.Namespace) -> int:
-    """Write the pages of the experiments named; in the project's own results, all pages, the index and README.md."""
-    own = given.results == report.RESULTS
-    names = EXPERIMENTS if own or not given.names else given.names
+    """Write the pages of the experiments named, or of all with the index. The project's own are renewed together, with
+    README.md."""
+    named = [_named(name) for name in given.names]
+    own = given.results == report.RESULTS and given.selection == "val"
     store = Store(given.results / "runs")
-    pages = [report.Page(EXPERIMENTS[name], store, given.selection) for name in names]
+    shown = EXPERIMENTS.values() if own or not named else named
+    pages = [report.Page(experiment, store, given.selection) for experiment in shown]
     for page in pages:
         report.write(page, given.results)
-        if page.experiment.name in given.names:
+        if page.experiment in named:
             print(f"{report.terminal(page)}\n\n{given.results / page.name}.md")
-    if names is EXPERIMENTS and given.selection == "val":
+    if own or not named:
         report.write_index(pages, given.results)
         print(given.results / "index.html")
-    if own and given.selection == "val" and README.exists():
+    if own and README.exists():
         report.embed(README, pages)
     return 0
 

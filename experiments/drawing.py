@@ -66,7 +66,7 @@ def over_batch_size(experiment: Experiment, found: list[Outcome]) -> Figure:
         for i, row in enumerate(rows):
             line = [o for o in found if (o.cell.panel, o.cell.row) == (panel, row)]
             sizes = [int(o.cell.value("train.batch_size")) for o in line]
-            labels |= dict(zip(sizes, (o.cell.column for o in line), strict=True))
+            labels |= dict(zip(sizes, (o.cell.column.removeprefix("batch ") for o in line), strict=True))
             ours = [mean_and_error(o.values(measure)) for o in line]
             means, errors = [m for m, _ in ours], [0.0 if np.isnan(e) else e for _, e in ours]
             axis.errorbar(sizes, means, errors, fmt="o-", color=f"C{i}", capsize=2, markersize=4, label=f"{row}, ours")

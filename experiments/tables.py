@@ -54,7 +54,7 @@ def _cell(dataset: str, batch: str, optim: str, row: str, *more: str, paper: Pap
         row,
         (f"dataset={dataset}", f"optim={optim}", f"train.batch_size={BATCHES[batch]}", *more),
         panel=PANELS[dataset],
-        column=column or batch,
+        column=column or f"batch {batch}",
         epochs=EPOCHS.get(dataset, (500, 75) if (dataset, batch) in TWO_BIGGEST else (300, 30)),
         sweep=f"{SWEEPS.get(dataset, 'ncf')}/{optim}",
         paper=paper,

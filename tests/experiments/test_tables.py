@@ -42,16 +42,16 @@ def test_paper_values_by_hand():
         (cell,) = [c for c in EXPERIMENTS[name].cells if (c.panel, c.column, c.row) == (panel, column, row)]
         return cell.paper.value, cell.paper.error
 
-    assert printed("table1", "ImageNet", "16k", "Adam-LAWN") == (76.07, 0.08)
-    assert printed("table2", "MovieLens-1M", "100k", "Adam, Hoffer et al.") == (45.52, None)
-    assert printed("table2", "CIFAR-100", "4k", "Adam-LAWN") == (73.13, None)
-    assert printed("table3", "CIFAR-100", "10k", "LAMB-LAWN") == (69.16, 0.45)
-    assert printed("table4", "MovieLens-100k", "400k", "LAMB") == (62.57, 0.25)
-    assert printed("table4", "Pinterest", "1M", "SGD") == (None, 0.25)
+    assert printed("table1", "ImageNet", "batch 16k", "Adam-LAWN") == (76.07, 0.08)
+    assert printed("table2", "MovieLens-1M", "batch 100k", "Adam, Hoffer et al.") == (45.52, None)
+    assert printed("table2", "CIFAR-100", "batch 4k", "Adam-LAWN") == (73.13, None)
+    assert printed("table3", "CIFAR-100", "batch 10k", "LAMB-LAWN") == (69.16, 0.45)
+    assert printed("table4", "MovieLens-100k", "batch 400k", "LAMB") == (62.57, 0.25)
+    assert printed("table4", "Pinterest", "batch 1M", "SGD") == (None, 0.25)
     assert printed("table5", "CIFAR-10", "focal 5", "Adam, batch smaller") == (87.88, None)
     assert printed("table5", "CIFAR-100", "cross entropy", "Adam-LAWN, batch larger") == (72.97, None)
-    assert printed("table6", "CIFAR-100", "256", "Adam") == (0.292, None)
-    assert printed("figure2", "ImageNet", "256", "Adam") == (71.16, 0.05)
+    assert printed("table6", "CIFAR-100", "batch 256", "Adam") == (0.292, None)
+    assert printed("figure2", "ImageNet", "batch 256", "Adam") == (71.16, 0.05)
 
 
 def test_the_papers_numbers_are_the_transcribed_ones():
@@ -68,13 +68,13 @@ def test_overrides_by_hand():
         "dataset=movielens1m", "optim=adam_lawn", "train.batch_size=1000000", "loss=focal", "loss.gamma=0.5"
     )  # fmt: skip
     assert (focal.epochs, focal.sweep) == ((500, 75), "ncf/adam_lawn")
-    smoothed = cells["table2", "CIFAR-10, 4k, Adam, label smoothing"]
+    smoothed = cells["table2", "CIFAR-10, batch 4k, Adam, label smoothing"]
     assert smoothed.overrides[1:] == (
         "optim=adam", "train.batch_size=4000", "loss=label_smoothing", "loss.smoothing=0.05"
     )  # fmt: skip
     assert (smoothed.epochs, smoothed.sweep) == ((300, 30), "cifar/adam")
-    assert cells["table4", "MovieLens-1M, 10k, LAMB"].epochs == (300, 30)
-    assert cells["table1", "ImageNet, 16k, LAMB+"].overrides == (
+    assert cells["table4", "MovieLens-1M, batch 10k, LAMB"].epochs == (300, 30)
+    assert cells["table1", "ImageNet, batch 16k, LAMB+"].overrides == (
         "dataset=imagenet", "optim=lamb_plus", "train.batch_size=16384"
     )  # fmt: skip
 

@@ -320,7 +320,7 @@ def test_wandb_gets_rows_and_result(tiny, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # wandb's own
 def test_wandb_offline_keeps_one_run_for_a_directory(tiny, monkeypatch):
-    """The real wandb, without a network: stopped and gone on, it writes twice to the run that has the hash as its id."""
+    """The real wandb, without a network: stopped and resumed, it writes twice to the run whose id is the hash."""
     config = tiny("logger=wandb", "logger.mode=offline", "train.checkpoint_seconds=0")
     next_epoch = Run.next_epoch
 
