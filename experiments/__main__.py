@@ -32,9 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_intermixed_args(arguments)
     try:
         return {"plan": plan, "run": execute, "report": write}[given.action](given)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return getattr(error, "exit_code", UserError.exit_code)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -61,9 +61,12 @@ def plan(given: argparse.Namespace) -> int:
             }
         )
     print(pd.DataFrame(rows).to_string(index=False))
+    each = [pace.seconds([config]) for config in configs]
+    known = [seconds for seconds in each if seconds is not None]
     print(
-        f"\n{len(rows)} cells, {total} runs, {total - len(configs)} done; for the others one after the other, at the "
-        f"pace of those recorded: {duration(pace.seconds(configs))}"
+        f"\n{len(rows)} cells, {total} runs, {total - len(configs)} done; the others one after the other at the pace "
+        f"of those recorded: {duration(sum(known))}"
+        + (f", and {len(each) - len(known)} runs of which nothing like them was recorded" if known != each else "")
     )
     return 0
 

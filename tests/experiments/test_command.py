@@ -28,9 +28,8 @@ def test_plan_run_plan_report(call, tmp_path):
     assert code == 0
     assert "0/6" in out
     assert "0/2" in out
-    assert out.endswith(
-        "1 cells, 8 runs, 0 done; for the others one after the other, at the pace of those recorded: unknown\n"
-    )
+    assert out.endswith("0 done; the others one after the other at the pace of those recorded: 0:00:00, and 8 runs of "
+                        "which nothing like them was recorded\n")  # fmt: skip
     assert not (tmp_path / "results").exists()
     code, out, err = call("run", "tuned", "--seeds", "2", "--devices", "cpu", "--set", f"runs_dir={tmp_path}/runs")
     assert (code, err) == (0, "")
@@ -74,6 +73,13 @@ def test_bad_input_is_one_line(call, arguments, message):
     assert code == 2
     assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1
+
+
+def test_a_place_that_is_none(call, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = call("run", "mini", "--set", f"runs_dir={tmp_path}/file/runs")
+    assert (code, err.count("\n")) == (1, 1)
+    assert f"{tmp_path}/file/runs" in err
 
 
 @pytest.mark.parametrize(
