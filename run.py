@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
 """Train one run, or a Hydra multirun of many:
-python run.py dataset=movielens100k optim=adam_lawn
 python run.py -m dataset=digits optim=adam,adam_lawn seed=0,1,2
 """
 
@@ -16,7 +15,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from lawn.config import explain, register, validate
-from lawn.errors import ConfigError, RunError, UserError
+from lawn.errors import ConfigError, UserError
 from lawn.train import train
 
 register()
@@ -35,7 +34,7 @@ def run(composed: DictConfig) -> None:
         job = HydraConfig.get()
         of = f"in the job {' '.join(job.overrides.task)}: " if job.mode == RunMode.MULTIRUN else ""
         if os.getpid() != PROCESS:  # a launcher's, which hands the error to the process that waits for it
-            raise RunError(f"{of}{error}") from error
+            raise (type(error) if isinstance(error, UserError) else UserError)(f"{of}{error}") from error
         failures.append(getattr(error, "exit_code", UserError.exit_code))
         print(f"error: {of}{error}", file=sys.stderr, flush=True)
 
@@ -49,7 +48,8 @@ def main() -> int:
         if DEBUG:
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
-        return (ConfigError if isinstance(error, HydraException | OmegaConfBaseException) else UserError).exit_code
+        kind = ConfigError if isinstance(error, HydraException | OmegaConfBaseException) else UserError
+        return getattr(error, "exit_code", kind.exit_code)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -7,6 +7,7 @@ python -m experiments report
 
 import argparse
 import re
+import shlex
 import sys
 from itertools import islice
 from pathlib import Path
@@ -20,7 +21,7 @@ from experiments.figures import FIGURE1, FIGURE2
 from experiments.records import Store
 from experiments.runner import Pace, duration, missing, run
 from experiments.spec import Experiment
-from experiments.study import SELECTIONS, Study, studies
+from experiments.study import PLACES, SELECTIONS, Study, studies
 from experiments.tables import TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6
 from lawn.errors import ConfigError, UserError
 
@@ -29,9 +30,9 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    given = _parser().parse_intermixed_args(arguments)
+    given = _parser().parse_args(arguments)
     try:
-        return {"plan": plan, "run": execute, "report": write}[given.action](given)
+        return int(given.action(given))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", UserError.exit_code)
@@ -78,7 +79,7 @@ def execute(given: argparse.Namespace) -> int:
     failed = run(_studies(given), store, slots, given.seeds, given.budget)
     write(given)
     for ended in failed:
-        print(f"failed: {' '.join(ended.job.overrides)}: {ended.failure}", file=sys.stderr)
+        print(f"failed: {shlex.join(ended.job.overrides)}: {ended.failure}", file=sys.stderr)
     return UserError.exit_code if failed else 0
 
 
@@ -86,7 +87,7 @@ def write(given: argparse.Namespace) -> int:
     """Write the pages of the experiments named, or of all with the index. The project's own are renewed together, with
     README.md."""
     named = [_named(name) for name in given.names]
-    own = given.results == report.RESULTS and given.selection == "val"
+    own = given.results.resolve() == report.RESULTS and given.selection == "val"
     store = Store(given.results / "runs")
     shown = EXPERIMENTS.values() if own or not named else named
     pages = [report.Page(experiment, store, given.selection) for experiment in shown]
@@ -94,7 +95,7 @@ def write(given: argparse.Namespace) -> int:
         report.write(page, given.results)
         if page.experiment in named:
             print(f"{report.terminal(page)}\n\n{given.results / page.name}.md")
-    if own or not named:
+    if own or (not named and given.selection == "val"):
         report.write_index(pages, given.results)
         print(given.results / "index.html")
     if own and README.exists():
@@ -106,41 +107,47 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=("plan", "run", "report"))
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(EXPERIMENTS)}; report: all by default")
-    parser.add_argument(
-        "--results", type=Path, default=report.RESULTS, help="where tables, figures and runs/ are (default: results)"
-    )
-    parser.add_argument(
-        "--selection", choices=SELECTIONS, default="val", help="split that hyperparameters are chosen on"
-    )
-    parser.add_argument(
-        "--only", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="cells with these overrides"
-    )
-    parser.add_argument("--short", action="store_true", help="the short budget of epochs, not the paper's")
-    parser.add_argument("--seeds", type=_positive, default=3, metavar="N", help="runs that fill a cell (default: 3)")
-    parser.add_argument("--devices", default="auto", help="auto, cpu, or e.g. cuda:0,cuda:1")
-    parser.add_argument("--jobs", type=_positive, metavar="N", help="runs at the same time (default: one a device)")
-    parser.add_argument("--budget", type=_seconds, metavar="TIME", help="stop after this time, e.g. 2h, 90m, 1h30m")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="where and how to run, as for run.py: data_dir=...",
-    )
+    actions = parser.add_subparsers(required=True, metavar="plan|run|report")
+    known = ", ".join(EXPERIMENTS)
+    for name, action, names, text in (
+        ("plan", plan, "+", "what would run, what is done, how long it takes"),
+        ("run", execute, "+", "run what is missing, then report"),
+        ("report", write, "*", "write pages from the records; without names all of them, and the index"),
+    ):
+        sub = actions.add_parser(name, help=text, description=text)
+        sub.set_defaults(action=action)
+        sub.add_argument("names", nargs=names, metavar="NAME", help=known)
+        sub.add_argument("--results", type=Path, default=report.RESULTS, help="where pages and runs/ are")
+        sub.add_argument("--selection", choices=SELECTIONS, default="val", help="split to choose hyperparameters on")
+        if action is write:
+            continue
+        sub.add_argument(
+            "--only", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="cells with these overrides"
+        )
+        sub.add_argument("--short", action="store_true", help="the short budget of epochs, not the paper's")
+        sub.add_argument("--seeds", type=_positive, default=3, metavar="N", help="runs that fill a cell (default: 3)")
+        sub.add_argument(
+            "--set",
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="KEY=VALUE",
+            help=f"for run.py: {', '.join(PLACES)}",
+        )
+        if action is plan:
+            continue
+        sub.add_argument("--devices", default="auto", help="auto, cpu, or e.g. cuda:0,cuda:1")
+        sub.add_argument("--jobs", type=_positive, metavar="N", help="runs at the same time (default: one a device)")
+        sub.add_argument("--budget", type=_seconds, metavar="TIME", help="stop after this time, e.g. 2h, 90m, 1h30m")
     return parser
 
 
 def _studies(given: argparse.Namespace) -> list[Study]:
-    if not given.names:
-        raise ConfigError(f"{given.action}: name an experiment: {', '.join(EXPERIMENTS)}")
-    if any(override.startswith("device=") for override in given.set):
-        raise ConfigError("device: the devices of experiments are given as --devices")
+    """The studies of the experiments named; a cell that several of them have stands once."""
     chosen = [_named(name).only(given.only) for name in given.names]
     budget = -1 if given.short else 0
-    return [s for experiment in chosen for s in studies(experiment, budget, given.selection, tuple(given.set))]
+    found = [s for experiment in chosen for s in studies(experiment, budget, given.selection, tuple(given.set))]
+    return list({(study.cell.overrides, study.cell.sweep, study.budget): study for study in found}.values())
 
 
 def _named(name: str) -> Experiment:

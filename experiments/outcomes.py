@@ -21,7 +21,7 @@ class Outcome:
     cell: Cell
     study: Study | None  # None: nothing on this dataset has been recorded
     records: list[Record]
-    tuning: list[Record]  # in the order of the study's settings, as far as they are recorded
+    tuning: list[tuple[tuple[str, ...], Record]]  # the settings that have been run, in the order of the grid
     setting: tuple[str, ...]  # the hyperparameters that were chosen
 
     @property
@@ -30,9 +30,10 @@ class Outcome:
 
     @property
     def epochs(self) -> int | None:
-        """What the runs had, or would have in the paper; None where the dataset says it."""
-        if self.records:
-            return int(self.records[0].config["train"]["epochs"])
+        """What the runs had, or would have in the paper; None where nothing was run and the dataset says it."""
+        runs = self.records or [record for _, record in self.tuning]
+        if runs:
+            return int(runs[0].config["train"]["epochs"])
         return self.cell.epochs[0] if self.cell.epochs else None
 
     def values(self, measure: Measure) -> list[float]:
@@ -77,25 +78,28 @@ class Comparison:
 
 
 def outcomes(experiment: Experiment, store: Store, selection: str = "val") -> list[Outcome]:
-    """An outcome for each cell, at the longest of its budgets that has been run."""
+    """An outcome for each cell: the longest of its budgets that is filled, else that has any run."""
     return [_outcome(cell, store, selection, experiment.seeds) for cell in experiment.cells]
 
 
 def _outcome(cell: Cell, store: Store, selection: str, seeds: int) -> Outcome:
     if not store.any_of(cell.value("dataset")):
         return Outcome(cell, None, [], [], ())
+    found = []
     for budget in cell.epochs or (None,):
         study = Study(cell, budget, selection)
-        records = study.results(store, seeds)
-        tuning = [record for job in study.tuning if (record := store.read(job.config)) is not None]
-        if records:
-            index = study.chosen(store)
-            return Outcome(cell, study, records, tuning, () if index is None else study.settings[index])
-    return Outcome(cell, study, [], tuning, ())
+        recorded = [store.read(job.config) for job in study.tuning]
+        tuning = [(s, record) for s, record in zip(study.settings, recorded, strict=True) if record is not None]
+        index = study.chosen(store)
+        setting = () if index is None else study.settings[index]
+        found.append(Outcome(cell, study, study.results(store, seeds), tuning, setting))
+    return max(
+        found, key=lambda outcome: (min(len(outcome.records), seeds), bool(outcome.tuning))
+    )  # the first of equals
 
 
 def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Comparison]:
-    """Every pair of rows in every column where both have numbers."""
+    """Every pair of rows in every column where both have numbers, after the same number of epochs."""
     measure = experiment.measures[0]
     sign = -1 if measure.smaller_is_better else 1
     at = {(o.cell.panel, o.cell.column, o.cell.row): o for o in found if o.values(measure)}
@@ -105,6 +109,8 @@ def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Comparison
             if not {(panel, column, base), (panel, column, rival)} <= set(at):
                 continue
             a, b = at[panel, column, base], at[panel, column, rival]
+            if a.epochs != b.epochs:
+                continue
             gain = sign * (b.mean(measure) - a.mean(measure))
             p = welch(a.values(measure), b.values(measure))
             compared.append(Comparison(panel, column, base, rival, gain, p, sign * (paper(b.cell) - paper(a.cell))))
@@ -124,7 +130,7 @@ def verdict(experiment: Experiment, found: list[Outcome]) -> list[str]:
         )
         printed = [c for c in pairs if not isnan(c.paper)]
         turned = "; ".join(
-            f"{c.rival} against {c.base} at {c.place} (here {c.gain:+.2f}, p = {c.p:.2g}, paper {c.paper:+.2f})"
+            f"{c.rival} against {c.base} at {c.place} (here {c.gain:+.3g}, p = {c.p:.2g}, paper {c.paper:+.3g})"
             for c in printed
             if c.turned
         )
@@ -144,7 +150,7 @@ def _rankings(experiment: Experiment, found: list[Outcome]) -> list[str]:
     lines = []
     for panel, column in places(found):
         here = [o for o in found if (o.cell.panel, o.cell.column) == (panel, column) and o.cell.paper is not None]
-        if len(here) < 3 or not all(o.records for o in here):
+        if len(here) < 3 or not all(o.records for o in here) or len({o.epochs for o in here}) > 1:
             continue
         ours = _order((o.cell.row, sign * o.mean(measure)) for o in here)
         theirs = _order((o.cell.row, sign * paper(o.cell)) for o in here)

@@ -6,6 +6,7 @@ last.
 """
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import nan
@@ -18,8 +19,6 @@ from lawn.config import Config, config_hash, identity, run_name
 from lawn.errors import RunError
 from lawn.files import write_text
 from lawn.train.record import RunDirectory
-
-RECORDS = Path(__file__).resolve().parents[1] / "results" / "runs"
 
 
 @dataclass(frozen=True)
@@ -40,17 +39,22 @@ class Record:
         return bool(self.result["status"] == "diverged")
 
     def value(self, key: str) -> float:
-        """A field of the last epoch, `headline` the metric that the task is known by; NaN if the run diverged."""
-        if self.diverged:
-            return nan
+        """A field of the last epoch, `headline` the metric that the task is known by; NaN where it is undefined, as all
+        are if the run diverged."""
         name = f"{self.result['split']}_{self.result['headline']}" if key == "headline" else key
-        return float(self.result["last"][name])
+        value = None if self.diverged else self.result["last"][name]
+        return nan if value is None else float(value)
+
+    @property
+    def environments(self) -> list[dict[str, Any]]:
+        """Where the run was started, and where it went on."""
+        return [self.environment, *self.environment.get("resumed", [])]
 
 
 class Store:
     """The records below a folder. What is read is kept, since files of finished runs do not change."""
 
-    def __init__(self, folder: Path = RECORDS) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._read: dict[str, Record] = {}
 
@@ -76,7 +80,7 @@ class Store:
 
     def all(self) -> Iterator[Record]:
         """Every record there is."""
-        for path in sorted(self.folder.glob("**/*.json")):
+        for path in sorted(self.folder.glob("**/[!.]*.json")):
             yield _load(path)
 
     def write(self, config: Config, overrides: tuple[str, ...], tuning: bool) -> Record:
@@ -85,10 +89,11 @@ class Store:
         if not directory.done:
             raise RunError(f"{directory.path}: not finished, so it cannot be recorded")
         environment = json.loads((directory.path / "env.json").read_text())
-        environment.pop("command", None)  # folders of this machine, and nothing that the overrides do not say
+        for start in (environment, *environment.get("resumed", [])):
+            start.pop("command", None)  # folders of this machine, and nothing that the overrides do not say
         content = {
             "hash": directory.hash,
-            "command": f"python run.py {' '.join(overrides)}",
+            "command": f"python run.py {shlex.join(overrides)}",
             "config": identity(config),
             "environment": environment,
             "result": directory.result(),

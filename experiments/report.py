@@ -2,7 +2,7 @@
 
 from base64 import b64encode
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isnan
 from pathlib import Path
 
@@ -83,11 +83,21 @@ class Page:
             ]
             at = {(outcome.cell.row, outcome.cell.column): outcome for outcome in cells}
             rows = [
-                (row, [entry(at[row, column], m, m is measures[0]) for column in columns for m in measures])
+                (row, [self._entry(at[row, column], measure, cells) for column in columns for measure in measures])
                 for row in dict.fromkeys(outcome.cell.row for outcome in cells)
             ]
             panels.append(Panel(title, heads, rows))
         return panels
+
+    def _entry(self, outcome: Outcome, measure: Measure, cells: list[Outcome]) -> Entry:
+        """The records stand with the first measure; the epochs, where they are not the same in the whole column."""
+        shown = entry(outcome, measure)
+        if measure is not self.experiment.measures[0]:
+            shown = replace(shown, records=[])
+        column = {o.epochs for o in cells if o.records and o.cell.column == outcome.cell.column}
+        if outcome.records and len(column) > 1:
+            shown = replace(shown, ours=f"{shown.ours} after {outcome.epochs} epochs")
+        return shown
 
     @property
     def comparisons(self) -> list[Comparison]:
@@ -104,14 +114,33 @@ class Page:
         if len(self.experiment.measures) > 1:
             seeds = "mean (standard error, number of seeds) at the last epoch"
         if not any(cell.sweep for cell in self.experiment.cells):
-            return f"Shown: {seeds}."
+            return f"Shown: {seeds}{self._budget}."
         chosen = (
             "chosen on the validation split (the best of a grid, one run with seed 0 for each setting)"
             if self.selection == "val"
             else "chosen on the TEST split (the best of a grid, one run with seed 0 for each setting), as the paper "
             "most likely did: the numbers are biased upwards"
         )
-        return f"Shown: {seeds}, on the test split; hyperparameters {chosen}."
+        return f"Shown: {seeds}{self._budget}, on the test split; hyperparameters {chosen}."
+
+    @property
+    def _budget(self) -> str:
+        """The epochs, where no column says them."""
+        epochs = sorted({o.epochs for o in self.found if o.records and not o.cell.column and o.epochs is not None})
+        return f" of {' or '.join(map(str, epochs))}" if epochs else ""
+
+    @property
+    def marks(self) -> str:
+        """What the marks beside differences mean; nothing where the paper has no numbers."""
+        printed = [outcome.cell.paper for outcome in self.found if outcome.cell.paper is not None]
+        if not printed:
+            return ""
+        if not any(paper.error for paper in printed):
+            return (
+                "Below ours stand the paper's number and the difference. The paper gives no standard errors here, so "
+                "none is marked."
+            )
+        return "Below ours stand the paper's number and the difference, with * where it exceeds both standard errors."
 
     @property
     def tuned(self) -> list[Tuned]:
@@ -146,7 +175,7 @@ class Page:
     @property
     def provenance(self) -> str:
         """Code versions and hardware, in a line."""
-        found = [record.environment for record in self.records]
+        found = [environment for record in self.records for environment in record.environments]
         if not found:
             return "Nothing of it has been run."
         versions = sorted({(e["git"] or "no git")[:10] for e in found})
@@ -156,13 +185,12 @@ class Page:
         tuning = sum(len(outcome.tuning) for outcome in self.found)
         chosen = f" after {tuning} that chose the hyperparameters" if tuning else ""
         return (
-            f"{len(found)} runs{chosen}; code {', '.join(versions)}{dirty}; {', '.join(packages)}; "
+            f"{len(self.records)} runs{chosen}; code {', '.join(versions)}{dirty}; {', '.join(packages)}; "
             f"{', '.join(machines)}."
         )
 
 
-def entry(outcome: Outcome, measure: Measure, linked: bool) -> Entry:
-    """`linked`: with the records, which are the same for all measures of a cell."""
+def entry(outcome: Outcome, measure: Measure) -> Entry:
     printed = outcome.cell.paper
     form = _form(measure.digits)
     difference = outcome.difference(measure)
@@ -171,7 +199,7 @@ def entry(outcome: Outcome, measure: Measure, linked: bool) -> Entry:
         paper="" if printed is None else "Fail" if printed.value is None else f"{printed.value:{form}}",
         difference="" if isnan(difference) else f"{difference:+{form}}",
         marked=outcome.marked(measure),
-        records=outcome.records if linked else [],
+        records=outcome.records,
     )
 
 
@@ -197,7 +225,7 @@ def _epochs(cells: list[Outcome], column: str) -> str:
 
 def _tuned(outcome: Outcome) -> Tuned:
     assert outcome.study is not None
-    scores = pd.Series([record.value("headline") for record in outcome.tuning])
+    scores = pd.Series([record.value("headline") for _, record in outcome.tuning])
     axes = outcome.study.axes
     chosen = dict(override.split("=", 1) for override in outcome.setting)
     edge = [key for key, value in chosen.items() if len(axes[key]) > 1 and value in (axes[key][0], axes[key][-1])]
@@ -206,7 +234,7 @@ def _tuned(outcome: Outcome) -> Tuned:
         place=place(outcome.cell.panel, outcome.cell.column),
         row=outcome.cell.row,
         chosen=", ".join(f"{key.split('.')[1]} {_plain(value)}" for key, value in chosen.items()),
-        value=f"{scores.max():.2f}; {scores.median():.2f}",
+        value="" if scores.isna().all() else f"{scores.max():.2f}; {scores.median():.2f}",
         runs=f"{len(scores)}" + (f", {diverged} diverged" if diverged else ""),
         edge=", ".join(key.split(".")[1] for key in edge),
     )
@@ -255,8 +283,8 @@ def tuning_frame(page: Page) -> pd.DataFrame:
             "panel": outcome.cell.panel,
             "column": outcome.cell.column,
             "row": outcome.cell.row,
-            "epochs": job.config.train.epochs,
-            "seed": job.config.seed,
+            "epochs": record.config["train"]["epochs"],
+            "seed": record.config["seed"],
             **dict(override.split("=", 1) for override in setting),
             "status": record.result["status"],
             f"{record.result['split']}_{record.result['headline']}": record.value("headline"),
@@ -265,8 +293,7 @@ def tuning_frame(page: Page) -> pd.DataFrame:
             "record": record.name,
         }
         for outcome in page.found
-        if outcome.study is not None
-        for setting, job, record in zip(outcome.study.settings, outcome.study.tuning, outcome.tuning, strict=False)
+        for setting, record in outcome.tuning
     )
 
 

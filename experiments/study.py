@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count, islice, product
-from math import inf
+from math import inf, isnan
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -23,6 +23,7 @@ from lawn.errors import ConfigError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 SELECTIONS = ("val", "test")
+PLACES = ("data_dir", "runs_dir", "logger", "logger.project", "logger.mode", "train.checkpoint_seconds")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class Study:
     def chosen(self, store: Store) -> int | None:
         """The index of the setting that won; None while a run is missing, or where nothing is tuned."""
         found = [store.read(job.config) for job in self.tuning]
-        scores = [-inf if record.diverged else record.value("headline") for record in found if record is not None]
+        values = [record.value("headline") for record in found if record is not None]
+        scores = [-inf if isnan(value) else value for value in values]
         return scores.index(max(scores)) if scores and len(scores) == len(found) else None
 
     def filling(self, store: Store) -> Iterator[Job]:
@@ -122,14 +124,11 @@ def studies(
 ) -> list[Study]:
     """A study for each cell; `budget` counts in the cell's own, 0 the paper's and -1 the shortest.
 
-    Raises ConfigError when `extra` would make other runs of them than the experiment is about.
+    Raises ConfigError when `extra` says anything but where and how to run.
     """
-    if extra:
-        overrides = experiment.cells[0].overrides
-        if len({config_hash(config) for config in compose_all([overrides, (*overrides, *extra)])}) > 1:
-            raise ConfigError(
-                f"{' '.join(extra)}: changes what {experiment.name} runs; only where and how can be overridden"
-            )
+    for override in extra:
+        if override.partition("=")[0] not in PLACES:
+            raise ConfigError(f"{override}: only where and how to run can be set: {', '.join(PLACES)}")
     return [Study(cell, cell.epochs[budget] if cell.epochs else None, selection, extra) for cell in experiment.cells]
 
 

@@ -29,6 +29,8 @@ MINI = Experiment(
     seeds=2,
 )
 
+TUNED = Experiment("tuned", "Tuned", (Cell("Adam", (*SHORT, "optim=adam"), sweep="peak_lr"),), (ACCURACY,), seeds=2)
+
 
 def fill(experiment: Experiment, folder: Path, seeds: int = 2, budget: int = 0, *extra: str) -> list[Ended]:
     """Run all of an experiment on one device slot, with runs in folder/runs and records in folder/results/runs."""

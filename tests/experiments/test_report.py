@@ -1,6 +1,5 @@
 """From records to numbers, pages, tables and figures."""
 
-import csv
 import json
 import re
 import shutil
@@ -17,10 +16,10 @@ from experiments.__main__ import EXPERIMENTS
 from experiments.outcomes import Outcome, comparisons, mean_and_error, verdict, welch
 from experiments.records import Record, Store
 from experiments.spec import Cell, Experiment, Measure, Paper
-from experiments.study import compose_all
+from experiments.study import compose_all, studies
 from lawn.config import run_name
 from lawn.errors import RunError
-from tests.experiments.helpers import ACCURACY, MINI, fill
+from tests.experiments.helpers import ACCURACY, MINI, TUNED, fill
 from tests.helpers import RECOMMENDERS, ROOT
 
 
@@ -148,13 +147,13 @@ def test_the_difference_is_marked_where_it_exceeds_both_errors():
         (72.0, 0.25, "-1.00", True),
         (70.0, None, "+1.00", False),  # not known
     ):
-        entry = report.entry(made_up(Cell("A", (), paper=Paper(paper, error)), *values), ACCURACY, linked=True)
+        entry = report.entry(made_up(Cell("A", (), paper=Paper(paper, error)), *values), ACCURACY)
         assert (entry.ours, entry.difference, entry.marked) == ("71.00 (0.58, n=3)", difference, marked)
-    one = report.entry(made_up(Cell("A", (), paper=Paper(70.0, 0.25)), 71.0), ACCURACY, linked=True)
+    one = report.entry(made_up(Cell("A", (), paper=Paper(70.0, 0.25)), 71.0), ACCURACY)
     assert (one.ours, one.difference, one.marked) == ("71.00 (n=1)", "+1.00", False)
-    both_fail = report.entry(made_up(Cell("A", (), paper=Paper(None)), 0.0, status="diverged"), ACCURACY, linked=True)
+    both_fail = report.entry(made_up(Cell("A", (), paper=Paper(None)), 0.0, status="diverged"), ACCURACY)
     assert (both_fail.ours, both_fail.paper, both_fail.difference) == ("Fail", "Fail", "")
-    blank = report.entry(made_up(Cell("A", (), paper=Paper(70.0))), ACCURACY, linked=True)
+    blank = report.entry(made_up(Cell("A", (), paper=Paper(70.0))), ACCURACY)
     assert (blank.ours, blank.paper, blank.difference, blank.marked) == ("", "70.00", "", False)
 
 
@@ -201,22 +200,51 @@ def test_the_verdict_names_what_differs_from_the_paper():
     assert verdict(experiment, [made_up(o.cell) for o in found]) == []
 
 
+def test_different_budgets_are_not_compared():
+    experiment, found = table()
+    found[2] = made_up(found[2].cell, 64.0, 65.0, 66.0, epochs=30)
+    assert [c.column for c in comparisons(experiment, found)] == ["100k"]
+    assert not any("Order at 1k" in line for line in verdict(experiment, found))
+
+
 def test_an_error_is_better_when_it_is_smaller():
     experiment, found = table(smaller_is_better=True)
     assert [c.gain for c in comparisons(experiment, found)] == [2.0, -6.0]
     assert "Order at 1k: SGD > Adam-LAWN > Adam; in the paper SGD > Adam > Adam-LAWN." in verdict(experiment, found)
 
 
-def test_the_longest_budget_that_was_run_is_shown(tmp_path):
+def test_the_longest_budget_that_is_filled_is_shown(tmp_path):
     cell = Cell(
         "Adam", ("dataset=digits", "optim=adam", "model.widths=[8]", "dataset.limit=100"), column="128", epochs=(4, 2)
     )
-    experiment = Experiment("budgets", "Budgets", (cell,), (ACCURACY,), seeds=1)
-    for budget, epochs, head in ((-1, 2, "128; 2 of 4 epochs"), (0, 4, "128; 4 of 4 epochs")):
-        assert fill(experiment, tmp_path, 1, budget) == []
+    other = replace(cell, row="Other", overrides=(*cell.overrides, "optim.lr=0.01"))
+    experiment = Experiment("budgets", "Budgets", (cell, other), (ACCURACY,), seeds=2)
+    one = replace(experiment, cells=(cell,))
+    for run, seeds, budget, epochs, head in (
+        (one, 1, 0, 4, "128; 4 of 4 epochs"),
+        (experiment, 2, -1, 2, "128; 2 of 4 epochs"),
+        (one, 2, 0, 4, "128; 2 and 4 of 4 epochs"),
+    ):
+        assert fill(run, tmp_path, seeds, budget) == []
         page = report.Page(experiment, Store(tmp_path / "results" / "runs"))
         assert page.found[0].epochs == epochs
         assert page.panels[0].columns == [head]
+    assert [row[0].ours.partition(" after ")[2] for _, row in page.panels[0].rows] == ["4 epochs", "2 epochs"]
+
+
+def test_a_grid_with_holes_keeps_its_settings(tmp_path):
+    """Records of a tuning that is not complete stand beside the settings that they are of."""
+    fill(TUNED, tmp_path, 1)
+    store = Store(tmp_path / "results" / "runs")
+    (study,) = studies(TUNED)
+    store.read(study.tuning[1].config).path.unlink()
+    page = report.Page(TUNED, Store(store.folder))
+    listed = report.tuning_frame(page)
+    assert list(listed["optim.lr"].astype(float)) == [1e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+    for name, rate in zip(listed["record"], listed["optim.lr"], strict=True):
+        content = json.loads((store.folder / "tuning" / f"{name}.json").read_text())
+        assert content["config"]["optim"]["lr"] == float(rate)
+    assert page.found[0].setting == ()
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=lambda e: e.name)
@@ -224,8 +252,9 @@ def test_committed_results_are_those_of_the_records(tmp_path, experiment):
     """Every number of the committed pages is computed again."""
     page = report.Page(experiment, Store(ROOT / "results" / "runs"))
     report.write(page, tmp_path)
-    for suffix in ("md", "csv", "tex"):
-        name = f"{experiment.name}.{suffix}"
+    written = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.suffix in (".md", ".csv", ".tex")]
+    assert len(written) == 3 + bool(page.tuned)
+    for name in written:
         assert (tmp_path / name).read_text() == (ROOT / "results" / name).read_text()
 
 
@@ -249,12 +278,3 @@ def test_every_number_of_the_readmes_tables_links_to_its_records():
             assert first
             assert links
             assert all((ROOT / link).exists() for link in links)
-
-
-def test_committed_tuning_lists_are_those_of_the_records():
-    store = Store(ROOT / "results" / "runs")
-    for path in (ROOT / "results" / "tuning").glob("table*.csv"):
-        with path.open() as file:
-            names = [row["record"] for row in csv.DictReader(file)]
-        assert names
-        assert all((store.folder / "tuning" / f"{name}.json").exists() for name in names)

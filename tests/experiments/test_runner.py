@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,11 +14,12 @@ import pytest
 
 from experiments import report
 from experiments.__main__ import EXPERIMENTS
-from experiments.records import Store
+from experiments.records import Record, Store
 from experiments.runner import Pace, duration, missing, run
 from experiments.spec import Cell, Experiment
-from experiments.study import studies
-from tests.experiments.helpers import ACCURACY, MINI, SHORT, fill, miniature
+from experiments.study import compose_all, studies
+from lawn.config import config_hash
+from tests.experiments.helpers import ACCURACY, MINI, SHORT, TUNED, fill, miniature
 from tests.helpers import ROOT
 
 TABLES = [e for e in EXPERIMENTS.values() if e.name != "demo"]
@@ -47,9 +49,6 @@ def test_diverged_runs_are_results(tmp_path, capsys):
     assert "4 of 4 done, 0 running, 0 failed, 0:00:00 left" in out
 
 
-TUNED = Experiment("tuned", "Tuned", (Cell("Adam", (*SHORT, "optim=adam"), sweep="peak_lr"),), (ACCURACY,), seeds=2)
-
-
 def test_the_best_setting_on_validation_fills_the_cell(tmp_path):
     assert fill(TUNED, tmp_path) == []
     store = Store(tmp_path / "results" / "runs")
@@ -61,10 +60,33 @@ def test_the_best_setting_on_validation_fills_the_cell(tmp_path):
     assert {f"optim.lr={record.config['optim']['lr']}" for record in records} == set(best)
     assert all(record.result["split"] == "test" for record in records)
     assert all(record.path.parent.name == "runs" for record in records)
-    assert {path.parent.name for path in (tmp_path / "results" / "runs" / "tuning").iterdir()} == {"tuning"}
-    for record in records:  # the command on the record gives the same run
-        command = json.loads(record.path.read_text())["command"]
-        assert set(best) <= set(command.split())
+    for job, record in [*zip(study.tuning, map(store.read, (j.config for j in study.tuning)), strict=True)]:
+        assert record.path.parent.name == "tuning"
+        assert command_of(record) == job.hash
+    for record in records:
+        assert command_of(record) == record.hash
+
+
+def command_of(record: Record) -> str:
+    """The hash of the run that the command on a record starts."""
+    python, script, *overrides = shlex.split(json.loads(record.path.read_text())["command"])
+    assert (python, script) == ("python", "run.py")
+    return config_hash(compose_all([tuple(overrides)])[0])
+
+
+def test_the_command_of_figure_1_is_quoted(tmp_path, tiny_data):
+    figure = miniature(EXPERIMENTS["figure1"])
+    assert fill(figure, tmp_path, 1, -1, f"data_dir={tiny_data}") == []
+    for record in Store(tmp_path / "results" / "runs").all():
+        assert command_of(record) == record.hash
+
+
+def test_what_a_killed_writer_leaves_is_no_record(tmp_path):
+    fill(replace(MINI, cells=MINI.cells[:1]), tmp_path, 1)
+    store = Store(tmp_path / "results" / "runs")
+    (record,) = store.all()
+    (store.folder / f".{record.name}.json.abc.json").write_text('{"hash"')
+    assert [other.name for other in store.all()] == [record.name]
 
 
 def test_selection_on_test_is_another_study_and_says_so(tmp_path):
