@@ -134,7 +134,7 @@ def test_a_launcher_of_clusters(tmp_path):
     result = run(
         "-m", "hydra/launcher=submitit_local", *SHORT, "optim=adam", "optim.lr=0.01,-1", f"runs_dir={tmp_path}/runs"
     )  # fmt: skip
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert len(list((tmp_path / "runs").glob("*/DONE"))) == 1
     last = result.stderr.splitlines()[-1]
     assert last.startswith("error: in the job")

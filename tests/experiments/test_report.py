@@ -194,7 +194,7 @@ def test_the_verdict_names_what_differs_from_the_paper():
         "The second of a pair is ahead in 1 of 2 comparisons (p < 0.05 in 1) and behind in 1 (p < 0.05 in 0)."
     )
     assert lines[1].startswith("The sign is the paper's in 1 of the 2 comparisons that it has; opposite are: ")
-    assert "Adam-LAWN against Adam at 1k (here -2.00, p = 0.07, paper +2.00)." in lines[1]
+    assert "Adam-LAWN against Adam at 1k (here -2, p = 0.07, paper +2)." in lines[1]
     assert lines[2] == ("Order at 1k: Adam > Adam-LAWN > SGD; in the paper Adam-LAWN > Adam > SGD.")
     assert lines[3] == "Order at 100k: Adam-LAWN > Adam > SGD; as in the paper."
     assert verdict(experiment, [made_up(o.cell) for o in found]) == []

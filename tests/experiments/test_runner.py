@@ -96,7 +96,7 @@ def test_selection_on_test_is_another_study_and_says_so(tmp_path):
     page = report.Page(TUNED, store, "test")
     assert page.name == "tuned-selected-on-test"
     assert "chosen on the TEST split" in page.measured
-    assert all(record.result["split"] == "test" for record in page.found[0].tuning)
+    assert all(record.result["split"] == "test" for _, record in page.found[0].tuning)
     assert report.Page(TUNED, store).found[0].records == []
     assert "validation" in report.Page(TUNED, store).measured
 
