@@ -126,7 +126,8 @@ def verdict(experiment: Experiment, found: list[Outcome]) -> list[str]:
         lines.append(
             f"The second of a pair is ahead in {len(ahead)} of {len(pairs)} comparisons "
             f"(p < {LEVEL} in {sum(c.p < LEVEL for c in ahead)}) and behind in {len(behind)} "
-            f"(p < {LEVEL} in {sum(c.p < LEVEL for c in behind)})."
+            f"(p < {LEVEL} in {sum(c.p < LEVEL for c in behind)}); "
+            "Welch's test over seeds, not corrected for their number."
         )
         printed = [c for c in pairs if not isnan(c.paper)]
         turned = "; ".join(

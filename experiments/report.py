@@ -110,18 +110,18 @@ class Page:
     @property
     def measured(self) -> str:
         """What the numbers are, in a sentence or two."""
-        seeds = f"mean (standard error, number of seeds) of the {self.experiment.measures[0].title} at the last epoch"
-        if len(self.experiment.measures) > 1:
-            seeds = "mean (standard error, number of seeds) at the last epoch"
+        measures = self.experiment.measures
+        shown = f"{measures[0].title}: mean" if len(measures) == 1 else "Mean"
+        shown = f"{shown[0].upper()}{shown[1:]} (standard error, number of seeds) at the last epoch{self._budget}"
         if not any(cell.sweep for cell in self.experiment.cells):
-            return f"Shown: {seeds}{self._budget}."
+            return f"{shown}."
         chosen = (
             "chosen on the validation split (the best of a grid, one run with seed 0 for each setting)"
             if self.selection == "val"
             else "chosen on the TEST split (the best of a grid, one run with seed 0 for each setting), as the paper "
             "most likely did: the numbers are biased upwards"
         )
-        return f"Shown: {seeds}{self._budget}, on the test split; hyperparameters {chosen}."
+        return f"{shown}; hyperparameters {chosen}."
 
     @property
     def _budget(self) -> str:

@@ -191,7 +191,8 @@ def test_the_verdict_names_what_differs_from_the_paper():
     assert (second.gain, second.paper, second.turned) == (6.0, 2.0, False)
     lines = verdict(experiment, found)
     assert lines[0] == (
-        "The second of a pair is ahead in 1 of 2 comparisons (p < 0.05 in 1) and behind in 1 (p < 0.05 in 0)."
+        "The second of a pair is ahead in 1 of 2 comparisons (p < 0.05 in 1) and behind in 1 (p < 0.05 in 0); "
+        "Welch's test over seeds, not corrected for their number."
     )
     assert lines[1].startswith("The sign is the paper's in 1 of the 2 comparisons that it has; opposite are: ")
     assert "Adam-LAWN against Adam at 1k (here -2, p = 0.07, paper +2)." in lines[1]
