@@ -124,8 +124,8 @@ def verdict(experiment: Experiment, found: list[Outcome]) -> list[str]:
     if pairs:
         ahead, behind = [c for c in pairs if c.gain > 0], [c for c in pairs if c.gain < 0]
         lines.append(
-            f"The second of a pair is ahead in {len(ahead)} of {len(pairs)} comparisons "
-            f"(p < {LEVEL} in {sum(c.p < LEVEL for c in ahead)}) and behind in {len(behind)} "
+            f"With LAWN the number is better in {len(ahead)} of {len(pairs)} comparisons "
+            f"(p < {LEVEL} in {sum(c.p < LEVEL for c in ahead)}) and worse in {len(behind)} "
             f"(p < {LEVEL} in {sum(c.p < LEVEL for c in behind)}); "
             "Welch's test over seeds, not corrected for their number."
         )

@@ -191,7 +191,7 @@ def test_the_verdict_names_what_differs_from_the_paper():
     assert (second.gain, second.paper, second.turned) == (6.0, 2.0, False)
     lines = verdict(experiment, found)
     assert lines[0] == (
-        "The second of a pair is ahead in 1 of 2 comparisons (p < 0.05 in 1) and behind in 1 (p < 0.05 in 0); "
+        "With LAWN the number is better in 1 of 2 comparisons (p < 0.05 in 1) and worse in 1 (p < 0.05 in 0); "
         "Welch's test over seeds, not corrected for their number."
     )
     assert lines[1].startswith("The sign is the paper's in 1 of the 2 comparisons that it has; opposite are: ")
