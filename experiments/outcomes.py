@@ -121,7 +121,10 @@ def verdict(experiment: Experiment, found: list[Outcome]) -> list[str]:
     """How the ranking stands to the paper's, in sentences; none where nothing can be compared."""
     pairs = comparisons(experiment, found)
     lines = []
-    if pairs:
+    if len(pairs) == 1:
+        (c,) = pairs
+        lines.append(f"{c.rival} against {c.base}: {c.gain:+.3g} (Welch's test over seeds: p = {c.p:.2g}).")
+    elif pairs:
         ahead, behind = [c for c in pairs if c.gain > 0], [c for c in pairs if c.gain < 0]
         lines.append(
             f"With LAWN the number is better in {len(ahead)} of {len(pairs)} comparisons "
