@@ -3,6 +3,7 @@
 import pytest
 
 from experiments import __main__ as command
+from experiments.study import studies
 from tests.experiments.helpers import MINI, TUNED
 
 
@@ -51,7 +52,8 @@ def test_failed_runs_are_named_and_fail_the_command(call, tmp_path):
     placed = (f"runs_dir={tmp_path}/runs", f"data_dir={tmp_path}/file/data")
     code, _, err = call("run", "table4", "--short", "--devices", "cpu", "--only", *only, "--set", *placed)
     assert code == 1
-    assert err.count("\n") == err.count("failed: dataset=movielens100k optim=adam_lawn") == 16
+    (study,) = studies(command.EXPERIMENTS["table4"].only(only), -1)
+    assert err.count("\n") == err.count("failed: dataset=movielens100k optim=adam_lawn") == len(study.settings) > 15
     assert f"{tmp_path}/file" in err
 
 
