@@ -11,19 +11,6 @@ from tests.helpers import ROOT, run, synthetic_ratings, write_ratings
 SHORT = ("dataset=digits", "train.epochs=2", "model.widths=[8]", "dataset.limit=100", "device=cpu")
 
 
-def test_sweep_runs_then_skips(tmp_path):
-    command = ("-m", *SHORT, "optim=adam,adam_lawn", "seed=0,1", f"runs_dir={tmp_path}/runs")
-    first = run(*command)
-    assert (first.returncode, first.stderr) == (0, "")
-    assert first.stdout.count("done after epoch 2") == 4
-    runs = sorted(p.name for p in (tmp_path / "runs").iterdir() if not p.name.startswith("."))
-    assert len(runs) == 4
-    again = run(*command)
-    assert again.returncode == 0
-    assert again.stdout.count("done already") == 4
-    assert "done after" not in again.stdout
-
-
 @pytest.fixture
 def main(monkeypatch, capsys):
     """run.py's main function: exit code, standard output and standard error of a command line."""
@@ -35,6 +22,19 @@ def main(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return call
+
+
+def test_sweep_runs_then_skips(tmp_path, main):
+    command = ("-m", *SHORT, "optim=adam,adam_lawn", "seed=0,1", f"runs_dir={tmp_path}/runs")
+    first = run(*command)
+    assert (first.returncode, first.stderr) == (0, "")
+    assert first.stdout.count("done after epoch 2") == 4
+    runs = sorted(p.name for p in (tmp_path / "runs").iterdir() if not p.name.startswith("."))
+    assert len(runs) == 4
+    code, out, _ = main(*command)
+    assert code == 0
+    assert out.count("done already") == 4
+    assert "done after" not in out
 
 
 def test_a_failing_job_does_not_keep_the_others(tmp_path, main):
@@ -129,6 +129,7 @@ def test_the_library_needs_nothing_but_torch():
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_launcher_of_clusters(tmp_path):
     """submitit, which talks to Slurm, with its executor for this machine: jobs run, and one that cannot is reported."""
     result = run(

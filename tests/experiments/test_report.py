@@ -248,25 +248,21 @@ def test_a_grid_with_holes_keeps_its_settings(tmp_path):
     assert page.found[0].setting == ()
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=lambda e: e.name)
-def test_committed_results_are_those_of_the_records(tmp_path, experiment):
-    """Every number of the committed pages is computed again."""
-    page = report.Page(experiment, Store(ROOT / "results" / "runs"))
-    report.write(page, tmp_path)
+def test_committed_results_are_those_of_the_records(tmp_path):
+    """Every number of the committed pages, and of README.md, is computed again."""
+    store = Store(ROOT / "results" / "runs")
+    pages = [report.Page(experiment, store) for experiment in EXPERIMENTS.values()]
+    for page in pages:
+        report.write(page, tmp_path)
     written = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.suffix in (".md", ".csv", ".tex")]
-    assert len(written) == 3 + bool(page.tuned)
+    assert len(written) == 3 * len(EXPERIMENTS) + sum(bool(page.tuned) for page in pages)
     for name in written:
         assert (tmp_path / name).read_text() == (ROOT / "results" / name).read_text()
-
-
-def test_the_readmes_tables_are_those_of_the_records(tmp_path):
-    path = tmp_path / "README.md"
-    shutil.copy(ROOT / "README.md", path)
-    shown = [EXPERIMENTS[name] for name in ("demo", "table4", "figure1")]
-    report.embed(path, [report.Page(experiment, Store(ROOT / "results" / "runs")) for experiment in shown])
-    assert path.read_text() == (ROOT / "README.md").read_text()
-    for experiment in shown:
-        assert f"<!-- table {experiment.name} -->" in path.read_text()
+    shutil.copy(ROOT / "README.md", tmp_path / "README.md")
+    report.embed(tmp_path / "README.md", pages)
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+    for name in ("demo", "table4", "figure1"):
+        assert f"<!-- table {name} -->" in (ROOT / "README.md").read_text()
 
 
 def test_every_number_of_the_readmes_tables_links_to_its_records():
