@@ -39,10 +39,10 @@ data: $(READY) ## download MovieLens, Pinterest, CIFAR-10 and CIFAR-100 into DAT
 	$(PYTHON) -m lawn.data movielens100k movielens1m pinterest cifar10 cifar100 --data-dir $(DATA_DIR)
 
 test: $(READY) ## the fast test suite, under 3 minutes on 2 cores
-	$(PYTHON) -m pytest -n 2
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 test-all: $(READY) ## every test, the slow ones too
-	$(PYTHON) -m pytest -n 2 -m ''
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m ''
 
 lint: $(READY) ## ruff and mypy
 	$(PYTHON) -m ruff check .
