@@ -38,8 +38,8 @@ def fill(experiment: Experiment, folder: Path, seeds: int = 2, budget: int = 0, 
     return run(studies(experiment, budget, extra=placed), Store(folder / "results" / "runs"), ["cpu"], seeds)
 
 
-def miniature(experiment: Experiment) -> Experiment:
-    """Every row and every panel of a table, for an epoch of tiny data; the first cell is tuned."""
+def miniature(experiment: Experiment, tuned: bool = False) -> Experiment:
+    """Every row and every panel of a table, for an epoch of tiny data; `tuned`: the first cell is."""
     cells = []
     seen: set[str] = set()
     for cell in experiment.cells:
@@ -50,6 +50,6 @@ def miniature(experiment: Experiment) -> Experiment:
         small = FIXTURES[dataset]
         if dataset.startswith(("cifar", "imagenet")):
             small = (*small, "model=mlp", "model.widths=[8]", "dataset.val_fraction=0.25")
-        sweep = None if cells else "peak_lr"
+        sweep = "peak_lr" if tuned and not cells else None
         cells.append(replace(cell, overrides=(*cell.overrides, *small), epochs=(2, 1), sweep=sweep))
     return replace(experiment, cells=tuple(cells))
