@@ -121,7 +121,13 @@ TABLE4 = Experiment(
     tuple(_by_batch("table4", ("sgd", "sgd_lawn", "adam", "adam_lawn", "lamb", "lamb_lawn"), error=0.25)),
     (HR10,),
     pairs=PAIRS,
-    notes=(DECAY, SGD_LAWN, RANGE.format(0.25)),
+    notes=(
+        DECAY,
+        SGD_LAWN,
+        RANGE.format(0.25),
+        "The grids of the adaptive optimizers were widened once, by one larger peak rate each, after first results at the "
+        "big batch sizes had been seen.",
+    ),
 )
 
 
