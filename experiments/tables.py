@@ -125,8 +125,8 @@ TABLE4 = Experiment(
         DECAY,
         SGD_LAWN,
         RANGE.format(0.25),
-        "The grids of the adaptive optimizers were widened once, by one larger peak rate each, after first results at the "
-        "big batch sizes had been seen.",
+        "The grids of the adaptive optimizers were widened once, by one larger peak rate each, after first results at "
+        "the big batch sizes had been seen.",
     ),
 )
 
