@@ -10,7 +10,14 @@ from omegaconf import OmegaConf
 
 from experiments.spec import Cell, Experiment, Measure, Paper
 
-PAPER: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("paper.yaml")))  # type: ignore[assignment]
+
+def _paper() -> dict[str, Any]:
+    loaded = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("paper.yaml")))
+    assert isinstance(loaded, dict)
+    return {str(table): content for table, content in loaded.items()}
+
+
+PAPER = _paper()
 
 PANELS = {
     "cifar10": "CIFAR-10",

@@ -14,6 +14,7 @@ from scipy import stats
 from experiments import report
 from experiments.__main__ import EXPERIMENTS
 from experiments.outcomes import Outcome, comparisons, mean_and_error, verdict, welch
+from experiments.page import entry, show
 from experiments.records import Record, Store
 from experiments.spec import Cell, Experiment, Measure, Paper
 from experiments.study import compose_all, studies
@@ -130,10 +131,10 @@ def test_warnings_of_the_runs_stand_below_the_table(tmp_path, tiny_data):
 
 
 def test_mean_and_error():
-    assert report.show([1.0, 2.0, 3.0], 2) == "2.00 (0.58, n=3)"
-    assert report.show([2.0], 1) == "2.0 (n=1)"
-    assert report.show([], 1) == ""
-    assert report.show([1e-4, 3e-4], -2) == "2.0e-04 (1.0e-04, n=2)"
+    assert show([1.0, 2.0, 3.0], 2) == "2.00 (0.58, n=3)"
+    assert show([2.0], 1) == "2.0 (n=1)"
+    assert show([], 1) == ""
+    assert show([1e-4, 3e-4], -2) == "2.0e-04 (1.0e-04, n=2)"
     assert mean_and_error([1.0, 2.0, 3.0]) == (2.0, pytest.approx(1 / sqrt(3)))
     assert isnan(mean_and_error([2.0])[1])
 
@@ -147,13 +148,13 @@ def test_the_difference_is_marked_where_it_exceeds_both_errors():
         (72.0, 0.25, "-1.00", True),
         (70.0, None, "+1.00", False),  # not known
     ):
-        entry = report.entry(made_up(Cell("A", (), paper=Paper(paper, error)), *values), ACCURACY)
-        assert (entry.ours, entry.difference, entry.marked) == ("71.00 (0.58, n=3)", difference, marked)
-    one = report.entry(made_up(Cell("A", (), paper=Paper(70.0, 0.25)), 71.0), ACCURACY)
+        shown = entry(made_up(Cell("A", (), paper=Paper(paper, error)), *values), ACCURACY)
+        assert (shown.ours, shown.difference, shown.marked) == ("71.00 (0.58, n=3)", difference, marked)
+    one = entry(made_up(Cell("A", (), paper=Paper(70.0, 0.25)), 71.0), ACCURACY)
     assert (one.ours, one.difference, one.marked) == ("71.00 (n=1)", "+1.00", False)
-    both_fail = report.entry(made_up(Cell("A", (), paper=Paper(None)), 0.0, status="diverged"), ACCURACY)
+    both_fail = entry(made_up(Cell("A", (), paper=Paper(None)), 0.0, status="diverged"), ACCURACY)
     assert (both_fail.ours, both_fail.paper, both_fail.difference) == ("Fail", "Fail", "")
-    blank = report.entry(made_up(Cell("A", (), paper=Paper(70.0))), ACCURACY)
+    blank = entry(made_up(Cell("A", (), paper=Paper(70.0))), ACCURACY)
     assert (blank.ours, blank.paper, blank.difference, blank.marked) == ("", "70.00", "", False)
 
 
