@@ -29,6 +29,8 @@ class DatasetConfig:
     val_fraction: float | None = None  # images: share of the training set held out by eval.split=val
     image_size: int | None = None  # ImageNet: side of the training and evaluation crop, pixels
     workers: int | None = None  # ImageNet: decoding processes
+    loader: str | None = None  # ImageNet: torch (the default) or dali, which decodes on the GPU
+    shards: str | None = None  # ImageNet: folder or URL of shards (scripts/make_shards.py) to stream; null: folders
     prefix: str | None = None  # recommenders: read three files of this name (He et al. 2017); null: GroupLens' file
     negatives: int | None = None  # recommenders: fresh negatives per positive and epoch
     candidates: int | None = None  # recommenders: items that the held-out one is ranked against
@@ -57,6 +59,7 @@ class OptimConfig:
     free_epochs: float | None = None  # LAWN: E_free
     scope: str | None = None  # LAWN: all weights (the default), or those of the final_homogeneous sub-network
     include_bias: bool | None = None  # LAWN: a layer's bias shares the norm of its weight
+    fused: bool | None = None  # false: torch's plain step, and of LAWN too; null: a fused one where there is one
 
 
 @dataclass
@@ -76,7 +79,13 @@ class ScheduleConfig:
 @dataclass
 class TrainConfig:
     epochs: int = MISSING  # E_total
-    batch_size: int = MISSING  # recommenders count positives and negatives
+    batch_size: int = MISSING  # of all ranks together; recommenders count positives and negatives
+    micro_batch_size: int | None = None  # at most so many samples at once on a rank; their gradients are added up
+    devices: int | None = None  # ranks on this machine, each with its own GPU or its share of the CPU; null: 1
+    sync_batchnorm: bool | None = None  # batch norm over the parts of all ranks; else over each part by itself
+    precision: str | None = None  # fp32, tf32 or bf16; this and the next two: null chooses by device and model
+    channels_last: bool | None = None  # layout of images and convolutions
+    compile: str | None = None  # off, default or reduce-overhead (CUDA graphs): modes of torch.compile
     logit_scale: float | None = None  # LAWN: multiply the output layer by this at the switch (Figure 1)
     checkpoint_seconds: float = 30.0  # at most one checkpoint in that time, and one at the end
 
@@ -114,6 +123,7 @@ class Config:
 GROUPS = ("dataset", "model", "optim", "loss", "schedule", "logger")
 # What a run gives does not depend on these, so its identity does not either.
 _NOT_IDENTITY = ("logger", "device", "data_dir", "runs_dir", "run_dir")
+_SPEED = {"train": ("checkpoint_seconds", "devices", "channels_last", "compile"), "optim": ("fused",)}
 
 
 def register() -> None:
@@ -180,6 +190,8 @@ def _problems(c: Config) -> Iterator[str]:
         "loss.level": (0, True),
         "schedule.warmup_epochs": (0, True),
         "train.batch_size": (0, False),
+        "train.micro_batch_size": (0, False),
+        "train.devices": (0, False),
         "train.checkpoint_seconds": (0, True),
         "eval.every": (0, False),
         "dataset.seed": (0, True),
@@ -201,6 +213,9 @@ def _problems(c: Config) -> Iterator[str]:
         "optim.scope": ("all", "final_homogeneous"),
         "schedule.name": ("linear", "constant"),
         "logger.mode": ("online", "offline", "disabled"),
+        "dataset.loader": ("torch", "dali"),
+        "train.precision": ("fp32", "tf32", "bf16"),
+        "train.compile": ("off", "default", "reduce-overhead"),
     }
     for key, allowed in choices.items():
         value = _get(c, key)
@@ -219,6 +234,12 @@ def _problems(c: Config) -> Iterator[str]:
         yield f"train.logit_scale={c.train.logit_scale:g}: must be from 1e-6 to 1"
     if c.train.logit_scale is not None and c.optim.free_epochs is None:
         yield f"train.logit_scale={c.train.logit_scale:g}: needs a LAWN optimizer, whose switch it happens at"
+    if (c.train.devices or 1) > c.train.batch_size:
+        yield f"train.devices={c.train.devices}: must be at most train.batch_size={c.train.batch_size}"
+    if c.dataset.shards is not None and c.dataset.limit is not None:
+        yield f"dataset.limit={c.dataset.limit}: needs folders; dataset.shards are read whole"
+    if c.dataset.shards is not None and c.dataset.loader == "dali":
+        yield "dataset.loader=dali: reads folders; dataset.shards needs dataset.loader=torch"
     if c.dataset.prefix is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", c.dataset.prefix):
         yield f"dataset.prefix={c.dataset.prefix!r}: must be a plain name of letters, digits, '_', '-' and '.'"
     if c.optim.nesterov and not c.optim.momentum:
@@ -260,12 +281,14 @@ def arguments(group: str, section: Any, builder: Callable[..., Any], renamed: di
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What defines the run: the config without where things live, where they run and who is told.
+    """What defines the run: the config without where things live, where and how fast they run and who is told.
 
     Fields that are None are left out, so that a field added later does not rename the runs of today.
     """
     tree: dict[str, Any] = {key: value for key, value in asdict(config).items() if key not in _NOT_IDENTITY}
-    del tree["train"]["checkpoint_seconds"]
+    for group, names in _SPEED.items():
+        for name in names:
+            del tree[group][name]
     return {
         key: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
         for key, value in tree.items()

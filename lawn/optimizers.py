@@ -1,6 +1,7 @@
 """Optimizers by the names that the configs use: each takes the model and the keys that apply to it."""
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -24,6 +25,17 @@ def with_decay(kind: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
     return build
 
 
+def with_torch(kind: type[Adam]) -> Callable[..., Optimizer]:
+    """The same of torch's own, which update all weights in one pass unless `fused` is False."""
+
+    def build(
+        model: nn.Module, *, lr: float, betas: list[float], eps: float, weight_decay: float, fused: bool = True
+    ) -> Optimizer:
+        return with_decay(partial(kind, fused=fused))(model, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    return build
+
+
 def with_lawn(kind: type[AdamLAWN]) -> Callable[..., Optimizer]:
     """Builder of an adaptive LAWN optimizer."""
 
@@ -36,8 +48,10 @@ def with_lawn(kind: type[AdamLAWN]) -> Callable[..., Optimizer]:
         free_steps: int,
         scope: str = "all",
         include_bias: bool = False,
+        fused: bool | None = None,
     ) -> Optimizer:
-        return kind(constrained(model, scope, include_bias), lr, _pair(betas), eps, free_steps=free_steps)
+        groups = constrained(model, scope, include_bias)
+        return kind(groups, lr, _pair(betas), eps, free_steps=free_steps, fused=fused)
 
     return build
 
@@ -47,8 +61,10 @@ def imported(package: str, name: str) -> Callable[..., Optimizer]:
     return lambda *arguments, **keys: getattr(import_module(package), name)(*arguments, **keys)
 
 
-def sgd(model: nn.Module, *, lr: float, momentum: float, nesterov: bool, weight_decay: float) -> Optimizer:
-    return SGD(decayed(model, weight_decay), lr=lr, momentum=momentum, nesterov=nesterov)
+def sgd(
+    model: nn.Module, *, lr: float, momentum: float, nesterov: bool, weight_decay: float, fused: bool = True
+) -> Optimizer:
+    return SGD(decayed(model, weight_decay), lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
 
 
 def sgd_lawn(
@@ -59,14 +75,15 @@ def sgd_lawn(
     free_steps: int,
     scope: str = "all",
     include_bias: bool = False,
+    fused: bool | None = None,
 ) -> Optimizer:
-    return SGDLAWN(constrained(model, scope, include_bias), lr, momentum, free_steps=free_steps)
+    return SGDLAWN(constrained(model, scope, include_bias), lr, momentum, free_steps=free_steps, fused=fused)
 
 
-def adam_hoffer(model: nn.Module, *, lr: float, betas: list[float], eps: float) -> Optimizer:
+def adam_hoffer(model: nn.Module, *, lr: float, betas: list[float], eps: float, fused: bool = True) -> Optimizer:
     """torch's Adam on weights whose norms are fixed from the start by reparameterization; changes the model."""
     bound_norms(model)
-    return Adam(model.parameters(), lr=lr, betas=_pair(betas), eps=eps)
+    return Adam(model.parameters(), lr=lr, betas=_pair(betas), eps=eps, fused=fused)
 
 
 def adam_cpr(model: nn.Module, *, lr: float, betas: list[float], eps: float) -> Optimizer:
@@ -127,8 +144,8 @@ def _pair(betas: list[float]) -> tuple[float, float]:
 
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "adam": with_decay(Adam),  # its decay is L2
-    "adamw": with_decay(AdamW),  # its decay is decoupled from the gradient and scaled by lr
+    "adam": with_torch(Adam),  # its decay is L2
+    "adamw": with_torch(AdamW),  # its decay is decoupled from the gradient and scaled by lr
     "adam_hoffer": adam_hoffer,
     "adam_lawn": with_lawn(AdamLAWN),
     "sgd": sgd,  # its decay is L2

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lawn import metrics
 from lawn.config import Config, arguments
+from lawn.data.batching import Batching, Part
 from lawn.data.cifar import cifar10, cifar100
 from lawn.data.digits import digits
 from lawn.data.imagenet import imagenet
@@ -43,14 +44,15 @@ class Dataset(Protocol):
 
     @property
     def num_train(self) -> int: ...
-    def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]: ...
-    def eval_batches(self) -> Iterator[Batch]: ...
+    def train_batches(self, batching: Batching, generator: torch.Generator) -> Iterator[tuple[Part, Batch]]: ...
+    def eval_batches(self, rank: int = 0, world: int = 1) -> Iterator[Batch]: ...
 
 
 class Task(ABC):
     """What can be trained: which datasets, models and losses fit together, and how they meet.
 
-    `headline` is the metric that the paper's tables print, in percent.
+    `headline` is the metric that the paper's tables print, in percent. `network` is what training calls: the model,
+    or what several ranks have wrapped around it.
     """
 
     headline: ClassVar[str]
@@ -60,7 +62,7 @@ class Task(ABC):
 
     def __init__(self, dataset: Dataset, model: nn.Module, loss: Loss) -> None:
         self.dataset = dataset
-        self.model = model
+        self.model = self.network = model
         self.loss = loss
 
     @staticmethod
@@ -73,8 +75,13 @@ class Task(ABC):
         """Mean loss of a training batch, with graph, and the margins of its samples, without."""
 
     @abstractmethod
-    def evaluate(self) -> dict[str, float]:
-        """Metrics of the model on the evaluation split, in the model's present mode and without graph."""
+    def rows(self, batch: Batch) -> Tensor:
+        """What the metrics need to know of each sample of an evaluation batch, in the model's present mode."""
+
+    @staticmethod
+    @abstractmethod
+    def metrics(rows: Tensor, /) -> dict[str, float]:
+        """The metrics of the evaluation split from the rows of all its samples."""
 
 
 class Classification(Task):
@@ -94,13 +101,14 @@ class Classification(Task):
 
     def loss_and_margins(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images, labels = batch
-        logits = self.model(images)
-        return self.loss(logits, labels), multiclass_margin(logits.detach(), labels)
+        logits = self.network(images)
+        return self.loss.mean(logits, labels), multiclass_margin(logits.detach(), labels)
 
-    def evaluate(self) -> dict[str, float]:
-        batches = self.dataset.eval_batches()
-        rows = [metrics.classification_rows(self.model(images), labels) for images, labels in batches]
-        return metrics.classification_metrics(torch.cat(rows))
+    def rows(self, batch: Batch) -> Tensor:
+        images, labels = batch
+        return metrics.classification_rows(self.model(images), labels)
+
+    metrics = staticmethod(metrics.classification_metrics)
 
 
 class Recommendation(Task):
@@ -120,15 +128,15 @@ class Recommendation(Task):
 
     def loss_and_margins(self, batch: Batch) -> tuple[Tensor, Tensor]:
         users, items, labels = batch
-        logits = self.model(users, items)
-        return self.loss(logits, labels), binary_margin(logits.detach(), labels)
+        logits = self.network(users, items)
+        return self.loss.mean(logits, labels), binary_margin(logits.detach(), labels)
 
-    def evaluate(self) -> dict[str, float]:
-        ranks = []
-        for users, items in self.dataset.eval_batches():
-            scores = self.model(users[:, None].expand_as(items).reshape(-1), items.reshape(-1))
-            ranks.append(metrics.ranks(scores.view_as(items), items))
-        return metrics.ranking_metrics(torch.cat(ranks))
+    def rows(self, batch: Batch) -> Tensor:
+        users, items = batch
+        scores = self.model(users[:, None].expand_as(items).reshape(-1), items.reshape(-1))
+        return metrics.ranks(scores.view_as(items), items)
+
+    metrics = staticmethod(metrics.ranking_metrics)
 
 
 TASKS: tuple[type[Task], ...] = (Classification, Recommendation)

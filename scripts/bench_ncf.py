@@ -27,10 +27,11 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.study import compose_all
+from lawn.data.batching import Batching
 from lawn.data.interactions import Interactions
-from lawn.optimizers import optimizer_arguments
 from lawn.task import build
 from lawn.train.loop import Run
+from lawn.train.ranks import Ranks
 from lawn.train.throughput import flops_per_sample, peak_flops, synchronize
 from scripts import bench
 
@@ -114,7 +115,7 @@ def measure(name: str, rounds: int, data_dir: Path, device: torch.device) -> dic
     task = build(config)(device)
     assert isinstance(task.dataset, Interactions)
     plain = Plain(task.dataset, device)
-    run = Run(config, task, device, optimizer_arguments(config))
+    run = Run(config, task, Ranks(device))
     ours, theirs, peaks = [], [], []
     for count in range(rounds + 1):
         before = run.seconds["train"]
@@ -125,7 +126,7 @@ def measure(name: str, rounds: int, data_dir: Path, device: torch.device) -> dic
             ours.append(rate)
             theirs.append(plain_rate)
             peaks.append(peak)
-    batch = next(task.dataset.train_batches(BATCH_SIZE, torch.Generator(device)))
+    _, batch = next(task.dataset.train_batches(Batching(BATCH_SIZE), torch.Generator(device)))
     flops = {"of the network": plain.flops(), "computed": flops_per_sample(task, batch)}
     return {
         "samples_per_second": round(statistics.median(ours)),

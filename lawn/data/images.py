@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lawn.data.batching import Batching, Part, chunk
 from lawn.errors import ConfigError
 
 
@@ -45,21 +46,29 @@ class DeviceImages:
         self.test_images, self.test_labels = self.test_images.to(device), self.test_labels.to(device)
         return self
 
-    def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    def train_batches(
+        self, batching: Batching, generator: torch.Generator
+    ) -> Iterator[tuple[Part, tuple[Tensor, Tensor]]]:
         """One epoch in random order: normalized float images and labels. The last batch may be smaller."""
         device = self.train_labels.device
         order = torch.randperm(self.num_train, generator=generator, device=device)
-        for index in order.split(batch_size):
-            if self.padding:
-                images = random_crop_flip(self._padded, index, self.shape, generator)
-            else:
+        for part in batching.parts(self.num_train):
+            index = order[part.start : part.stop]
+            if not self.padding:
                 images = self.train_images[index]
-            yield self._normalize(images), self.train_labels[index]
+            else:
+                if part.first:  # drawn for the whole update, whoever takes which part of it
+                    size = part.update.stop - part.update.start
+                    offsets, mirrored = draw_crops(size, 2 * self.padding + 1, generator, device)
+                images = crop_flip(self._padded, index, self.shape, offsets[:, part.within], mirrored[part.within])
+            yield part, (self._normalize(images), self.train_labels[index])
 
-    def eval_batches(self, batch_size: int = 2048) -> Iterator[tuple[Tensor, Tensor]]:
-        """The evaluation split in order, without augmentation."""
-        for images, labels in zip(self.test_images.split(batch_size), self.test_labels.split(batch_size), strict=True):
-            yield self._normalize(images), labels
+    def eval_batches(self, rank: int = 0, world: int = 1, batch_size: int = 2048) -> Iterator[tuple[Tensor, Tensor]]:
+        """A rank's share of the evaluation split, in order, without augmentation."""
+        mine = chunk(len(self.test_labels), rank, world)
+        images, labels = self.test_images[mine].split(batch_size), self.test_labels[mine].split(batch_size)
+        for some, of_some in zip(images, labels, strict=True):
+            yield self._normalize(some), of_some
 
     def statistics(self) -> dict[str, object]:
         each = self.train_labels.bincount(minlength=self.num_classes)
@@ -75,7 +84,8 @@ class DeviceImages:
 
     @cached_property
     def _padded(self) -> Tensor:
-        return torch.nn.functional.pad(self.train_images, [self.padding] * 4)
+        padded = torch.nn.functional.pad(self.train_images, [self.padding] * 4)
+        return padded.contiguous(memory_format=torch.channels_last)
 
     @cached_property
     def _statistics(self) -> tuple[Tensor, Tensor]:
@@ -87,18 +97,24 @@ class DeviceImages:
         return (images.float() - mean) / std
 
 
-def random_crop_flip(padded: Tensor, index: Tensor, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
-    """Crop images `index` of `padded` [N, C, H + 2p, W + 2p] to `shape` at random offsets, half of them mirrored."""
-    channels, height, width = shape
-    device, count = padded.device, len(index)
-    room = padded.shape[-1] - width + 1
-    top, left = torch.randint(room, (2, count), generator=generator, device=device)
-    flip = torch.randint(2, (count,), generator=generator, device=device).bool()
-    across = torch.arange(width, device=device)
-    rows = top[:, None] + torch.arange(height, device=device)
-    columns = left[:, None] + torch.where(flip[:, None], across.flip(0), across)
-    channel = torch.arange(channels, device=device)
-    return padded[index[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None]]
+def draw_crops(count: int, room: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For `count` images the offsets from the top and the left [2, count], below `room`, and whether to mirror."""
+    offsets = torch.randint(room, (2, count), generator=generator, device=device)
+    return offsets, torch.randint(2, (count,), generator=generator, device=device).bool()
+
+
+def crop_flip(padded: Tensor, index: Tensor, shape: tuple[int, int, int], offsets: Tensor, mirrored: Tensor) -> Tensor:
+    """Crop images `index` of `padded` [N, C, H + 2p, W + 2p] to `shape` at `offsets`, some of them mirrored.
+
+    One gather of whole pixels: all channels of a pixel lie together (channels_last), in `padded` and in the result.
+    """
+    _, height, width = shape
+    top, left = offsets
+    across = torch.arange(width, device=padded.device)
+    rows = top[:, None] + torch.arange(height, device=padded.device)
+    columns = left[:, None] + torch.where(mirrored[:, None], across.flip(0), across)
+    pixels = padded.permute(0, 2, 3, 1)[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return pixels.permute(0, 3, 1, 2)
 
 
 def split_and_limit(
@@ -172,4 +188,5 @@ def _channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
 
 
 def _channels_first(images: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    """[N, H, W, C] as [N, C, H, W], in memory as it was (channels_last)."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lawn.data.batching import Batching, Part, chunk
 from lawn.errors import DataError
 
 
@@ -46,7 +47,9 @@ class Interactions:
             self.warnings,
         )
 
-    def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def train_batches(
+        self, batching: Batching, generator: torch.Generator
+    ) -> Iterator[tuple[Part, tuple[Tensor, Tensor, Tensor]]]:
         """One epoch in random order: users, items and labels (1.0 positive, 0.0 negative)."""
         negatives = self.unseen.sample(self.users, self.negatives, generator)
         items = torch.cat([self.items[:, None], negatives], dim=1)
@@ -55,14 +58,15 @@ class Interactions:
         samples[:, 0] |= 1
         samples = samples.flatten()
         order = torch.randperm(self.num_train, generator=generator, device=items.device, dtype=torch.int32)
-        for index in order.split(batch_size):
-            sample = samples.index_select(0, index)
-            yield sample >> 32, (sample >> 1) & 0x7FFFFFFF, (sample & 1).float()
+        for part in batching.parts(self.num_train):
+            sample = samples.index_select(0, order[part.start : part.stop])
+            yield part, (sample >> 32, (sample >> 1) & 0x7FFFFFFF, (sample & 1).float())
 
-    def eval_batches(self, pairs: int = 2**18) -> Iterator[tuple[Tensor, Tensor]]:
-        """Users [B] and their candidates [B, 1 + C], about `pairs` of a user and an item at a time."""
+    def eval_batches(self, rank: int = 0, world: int = 1, pairs: int = 2**18) -> Iterator[tuple[Tensor, Tensor]]:
+        """A rank's users [B] and their candidates [B, 1 + C], about `pairs` of a user and an item at a time."""
         users = max(1, pairs // self.candidates.shape[1])
-        yield from zip(self.candidate_users.split(users), self.candidates.split(users), strict=True)
+        mine = chunk(len(self.candidates), rank, world)
+        yield from zip(self.candidate_users[mine].split(users), self.candidates[mine].split(users), strict=True)
 
     def statistics(self) -> dict[str, object]:
         def spread(ids: Tensor, size: int) -> str:

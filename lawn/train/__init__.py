@@ -1,5 +1,5 @@
 """The training loop and the run directory."""
 
-from lawn.train.loop import train
+from lawn.train.launch import train
 
 __all__ = ["train"]

@@ -1,83 +1,49 @@
-"""One run, from a checked config to a finished run directory."""
+"""The training loop: the state of a run, and how to take the next epoch."""
 
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lawn.config import Config
+from lawn.data.batching import Batching
 from lawn.diagnostics import weight_norm
-from lawn.errors import ConfigError
 from lawn.optim import LAWNOptimizer, LinearWarmup, LinearWarmupDecay, NonFiniteError, attenuate_logits
 from lawn.optimizers import OPTIMIZERS, optimizer_arguments
-from lawn.task import Task, build
-from lawn.train import logger as loggers
-from lawn.train.progress import Progress
-from lawn.train.record import Row, RunDirectory
+from lawn.task import Task
+from lawn.train.execution import Execution
+from lawn.train.ranks import Ranks, accumulating
+from lawn.train.record import Row
 from lawn.train.throughput import flops_per_sample, peak_flops, synchronize
-
-
-def train(config: Config) -> dict[str, Any]:
-    """Run `config`, go on with it, or find it done; returns its result.json.
-
-    Everything that can be refused is refused before data is read. A loss that is not finite ends the run with
-    status "diverged": that is a result, not an error.
-    """
-    device = _device(config.device)
-    task_on = build(config)
-    chosen = optimizer_arguments(config)
-    start_logger = loggers.make(config)
-    directory = RunDirectory(config)
-    if directory.done:
-        print(f"{directory.path}: done already", flush=True)
-        return directory.result()
-    task = task_on(device)
-    for warning in task.dataset.warnings:
-        print(f"warning: {warning}", flush=True)
-    directory.begin(device)
-    run = Run(config, task, device, chosen)
-    if (state := directory.load()) is not None:
-        run.load_state_dict(state)
-        print(f"{directory.path}: going on after epoch {run.epoch}", flush=True)
-    log = start_logger(directory.hash, directory.path)
-    progress = Progress(directory.path.name, run.epoch, config.train.epochs)
-    saved = time.monotonic()
-    while run.status == "running":
-        row = run.next_epoch()
-        with run.clock("log"):
-            progress.epoch(row)
-            log.log(row)
-            if time.monotonic() - saved >= config.train.checkpoint_seconds or run.status != "running":
-                directory.write_metrics(run.rows)
-                directory.save(run.state_dict())
-                saved = time.monotonic()
-    progress.close()
-    result = run.result()
-    directory.write_metrics(run.rows)
-    directory.finish(result)
-    log.finish(result)
-    print(summary(result), flush=True)
-    return result
 
 
 class Run:
     """The state of a run between two epochs, and how to take the next one."""
 
-    def __init__(self, config: Config, task: Task, device: torch.device, chosen: dict[str, Any]) -> None:
+    def __init__(self, config: Config, task: Task, ranks: Ranks) -> None:
         self.config = config
         self.task = task
-        self.device = device
-        steps = math.ceil(task.dataset.num_train / config.train.batch_size)
+        self.ranks = ranks
+        self.device = ranks.device
+        size, micro = config.train.batch_size, config.train.micro_batch_size
+        self.batching = Batching(size, micro, ranks.rank, ranks.world)
+        steps = self.batching.updates(task.dataset.num_train)
         total = steps * config.train.epochs
+        if config.train.sync_batchnorm:
+            task.model = nn.SyncBatchNorm.convert_sync_batchnorm(task.model)
+        self.execution = Execution.choose(config.train, task.model, self.device, total)
+        self.execution.prepare(task.model, self.device)
+        chosen = optimizer_arguments(config)
         if "free_steps" in chosen:
-            chosen = {**chosen, "free_steps": _steps(chosen["free_steps"], steps, total)}
+            chosen["free_steps"] = _steps(chosen["free_steps"], steps, total)
         warmup = _steps(config.schedule.warmup_epochs, steps, total)
         self.optimizer = OPTIMIZERS[config.optim.name](task.model, **chosen)
+        task.network = ranks.parallel(self.execution.compiled(task.model))
         self.scheduler = (
             LinearWarmup(self.optimizer, warmup)
             if config.schedule.name == "constant"
@@ -107,6 +73,7 @@ class Run:
         lr = float(self.optimizer.param_groups[0]["lr"])
         with self.clock("train"):
             loss, margin = self._train()
+            self.ranks.average(self.task.model)
             self._switch_weights("eval")
         row: Row = {
             "epoch": self.epoch,
@@ -121,8 +88,8 @@ class Run:
         if None not in (row["train_loss"], row["weight_norm"]) and (last or self.epoch % self.config.eval.every == 0):
             with self.clock("eval"):
                 self.task.model.eval()
-                with torch.no_grad():
-                    metrics = self.task.evaluate()
+                with torch.no_grad(), self.execution.autocast(self.device):
+                    metrics = self._evaluate()
             row |= {f"{self.config.eval.split}_{name}": _finite(value) for name, value in metrics.items()}
         self.rows.append(row)
         return row
@@ -137,24 +104,50 @@ class Run:
         self._switch_weights("train")
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         margins: list[Tensor] = []
-        for batch in task.dataset.train_batches(self.config.train.batch_size, generator):
+        for part, batch in task.dataset.train_batches(self.batching, generator):
+            batch = self.execution.lay_out(batch)
             if not self.flops:
                 self.flops = flops_per_sample(task, batch)
-            if self.logit_scale is not None and self.step == optimizer.param_groups[0]["free_steps"]:
-                attenuate_logits(task.model, self.logit_scale)
-            optimizer.zero_grad()
-            loss, margin = task.loss_and_margins(batch)
-            loss.backward()
+            if part.first:
+                if self.logit_scale is not None and self.step == optimizer.param_groups[0]["free_steps"]:
+                    attenuate_logits(task.model, self.logit_scale)
+                optimizer.zero_grad()
+                mean = torch.zeros_like(total)
+            with accumulating(task.network, part.last):
+                with self.execution.autocast(self.device):
+                    loss, margin = task.loss_and_margins(batch)
+                (loss * (part.share * self.ranks.world)).backward()  # the ranks' gradients are averaged
+            mean += loss.detach().double() * part.share
+            margins.append(margin if part.share else margin[:0])
+            if not part.last:
+                continue
+            if task.loss.outer is not None:
+                mean = self._through(task.loss.outer, mean)
+            total += mean * (part.update.stop - part.update.start)
             try:
                 optimizer.step()
             except NonFiniteError:  # the free phase has diverged before the switch
                 return math.nan, math.nan
             self.scheduler.step()
             self.step += 1
-            total += loss.detach().double() * len(margin)
-            margins.append(margin)
-        median = torch.cat(margins).median()
-        return total.item() / task.dataset.num_train, median.item()  # the epoch's only synchronization
+        median = self.ranks.joined(torch.cat(margins)).median()
+        # The epoch's only synchronization.
+        return self.ranks.total(total).item() / task.dataset.num_train, median.item()
+
+    def _through(self, outer: Callable[[Tensor], Tensor], mean: Tensor) -> Tensor:
+        """Carry the gradients of the update's mean loss on to a function of it; returns this rank's share of that."""
+        mean = self.ranks.total(mean).requires_grad_()
+        value = outer(mean)
+        (slope,) = torch.autograd.grad(value, mean)
+        gradients = [p.grad for p in self.task.model.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, slope.to(gradients[0].dtype))
+        return value.detach() / self.ranks.world
+
+    def _evaluate(self) -> dict[str, float]:
+        """Each rank evaluates its share; the metrics are those of all rows."""
+        batches = self.task.dataset.eval_batches(self.ranks.rank, self.ranks.world)
+        rows = torch.cat([self.task.rows(self.execution.lay_out(batch)) for batch in batches])
+        return self.task.metrics(self.ranks.joined(rows))
 
     def _switch_weights(self, mode: str) -> None:
         """A schedule-free optimizer has other weights for training than for evaluation."""
@@ -193,6 +186,7 @@ class Run:
         key = f"{split}_{name}"
         evaluated = [row for row in self.rows if row.get(key) is not None]
         best = max(evaluated, key=lambda row: row[key] or 0.0, default=None)
+        peak = peak_flops(self.device, self.execution.precision)
         rate = self.task.dataset.num_train * self.epoch / max(self.seconds["train"], 1e-9)
         return {
             "status": self.status,
@@ -202,7 +196,7 @@ class Run:
             "best": best and {"epoch": best["epoch"], name: best[key]},
             "parameters": sum(p.numel() for p in self.task.model.parameters()),
             "samples_per_second": round(rate, 1),
-            "peak_share": round(rate * self.flops / peak_flops(self.device), 4) if self.flops else None,
+            "peak_share": round(rate * self.flops / (self.ranks.world * peak), 4) if self.flops else None,
             "seconds": {what: round(value, 3) for what, value in self.seconds.items()},
             "warnings": self.task.dataset.warnings,
         }
@@ -234,16 +228,3 @@ def summary(result: dict[str, Any]) -> str:
         f"{result['status']} after epoch {last['epoch']}: {'  '.join(metrics) or 'no evaluation'}; "
         f"{result['samples_per_second']:,.0f} samples/s{share}; {spent}"
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.Generator(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device={name}: cannot be used ({reason}); choose auto, cpu, cuda or cuda:N") from error
-    return device

@@ -48,10 +48,10 @@ class RunDirectory:
     def done(self) -> bool:
         return (self.path / "DONE").exists()
 
-    def begin(self, device: torch.device) -> None:
+    def begin(self, execution: dict[str, Any]) -> None:
         """Write config.yaml and env.json; a run that goes on keeps its first environment and lists the later ones."""
         content = {"hash": self.hash, **asdict(self._config)}
-        now, path = {**environment(device), "command": sys.argv[1:]}, self.path / "env.json"
+        now, path = {**execution, "command": sys.argv[1:]}, self.path / "env.json"
         try:
             if path.exists():
                 first = json.loads(path.read_text())

@@ -13,7 +13,7 @@ from lawn.task import Batch, Task
 def flops_per_sample(task: Task, batch: Batch) -> float:
     """Matrix and convolution FLOPs of forward and backward for one sample, counted without computing anything."""
     shadow = copy.copy(task)
-    shadow.model = copy.deepcopy(task.model).to("meta")
+    shadow.model = shadow.network = copy.deepcopy(task.model).to("meta")
     with FlopCounterMode(display=False) as counter:
         loss, _ = shadow.loss_and_margins(tuple(t.to("meta") for t in batch))
         loss.backward()
@@ -21,10 +21,13 @@ def flops_per_sample(task: Task, batch: Batch) -> float:
 
 
 @lru_cache
-def peak_flops(device: torch.device) -> float:
-    """Single-precision matrix multiplication rate of the device, FLOP/s: the best of three timed products."""
+def peak_flops(device: torch.device, precision: str = "fp32") -> float:
+    """Matrix multiplication rate of the device, FLOP/s, in that precision: the best of three timed products."""
     size = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, size, size, device=device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     best = float("inf")
     for _ in range(4):
         synchronize(device)
@@ -32,6 +35,7 @@ def peak_flops(device: torch.device) -> float:
         torch.mm(a, b)
         synchronize(device)
         best = min(best, time.perf_counter() - start)
+    torch.set_float32_matmul_precision(before)
     return 2 * size**3 / best
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lawn.config import config_hash
+from lawn.data.batching import Batching
 from lawn.errors import ConfigError, RunError
 from lawn.models.ncf import NCFMLP
 from lawn.models.vgg import VGG19
@@ -15,9 +16,12 @@ from lawn.optimizers import OPTIMIZERS, PACKAGES, constrained, optimizer_argumen
 from lawn.task import build
 from lawn.train import train
 from lawn.train.loop import Run, epoch_seed
+from lawn.train.ranks import Ranks
 from lawn.train.record import RunDirectory
 from lawn.train.throughput import flops_per_sample
 from tests.helpers import compose, synthetic_ratings, write_ratings
+
+CPU = torch.device("cpu")
 
 
 def directory(config) -> Path:
@@ -102,7 +106,7 @@ def test_hoffers_weights_keep_the_norms_that_they_began_with(tiny):
     config = tiny("optim=adam_hoffer", "optim.lr=0.01")
     task = build(config)(torch.device("cpu"))
     before = [p.norm().item() for p in task.model.parameters()]
-    run = Run(config, task, torch.device("cpu"), optimizer_arguments(config))
+    run = Run(config, task, Ranks(CPU))
     values = [layer.weight.detach().clone() for layer in task.model if hasattr(layer, "weight")]
     run.next_epoch()
     layers = [layer.weight.detach() for layer in task.model if hasattr(layer, "weight")]
@@ -116,7 +120,7 @@ def test_logits_are_attenuated_at_the_switch_and_norms_fixed_there(tiny):
     common = f"train.epochs={free + 2}", f"optim.free_epochs={free}", "optim.lr=0.01", "train.batch_size=20"
     config = tiny(*common, "train.logit_scale=0.2")
     task = build(config)(torch.device("cpu"))
-    run = Run(config, task, torch.device("cpu"), optimizer_arguments(config))
+    run = Run(config, task, Ranks(CPU))
     norms = []
     for _ in range(free + 2):
         run.next_epoch()
@@ -127,14 +131,14 @@ def test_logits_are_attenuated_at_the_switch_and_norms_fixed_there(tiny):
     margins = [row["margin_p50"] for row in run.rows]
     assert margins[free] < 0.4 * margins[free - 1]
     plain = tiny(*common)
-    other = Run(plain, build(plain)(torch.device("cpu")), torch.device("cpu"), optimizer_arguments(plain))
+    other = Run(plain, build(plain)(torch.device("cpu")), Ranks(CPU))
     assert [other.next_epoch()["train_loss"] for _ in range(free)] == [row["train_loss"] for row in run.rows[:free]]
 
 
 def test_scope_of_the_constraint(tiny):
     """All weights of the digits MLP are a homogeneous sub-network; in VGG-19 only the last layer is."""
     both = [
-        Run(c, build(c)(torch.device("cpu")), torch.device("cpu"), optimizer_arguments(c)).optimizer.param_groups
+        Run(c, build(c)(torch.device("cpu")), Ranks(CPU)).optimizer.param_groups
         for c in (tiny(), tiny("optim.scope=final_homogeneous"))
     ]
     assert [[p.shape for p in g["params"]] for g in both[0]] == [[p.shape for p in g["params"]] for g in both[1]]
@@ -255,7 +259,7 @@ def test_recommendation(tmp_path):
 def test_flops_of_a_linear_network(tiny):
     config = tiny()
     task = build(config)(torch.device("cpu"))
-    batch = next(iter(task.dataset.train_batches(50, torch.Generator())))
+    _, batch = next(task.dataset.train_batches(Batching(50), torch.Generator()))
     forward = 2 * (64 * 16 + 16 * 10)
     backward = 2 * (64 * 16 + 2 * 16 * 10)  # no gradient for the images
     assert flops_per_sample(task, batch) == forward + backward
@@ -264,11 +268,11 @@ def test_flops_of_a_linear_network(tiny):
 
 def test_the_switch_comes_after_free_epochs_even_where_they_are_fractions(tiny):
     config = tiny("optim.free_epochs=1.5", "train.batch_size=20", "schedule.warmup_epochs=3.9")
-    run = Run(config, build(config)(torch.device("cpu")), torch.device("cpu"), optimizer_arguments(config))
+    run = Run(config, build(config)(torch.device("cpu")), Ranks(CPU))
     assert run.optimizer.param_groups[0]["free_steps"] == 15
     assert (run.scheduler.warmup_steps, run.scheduler.total_steps) == (39, 40)
     config = tiny("optim.free_epochs=0.001")
-    run = Run(config, build(config)(torch.device("cpu")), torch.device("cpu"), optimizer_arguments(config))
+    run = Run(config, build(config)(torch.device("cpu")), Ranks(CPU))
     assert run.optimizer.param_groups[0]["free_steps"] == 1  # only 0 means none
 
 

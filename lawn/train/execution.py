@@ -1,0 +1,63 @@
+"""How a run uses its device: number formats, memory layout, compilation. What is not set is chosen to fit."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lawn.config import TrainConfig
+
+WORTH_COMPILING = 1000  # updates: fewer do not win back the minute that compiling takes
+
+
+@dataclass(frozen=True)
+class Execution:
+    """The choices in effect; env.json records them."""
+
+    precision: str  # fp32; tf32: matrix products round their inputs to 10 bits; bf16: autocast
+    channels_last: bool  # the layout in which convolutions are fastest
+    compile: str  # off; default: fused kernels; reduce-overhead: CUDA graphs too
+
+    @classmethod
+    def choose(cls, train: TrainConfig, model: nn.Module, device: torch.device, updates: int) -> "Execution":
+        """On a GPU convolutional networks are bound by arithmetic and memory, the others by launching kernels."""
+        convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
+        precision, compiled = "fp32", "off"
+        if device.type == "cuda":
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            precision = ("bf16" if convolutional else "tf32") if bf16 else "fp32"
+            if updates >= WORTH_COMPILING and not train.sync_batchnorm:
+                compiled = "default" if convolutional or train.micro_batch_size else "reduce-overhead"
+        return cls(
+            train.precision or precision,
+            convolutional if train.channels_last is None else train.channels_last,
+            train.compile or compiled,
+        )
+
+    def prepare(self, model: nn.Module, device: torch.device) -> None:
+        """Set what concerns the whole process, and the layout of the weights."""
+        torch.set_float32_matmul_precision("highest" if self.precision == "fp32" else "high")
+        if device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
+            torch.backends.cudnn.benchmark = True
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)
+
+    def compiled(self, model: nn.Module) -> nn.Module:
+        """The model as it is called in training; it shares the weights with `model`."""
+        if self.compile == "off":
+            return model
+        # Batches have few different sizes: a graph for each is faster than one for all.
+        mode = None if self.compile == "default" else self.compile
+        return torch.compile(model, mode=mode, dynamic=False)  # type: ignore[return-value]
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def lay_out(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Images in the layout of the weights."""
+        if not self.channels_last:
+            return batch
+        return tuple(t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for t in batch)

@@ -1,0 +1,140 @@
+"""A run from a checked config to a finished run directory, in this process or in several."""
+
+import signal
+import sys
+import tempfile
+from dataclasses import asdict
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import multiprocessing
+
+from lawn.config import Config
+from lawn.errors import ConfigError, RunError, UserError
+from lawn.optimizers import optimizer_arguments
+from lawn.task import build
+from lawn.train import logger as loggers
+from lawn.train.journal import Journal
+from lawn.train.loop import Run
+from lawn.train.ranks import (
+    LostRankError,
+    Ranks,
+    joined_by_torchrun,
+    joined_on_one_machine,
+    local_device,
+    started_by_torchrun,
+)
+from lawn.train.record import RunDirectory, environment
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Run `config`, go on with it, or find it done; returns its result.json.
+
+    Everything that can be refused is refused before data is read. A loss that is not finite ends the run with
+    status "diverged": that is a result, not an error. Under torchrun this process is one rank of the run; otherwise
+    `train.devices` ranks are started here.
+    """
+    devices = config.train.devices or 1
+    device = local_device(config.device, local_world=devices)
+    _check(config, device)
+    if started_by_torchrun():
+        with joined_by_torchrun(config.device, config.train.devices) as ranks:
+            return _run(config, ranks)
+    if devices == 1 or RunDirectory(config).done:
+        return _run(config, Ranks(device))
+    # A process that has looked at a GPU must not be forked; on CPUs a server that has imported everything forks.
+    return _run_in_ranks(config, devices, "spawn" if device.type == "cuda" else "forkserver")
+
+
+def _check(config: Config, device: torch.device) -> None:
+    build(config)
+    optimizer_arguments(config)
+    loggers.make(config)
+    if device.type == "cpu" and config.train.sync_batchnorm:
+        raise ConfigError("train.sync_batchnorm=True: torch has it for GPUs only; leave it out, or set device=cuda")
+    if device.type == "cpu" and config.train.precision == "tf32":
+        raise ConfigError("train.precision=tf32: is a format of GPUs; choose fp32 or bf16")
+
+
+def _run(config: Config, ranks: Ranks) -> dict[str, Any]:
+    """One rank's part of a run. The main rank alone touches the run directory."""
+    directory = RunDirectory(config) if ranks.main else None
+    result = ranks.share(directory.result() if directory and directory.done else None)
+    if result is not None:
+        if directory:
+            print(f"{directory.path}: done already", flush=True)
+        return result
+    with ranks.one_first():
+        task = build(config)(ranks.device)
+    run = Run(config, task, ranks)
+    if directory:
+        for warning in task.dataset.warnings:
+            print(f"warning: {warning}", flush=True)
+        how = {"ranks": ranks.world, "execution": asdict(run.execution)}
+        directory.begin({**environment(ranks.device), **how})
+    state = ranks.share(directory.load() if directory else None)
+    if state is not None:
+        run.load_state_dict(state)
+    journal = None
+    if directory:
+        if state is not None:
+            print(f"{directory.path}: going on after epoch {run.epoch}", flush=True)
+        journal = Journal(config, directory, loggers.make(config)(directory.hash, directory.path), run.epoch)
+    while run.status == "running":
+        run.next_epoch()
+        if journal:
+            with run.clock("log"):
+                journal.epoch(run)
+    return ranks.share(journal.finish(run) if journal else {})
+
+
+def _run_in_ranks(config: Config, world: int, method: str) -> dict[str, Any]:
+    """Start the ranks as processes of this machine, and wait for them. Where one fails, all end."""
+    context = multiprocessing.get_context(method)
+    context.set_forkserver_preload([__name__, "torch._dynamo", "sklearn.datasets"])
+    errors: SimpleQueue = context.SimpleQueue()
+    threads = max(1, torch.get_num_threads() // world)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (config, world, threads, str(Path(folder) / "store"), errors)
+        ranks = multiprocessing.start_processes(_rank, arguments, world, join=False, start_method=method)
+        assert ranks is not None
+        try:
+            while not ranks.join():
+                pass
+        except (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException) as error:
+            raise _cause(ranks.processes, errors) or error from None
+        finally:
+            for process in ranks.processes:
+                process.terminate()
+    return RunDirectory(config).result()
+
+
+def _rank(rank: int, config: Config, world: int, threads: int, store: str, errors: SimpleQueue) -> None:
+    """The process of a rank."""
+    torch.set_num_threads(threads)
+    try:
+        with joined_on_one_machine(config.device, rank, world, store) as ranks:
+            _run(config, ranks)
+    except (UserError, OSError) as error:
+        errors.put((isinstance(error, LostRankError), error))
+        sys.exit(1)
+
+
+def _cause(processes: list[Any], errors: SimpleQueue) -> Exception | None:
+    """Why the ranks have ended: what one of them said, or what killed it. That others then lost it is no cause."""
+    said = []
+    while not errors.empty():
+        said.append(errors.get())
+    for lost, error in said:
+        if not lost:
+            return error
+    for rank, process in enumerate(processes):
+        code = process.exitcode or 0
+        if code < 0 and -code != signal.SIGTERM:
+            return RunError(
+                f"rank {rank} was killed by {signal.Signals(-code).name}; the others were stopped; "
+                "the same command goes on from the last checkpoint"
+            )
+    return said[0][1] if said else None
