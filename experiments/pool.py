@@ -31,20 +31,19 @@ class Ended:
 class _Running:
     job: Job
     process: BaseProcess
-    slot: str
+    slots: list[str]
     start: float
     log: Path
 
 
 class Pool:
-    """`slots` are device names, each as often as it takes jobs at the same time. A context manager: on leaving it
-    what still runs is stopped, and can go on from its checkpoint later. Output of a job goes to output.log in its
-    run directory.
+    """`slots` are device names, each as often as it takes jobs at the same time. A job takes one of them; one of
+    several ranks takes all. A context manager: on leaving it what still runs is stopped, and can go on from its
+    checkpoint later. Output of a job goes to output.log in its run directory.
     """
 
     def __init__(self, slots: Sequence[str]) -> None:
-        self._free = list(slots)
-        self._threads = max(1, torch.get_num_threads() // len(slots))
+        self._slots, self._free = list(slots), list(slots)
         self._running: list[_Running] = []
         # On CPUs a server that has imported everything forks: a job starts at once instead of after some seconds, and
         # without the state of its caller. A process that has looked at a GPU must not be forked.
@@ -61,24 +60,27 @@ class Pool:
         for running in self._running:
             running.process.join()
 
-    @property
-    def free(self) -> bool:
-        """Whether another job can be started."""
-        return bool(self._free)
+    def takes(self, job: Job) -> bool:
+        """Whether this job can be started now."""
+        return len(self._free) == len(self._slots) if job.wide else bool(self._free)
 
     @property
     def running(self) -> int:
         return len(self._running)
 
     def start(self, job: Job) -> None:
-        """Start a job on a free slot."""
-        slot = self._free.pop(0)
-        config = replace(job.config, device=slot)
+        """Start a job on a free slot, or on all."""
+        slots = [self._free.pop(0) for _ in (self._slots if job.wide else self._slots[:1])]
+        devices = list(dict.fromkeys(slots))
+        config = replace(job.config, device=slots[0])
+        if len(devices) > 1:
+            config = replace(config, device="cuda", train=replace(config.train, devices=len(devices)))
         log = Path(config.runs_dir) / run_name(config) / "output.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        process = self._context.Process(target=_work, args=(config, self._threads, log))
+        threads = max(1, torch.get_num_threads() * len(slots) // len(self._slots))
+        process = self._context.Process(target=_work, args=(config, devices, threads, log))
         process.start()
-        self._running.append(_Running(job, process, slot, time.monotonic(), log))
+        self._running.append(_Running(job, process, slots, time.monotonic(), log))
 
     def wait(self, timeout: float) -> list[Ended]:
         """The jobs that have ended; waits up to `timeout` seconds for the first."""
@@ -87,7 +89,7 @@ class Pool:
         for running in ended:
             running.process.join()
             self._running.remove(running)
-            self._free.append(running.slot)
+            self._free += running.slots
         now = time.monotonic()
         return [Ended(r.job, now - r.start, _failure(r)) for r in ended]
 
@@ -102,8 +104,10 @@ def _failure(running: _Running) -> str | None:
     return None
 
 
-def _work(config: Config, threads: int, log: Path) -> None:
+def _work(config: Config, devices: list[str], threads: int, log: Path) -> None:
     """The process of a job."""
+    if len(devices) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     output = log.open("a")
     for stream in (1, 2):
@@ -114,6 +118,13 @@ def _work(config: Config, threads: int, log: Path) -> None:
     except (UserError, OSError) as error:
         print(f"error: {error}", flush=True)
         sys.exit(getattr(error, "exit_code", UserError.exit_code))
+
+
+def visible_gpus(devices: list[str], visible: str | None) -> str:
+    """CUDA_VISIBLE_DEVICES for these of the devices that are visible now: ranks count from 0."""
+    indices = [int(device.partition(":")[2]) for device in devices]
+    names = (visible or "").split(",")
+    return ",".join(names[k] if len(names) > max(indices) else str(k) for k in indices)
 
 
 def _end_with_parent() -> None:

@@ -76,7 +76,7 @@ def run(
     total = sum(len(missing(study, store, seeds)) for study in studies)
     with Pool(slots) as pool, tqdm(total=total, unit="run", disable=None) as bar:
         while True:
-            while pool.free and (job := next(ready(), None)) is not None:
+            while (job := next(ready(), None)) is not None and pool.takes(job):
                 tried.add(job.hash)
                 pool.start(job)
             left = float("inf") if budget is None else budget - (time.monotonic() - start)

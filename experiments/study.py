@@ -23,7 +23,10 @@ from lawn.errors import ConfigError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 SELECTIONS = ("val", "test")
-PLACES = ("data_dir", "runs_dir", "logger", "logger.project", "logger.mode", "train.checkpoint_seconds")
+PLACES = (  # what --set may say: where and how fast, nothing that names another run
+    *("data_dir", "runs_dir", "logger", "logger.project", "logger.mode", "dataset.shards", "dataset.workers"),
+    *("train.channels_last", "train.checkpoint_seconds", "train.compile", "optim.fused"),
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,11 @@ class Job:
     @cached_property
     def hash(self) -> str:
         return config_hash(self.config)
+
+    @property
+    def wide(self) -> bool:
+        """Whether it takes all devices at once: on one of them it would take days."""
+        return self.config.dataset.name == "imagenet"
 
 
 class Study:

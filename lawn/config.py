@@ -123,7 +123,11 @@ class Config:
 GROUPS = ("dataset", "model", "optim", "loss", "schedule", "logger")
 # What a run gives does not depend on these, so its identity does not either.
 _NOT_IDENTITY = ("logger", "device", "data_dir", "runs_dir", "run_dir")
-_SPEED = {"train": ("checkpoint_seconds", "devices", "channels_last", "compile"), "optim": ("fused",)}
+_SPEED = {
+    "dataset": ("shards", "workers"),
+    "optim": ("fused",),
+    "train": ("channels_last", "checkpoint_seconds", "compile", "devices"),
+}
 
 
 def register() -> None:

@@ -14,13 +14,14 @@ import pytest
 
 from experiments import report
 from experiments.__main__ import EXPERIMENTS
+from experiments.pool import Pool, visible_gpus
 from experiments.records import Record, Store
 from experiments.runner import Pace, duration, missing, run
 from experiments.spec import Cell, Experiment
 from experiments.study import compose_all, studies
 from lawn.config import config_hash
 from tests.experiments.helpers import ACCURACY, MINI, SHORT, TUNED, fill, miniature
-from tests.helpers import ROOT
+from tests.helpers import FIXTURES, ROOT
 
 TABLES = [e for e in EXPERIMENTS.values() if e.name not in ("demo", "figure2")]  # its cells are the tables'
 
@@ -48,6 +49,30 @@ def test_diverged_runs_are_results(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("diverged") == 2
     assert "4 of 4 done, 0 running, 0 failed, 0:00:00 left" in out
+
+
+def test_a_run_on_imagenet_takes_all_devices(tmp_path, tiny_data):
+    places = (f"runs_dir={tmp_path}/runs", f"data_dir={tiny_data}")
+    small = Cell("One", (*SHORT, "train.epochs=300"))
+    large = Cell("All", ("dataset=imagenet", *FIXTURES["imagenet"], "model=mlp", "model.widths=[8]", "train.epochs=1"))
+    (one,), (all_of_them,) = (
+        study.outstanding(Store(tmp_path), 1)
+        for study in studies(Experiment("x", "X", (small, large), ()), extra=places)
+    )
+    with Pool(["cpu", "cpu"]) as pool:
+        pool.start(one)
+        assert pool.takes(one)
+        assert not pool.takes(all_of_them)
+        assert [ended.failure for ended in pool.wait(60)] == [None]
+        pool.start(all_of_them)
+        assert not pool.takes(one)
+        assert [ended.failure for ended in pool.wait(60)] == [None]
+        assert pool.takes(all_of_them)
+
+
+@pytest.mark.parametrize(("present", "visible"), [(None, "0,2"), ("7", "0,2"), ("4,5,6,7", "4,6")])
+def test_ranks_see_the_gpus_of_their_job(present, visible):
+    assert visible_gpus(["cuda:0", "cuda:2"], present) == visible
 
 
 def test_the_best_setting_on_validation_fills_the_cell(tmp_path):

@@ -1,0 +1,93 @@
+import json
+
+import pytest
+import torch
+
+from lawn.config import TrainConfig
+from lawn.models.ncf import NCFMLP
+from lawn.models.vgg import VGG19
+from lawn.train import train
+from lawn.train.execution import Execution
+from lawn.train.record import RunDirectory
+from lawn.train.throughput import peak_flops
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def networks():
+    with torch.device("meta"):
+        vgg = VGG19((3, 32, 32), 10, batch_norm=True)
+        ncf = NCFMLP(5, 5, factors=4, layers=3, init="torch")
+    return {"vgg": vgg, "ncf": ncf}
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "updates", "keys", "expected"),
+    [
+        ("vgg", CPU, 9999, {}, Execution("fp32", True, "off")),
+        ("ncf", CPU, 9999, {}, Execution("fp32", False, "off")),
+        ("vgg", GPU, 9999, {}, Execution("bf16", True, "default")),
+        ("vgg", GPU, 10, {}, Execution("bf16", True, "off")),
+        ("vgg", GPU, 9999, {"sync_batchnorm": True}, Execution("bf16", True, "off")),
+        ("ncf", GPU, 9999, {}, Execution("tf32", False, "reduce-overhead")),
+        ("ncf", GPU, 9999, {"micro_batch_size": 50}, Execution("tf32", False, "default")),
+        ("ncf", GPU, 9999, {"precision": "fp32", "compile": "off"}, Execution("fp32", False, "off")),
+        ("vgg", CPU, 10, {"channels_last": False, "compile": "default"}, Execution("fp32", False, "default")),
+    ],
+)
+def test_what_is_not_set_is_chosen_by_device_and_model(monkeypatch, networks, name, device, updates, keys, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert Execution.choose(TrainConfig(**keys), networks[name], device, updates) == expected
+
+
+def test_a_gpu_without_bf16_computes_in_fp32(monkeypatch, networks):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert Execution.choose(TrainConfig(), networks["vgg"], GPU, 10).precision == "fp32"
+
+
+def test_bf16_rounds_products_and_not_weights(tiny, tmp_path):
+    keys = ("train.epochs=12", "optim.lr=0.02", "optim.free_epochs=3")
+    plain, rounded = tiny(*keys), tiny(*keys, "train.precision=bf16")
+    first, second = train(plain), train(rounded)
+    assert RunDirectory(plain).path != RunDirectory(rounded).path  # another run, by its hash
+    record = json.loads((RunDirectory(rounded).path / "env.json").read_text())
+    assert record["execution"] == {"precision": "bf16", "channels_last": False, "compile": "off"}
+    assert record["ranks"] == 1
+    weights = torch.load(RunDirectory(rounded).path / "checkpoint.pt", weights_only=True)["model"]
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+    assert second["last"]["train_loss"] == pytest.approx(first["last"]["train_loss"], rel=0.05)
+    assert second["last"]["train_loss"] != first["last"]["train_loss"]
+
+
+def test_speed_is_not_part_of_a_runs_name(tiny):
+    names = {
+        RunDirectory(tiny(*keys)).path
+        for keys in ((), ("train.devices=2",), ("train.compile=default",), ("optim.fused=false",))
+    }
+    assert len(names) == 1
+    assert RunDirectory(tiny("train.micro_batch_size=5")).path not in names
+
+
+def test_layout_goes_with_the_weights(networks):
+    images, labels = torch.rand(2, 3, 4, 4), torch.zeros(2, dtype=torch.long)
+    laid_out, same = Execution("fp32", True, "off").lay_out((images, labels))
+    assert laid_out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(laid_out, images)
+    assert same is labels
+    assert Execution("fp32", False, "off").lay_out((images, labels))[0] is images
+
+
+def test_the_peak_leaves_the_settings_of_products_alone():
+    before = torch.get_float32_matmul_precision()
+    assert peak_flops(CPU, "fp32") > 0
+    assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.slow
+def test_compiled_or_not_the_run_is_the_same(tiny, tmp_path):
+    keys = ("train.epochs=3", "optim.free_epochs=1")
+    plain, compiled = (tiny(*keys, f"train.compile={how}", f"run_dir={tmp_path}/{how}") for how in ("off", "default"))
+    first, second = train(plain), train(compiled)
+    assert second["last"]["train_loss"] == pytest.approx(first["last"]["train_loss"], rel=1e-4)
+    assert second["last"]["test_accuracy"] == pytest.approx(first["last"]["test_accuracy"], abs=0.6)
