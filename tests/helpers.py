@@ -3,6 +3,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from experiments.study import compose_all
 from lawn.config import Config
 from lawn.data.interactions import Interactions
@@ -70,3 +73,15 @@ def synthetic_ratings(users: int = 30, items: int = 150, each: int = 12) -> list
             rows.append((user, (3 * user + 7 * k * k) % items + 1, 1 + k % 5, 880_000_000 + 100 * k + user % 7))
     rows += [(1, item, 3, 870_000_000) for item in range(1, items + 1) if item % 3 == 0]
     return list({(u, i): (u, i, r, t) for u, i, r, t in rows}.values())
+
+
+def write_folders(root: Path, classes: int = 3, each: int = 4) -> None:
+    """ImageNet's folders with noise of 50 x 40 pixels, in every mode that JPEG has."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for c in range(classes):
+            folder = root / "imagenet" / part / f"n{c:08d}"
+            folder.mkdir(parents=True)
+            for k in range(each):
+                image = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
+                image.convert(("RGB", "L", "CMYK")[k % 3]).save(folder / f"{k}.JPEG")

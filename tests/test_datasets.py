@@ -6,8 +6,7 @@ import pytest
 
 from lawn.data.__main__ import main as data_main
 from lawn.train import train
-from tests.data.test_images import write_folders
-from tests.helpers import FIXTURES, RECOMMENDERS, compose, synthetic_ratings, write_ratings
+from tests.helpers import FIXTURES, RECOMMENDERS, compose, synthetic_ratings, write_folders, write_ratings
 
 
 @pytest.mark.parametrize("name", FIXTURES)

@@ -1,93 +1,123 @@
-"""ImageNet in the ImageFolder layout: `imagenet/train/<wnid>/*.JPEG` and `imagenet/val/<wnid>/*.JPEG`."""
+"""ImageNet: folders of images, `imagenet/train/<wnid>/*.JPEG` and `imagenet/val/<wnid>/*.JPEG`, or shards of them."""
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
+from lawn.data.batching import Batching, Part, chunk
 from lawn.data.images import split_and_limit
+from lawn.data.photos import Crop, Photos, decode, epoch, seeded
 from lawn.data.published import deviations
 from lawn.errors import DataError
 
 PUBLISHED = {"classes": 1000, "training images": 1_281_167, "validation images": 50_000}
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the training set, in units of 1; the field's constants
 
 
-class FolderImages:
-    """Images decoded and augmented by worker processes, moved to the device batch by batch."""
+class Files(NamedTuple):
+    """Paths as bytes [N] and labels int64 [N]: arrays, which the workers share with the process that starts them."""
+
+    paths: np.ndarray
+    labels: np.ndarray
+
+
+class FolderImages(Photos):
+    """Images decoded and augmented by worker processes, moved to the device batch by batch.
+
+    What becomes of an image in an epoch depends on nothing but the epoch's seed and the image's number.
+    """
 
     def __init__(
-        self,
-        train: Subset,
-        held_out: Subset,
-        num_classes: int,
-        image_size: int,
-        workers: int,
-        warnings: list[str],
+        self, train: Files, held_out: Files, num_classes: int, image_size: int, workers: int, warnings: list[str]
     ) -> None:
+        super().__init__(num_classes, image_size, workers, warnings)
         self.train, self.held_out = train, held_out
-        self.num_classes = num_classes
-        self.shape = (3, image_size, image_size)
-        self.workers = workers
-        self.warnings = warnings
-        self.device = torch.device("cpu")
+        self._epoch = Epoch(len(train.labels))
 
     @property
     def num_train(self) -> int:
         """Training samples of one epoch."""
-        return len(self.train)
+        return len(self.train.labels)
 
-    def to(self, device: torch.device) -> "FolderImages":
-        self.device = device
-        return self
+    def train_batches(
+        self, batching: Batching, generator: torch.Generator
+    ) -> Iterator[tuple[Part, tuple[Tensor, Tensor]]]:
+        """One epoch in random order: normalized float images and labels. The last batch may be smaller."""
+        self._epoch.batching, self._epoch.seed = batching, generator.initial_seed()
+        yield from zip(batching.parts(self.num_train), self._batches(self._train_loader), strict=True)
 
-    def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch in random order. The last batch may be smaller."""
-        order = torch.Generator().manual_seed(generator.initial_seed())  # a loader's generator is on the CPU
-        yield from self._batches(DataLoader(self.train, batch_size, shuffle=True, generator=order, **self._options()))
+    def eval_batches(self, rank: int = 0, world: int = 1, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+        """A rank's share of the evaluation split, in order, without augmentation."""
+        mine = chunk(len(self.held_out.labels), rank, world)
+        drawn = [(index, 0) for index in range(mine.start, mine.stop)]  # the center needs no seed
+        yield from self._batches(self._loader(Samples(self.held_out, self.plain), batch_size=batch_size, sampler=drawn))
 
-    def eval_batches(self, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
-        """The evaluation split in order, without augmentation."""
-        yield from self._batches(DataLoader(self.held_out, batch_size, **self._options()))
-
-    def _options(self) -> dict[str, Any]:
-        return {"num_workers": self.workers, "pin_memory": self.device.type == "cuda"}
-
-    def _batches(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-        try:
-            for images, labels in loader:
-                yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-        except DataError as error:  # from a worker it comes with the worker's traceback around it
-            raise DataError(str(error).splitlines()[-1].partition("DataError: ")[2] or str(error)) from None
+    @cached_property
+    def _train_loader(self) -> DataLoader:
+        """Kept, so that its workers live on from epoch to epoch."""
+        return self._loader(
+            Samples(self.train, self.augment), batch_sampler=self._epoch, persistent_workers=self.workers > 0
+        )
 
     def statistics(self) -> dict[str, object]:
-        folder: Any = self.train.dataset
-        labels = torch.tensor(folder.targets)[self.train.indices]
-        each = labels.bincount(minlength=self.num_classes)
+        each = np.bincount(self.train.labels, minlength=self.num_classes)
         return {
             "training images": self.num_train,
-            "evaluation images": len(self.held_out),
+            "evaluation images": len(self.held_out.labels),
             "classes": self.num_classes,
             "training images of a class": f"{each.min()} to {each.max()}",
         }
 
     def damaged(self) -> Iterator[str]:
-        """Decode every image of the two folders; a line for each that cannot be."""
-        folders: dict[int, Any] = {id(part.dataset): part.dataset for part in (self.train, self.held_out)}
-        for folder in folders.values():
-            paths = [path for path, _ in folder.samples]
-            for batch in DataLoader(Damage(paths), 64, num_workers=self.workers, collate_fn=list):
+        """Decode every image; a line for each that cannot be."""
+        for files in (self.train, self.held_out):
+            for batch in self._loader(Damage(files.paths), batch_size=64, collate_fn=list):
                 yield from filter(None, batch)
+
+
+class Epoch:
+    """The batches of an epoch for a loader: numbers of images, each with the seed of its augmentation.
+
+    It is asked for them where it is, not in the workers, so `batching` and `seed` can be set for each epoch.
+    """
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+        self.batching = Batching(samples)
+        self.seed = 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order, seeds = epoch(self.seed, self.samples)
+        for part in self.batching.parts(self.samples):
+            index = order[part.start : part.stop]
+            yield list(zip(index.tolist(), seeds[index].tolist(), strict=True))
+
+
+class Samples(Dataset):
+    """Crops and labels of files, by the number of the file and a seed."""
+
+    def __init__(self, files: Files, crop: Crop) -> None:
+        self.files, self.crop = files, crop
+
+    def __len__(self) -> int:
+        return len(self.files.labels)
+
+    def __getitem__(self, drawn: tuple[int, int]) -> tuple[Tensor, int]:
+        index, seed = drawn
+        image = decode(os.fsdecode(self.files.paths[index]))
+        return seeded(self.crop, image, seed), int(self.files.labels[index])
 
 
 class Damage(Dataset):
     """What is wrong with each of the files; an empty text where nothing is."""
 
-    def __init__(self, paths: list[str]) -> None:
+    def __init__(self, paths: np.ndarray) -> None:
         self.paths = paths
 
     def __len__(self) -> int:
@@ -95,22 +125,10 @@ class Damage(Dataset):
 
     def __getitem__(self, index: int) -> str:
         try:
-            decode(self.paths[index])
+            decode(os.fsdecode(self.paths[index]))
         except DataError as error:
             return str(error)
         return ""
-
-
-def decode(path: str) -> Any:
-    """The image of a file in RGB, be it grayscale or CMYK. Raises DataError that names the file."""
-    from PIL import Image  # comes with torchvision
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:  # a decoder raises what the damage makes it raise
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"{path}: cannot be decoded ({reason}); put the image there again, or remove it") from error
 
 
 def imagenet(
@@ -122,47 +140,54 @@ def imagenet(
     image_size: int,
     workers: int,
     limit: int | None = None,
-) -> FolderImages:
-    """Reads `root`/imagenet. split="val" holds out a stratified `val_fraction` of the training images.
+    loader: str | None = None,
+    shards: str | None = None,
+) -> Photos:
+    """Reads `root`/imagenet, or `shards`. split="val" holds out a stratified `val_fraction` of the training images.
 
     Training: random resized crop and flip; evaluation: resize the short side to image_size * 256/224, center crop.
+    `loader` "dali" decodes with DALI. Of shards whole ones are held out, and `seed` and `limit` do not apply.
     """
-    from torchvision.transforms import v2  # seconds to import: only for those who use it
+    if shards is not None:
+        from lawn.data.shards import shard_images
 
-    normalize = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-    augment = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), *normalize])
-    plain = v2.Compose([v2.Resize(round(image_size * 256 / 224)), v2.CenterCrop(image_size), *normalize])
-    train = _folder(root / "imagenet" / "train", augment)
-    held_out = _folder(root / "imagenet" / "val", plain)
-    if train.classes != held_out.classes:
+        return shard_images(
+            shards, split, val_fraction=val_fraction, image_size=image_size, workers=workers, published=PUBLISHED
+        )
+    kind: type[FolderImages] = FolderImages
+    if loader == "dali":
+        from lawn.data.dali import DaliImages
+
+        kind = DaliImages
+    classes, train = listed(root / "imagenet" / "train")
+    classes_of_val, held_out = listed(root / "imagenet" / "val")
+    if classes != classes_of_val:
         raise DataError(f"{root / 'imagenet'}: train and val do not have the same class folders")
-    found = {"classes": len(train.classes), "training images": len(train), "validation images": len(held_out)}
-    targets = np.asarray(train.targets)
-    chosen, _, kept, _ = split_and_limit(
-        np.arange(len(train)), targets, split=split, val_fraction=val_fraction, limit=limit, seed=seed
+    found = {
+        "classes": len(classes),
+        "training images": len(train.labels),
+        "validation images": len(held_out.labels),
+    }
+    paths, labels, held_paths, held_labels = split_and_limit(
+        *train, split=split, val_fraction=val_fraction, limit=limit, seed=seed
     )
-    if kept is None:
-        kept = np.arange(len(held_out))
-    else:
-        held_out = _folder(root / "imagenet" / "train", plain)
-    return FolderImages(
-        Subset(train, chosen.tolist()),
-        Subset(held_out, kept.tolist()),
-        len(train.classes),
-        image_size,
-        workers,
-        deviations("imagenet", found, PUBLISHED),
-    )
+    if held_paths is not None and held_labels is not None:
+        held_out = Files(held_paths, held_labels)
+    warnings = deviations("imagenet", found, PUBLISHED)
+    return kind(Files(paths, labels), held_out, len(classes), image_size, workers, warnings)
 
 
-def _folder(folder: Path, transform: Callable[[Any], Tensor]) -> Any:
+def listed(folder: Path) -> tuple[list[str], Files]:
+    """The classes of a folder and its images, in order. Raises DataError where it has none."""
     from torchvision.datasets import ImageFolder
 
     try:
-        return ImageFolder(str(folder), transform, loader=decode)
+        found = ImageFolder(str(folder))
     except OSError as error:
         reason = str(error).partition("\n")[0][:200]
         raise DataError(
             f"{folder}: {reason}; ImageNet asks for an account at image-net.org, "
             f"so put its images into {folder}/<wnid>/*.JPEG yourself"
         ) from error
+    paths = np.array([os.fsencode(path) for path, _ in found.samples])
+    return found.classes, Files(paths, np.array(found.targets, dtype=np.int64))

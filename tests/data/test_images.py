@@ -6,12 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
+from lawn.data.batching import Batching
 from lawn.data.cifar import cifar10
 from lawn.data.digits import digits
-from lawn.data.imagenet import decode, imagenet
-from lawn.data.images import DeviceImages, random_crop_flip
+from lawn.data.images import DeviceImages, crop_flip, draw_crops
 from lawn.errors import ConfigError, DataError
 
 
@@ -27,7 +26,8 @@ def test_crop_and_flip_are_those_of_a_loop():
     images = torch.arange(5 * 2 * 6 * 4, dtype=torch.int64).view(5, 2, 6, 4)
     padded = torch.nn.functional.pad(images, [2] * 4)
     index = torch.tensor([4, 0, 2, 2])
-    got = random_crop_flip(padded, index, (2, 6, 4), torch.Generator().manual_seed(3))
+    offsets, mirrored = draw_crops(len(index), 5, torch.Generator().manual_seed(3), torch.device("cpu"))
+    got = crop_flip(padded, index, (2, 6, 4), offsets, mirrored)
     generator = torch.Generator().manual_seed(3)
     top, left = torch.randint(5, (2, 4), generator=generator)
     flip = torch.randint(2, (4,), generator=generator)
@@ -38,14 +38,13 @@ def test_crop_and_flip_are_those_of_a_loop():
 
 def test_an_epoch_is_a_permutation_and_normalized():
     data = digits(Path(), "test", seed=0, val_fraction=0.2)
-    images, labels = (
-        torch.cat(c) for c in zip(*data.train_batches(100, torch.Generator().manual_seed(0)), strict=True)
-    )
+    batches = [batch for _, batch in data.train_batches(Batching(100), torch.Generator().manual_seed(0))]
+    images, labels = (torch.cat(c) for c in zip(*batches, strict=True))
     assert (len(labels), len(data.test_labels), data.num_train, data.shape) == (1437, 360, 1437, (1, 8, 8))
     assert torch.equal(labels.bincount(), data.train_labels.bincount())
     assert abs(images.mean()) < 1e-4
     assert abs(images.std() - 1) < 1e-3
-    (evaluated, _), *_ = data.eval_batches(5)
+    (evaluated, _), *_ = data.eval_batches(batch_size=5)
     torch.testing.assert_close(evaluated, (data.test_images[:5].float() - data.mean[0]) / data.std[0])
 
 
@@ -77,9 +76,21 @@ def test_cifar_reads_what_is_there(tmp_path):
         "cifar10: 60 training images, published are 50000",
         "cifar10: 20 test images, published are 10000",
     ]
-    images, _ = next(data.train_batches(8, torch.Generator().manual_seed(0)))
+    _, (images, _) = next(data.train_batches(Batching(8), torch.Generator().manual_seed(0)))
     assert images.shape == (8, 3, 32, 32)
     assert images.dtype == torch.float32
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_crops_do_not_depend_on_ranks_and_micro_batches(tmp_path, world):
+    write_cifar(tmp_path / "cifar10")
+    data = cifar10(tmp_path, "test", seed=0, val_fraction=0.1)
+    whole = torch.cat([images for _, (images, _) in data.train_batches(Batching(25), torch.Generator().manual_seed(0))])
+    shared = torch.zeros_like(whole)
+    for rank in range(world):
+        for part, (images, _) in data.train_batches(Batching(25, 4, rank, world), torch.Generator().manual_seed(0)):
+            shared[part.start : part.stop] = images
+    assert torch.equal(shared, whole)
 
 
 def test_cifar_absent_and_offline(tmp_path, monkeypatch):
@@ -140,82 +151,6 @@ def test_a_damaged_cifar_cache_is_one_line_or_reads_the_same(tmp_path_factory, d
     assert str(path) in line
 
 
-def write_folders(root: Path, classes: int = 3, each: int = 4) -> None:
-    rng = np.random.default_rng(0)
-    for part in ("train", "val"):
-        for c in range(classes):
-            folder = root / "imagenet" / part / f"n{c:08d}"
-            folder.mkdir(parents=True)
-            for k in range(each):
-                image = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
-                image.convert(("RGB", "L", "CMYK")[k % 3]).save(folder / f"{k}.JPEG")
-
-
-def test_imagenet_folders(tmp_path):
-    write_folders(tmp_path)
-    data = imagenet(tmp_path, "test", seed=0, val_fraction=0.25, image_size=32, workers=0)
-    assert (data.num_train, data.num_classes, data.shape) == (12, 3, (3, 32, 32))
-    assert data.warnings == [
-        "imagenet: 3 classes, published are 1000",
-        "imagenet: 12 training images, published are 1281167",
-        "imagenet: 12 validation images, published are 50000",
-    ]
-    batches = list(data.train_batches(5, torch.Generator().manual_seed(0)))
-    assert [tuple(images.shape) for images, _ in batches] == [(5, 3, 32, 32), (5, 3, 32, 32), (2, 3, 32, 32)]
-    held_out = imagenet(tmp_path, "val", seed=0, val_fraction=0.25, image_size=32, workers=0, limit=6)
-    assert held_out.num_train == 6
-    assert torch.cat([labels for _, labels in held_out.eval_batches()]).bincount().tolist() == [1, 1, 1]
-    assert list(data.damaged()) == []
-
-
-def test_gray_and_cmyk_images_have_the_colors_that_they_show(tmp_path):
-    color = (200, 120, 40)
-    for mode in ("RGB", "L", "CMYK"):
-        Image.new("RGB", (300, 260), color).convert(mode).save(tmp_path / "image.JPEG", quality=100)
-        pixel = np.asarray(decode(str(tmp_path / "image.JPEG")))[130, 150].astype(int)
-        expected = np.asarray(Image.new("RGB", (1, 1), color).convert(mode).convert("RGB"))[0, 0].astype(int)
-        assert np.abs(pixel - expected).max() <= 3, mode
-
-
-def test_evaluation_images_are_the_center_of_the_resized_image(tmp_path):
-    """Worked by hand: short side 80 to round(64 * 256 / 224) = 73, then the middle 64 x 64."""
-    for part in ("train", "val"):
-        (tmp_path / "imagenet" / part / "n00000000").mkdir(parents=True)
-        image = Image.new("RGB", (120, 80), (255, 0, 0))
-        image.paste((0, 0, 255), (60, 0, 120, 80))  # the right half is blue
-        image.save(tmp_path / "imagenet" / part / "n00000000" / "0.JPEG", quality=100)
-    data = imagenet(tmp_path, "test", seed=0, val_fraction=0.5, image_size=64, workers=0)
-    ((images, _),) = data.eval_batches()
-    assert images.shape == (1, 3, 64, 64)
-    red, blue = ((images[0, c] * s + m) for c, m, s in ((0, 0.485, 0.229), (2, 0.406, 0.225)))
-    for left, right in ((red, blue.flip(-1)), (blue.flip(-1), red)):
-        assert left[:, :28].min() > 0.95
-        assert right[:, 36:].max() < 0.05
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("damage", ["cut", "text", "empty"])
-def test_damaged_images_are_named(tmp_path, workers, damage):
-    write_folders(tmp_path)
-    path = tmp_path / "imagenet" / "train" / "n00000001" / "2.JPEG"
-    path.write_bytes({"cut": path.read_bytes()[:500], "text": b"<html>not found</html>", "empty": b""}[damage])
-    data = imagenet(tmp_path, "test", seed=0, val_fraction=0.25, image_size=32, workers=workers)
-    with pytest.raises(DataError, match=r"^/.*n00000001/2.JPEG: cannot be decoded \(.*remove it$") as error:
-        list(data.train_batches(5, torch.Generator().manual_seed(0)))
-    assert "\n" not in str(error.value)
-    (line,) = data.damaged()
-    assert line.startswith(str(path))
-
-
-def test_imagenet_absent(tmp_path):
-    with pytest.raises(DataError, match=r"put its images into .*train/<wnid>/\*.JPEG yourself"):
-        imagenet(tmp_path, "test", seed=0, val_fraction=0.1, image_size=32, workers=0)
-    write_folders(tmp_path)
-    (tmp_path / "imagenet" / "train" / "n99999999").mkdir()
-    with pytest.raises(DataError, match=r"Found no valid file for the classes n99999999"):
-        imagenet(tmp_path, "test", seed=0, val_fraction=0.1, image_size=32, workers=0)
-
-
 @pytest.mark.data
 def test_real_cifar(data_dir):
     data = cifar10(data_dir, "test", seed=0, val_fraction=0.1)
@@ -223,17 +158,3 @@ def test_real_cifar(data_dir):
     assert data.warnings == []
     assert data.train_labels.bincount().tolist() == [5000] * 10
     torch.testing.assert_close(torch.tensor(data.mean) / 255, torch.tensor([0.4914, 0.4822, 0.4465]), atol=1e-4, rtol=0)
-
-
-@pytest.mark.data
-def test_real_imagenet_sample(data_dir, tmp_path):
-    (tmp_path / "imagenet").symlink_to(data_dir / "imagenet-sample")
-    data = imagenet(tmp_path, "test", seed=0, val_fraction=0.5, image_size=64, workers=0)
-    images, labels = (torch.cat(column) for column in zip(*data.eval_batches(), strict=True))
-    assert images.shape == (200, 3, 64, 64)
-    assert labels.tolist() == list(range(200))
-    assert images.mean(dim=(0, 2, 3)).abs().max() < 0.5  # real photographs, normalized by ImageNet's own constants
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
-    pixels = images * std + mean
-    gray = (pixels.amax(1) - pixels.amin(1)).flatten(1).amax(1) < 1e-5
-    assert gray.sum() >= 4

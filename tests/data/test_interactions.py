@@ -2,6 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lawn.data.batching import Batching
 from lawn.data.interactions import Interactions, Unseen
 
 pairs = st.integers(1, 5).flatmap(
@@ -44,7 +45,7 @@ def small() -> Interactions:
 
 def test_an_epoch_has_every_positive_once_and_its_negatives():
     data = small()
-    batches = list(data.train_batches(8, torch.Generator().manual_seed(0)))
+    batches = [batch for _, batch in data.train_batches(Batching(8), torch.Generator().manual_seed(0))]
     assert [len(users) for users, _, _ in batches] == [8, 8, 8, 1]
     users, items, labels = (torch.cat(column) for column in zip(*batches, strict=True))
     positives = {(u, i) for u, i, y in zip(users.tolist(), items.tolist(), labels.tolist(), strict=True) if y == 1}
@@ -58,13 +59,30 @@ def test_an_epoch_has_every_positive_once_and_its_negatives():
 
 def test_the_generator_decides_the_epoch():
     def epoch(seed: int) -> list[torch.Tensor]:
-        return [torch.cat(c) for c in zip(*small().train_batches(4, torch.Generator().manual_seed(seed)), strict=True)]
+        batches = [batch for _, batch in small().train_batches(Batching(4), torch.Generator().manual_seed(seed))]
+        return [torch.cat(column) for column in zip(*batches, strict=True)]
 
     assert all(torch.equal(a, b) for a, b in zip(epoch(1), epoch(1), strict=True))
     assert not torch.equal(epoch(1)[1], epoch(2)[1])
 
 
 def test_evaluation_keeps_every_user():
-    batches = list(small().eval_batches(1))
+    batches = list(small().eval_batches(pairs=1))
     assert [users.tolist() for users, _ in batches] == [[0], [1]]
     assert torch.cat([candidates for _, candidates in batches]).tolist() == [[5, 2, 3], [4, 0, 1]]
+
+
+def test_ranks_share_an_epoch_and_the_evaluation():
+    (_, alone), *none = small().train_batches(Batching(25), torch.Generator().manual_seed(0))
+    ((users, candidates),) = small().eval_batches()
+    assert none == []
+    for world in (2, 3):
+        shared = [torch.zeros_like(column) for column in alone]
+        for rank in range(world):
+            for part, batch in small().train_batches(Batching(10, 4, rank, world), torch.Generator().manual_seed(0)):
+                for whole, column in zip(shared, batch, strict=True):
+                    whole[part.start : part.stop] = column
+        assert all(map(torch.equal, shared, alone))
+        parts = [batch for rank in range(world) for batch in small().eval_batches(rank, world)]
+        assert torch.cat([some for some, _ in parts]).tolist() == users.tolist()
+        assert torch.cat([some for _, some in parts]).tolist() == candidates.tolist()

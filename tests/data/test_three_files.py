@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lawn import metrics
+from lawn.data.batching import Batching
 from lawn.data.movielens import movielens1m
 from lawn.data.pinterest import pinterest
 from lawn.errors import ConfigError, DataError, UserError
@@ -158,7 +159,7 @@ def test_damage_is_refused_or_changes_nothing_else(tmp_path_factory, data):
         assert 0 <= int(ids.min()) <= int(ids.max()) < size < 100
     lines = TRAIN.count("\n") if name != "train" else text.count(b"\n")
     assert len(loaded.users) == lines or any("left out" in note for note in notes(loaded))
-    next(loaded.train_batches(10, torch.Generator()))
+    next(loaded.train_batches(Batching(10), torch.Generator()))
 
 
 def independent_hit_ratio(score, folder: Path) -> float:

@@ -1,0 +1,258 @@
+"""Photographs streamed from tar files (WebDataset's), which may lie in a folder or behind a URL.
+
+`index.json` beside the shards lists them with their numbers of samples, and the classes; scripts/make_shards.py writes
+both. So every position of an epoch is known to lie in a shard before any is opened.
+"""
+
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from io import BytesIO
+from itertools import accumulate, islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from lawn.data.batching import Batching, Part, chunk
+from lawn.data.photos import Crop, Photos, decode, epoch, seeded
+from lawn.data.published import deviations
+from lawn.errors import ConfigError, DataError
+
+try:
+    from webdataset.filters import shuffle
+    from webdataset.gopen import gopen, set_options
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+except ImportError as missing:
+    raise ConfigError("dataset.shards: the package webdataset is not installed; pip install '.[shards]'") from missing
+
+INDEX = "index.json"
+BUFFER = 1000  # encoded samples that a worker shuffles: about 100 MB of ImageNet
+REMEDY = "get the shard again, or make it again without the sample"
+
+
+class Shard(NamedTuple):
+    url: str
+    size: int  # samples
+    first: int  # number of its first sample, counted through all shards
+
+
+class Sample(NamedTuple):
+    number: int
+    name: str  # where it comes from, for errors
+    jpeg: bytes
+    label: bytes  # a number in decimal digits
+
+
+class ShardImages(Photos):
+    """Images streamed from shards by worker processes.
+
+    An epoch is every shard in random order, laid end to end; each rank reads a stretch of it, of as many samples as
+    its parts have, each of its workers a stretch of that, and shuffles within a buffer. So an epoch has every sample
+    once, for any number of ranks and workers; its order depends on them, the augmentation of a sample does not.
+    """
+
+    def __init__(
+        self,
+        train: list[Shard],
+        held_out: list[Shard],
+        num_classes: int,
+        image_size: int,
+        workers: int,
+        warnings: list[str],
+    ) -> None:
+        super().__init__(num_classes, image_size, workers, warnings)
+        self.train, self.held_out = train, held_out
+
+    @property
+    def num_train(self) -> int:
+        """Training samples of one epoch."""
+        return sum(shard.size for shard in self.train)
+
+    def train_batches(
+        self, batching: Batching, generator: torch.Generator
+    ) -> Iterator[tuple[Part, tuple[Tensor, Tensor]]]:
+        """One epoch: normalized float images and labels. The last batch may be smaller."""
+        seed = generator.initial_seed()
+        order, _ = epoch(seed, len(self.train))
+        start = sum(sum(self._sizes(replace(batching, rank=rank))) for rank in range(batching.rank))
+        shards = [self.train[k] for k in order.tolist()]
+        stream = Stream(shards, start, self._sizes(batching), self.num_classes, self.augment, seed)
+        batches = self._batches(self._loader(stream, batch_size=None))
+        yield from zip(batching.parts(self.num_train), batches, strict=True)
+
+    def eval_batches(self, rank: int = 0, world: int = 1, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+        """A rank's share of the evaluation split, without augmentation, in an order that depends on the workers."""
+        mine = chunk(sum(shard.size for shard in self.held_out), rank, world)
+        sizes = [min(batch_size, mine.stop - start) for start in range(mine.start, mine.stop, batch_size)]
+        stream = Stream(self.held_out, mine.start, sizes, self.num_classes, self.plain)
+        yield from self._batches(self._loader(stream, batch_size=None))
+
+    def _sizes(self, batching: Batching) -> list[int]:
+        """Samples in each of a rank's parts; 0 for those that do not count."""
+        return [part.stop - part.start if part.share else 0 for part in batching.parts(self.num_train)]
+
+    def statistics(self) -> dict[str, object]:
+        return {
+            "training images": self.num_train,
+            "evaluation images": sum(shard.size for shard in self.held_out),
+            "classes": self.num_classes,
+            "training shards": len(self.train),
+        }
+
+
+class Stream(IterableDataset):
+    """Batches of `sizes` from `shards` laid end to end, beginning at `start`: uint8 [B, S, S, 3] and labels [B].
+
+    With a seed they are shuffled and augmented. A worker yields every so manieth batch, from a stretch of its own. A
+    batch of size 0 is one sample, which is read by another worker or rank too.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        start: int,
+        sizes: Sequence[int],
+        num_classes: int,
+        crop: Crop,
+        seed: int | None = None,
+    ) -> None:
+        self.shards, self.start, self.sizes = shards, start, sizes
+        self.num_classes, self.crop, self.seed = num_classes, crop, seed
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        mine = self.sizes[worker::workers]
+        start = self.start + sum(sum(self.sizes[other::workers]) for other in range(worker))
+        samples = between(self.shards, start, start + sum(mine))
+        total = sum(shard.size for shard in self.shards)
+        seeds = None
+        if self.seed is not None:
+            samples = shuffle(BUFFER, initial=BUFFER, rng=random.Random(f"{self.seed}, {start}"))(samples)
+            _, seeds = epoch(self.seed, total)
+        any_at = start % total
+        batch: list[Sample] = []
+        for size in mine:
+            batch = list(islice(samples, size)) or batch[-1:] or list(between(self.shards, any_at, any_at + 1))
+            yield self._decoded(batch, seeds)
+
+    def _decoded(self, samples: list[Sample], seeds: Tensor | None) -> tuple[Tensor, Tensor]:
+        images, labels = [], []
+        for sample in samples:
+            labels.append(int(sample.label) if re.fullmatch(rb"\d{1,9}", sample.label) else self.num_classes)
+            if labels[-1] >= self.num_classes:
+                raise DataError(
+                    f"{sample.name}: its class is {sample.label[:20]!r}, {INDEX} has {self.num_classes}; {REMEDY}"
+                )
+            image = decode(BytesIO(sample.jpeg), sample.name, REMEDY)
+            images.append(seeded(self.crop, image, 0 if seeds is None else int(seeds[sample.number])))
+        return torch.stack(images), torch.tensor(labels)
+
+
+def between(shards: Sequence[Shard], start: int, stop: int) -> Iterator[Sample]:
+    """The samples at positions `start` to `stop` of the shards laid end to end."""
+    for shard in shards:
+        first, last = max(start, 0), min(stop, shard.size)
+        if first < last:
+            yield from read(shard, first, last)
+        start, stop = start - shard.size, stop - shard.size
+
+
+def read(shard: Shard, start: int, stop: int) -> Iterator[Sample]:
+    """The samples at positions `start` to `stop` of one shard. Raises DataError where it is not as its index says.
+
+    Of a sample `jpg` and `cls` are read and nothing else, so that there is nothing that could be unpickled.
+    """
+    wanted = {"select_files": lambda name: name.lower().endswith((".jpg", ".cls"))}
+    count = 0
+    try:
+        stream = gopen(shard.url)
+        try:
+            for sample in group_by_keys(tar_file_expander([{"url": shard.url, "stream": stream}], **wanted)):
+                if start <= count < stop:
+                    name = f"{shard.url}: {sample['__key__']}"
+                    yield Sample(shard.first + count, name, sample.get("jpg", b""), sample.get("cls", b""))
+                count += 1
+                if count == stop < shard.size:
+                    return
+        finally:
+            set_options(stream, ignore_errors=True)  # whoever has what he came for closes a pipe early
+            stream.close()
+    except Exception as error:  # what the damage or the network makes it raise
+        raise DataError(f"{shard.url}: {_reason(error)} after {count} samples; get the shard again") from error
+    if count != shard.size:
+        raise DataError(f"{shard.url}: {count} samples, but {INDEX} has {shard.size}; get both again")
+
+
+def shard_images(
+    prefix: str, split: str, *, val_fraction: float, image_size: int, workers: int, published: dict[str, int]
+) -> ShardImages:
+    """The shards that `index.json` at `prefix` lists. split="val" holds out the last training shards, as few as have
+    `val_fraction` of the training samples."""
+    classes, train, held_out = read_index(prefix)
+    found = {
+        "classes": len(classes),
+        "training images": sum(shard.size for shard in train),
+        "validation images": sum(shard.size for shard in held_out),
+    }
+    if split == "val":
+        wanted = val_fraction * found["training images"]
+        keep = next(k for k in range(len(train) - 1, -1, -1) if sum(shard.size for shard in train[k:]) >= wanted)
+        if not keep:
+            raise ConfigError(
+                f"dataset.val_fraction={val_fraction}: eval.split=val holds out whole shards, and {prefix} has "
+                f"{len(train)}; make smaller ones"
+            )
+        train, held_out = train[:keep], train[keep:]
+    warnings = deviations("imagenet", found, published)
+    return ShardImages(train, held_out, len(classes), image_size, workers, warnings)
+
+
+def read_index(prefix: str) -> tuple[list[str], list[Shard], list[Shard]]:
+    """The classes, the training and the validation shards."""
+    url = located(prefix, INDEX)
+    try:
+        with gopen(url) as stream:
+            text = stream.read()
+    except Exception as error:  # of whatever opens that kind of URL
+        raise DataError(
+            f"{url}: {_reason(error)}; python -m scripts.make_shards writes shards and their {INDEX}, and "
+            f"dataset.shards is a folder, a URL, or a text with {{}} for the name of a file"
+        ) from error
+    try:
+        index: Any = json.loads(text)
+        classes, parts = index["classes"], [index["train"], index["val"]]
+        names = [name for part in parts for name in part]
+        counts = [count for part in parts for count in part.values()]
+        # A name may become part of a command (pipe:), so it must be nothing else.
+        usable = [re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) for name in names] + [
+            type(count) is int and count > 0 for count in counts
+        ]
+        if not (all(parts) and all(usable) and classes and all(isinstance(name, str) for name in classes)):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{url}: not an index of shards; python -m scripts.make_shards writes one") from error
+    train, held_out = (_laid_out(prefix, part) for part in parts)
+    return classes, train, held_out
+
+
+def _laid_out(prefix: str, counts: dict[str, int]) -> list[Shard]:
+    firsts = accumulate(counts.values(), initial=0)
+    return [Shard(located(prefix, name), counts[name], first) for name, first in zip(counts, firsts, strict=False)]
+
+
+def located(prefix: str, name: str) -> str:
+    """Where a file lies: in the place of `{}`, or below the prefix."""
+    return prefix.replace("{}", name) if "{}" in prefix else f"{prefix.rstrip('/')}/{name}"
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in a line, without what webdataset adds."""
+    text = getattr(error, "strerror", None) or str(error.args[0] if error.args else error)
+    if code := re.search(r"exit (-?\d+) \(read\)", text):
+        return f"the command that reads it ended with code {code[1]}"
+    return text.partition(" @ ")[0].partition("\n")[0][:200]
