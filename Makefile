@@ -6,10 +6,10 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 TABLES := table1 table2 table3 table4 table5 table6 figure1 figure2
-.PHONY: help setup demo data report $(TABLES) test test-all lint format bench-optim bench-ncf clean
+.PHONY: help setup demo data report $(TABLES) test test-all lint format bench bench-ncf bench-optim bench-images clean
 
 help: ## show this list
-	@awk -F':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "make $(TABLES)"
 	@echo "  run what is missing of a table or figure of the paper; e.g. make table4 ARGS='--short --jobs 2'"
@@ -53,11 +53,19 @@ format: $(READY) ## put the code in ruff's format
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-bench-optim: $(READY) ## time one step of every optimizer on VGG-19's parameters; results/bench/
-	$(PYTHON) -m scripts.bench_optim
+bench: ## all three benchmarks, one after the other; results/bench/
+	$(MAKE) bench-ncf
+	$(MAKE) bench-optim
+	$(MAKE) bench-images
 
-bench-ncf: $(READY) ## time NCF's training against a plain loop, on MovieLens in DATA_DIR; results/bench/
-	$(PYTHON) -m scripts.bench_ncf --data-dir $(DATA_DIR)
+bench-ncf: $(READY) ## time NCF's training against a plain loop, on MovieLens in DATA_DIR
+	$(PYTHON) -m scripts.bench_ncf --data-dir $(DATA_DIR) $(ARGS)
+
+bench-optim: $(READY) ## time one step of every optimizer on VGG-19's parameters
+	$(PYTHON) -m scripts.bench_optim $(ARGS)
+
+bench-images: $(READY) ## time VGG-19, ResNet-50 and their input pipelines against plain loops, on generated images
+	$(PYTHON) -m scripts.bench_images $(ARGS)
 
 clean: ## remove the environment, runs and caches; data stays
 	rm -rf $(VENV) runs demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

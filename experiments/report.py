@@ -128,18 +128,23 @@ def render(template: str, **content: object) -> str:
 
 
 def embed(path: Path, pages: Iterable[Page]) -> None:
-    """Renew what stands in a page between `<!-- table NAME -->` (with links to the records), `<!-- verdict NAME -->` or
-    `<!-- output NAME -->` (as the terminal shows it) and `<!-- end -->`."""
-    text = path.read_text()
+    """Renew what stands in a page between `<!-- table NAME -->` (with links to the records), `<!-- verdict NAME -->`,
+    `<!-- output NAME -->` (as the terminal shows it) or `<!-- bench NAME -->` and `<!-- end -->`."""
+    blocks = {f"bench {page.stem}": _benchmark(page) for page in (RESULTS / "bench").glob("*.md")}
     for page in pages:
-        contents = {
-            "table": render("table.md", page=page, links="results/runs"),
-            "verdict": "\n".join(f"- {line}" for line in page.verdict),
-            "output": f"```text\n{terminal(page)}\n```",
-        }
-        for kind, content in contents.items():
-            begin = f"<!-- {kind} {page.name} -->\n"
-            head, found, rest = text.partition(begin)
-            if found:
-                text = f"{head}{begin}{content}\n{rest[rest.index('<!-- end -->') :]}"
+        blocks[f"table {page.name}"] = render("table.md", page=page, links="results/runs")
+        blocks[f"verdict {page.name}"] = "\n".join(f"- {line}" for line in page.verdict)
+        blocks[f"output {page.name}"] = f"```text\n{terminal(page)}\n```"
+    text = path.read_text()
+    for name, content in blocks.items():
+        begin = f"<!-- {name} -->\n"
+        head, found, rest = text.partition(begin)
+        if found:
+            text = f"{head}{begin}{content}\n{rest[rest.index('<!-- end -->') :]}"
     write_text(path, text)
+
+
+def _benchmark(page: Path) -> str:
+    """A page of results/bench as it stands in README.md: its title in bold, its links from there."""
+    title, _, rest = page.read_text().removeprefix("# ").partition("\n")
+    return f"**{title}**\n{rest.rstrip()}".replace("](", "](results/bench/")

@@ -2,7 +2,7 @@
 
 The plain loop is what one writes first, in the manner of github.com/guoyang9/NCF: a Dataset that draws negatives and
 returns samples one by one, a DataLoader, embeddings that are looked up and concatenated, torch's Adam. Both train the
-same network (16 factors) at batch 10,000, in turns: an epoch of ours, some batches of the plain loop, a matrix product.
+same network (16 factors) in turns: an epoch of ours, some batches of the plain loop, a matrix product.
 Prints medians of the ratios within a round, the share of the matrix product's rate that is spent on the network's
 FLOPs, and the peak memory of a run from start to end; writes the same with hardware and versions to
 results/bench/ncf-DEVICE.json and .md.
@@ -13,10 +13,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,16 +28,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments.study import compose_all
 from lawn.data.batching import Batching
 from lawn.data.interactions import Interactions
+from lawn.errors import UserError
 from lawn.task import build
 from lawn.train.loop import Run
 from lawn.train.ranks import Ranks
-from lawn.train.throughput import flops_per_sample, peak_flops, synchronize
+from lawn.train.throughput import flops_per_sample, peak_flops
 from scripts import bench
 
 ROOT = Path(__file__).resolve().parents[1]
 DATASETS = ("movielens100k", "movielens1m")
-BATCH_SIZE, FACTORS = 10_000, 16
-PLAIN_BATCHES = 10
+BATCH_SIZES, FACTORS = (10_000, 100_000), 16
+PLAIN_SAMPLES = 200_000
 
 
 class Samples(Dataset):
@@ -80,8 +80,8 @@ class PlainNCF(nn.Module):
 class Plain:
     """The plain loop on some of the data at a time."""
 
-    def __init__(self, data: Interactions, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, data: Interactions, batch_size: int, device: torch.device) -> None:
+        self.batch_size, self.device = batch_size, device
         self.positives = list(zip(data.users.tolist(), data.items.tolist(), strict=True))
         self.seen = dok_matrix((data.num_users, data.num_items), dtype=np.float32)
         for pair in self.positives:
@@ -90,16 +90,17 @@ class Plain:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
 
     def rate(self) -> float:
-        """Samples a second in an epoch on as many positives as make PLAIN_BATCHES batches."""
-        chosen = random.choices(self.positives, k=PLAIN_BATCHES * BATCH_SIZE // 5)
-        start = time.perf_counter()
-        for batch in DataLoader(Samples(chosen, self.seen), BATCH_SIZE, shuffle=True):
+        """Samples a second in an epoch on as many positives as make PLAIN_SAMPLES."""
+        with bench.torch_defaults():
+            return PLAIN_SAMPLES / bench.seconds(self.epoch, self.device)
+
+    def epoch(self) -> None:
+        chosen = random.choices(self.positives, k=PLAIN_SAMPLES // 5)
+        for batch in DataLoader(Samples(chosen, self.seen), self.batch_size, shuffle=True):
             users, items, labels = (column.to(self.device) for column in batch)
             self.optimizer.zero_grad()
             F.binary_cross_entropy_with_logits(self.model(users, items), labels.float()).backward()
             self.optimizer.step()
-        synchronize(self.device)
-        return PLAIN_BATCHES * BATCH_SIZE / (time.perf_counter() - start)
 
     def flops(self) -> float:
         """Per sample, forward and backward."""
@@ -109,56 +110,58 @@ class Plain:
         return counter.get_total_flops() / len(zeros)
 
 
-def measure(name: str, rounds: int, data_dir: Path, device: torch.device) -> dict[str, Any]:
-    overrides = (f"dataset={name}", f"data_dir={data_dir}", f"train.epochs={rounds + 1}", "eval.every=1000")
-    (config,) = compose_all([(*overrides, f"train.batch_size={BATCH_SIZE}", f"model.factors={FACTORS}")])
+def measure(name: str, batch_size: int, rounds: int, data_dir: Path, device: torch.device) -> bench.Row:
+    overrides = (f"dataset={name}", f"data_dir={data_dir.resolve()}", f"train.batch_size={batch_size}")
+    # As many epochs as make the choices of a long run, none of them evaluated.
+    (config,) = compose_all([(*overrides, "train.epochs=1000", "eval.every=1000", f"model.factors={FACTORS}")])
     task = build(config)(device)
     assert isinstance(task.dataset, Interactions)
-    plain = Plain(task.dataset, device)
+    plain = Plain(task.dataset, batch_size, device)
     run = Run(config, task, Ranks(device))
-    ours, theirs, peaks = [], [], []
-    for count in range(rounds + 1):
-        before = run.seconds["train"]
-        run.next_epoch()
-        rate = task.dataset.num_train / (run.seconds["train"] - before)
-        plain_rate, peak = plain.rate(), peak_flops.__wrapped__(device)
-        if count:  # the first round warms up
-            ours.append(rate)
-            theirs.append(plain_rate)
-            peaks.append(peak)
-    _, batch = next(task.dataset.train_batches(Batching(BATCH_SIZE), torch.Generator(device)))
-    flops = {"of the network": plain.flops(), "computed": flops_per_sample(task, batch)}
-    return {
-        "samples_per_second": round(statistics.median(ours)),
-        "plain_samples_per_second": round(statistics.median(theirs)),
-        "ratio": round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 2),
-        "peak_gflops": round(statistics.median(peaks) / 1e9, 1),
-        "flops_per_sample": {what: round(value) for what, value in flops.items()},
-        "peak_share": {
-            what: round(statistics.median(rate * value / peak for rate, peak in zip(ours, peaks, strict=True)), 3)
-            for what, value in flops.items()
+    found = bench.turns(
+        {
+            "ours": lambda: bench.training_rate(run),
+            "plain": plain.rate,
+            "peak": lambda: peak_flops.__wrapped__(device, run.execution.precision),
         },
-        "peak_memory_gb": round(peak_memory(name, data_dir), 2),
+        rounds,
+    )
+    _, batch = next(task.dataset.train_batches(Batching(batch_size), torch.Generator(device)))
+    flops = {"of the network": plain.flops(), "computed": flops_per_sample(task, batch)}
+    share = bench.median_ratio(found["ours"], found["peak"])
+    return {
+        "samples_per_second": round(statistics.median(found["ours"])),
+        "plain_samples_per_second": round(statistics.median(found["plain"])),
+        "ratio": round(bench.median_ratio(found["ours"], found["plain"]), 2),
+        "peak_gflops": round(statistics.median(found["peak"]) / 1e9, 1),
+        "flops_per_sample": {what: round(value) for what, value in flops.items()},
+        "peak_share": {what: round(share * value, 3) for what, value in flops.items()},
+        "peak_memory_gb": round(peak_memory(overrides), 2),
+        "config": {
+            "batch_size": batch_size,
+            "updates": run.batching.updates(task.dataset.num_train),
+            "optim": config.optim.name,
+            "execution": asdict(run.execution),
+        },
     }
 
 
-def peak_memory(name: str, data_dir: Path) -> float:
+def peak_memory(overrides: tuple[str, ...]) -> float:
     """Largest resident memory, GB, of `run.py` for an epoch and its evaluation, as Linux counts it."""
     code = "import run; code = run.main(); print(open('/proc/self/status').read()); raise SystemExit(code)"
     with tempfile.TemporaryDirectory() as runs:
-        overrides = [f"dataset={name}", f"data_dir={data_dir.resolve()}", "train.epochs=1", f"runs_dir={runs}"]
-        command = [sys.executable, "-c", code, *overrides]
+        command = [sys.executable, "-c", code, *overrides, "train.epochs=1", f"runs_dir={runs}"]
         done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024 / 1e9
 
 
-COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+COLUMNS: bench.Columns = {
     "samples/s": lambda row: f"{row['samples_per_second']:,}",
     "plain loop": lambda row: f"{row['plain_samples_per_second']:,}",
     "ratio": lambda row: f"{row['ratio']:.1f}",
-    "share of the matmul rate, network's FLOPs": lambda row: f"{100 * row['peak_share']['of the network']:.0f} %",
-    "FLOPs computed": lambda row: f"{100 * row['peak_share']['computed']:.0f} %",
+    "share of the matmul rate, network's FLOPs": lambda row: bench.percent(row["peak_share"]["of the network"]),
+    "FLOPs computed": lambda row: bench.percent(row["peak_share"]["computed"]),
     "matmul GFLOP/s": lambda row: f"{row['peak_gflops']:.0f}",
     "peak memory, GB": lambda row: f"{row['peak_memory_gb']:.2f}",
 }
@@ -172,10 +175,16 @@ def main() -> int:
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     given = parser.parse_args()
     device = torch.device(given.device)
-    rows = {name: measure(name, given.rounds, given.data_dir, device) for name in DATASETS}
-    title = f"Training NCF, {FACTORS} factors, batch {BATCH_SIZE:,}: medians of {given.rounds} rounds"
-    lines = [[name, *(show(row) for show in COLUMNS.values())] for name, row in rows.items()]
-    bench.write("ncf", given, title, f"{bench.table(['dataset', *COLUMNS], lines)}\n\n{REMARKS}", rows)
+    try:
+        rows = {
+            f"{name}, batch {size:,}": measure(name, size, given.rounds, given.data_dir, device)
+            for name, size in product(DATASETS, BATCH_SIZES)
+        }
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    title = f"Training NCF, {FACTORS} factors: medians of {given.rounds} rounds"
+    bench.write("ncf", given, title, f"{bench.table('dataset', COLUMNS, rows)}\n\n{REMARKS}", rows)
     return 0
 
 

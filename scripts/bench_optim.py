@@ -1,17 +1,19 @@
 """Time one step of each optimizer on the parameters of VGG-19: python -m scripts.bench_optim [--rounds 30]
 
 The optimizers take turns, a step each in every round, so a drift of the machine's speed reaches all of them. Prints
-the median time and the median of the ratios to torch's fused Adam in the same round; writes the same with hardware
-and versions to results/bench/optim-DEVICE.json and .md. Optimizers from packages that are not installed are left out.
+the median time, the median of the ratios to torch's fused Adam in the same round, and the share of the memory's
+bandwidth that the bytes make which a step has to read and write; writes the same with hardware and versions to
+results/bench/optim-DEVICE.json and .md. Optimizers from packages that are not installed are left out.
 """
 
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import import_module
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Adam, Optimizer
 
@@ -59,8 +61,9 @@ def lamb(params: Params) -> Optimizer:
     return import_module("timm.optim").Lamb(params)
 
 
+FUSED = "torch Adam, fused"
 CANDIDATES: dict[str, Callable[[Params], Optimizer]] = {
-    "torch Adam, fused": lambda params: Adam(params, fused=True),
+    FUSED: lambda params: Adam(params, fused=True),
     "torch Adam, foreach": lambda params: Adam(params, foreach=True),
     "torch Adam, single": lambda params: Adam(params, foreach=False),
     "AdamLAWN": lambda params: AdamLAWN(params, free_steps=0),
@@ -74,18 +77,11 @@ CANDIDATES: dict[str, Callable[[Params], Optimizer]] = {
 }
 
 
-def steps(optimizers: dict[str, Optimizer], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each optimizer's step in every round, after three rounds that are not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in optimizers}
-    for count in range(rounds + 3):
-        for name, optimizer in optimizers.items():
-            start = time.perf_counter()
-            optimizer.step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if count >= 3:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+def moved(optimizer: Optimizer) -> int:
+    """Bytes that a step reads and writes at least: gradients in, weights and state in and out."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state = sum(t.nbytes for kept in optimizer.state.values() for t in kept.values() if isinstance(t, Tensor))
+    return sum(2 * p.nbytes + p.grad.nbytes for p in params) + 2 * state
 
 
 def make(names: Iterable[str], device: torch.device) -> dict[str, Optimizer]:
@@ -98,24 +94,40 @@ def make(names: Iterable[str], device: torch.device) -> dict[str, Optimizer]:
     return made
 
 
+def summary(optimizer: Optimizer, taken: list[float], adam: list[float], bandwidths: list[float]) -> bench.Row:
+    count = moved(optimizer)
+    return {
+        "milliseconds": round(1e3 * statistics.median(taken), 2),
+        "ratio": round(bench.median_ratio(taken, adam), 2),
+        "bytes": count,
+        "peak_share": round(bench.median_ratio([count / s for s in taken], bandwidths), 3),
+    }
+
+
+COLUMNS: bench.Columns = {
+    "ms": lambda row: f"{row['milliseconds']:.2f}",
+    "x fused Adam": lambda row: f"{row['ratio']:.2f}",
+    "share of the memory's bandwidth": lambda row: bench.percent(row["peak_share"]),
+}
+
+
 def main() -> int:
     given = bench.parser(__doc__, rounds=30).parse_args()
     device = torch.device(given.device)
-    seconds = steps(make(CANDIDATES, device), device, given.rounds)
-    reference = seconds["torch Adam, fused"]
-    rows = {
-        name: {
-            "milliseconds": round(1e3 * statistics.median(measured), 2),
-            "ratio": round(statistics.median(a / b for a, b in zip(measured, reference, strict=True)), 2),
-        }
-        for name, measured in seconds.items()
-    }
+    optimizers = make(CANDIDATES, device)
+    steps = {name: partial(bench.seconds, optimizer.step, device) for name, optimizer in optimizers.items()}
+    found = bench.turns({**steps, "memory": lambda: bench.memory_rate(device, in_place=True)}, given.rounds, warm_up=3)
+    bandwidths = found.pop("memory")
+    rows = {name: summary(optimizers[name], found[name], found[FUSED], bandwidths) for name in optimizers}
     title = (
         f"One step on VGG-19's parameters: median of {given.rounds}, and median ratio to fused Adam in the same round"
     )
-    lines = [[name, f"{row['milliseconds']:.2f}", f"{row['ratio']:.2f}"] for name, row in rows.items()]
-    table = bench.table(["optimizer", "ms", "x fused Adam"], lines)
-    bench.write("optim", given, title, f"LAWN's optimizers are in their constrained phase.\n\n{table}", rows)
+    remarks = (
+        "LAWN's optimizers are in their constrained phase. The share is that of the bytes which a step has to read and "
+        "write (gradients in, weights and state in and out), in a second, of the "
+        f"{statistics.median(bandwidths) / 1e9:.1f} GB/s at which this machine changes large tensors in place."
+    )
+    bench.write("optim", given, title, f"{remarks}\n\n{bench.table('optimizer', COLUMNS, rows)}", rows)
     return 0
 
 

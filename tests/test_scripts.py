@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lawn.data.movielens import movielens1m
 from lawn.data.ratings import read_ratings
+from scripts import bench_ncf, bench_optim
 from tests.helpers import ROOT, synthetic_ratings, write_ratings, write_three_files
 
 
@@ -34,12 +36,41 @@ def test_bench_ncf(tmp_path):
     write_three_files(tmp_path / "ml-1m", "ml-1m", read_ratings(tmp_path / "ml-1m" / "ratings.dat", "::"), test)
     run_module("bench_ncf", "--data-dir", str(tmp_path), "--results", str(tmp_path / "results"))
     measured = content(tmp_path / "results", "ncf")
-    assert set(measured) == {"movielens100k", "movielens1m"}
+    sizes = ("10,000", "100,000")
+    assert set(measured) == {f"{name}, batch {size}" for name in ("movielens100k", "movielens1m") for size in sizes}
     assert all(row["ratio"] > 0 and row["peak_memory_gb"] > 0 for row in measured.values())
-    assert measured["movielens1m"]["flops_per_sample"]["of the network"] == 3 * 2 * (128 * 64 + 64 * 32 + 32 * 16 + 16)
+    row = measured["movielens1m, batch 100,000"]
+    assert row["flops_per_sample"]["of the network"] == 3 * 2 * (128 * 64 + 64 * 32 + 32 * 16 + 16)
+    assert row["config"]["execution"]["precision"] == "fp32"
+
+
+def test_bench_ncf_says_what_is_wrong_with_the_data(tmp_path, monkeypatch, capsys):
+    (tmp_path / "ml-100k").mkdir()
+    (tmp_path / "ml-100k" / "ml-100k.zip").write_text("not the archive")  # so that nothing is downloaded
+    monkeypatch.setattr(sys, "argv", ["bench_ncf", "--data-dir", str(tmp_path), "--results", str(tmp_path)])
+    assert bench_ncf.main() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'ml-100k' / 'ml-100k.zip'}: ")
+    assert not list(tmp_path.glob("ncf-*"))
 
 
 @pytest.mark.slow
 def test_bench_optim(tmp_path):
     run_module("bench_optim", "--results", str(tmp_path))
-    assert content(tmp_path, "optim")["torch Adam, fused"]["ratio"] == 1
+    row = content(tmp_path, "optim")["torch Adam, fused"]
+    assert row["ratio"] == 1
+    size = sum(p.nbytes for p in bench_optim.parameters(torch.device("cpu")))
+    assert 0 <= row["bytes"] - 7 * size < 1000  # gradients in, weights and two moments in and out; and counters
+
+
+@pytest.mark.slow
+def test_bench_images(tmp_path):
+    run_module("bench_images", "--sizes", "tiny", "--results", str(tmp_path))
+    measured = content(tmp_path, "images")
+    assert [name.split(",")[0] for name in measured] == ["VGG-19", "ResNet-50", "CIFAR-10", "ImageNet folders"]
+    assert all(row["ratio"] > 0 and row["peak_share"] > 0 for row in measured.values())
+    vgg, resnet, *_ = measured.values()
+    assert vgg["bare_share"] > 0
+    assert vgg["config"]["updates"] == 2
+    assert resnet["config"]["image_size"] == 32
+    assert resnet["config"]["execution"]["channels_last"]
