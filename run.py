@@ -1,7 +1,5 @@
 #!/usr/bin/env python3
-"""Train one run, or a Hydra multirun of many:
-python run.py -m dataset=digits optim=adam,adam_lawn seed=0,1,2
-"""
+"""Train one run, or a Hydra multirun of many: python run.py -m dataset=digits optim=adam,adam_lawn seed=0,1,2"""
 
 import os
 import sys
@@ -14,20 +12,22 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from lawn.config import explain, register, validate
-from lawn.errors import ConfigError, UserError
-from lawn.train import train
+from lawn.config import Config, explain, register, validate
+from lawn.errors import UserError
+from lawn.train import train, train_many
 
 register()
 DEBUG = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's own switch for tracebacks
 PROCESS = os.getpid()
 failures: list[int] = []  # exit codes of this process's jobs: one that fails does not keep a multirun from the others
+waiting: list[Config] = []  # runs that train.vectorize asks to train together
 
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="config")
 def run(composed: DictConfig) -> None:
     try:
-        train(validate(composed))
+        config = validate(composed)
+        waiting.append(config) if config.train.vectorize and os.getpid() == PROCESS else train(config)
     except (UserError, OSError) as error:  # the system's own: a full disk, a path that cannot be
         if DEBUG and isinstance(error, OSError):
             raise
@@ -41,15 +41,15 @@ def run(composed: DictConfig) -> None:
 
 def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra prints several lines and exits; here it raises
-    failures.clear()
+    failures[:], waiting[:] = [], []
     try:
         run()
+        train_many(waiting)
     except (HydraException, OmegaConfBaseException, OSError, UserError) as error:
         if DEBUG:
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
-        kind = ConfigError if isinstance(error, HydraException | OmegaConfBaseException) else UserError
-        return getattr(error, "exit_code", kind.exit_code)
+        return getattr(error, "exit_code", 2 if isinstance(error, HydraException | OmegaConfBaseException) else 1)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -19,7 +19,7 @@ from experiments import report
 from experiments.demo import DEMO
 from experiments.figures import FIGURE1, FIGURE2
 from experiments.records import Store
-from experiments.runner import Pace, duration, missing, run
+from experiments.runner import TOGETHER, Pace, duration, missing, run
 from experiments.spec import Experiment
 from experiments.study import PLACES, SELECTIONS, Study, studies
 from experiments.tables import TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6
@@ -76,7 +76,7 @@ def execute(given: argparse.Namespace) -> int:
     """Run what is missing, then report."""
     store = Store(given.results / "runs")
     slots = _slots(given.devices, given.jobs)
-    failed = run(_studies(given), store, slots, given.seeds, given.budget)
+    failed = run(_studies(given), store, slots, given.seeds, given.budget, given.vectorize)
     write(given)
     for ended in failed:
         print(f"failed: {shlex.join(ended.job.overrides)}: {ended.failure}", file=sys.stderr)
@@ -138,6 +138,13 @@ def _parser() -> argparse.ArgumentParser:
             continue
         sub.add_argument("--devices", default="auto", help="auto, cpu, or e.g. cuda:0,cuda:1")
         sub.add_argument("--jobs", type=_positive, metavar="N", help="runs at the same time (default: one a device)")
+        sub.add_argument(
+            "--vectorize",
+            type=_positive,
+            default=TOGETHER,
+            metavar="N",
+            help=f"runs of a small model to train as one batched model, at most (default: {TOGETHER})",
+        )
         sub.add_argument("--budget", type=_seconds, metavar="TIME", help="stop after this time, e.g. 2h, 90m, 1h30m")
     return parser
 

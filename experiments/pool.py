@@ -17,19 +17,20 @@ import torch
 from experiments.study import Job
 from lawn.config import Config, run_name
 from lawn.errors import UserError
-from lawn.train import train
+from lawn.train import train, train_together
+from lawn.train.record import RunDirectory
 
 
 @dataclass(frozen=True)
 class Ended:
     job: Job
-    seconds: float
+    seconds: float  # of its share, where several were trained together
     failure: str | None  # why it has no result, in a line
 
 
 @dataclass(frozen=True)
 class _Running:
-    job: Job
+    jobs: list[Job]
     process: BaseProcess
     slots: list[str]
     start: float
@@ -37,9 +38,10 @@ class _Running:
 
 
 class Pool:
-    """`slots` are device names, each as often as it takes jobs at the same time. A job takes one of them; one of
-    several ranks takes all. A context manager: on leaving it what still runs is stopped, and can go on from its
-    checkpoint later. Output of a job goes to output.log in its run directory.
+    """`slots` are device names, each as often as it takes processes at the same time. A process has one job, or several
+    that are trained together, and takes one slot; a job of several ranks takes all. A context manager: on leaving it
+    what still runs is stopped, and can go on from its checkpoint later. Output goes to output.log in the run directory
+    of the first job.
     """
 
     def __init__(self, slots: Sequence[str]) -> None:
@@ -65,22 +67,29 @@ class Pool:
         return len(self._free) == len(self._slots) if job.wide else bool(self._free)
 
     @property
-    def running(self) -> int:
-        return len(self._running)
+    def free(self) -> int:
+        """Slots."""
+        return len(self._free)
 
-    def start(self, job: Job) -> None:
-        """Start a job on a free slot, or on all."""
-        slots = [self._free.pop(0) for _ in (self._slots if job.wide else self._slots[:1])]
+    @property
+    def running(self) -> int:
+        """Jobs."""
+        return sum(len(running.jobs) for running in self._running)
+
+    def start(self, jobs: list[Job]) -> None:
+        """Start a job, or several that are trained together, on a free slot, or on all."""
+        wide = jobs[0].wide
+        slots = [self._free.pop(0) for _ in (self._slots if wide else self._slots[:1])]
         devices = list(dict.fromkeys(slots))
-        config = replace(job.config, device=slots[0])
+        configs = [replace(job.config, device=slots[0]) for job in jobs]
         if len(devices) > 1:
-            config = replace(config, device="cuda", train=replace(config.train, devices=len(devices)))
-        log = Path(config.runs_dir) / run_name(config) / "output.log"
+            configs = [replace(c, device="cuda", train=replace(c.train, devices=len(devices))) for c in configs]
+        log = Path(configs[0].runs_dir) / run_name(configs[0]) / "output.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         threads = max(1, torch.get_num_threads() * len(slots) // len(self._slots))
-        process = self._context.Process(target=_work, args=(config, devices, threads, log))
+        process = self._context.Process(target=_work, args=(configs, devices, threads, log))
         process.start()
-        self._running.append(_Running(job, process, slots, time.monotonic(), log))
+        self._running.append(_Running(jobs, process, slots, time.monotonic(), log))
 
     def wait(self, timeout: float) -> list[Ended]:
         """The jobs that have ended; waits up to `timeout` seconds for the first."""
@@ -91,21 +100,21 @@ class Pool:
             self._running.remove(running)
             self._free += running.slots
         now = time.monotonic()
-        return [Ended(r.job, now - r.start, _failure(r)) for r in ended]
+        return [Ended(job, (now - r.start) / len(r.jobs), _failure(r, job)) for r in ended for job in r.jobs]
 
 
-def _failure(running: _Running) -> str | None:
+def _failure(running: _Running, job: Job) -> str | None:
+    if RunDirectory(job.config).done:
+        return None
     code = running.process.exitcode or 0
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
-    if code > 0:
-        lines = running.log.read_text(errors="replace").strip().splitlines()
-        return (lines[-1] if lines else f"exit code {code}").removeprefix("error: ")
-    return None
+    lines = running.log.read_text(errors="replace").strip().splitlines()
+    return (lines[-1] if lines else f"exit code {code}").removeprefix("error: ")
 
 
-def _work(config: Config, devices: list[str], threads: int, log: Path) -> None:
-    """The process of a job."""
+def _work(configs: list[Config], devices: list[str], threads: int, log: Path) -> None:
+    """The process of a job, or of several."""
     if len(devices) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -114,7 +123,10 @@ def _work(config: Config, devices: list[str], threads: int, log: Path) -> None:
         os.dup2(output.fileno(), stream)
     torch.set_num_threads(threads)
     try:
-        train(config)
+        if len(configs) > 1:
+            train_together(configs)
+        else:
+            train(configs[0])
     except (UserError, OSError) as error:
         print(f"error: {error}", flush=True)
         sys.exit(getattr(error, "exit_code", UserError.exit_code))

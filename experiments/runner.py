@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
+from math import ceil
 from statistics import median
 
 from tqdm import tqdm
@@ -11,7 +12,9 @@ from experiments.pool import Ended, Pool
 from experiments.records import Record, Store
 from experiments.study import Job, Study
 from lawn.config import Config, run_name
+from lawn.train.together import kin
 
+TOGETHER = 16  # more gain little on a CPU
 REFRESH_SECONDS = 5.0  # of the progress bar while no job ends
 
 
@@ -57,10 +60,25 @@ def duration(seconds: float | None) -> str:
     return "unknown" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
+def with_kin(job: Job, ready: Iterable[Job], slots: int, together: int) -> list[Job]:
+    """The job and others that can be trained with it: an equal share for each of so many slots, at most `together`."""
+    family = kin(job.config)
+    if family is None:
+        return [job]
+    jobs = [other for other in ready if kin(other.config) == family]
+    return jobs[: min(together, ceil(len(jobs) / slots))]
+
+
 def run(
-    studies: Sequence[Study], store: Store, slots: Sequence[str], seeds: int, budget: float | None = None
+    studies: Sequence[Study],
+    store: Store,
+    slots: Sequence[str],
+    seeds: int,
+    budget: float | None = None,
+    together: int = TOGETHER,
 ) -> list[Ended]:
     """Run what is missing and record it, until it is done or `budget` seconds are over; returns the jobs that failed.
+    Up to `together` runs of a small model are trained as one batched model.
 
     A job that fails is not tried again here, and what depends on it is not started; all others go on.
     """
@@ -77,8 +95,9 @@ def run(
     with Pool(slots) as pool, tqdm(total=total, unit="run", disable=None) as bar:
         while True:
             while (job := next(ready(), None)) is not None and pool.takes(job):
-                tried.add(job.hash)
-                pool.start(job)
+                jobs = with_kin(job, ready(), pool.free, together)
+                tried |= {job.hash for job in jobs}
+                pool.start(jobs)
             left = float("inf") if budget is None else budget - (time.monotonic() - start)
             if left <= 0:
                 tqdm.write("the time is up; the same command goes on from here")

@@ -82,6 +82,7 @@ class TrainConfig:
     batch_size: int = MISSING  # of all ranks together; recommenders count positives and negatives
     micro_batch_size: int | None = None  # at most so many samples at once on a rank; their gradients are added up
     devices: int | None = None  # ranks on this machine, each with its own GPU or its share of the CPU; null: 1
+    vectorize: int | None = None  # train so many runs of a multirun at once as one batched model, where they allow it
     sync_batchnorm: bool | None = None  # batch norm over the parts of all ranks; else over each part by itself
     precision: str | None = None  # fp32, tf32 or bf16; this and the next two: null chooses by device and model
     channels_last: bool | None = None  # layout of images and convolutions
@@ -126,7 +127,7 @@ _NOT_IDENTITY = ("logger", "device", "data_dir", "runs_dir", "run_dir")
 _SPEED = {
     "dataset": ("shards", "workers"),
     "optim": ("fused",),
-    "train": ("channels_last", "checkpoint_seconds", "compile", "devices"),
+    "train": ("channels_last", "checkpoint_seconds", "compile", "devices", "vectorize"),
 }
 
 
@@ -196,6 +197,7 @@ def _problems(c: Config) -> Iterator[str]:
         "train.batch_size": (0, False),
         "train.micro_batch_size": (0, False),
         "train.devices": (0, False),
+        "train.vectorize": (0, False),
         "train.checkpoint_seconds": (0, True),
         "eval.every": (0, False),
         "dataset.seed": (0, True),

@@ -70,9 +70,16 @@ class Task(ABC):
     def size(dataset: Any) -> tuple[Any, ...]:
         """The positional arguments of the task's model builders."""
 
+    @staticmethod
     @abstractmethod
+    def margins(logits: Tensor, labels: Tensor, /) -> Tensor:
+        """How far ahead the target class is, for each sample of a batch."""
+
     def loss_and_margins(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean loss of a training batch, with graph, and the margins of its samples, without."""
+        *inputs, labels = batch
+        logits = self.network(*inputs)
+        return self.loss.mean(logits, labels), self.margins(logits.detach(), labels)
 
     @abstractmethod
     def rows(self, batch: Batch) -> Tensor:
@@ -99,15 +106,11 @@ class Classification(Task):
     def size(dataset: Any) -> tuple[Any, ...]:
         return dataset.shape, dataset.num_classes
 
-    def loss_and_margins(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        images, labels = batch
-        logits = self.network(images)
-        return self.loss.mean(logits, labels), multiclass_margin(logits.detach(), labels)
-
     def rows(self, batch: Batch) -> Tensor:
         images, labels = batch
         return metrics.classification_rows(self.model(images), labels)
 
+    margins = staticmethod(multiclass_margin)
     metrics = staticmethod(metrics.classification_metrics)
 
 
@@ -126,24 +129,21 @@ class Recommendation(Task):
     def size(dataset: Any) -> tuple[Any, ...]:
         return dataset.num_users, dataset.num_items
 
-    def loss_and_margins(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        users, items, labels = batch
-        logits = self.network(users, items)
-        return self.loss.mean(logits, labels), binary_margin(logits.detach(), labels)
-
     def rows(self, batch: Batch) -> Tensor:
         users, items = batch
         scores = self.model(users[:, None].expand_as(items).reshape(-1), items.reshape(-1))
         return metrics.ranks(scores.view_as(items), items)
 
+    margins = staticmethod(binary_margin)
     metrics = staticmethod(metrics.ranking_metrics)
 
 
 TASKS: tuple[type[Task], ...] = (Classification, Recommendation)
 
 
-def build(config: Config) -> Callable[[torch.device], Task]:
-    """Check that the chosen members fit together, before any data is read; the result loads and builds.
+def build(config: Config) -> Callable[..., Task]:
+    """Check that the chosen members fit together, before any data is read; the result loads and builds on a device,
+    with the dataset given to it or one of its own.
 
     The model is initialized on the CPU from `config.seed`, so that every device starts from the same weights.
     """
@@ -164,10 +164,11 @@ def build(config: Config) -> Callable[[torch.device], Task]:
     model_arguments = arguments("model", config.model, model)
     loss_arguments = arguments("loss", config.loss, loss)
 
-    def on(device: torch.device) -> Task:
-        dataset = load(Path(config.data_dir), config.eval.split, **data_arguments)
+    def on(device: torch.device, dataset: Any = None) -> Task:
+        if dataset is None:
+            dataset = load(Path(config.data_dir), config.eval.split, **data_arguments).to(device)
         torch.manual_seed(config.seed)
         network = model(*kind.size(dataset), **model_arguments)
-        return kind(dataset.to(device), network.to(device), loss(**loss_arguments))
+        return kind(dataset, network.to(device), loss(**loss_arguments))
 
     return on

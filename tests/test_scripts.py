@@ -44,6 +44,7 @@ def test_bench_ncf(tmp_path):
     assert row["config"]["execution"]["precision"] == "fp32"
 
 
+@pytest.mark.slow
 def test_bench_ncf_says_what_is_wrong_with_the_data(tmp_path, monkeypatch, capsys):
     (tmp_path / "ml-100k").mkdir()
     (tmp_path / "ml-100k" / "ml-100k.zip").write_text("not the archive")  # so that nothing is downloaded

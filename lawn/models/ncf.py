@@ -47,13 +47,50 @@ class NCFMLP(nn.Module):
 
         A linear layer on a concatenation is the sum of two linear layers. Where the batch is larger than the tables
         it is cheaper to send every user and item through its half once and look the results up; the gradients are
-        the same up to rounding.
+        the same up to rounding. (index_select: on a CPU its backward pass is two to three times as fast as that of
+        an embedding.)
         """
         first = self.hidden[0]
         assert isinstance(first, nn.Linear)
-        if self.user.num_embeddings + self.item.num_embeddings > 2 * len(users):
-            return first(torch.cat([self.user(users), self.item(items)], dim=1))
+        if not self._tables_are_smaller(len(users)):
+            embedded = [self.user.weight.index_select(0, users), self.item.weight.index_select(0, items)]
+            return first(torch.cat(embedded, dim=1))
         for_users, for_items = first.weight.chunk(2, dim=1)
         projected_users = F.linear(self.user.weight, for_users)
         projected_items = F.linear(self.item.weight, for_items, first.bias)
-        return F.embedding(users, projected_users).add_(F.embedding(items, projected_items))
+        return projected_users.index_select(0, users).add_(projected_items.index_select(0, items))
+
+    def _tables_are_smaller(self, batch_size: int) -> bool:
+        return self.user.num_embeddings + self.item.num_embeddings <= 2 * batch_size
+
+    def forward_many(self, weights: dict[str, Tensor], users: Tensor, items: Tensor) -> Tensor:
+        """Logits [K, B] of K networks of this form with `weights` [K, ...], each for its own pairs [K, B].
+
+        The same as K calls of `forward`, in as many kernels as one.
+        """
+
+        def linear(name: str, x: Tensor) -> Tensor:
+            weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+            return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
+
+        for_users, for_items = weights["hidden.0.weight"].chunk(2, dim=2)
+        by_user, by_item = weights["user.weight"], weights["item.weight"]
+        if self._tables_are_smaller(users.shape[1]):
+            x = look_up(torch.bmm(by_user, for_users.mT), users) + look_up(torch.bmm(by_item, for_items.mT), items)
+        else:
+            x = torch.bmm(look_up(by_user, users), for_users.mT)
+            x = torch.baddbmm(x, look_up(by_item, items), for_items.mT)
+        if "hidden.0.bias" in weights:
+            x = x.add_(weights["hidden.0.bias"][:, None])
+        x = x.relu_()
+        for k in range(2, len(self.hidden), 2):
+            x = linear(f"hidden.{k}", x).relu_()
+        return linear("score", x).squeeze(2)
+
+
+def look_up(tables: Tensor, ids: Tensor) -> Tensor:
+    """Rows of K tables [K, N, D] by ids [K, B] below N: [K, B, D]."""
+    count, size, _ = tables.shape
+    offsets = size * torch.arange(count, device=ids.device)[:, None]
+    rows = tables.flatten(0, 1).index_select(0, (ids + offsets).flatten())
+    return rows.view(*ids.shape, -1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from lawn.optim import update
+from lawn.optim import native, update
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.phase import gradients
 
@@ -20,7 +20,7 @@ class AdamLAWN(LAWNOptimizer):
         betas: decay rates of the moments m and v.
         eps: added to sqrt(v_hat); 1e-6 as in the paper's section 4 (its plain Adam uses 1e-8).
         free_steps: updates before the switch; 0 constrains from the start, None waits for `constrain()`.
-        fused: compiled constrained update on the CPU; None where it is possible, False never.
+        fused: updates in one pass on the CPU, constrained ones compiled; None where it is possible, False never.
 
     The free phase is torch's own Adam, bit for bit. A constrained update, for each weight w with norm c:
         g <- g - w (w.g) / c^2;  m, v from g;  r = m_hat / (sqrt(v_hat) + eps);  r <- r - w (w.r) / c^2;
@@ -43,13 +43,18 @@ class AdamLAWN(LAWNOptimizer):
     def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         first, second, steps = moments(self, params)
         beta1, beta2 = group["betas"]
+        grads = gradients(params)
+        # On a CPU torch's default is one weight after the other, and its fused form takes equal strides for granted.
+        on_cpu = all(p.device.type == "cpu" for p in params)
+        in_one_pass = group["fused"] is not False and on_cpu and native.alike(params, grads, first, second)
         adam(
             params,
-            gradients(params),
+            grads,
             first,
             second,
             [],
             steps,
+            fused=in_one_pass or None,
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,

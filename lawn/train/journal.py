@@ -23,12 +23,13 @@ class Journal:
     def epoch(self, run: Run) -> None:
         """Show and log the newest row; a checkpoint if it is time for one, or the run has ended."""
         row = run.rows[-1]
-        self._progress.epoch(row)
-        self._logger.log(row)
-        if time.monotonic() - self._saved >= self._seconds or run.status != "running":
-            self._directory.write_metrics(run.rows)
-            self._directory.save(run.state_dict())
-            self._saved = time.monotonic()
+        with run.clock("log"):
+            self._progress.epoch(row)
+            self._logger.log(row)
+            if time.monotonic() - self._saved >= self._seconds or run.status != "running":
+                self._directory.write_metrics(run.rows)
+                self._directory.save(run.state_dict())
+                self._saved = time.monotonic()
 
     def finish(self, run: Run) -> dict[str, Any]:
         """Write the result, which is returned, and the marker of a finished run."""

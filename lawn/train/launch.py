@@ -3,6 +3,7 @@
 import signal
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
-from lawn.config import Config
+from lawn.config import Config, config_hash
+from lawn.data.batching import Batching
 from lawn.errors import ConfigError, RunError, UserError
 from lawn.optimizers import optimizer_arguments
-from lawn.task import build
+from lawn.task import Task, build
 from lawn.train import logger as loggers
 from lawn.train.journal import Journal
 from lawn.train.loop import Run
@@ -27,6 +29,7 @@ from lawn.train.ranks import (
     started_by_torchrun,
 )
 from lawn.train.record import RunDirectory, environment
+from lawn.train.together import Together, kin, room
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -68,26 +71,83 @@ def _run(config: Config, ranks: Ranks) -> dict[str, Any]:
         return result
     with ranks.one_first():
         task = build(config)(ranks.device)
+    run, journal = _begin(config, task, ranks, directory)
+    while run.status == "running":
+        run.next_epoch()
+        if journal:
+            journal.epoch(run)
+    return ranks.share(journal.finish(run) if journal else {})
+
+
+def _begin(
+    config: Config, task: Task, ranks: Ranks, directory: RunDirectory | None, **more: object
+) -> tuple[Run, Journal | None]:
+    """A run as it was left in its directory, or a new one. How it runs, and `more`, goes into env.json."""
     run = Run(config, task, ranks)
     if directory:
         for warning in task.dataset.warnings:
             print(f"warning: {warning}", flush=True)
         how = {"ranks": ranks.world, "execution": asdict(run.execution)}
-        directory.begin({**environment(ranks.device), **how})
+        directory.begin({**environment(ranks.device), **how, **more})
     state = ranks.share(directory.load() if directory else None)
     if state is not None:
         run.load_state_dict(state)
-    journal = None
-    if directory:
-        if state is not None:
-            print(f"{directory.path}: going on after epoch {run.epoch}", flush=True)
-        journal = Journal(config, directory, loggers.make(config)(directory.hash, directory.path), run.epoch)
-    while run.status == "running":
-        run.next_epoch()
-        if journal:
-            with run.clock("log"):
-                journal.epoch(run)
-    return ranks.share(journal.finish(run) if journal else {})
+    if not directory:
+        return run, None
+    if state is not None:
+        print(f"{directory.path}: going on after epoch {run.epoch}", flush=True)
+    logger = loggers.make(config)(directory.hash, directory.path)
+    return run, Journal(config, directory, logger, run.epoch)
+
+
+def train_many(configs: Sequence[Config]) -> None:
+    """Train runs one after the other; those that can be, `train.vectorize` of them together."""
+    left = list({config_hash(config): config for config in configs}.values())
+    while left:
+        family = kin(left[0])
+        group = [config for config in left if family is not None and kin(config) == family] or left[:1]
+        group = group[: left[0].train.vectorize]
+        left = [config for config in left if config not in group]
+        if len(group) > 1:
+            train_together(group)
+        else:
+            train(group[0])
+
+
+def train_together(configs: Sequence[Config]) -> None:
+    """Train runs that are `kin` as one batched model, in as many goes as the memory asks for. Each has the run
+    directory and the result that it has alone (to rounding); env.json says with how many others it was trained.
+
+    Raises ConfigError for runs that have to be alone.
+    """
+    device = local_device(configs[0].device)
+    if len({kin(config) for config in configs}) > 1 or kin(configs[0]) is None:
+        raise ConfigError("runs that differ in more than seed, optimizer and schedule cannot be trained together")
+    for config in configs:
+        _check(config, device)
+    ranks = Ranks(device)
+    waiting = [(config, RunDirectory(config)) for config in configs]
+    waiting = [(config, directory) for config, directory in waiting if not directory.done]
+    if not waiting:
+        return
+    first = build(waiting[0][0])(device)
+    generator = torch.Generator(device).manual_seed(0)
+    _, batch = next(first.dataset.train_batches(Batching(configs[0].train.batch_size), generator))
+    at_once = room(first, batch)
+    while waiting:
+        now, waiting = waiting[:at_once], waiting[at_once:]
+        journals = {}
+        for config, directory in now:
+            task = build(config)(device, first.dataset)
+            run, journal = _begin(config, task, ranks, directory, together=len(now))
+            assert journal is not None  # there is a directory
+            journals[run] = journal
+        together = Together(list(journals))
+        while runs := together.next_epoch():
+            for run in runs:
+                journals[run].epoch(run)
+        for run, journal in journals.items():
+            journal.finish(run)
 
 
 def _run_in_ranks(config: Config, world: int, method: str) -> dict[str, Any]:

@@ -69,16 +69,28 @@ class Run:
         train_loss is the mean over the samples of the epoch, margin_p50 the median margin, both of the weights of
         the moment; lr is that of the first update; weight_norm and the metrics are those at the end of the epoch.
         """
-        self.epoch += 1
-        lr = float(self.optimizer.param_groups[0]["lr"])
+        seed = self.begin_epoch()
         with self.clock("train"):
-            loss, margin = self._train()
-            self.ranks.average(self.task.model)
-            self._switch_weights("eval")
+            loss, margin = self._train(seed)
+        return self.end_epoch(loss, margin)
+
+    def begin_epoch(self) -> int:
+        """Make ready for the next epoch; returns its seed."""
+        self.epoch += 1
+        self._lr = float(self.optimizer.param_groups[0]["lr"])
+        self.task.model.train()
+        self._switch_weights("train")
+        # A seed for each epoch, not a stream: whatever came before, this epoch draws the same.
+        return epoch_seed(self.config.seed, self.epoch)
+
+    def end_epoch(self, loss: float, margin: float) -> Row:
+        """Evaluate if it is time; the row of the epoch, of this mean loss and median margin."""
+        self.ranks.average(self.task.model)
+        self._switch_weights("eval")
         row: Row = {
             "epoch": self.epoch,
             "step": self.step,
-            "lr": lr,
+            "lr": self._lr,
             "constrained": int(isinstance(self.optimizer, LAWNOptimizer) and self.optimizer.constrained),
             "train_loss": _finite(loss),
             "margin_p50": _finite(margin),
@@ -94,14 +106,21 @@ class Run:
         self.rows.append(row)
         return row
 
-    def _train(self) -> tuple[float, float]:
-        task, optimizer = self.task, self.optimizer
-        # A seed for each epoch, not a stream: whatever came before, this epoch draws the same.
-        seed = epoch_seed(self.config.seed, self.epoch)
+    def before_update(self) -> None:
+        """What comes before an update's first pass."""
+        if self.logit_scale is not None and self.step == self.optimizer.param_groups[0]["free_steps"]:
+            attenuate_logits(self.task.model, self.logit_scale)
+
+    def update(self) -> None:
+        """Take the step. Raises NonFiniteError where the free phase has diverged before the switch."""
+        self.optimizer.step()
+        self.scheduler.step()
+        self.step += 1
+
+    def _train(self, seed: int) -> tuple[float, float]:
+        task = self.task
         torch.manual_seed(seed)
         generator = torch.Generator(self.device).manual_seed(seed)
-        task.model.train()
-        self._switch_weights("train")
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         margins: list[Tensor] = []
         for part, batch in task.dataset.train_batches(self.batching, generator):
@@ -109,9 +128,8 @@ class Run:
             if not self.flops:
                 self.flops = flops_per_sample(task, batch)
             if part.first:
-                if self.logit_scale is not None and self.step == optimizer.param_groups[0]["free_steps"]:
-                    attenuate_logits(task.model, self.logit_scale)
-                optimizer.zero_grad()
+                self.before_update()
+                self.optimizer.zero_grad()
                 mean = torch.zeros_like(total)
             with accumulating(task.network, part.last):
                 with self.execution.autocast(self.device):
@@ -125,11 +143,9 @@ class Run:
                 mean = self._through(task.loss.outer, mean)
             total += mean * (part.update.stop - part.update.start)
             try:
-                optimizer.step()
-            except NonFiniteError:  # the free phase has diverged before the switch
+                self.update()
+            except NonFiniteError:
                 return math.nan, math.nan
-            self.scheduler.step()
-            self.step += 1
         median = self.ranks.joined(torch.cat(margins)).median()
         # The epoch's only synchronization.
         return self.ranks.total(total).item() / task.dataset.num_train, median.item()
@@ -167,7 +183,8 @@ class Run:
             "step": self.step,
             "rows": self.rows,
             "seconds": self.seconds,
-            "model": self.task.model.state_dict(),
+            # Copies: a weight may be a slice of a larger tensor, which would be saved as a whole.
+            "model": {name: value.clone() for name, value in self.task.model.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }

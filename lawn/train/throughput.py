@@ -12,12 +12,18 @@ from lawn.task import Batch, Task
 
 def flops_per_sample(task: Task, batch: Batch) -> float:
     """Matrix and convolution FLOPs of forward and backward for one sample, counted without computing anything."""
-    shadow = copy.copy(task)
-    shadow.model = shadow.network = copy.deepcopy(task.model).to("meta")
+    shadow = on_meta(task)
     with FlopCounterMode(display=False) as counter:
         loss, _ = shadow.loss_and_margins(tuple(t.to("meta") for t in batch))
         loss.backward()
     return counter.get_total_flops() / len(batch[0])
+
+
+def on_meta(task: Task) -> Task:
+    """The task with a model that has shapes and no values."""
+    shadow = copy.copy(task)
+    shadow.model = shadow.network = copy.deepcopy(task.model).to("meta")
+    return shadow
 
 
 @lru_cache

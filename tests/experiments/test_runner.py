@@ -60,11 +60,11 @@ def test_a_run_on_imagenet_takes_all_devices(tmp_path, tiny_data):
         for study in studies(Experiment("x", "X", (small, large), ()), extra=places)
     )
     with Pool(["cpu", "cpu"]) as pool:
-        pool.start(one)
+        pool.start([one])
         assert pool.takes(one)
         assert not pool.takes(all_of_them)
         assert [ended.failure for ended in pool.wait(60)] == [None]
-        pool.start(all_of_them)
+        pool.start([all_of_them])
         assert not pool.takes(one)
         assert [ended.failure for ended in pool.wait(60)] == [None]
         assert pool.takes(all_of_them)

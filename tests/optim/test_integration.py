@@ -177,7 +177,7 @@ def two_processes(tmp_path_factory):
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("torch was built without gloo")
     folder = tmp_path_factory.mktemp("group")
-    mp.spawn(work, (folder,), nprocs=2)
+    mp.start_processes(work, (folder,), nprocs=2, start_method="forkserver")  # which imports once for both
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -143,7 +144,11 @@ def test_update_is_orthogonal_to_the_weight(kind):
 
 @pytest.mark.parametrize(
     ("kind", "base"),
-    [(AdamLAWN, lambda p: torch.optim.Adam(p, eps=1e-6)), (SGDLAWN, lambda p: torch.optim.SGD(p, momentum=0.9))],
+    [
+        (AdamLAWN, lambda p: torch.optim.Adam(p, eps=1e-6, fused=True)),
+        (partial(AdamLAWN, fused=False), lambda p: torch.optim.Adam(p, eps=1e-6)),
+        (SGDLAWN, lambda p: torch.optim.SGD(p, momentum=0.9)),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_free_phase_is_torchs_own_bit_for_bit(kind, base, dtype):

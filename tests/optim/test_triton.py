@@ -36,12 +36,13 @@ SIZES = [(60, 70), (5, 4), (7,), (100, 90), (3, 2, 3, 3)]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter's process")
-def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", str(Path(__file__)), "-p", "no:cacheprovider"]
+@pytest.mark.parametrize(("marked", "count"), [("not slow", 9), pytest.param("slow", 2, marks=pytest.mark.slow)])
+def test_in_the_interpreter(marked, count):
+    command = [sys.executable, "-m", "pytest", str(Path(__file__)), "-p", "no:cacheprovider", "-m", marked]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout
-    assert "11 passed" in done.stdout
+    assert f"{count} passed" in done.stdout
 
 
 def run(kind, device: str, dtype: torch.dtype, fused: bool | None, steps: int = 6, **keys) -> list[torch.Tensor]:
@@ -124,6 +125,7 @@ def many() -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(8, 4 + i % 7)) for i in range(120)]
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("kind", [AdamLAWN, SGDLAWN])
 def test_operations_do_not_grow_with_the_number_of_weights(kind):

@@ -78,6 +78,18 @@ def test_layout_goes_with_the_weights(networks):
     assert Execution("fp32", False, "off").lay_out((images, labels))[0] is images
 
 
+def test_gradients_lie_in_memory_as_their_weights():
+    """torch's fused steps count through both alike, and say nothing where they are not."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    how = Execution("fp32", True, "off")
+    how.prepare(model, CPU)
+    for _ in range(2):  # the second adds to the first
+        (images,) = how.lay_out((torch.rand(2, 3, 3, 3),))
+        model(images).sum().backward()
+    assert not model[0].weight.is_contiguous()
+    assert all(p.grad.stride() == p.stride() for p in model.parameters())
+
+
 def test_the_peak_leaves_the_settings_of_products_alone():
     before = torch.get_float32_matmul_precision()
     assert peak_flops(CPU, "fp32") > 0

@@ -1,0 +1,147 @@
+"""Runs that differ in numbers alone, trained in one process as one batched model.
+
+Every member stays a run of its own, with its optimizer, schedule, phase and record. What they share are the forward
+and the backward pass: their weights are slices of tensors with a leading run axis, and so are the gradients.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from lawn.config import Config, identity
+from lawn.optim import NonFiniteError
+from lawn.task import Task
+from lawn.train.loop import Run
+from lawn.train.throughput import flops_per_sample, on_meta, synchronize
+
+MODELS = ("mlp", "ncf_mlp")  # small ones, that leave a device idle, and without batch norm
+OWN_WEIGHTS = ("adam_hoffer",)  # optimizers that put other weights in the place of the model's
+
+
+def kin(config: Config) -> str | None:
+    """What the runs have in common that can be trained together; None for a run that cannot."""
+    train = config.train
+    alone = train.micro_batch_size or (train.devices or 1) > 1 or train.compile not in (None, "off")
+    if config.model.name not in MODELS or config.optim.name in OWN_WEIGHTS or alone:
+        return None
+    shared = identity(config)
+    del shared["seed"], shared["optim"], shared["schedule"]
+    shared["train"].pop("logit_scale", None)
+    return json.dumps([shared, config.device, config.data_dir], sort_keys=True)
+
+
+def room(task: Task, batch: tuple[Tensor, ...]) -> int:
+    """How many runs like this one half of the free memory has room for: weights, gradients and two moments of each,
+    a batch, and what the backward pass needs, counted without computing anything."""
+    saved = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal saved
+        saved += tensor.nbytes
+        return tensor
+
+    shadow = on_meta(task)
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        shadow.loss_and_margins(tuple(t.to("meta") for t in batch))
+    weights = sum(p.nbytes for p in task.model.parameters())
+    each = 4 * weights + 2 * saved + sum(t.nbytes for t in batch)  # the backward pass makes as much again
+    return max(1, int(0.5 * _free_bytes(batch[0].device) / each))
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class Together:
+    """Runs of one model, dataset, loss and batch size, for as many epochs. The model has no buffers."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = list(runs)
+        self._joined: list[Run] = []
+
+    def next_epoch(self) -> list[Run]:
+        """Take those furthest behind one epoch further, and return them; none when all have ended."""
+        running = [run for run in self.runs if run.status == "running"]
+        runs = [run for run in running if run.epoch == min(run.epoch for run in running)]
+        if not runs:
+            return []
+        if runs != self._joined:
+            self._join(runs)
+        seeds = [run.begin_epoch() for run in runs]
+        start = time.perf_counter()
+        losses, margins = self._train(seeds)
+        synchronize(runs[0].device)
+        share = (time.perf_counter() - start) / len(runs)
+        for run, loss, margin in zip(runs, losses, margins, strict=True):
+            run.seconds["train"] += share
+            run.end_epoch(loss, margin)
+        return runs
+
+    def _join(self, runs: list[Run]) -> None:
+        """Make the weights of these runs slices of one tensor each."""
+        self._joined = runs
+        each = [dict(run.task.model.named_parameters()) for run in runs]
+        self._stacks = {name: torch.stack([own[name].data for own in each]) for name in each[0]}
+        self._slices = {name: [own[name] for own in each] for name in each[0]}
+        for name, stack in self._stacks.items():
+            for weight, row in zip(self._slices[name], stack, strict=True):
+                weight.data = row
+            stack.requires_grad_()
+
+    def _train(self, seeds: list[int]) -> tuple[list[float], list[float]]:
+        """Mean loss and median margin of each run; NaN where it has diverged before its switch."""
+        runs, task, device = self._joined, self._joined[0].task, self._joined[0].device
+        different = list(dict.fromkeys(seeds))  # runs of the same seed have the same batches
+        which = torch.tensor([different.index(seed) for seed in seeds], device=device)
+        generators = [torch.Generator(device).manual_seed(seed) for seed in different]
+        epochs = [task.dataset.train_batches(runs[0].batching, generator) for generator in generators]
+        total = torch.zeros(len(runs), device=device, dtype=torch.float64)
+        margins: list[Tensor] = []
+        failed: set[int] = set()
+        for batches in zip(*epochs, strict=True):
+            batch = [torch.stack(columns)[which] for columns in zip(*(drawn for _, drawn in batches), strict=True)]
+            if not runs[0].flops:
+                flops = flops_per_sample(task, batches[0][1])
+                for run in runs:
+                    run.flops = flops
+            for run in runs:
+                run.before_update()
+            for stack in self._stacks.values():
+                stack.grad = None
+            *inputs, labels = batch
+            logits = self._logits(*inputs)
+            losses = torch.vmap(task.loss)(logits, labels)
+            losses.sum().backward()
+            for name, stack in self._stacks.items():
+                assert stack.grad is not None
+                for weight, gradient in zip(self._slices[name], stack.grad, strict=True):
+                    weight.grad = gradient
+            for k, run in enumerate(runs):
+                try:
+                    if k not in failed:
+                        run.update()
+                except NonFiniteError:
+                    failed.add(k)
+            total += losses.detach().double() * labels.shape[1]
+            margins.append(torch.vmap(task.margins)(logits.detach(), labels))
+        medians = torch.cat(margins, dim=1).median(dim=1).values.tolist()
+        means = (total / task.dataset.num_train).tolist()
+        for k in failed:
+            means[k] = medians[k] = math.nan
+        return means, medians
+
+    def _logits(self, *inputs: Tensor) -> Tensor:
+        """Of every run [K, B, ...] for its own inputs [K, B, ...]."""
+        model = self._joined[0].task.model
+        forward_many = getattr(model, "forward_many", None)
+        if forward_many is not None:
+            return forward_many(self._stacks, *inputs)
+        return torch.vmap(lambda weights, *x: functional_call(model, weights, x))(self._stacks, *inputs)
