@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lawn.config import Config, explain, register, validate
 from lawn.errors import UserError
-from lawn.train import train, train_many
+from lawn.train import check, train, train_many
 
 register()
 DEBUG = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's own switch for tracebacks
@@ -27,7 +27,7 @@ waiting: list[Config] = []  # runs that train.vectorize asks to train together
 def run(composed: DictConfig) -> None:
     try:
         config = validate(composed)
-        waiting.append(config) if config.train.vectorize and os.getpid() == PROCESS else train(config)
+        waiting.append(check(config)) if config.train.vectorize and os.getpid() == PROCESS else train(config)
     except (UserError, OSError) as error:  # the system's own: a full disk, a path that cannot be
         if DEBUG and isinstance(error, OSError):
             raise

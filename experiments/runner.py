@@ -12,6 +12,8 @@ from experiments.pool import Ended, Pool
 from experiments.records import Record, Store
 from experiments.study import Job, Study
 from lawn.config import Config, run_name
+from lawn.errors import UserError
+from lawn.train import check
 from lawn.train.together import kin
 
 TOGETHER = 16  # more gain little on a CPU
@@ -63,10 +65,19 @@ def duration(seconds: float | None) -> str:
 def with_kin(job: Job, ready: Iterable[Job], slots: int, together: int) -> list[Job]:
     """The job and others that can be trained with it: an equal share for each of so many slots, at most `together`."""
     family = kin(job.config)
-    if family is None:
+    if family is None or not _sound(job):
         return [job]
-    jobs = [other for other in ready if kin(other.config) == family]
-    return jobs[: min(together, ceil(len(jobs) / slots))]
+    jobs = {other.hash: other for other in ready if kin(other.config) == family and _sound(other)}
+    return list(jobs.values())[: min(together, ceil(len(jobs) / slots))]
+
+
+def _sound(job: Job) -> bool:
+    """Whether it gets as far as reading data: one that does not must not take others with it."""
+    try:
+        check(job.config)
+    except UserError:
+        return False
+    return True
 
 
 def run(

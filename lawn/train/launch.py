@@ -3,8 +3,9 @@
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from lawn.train.ranks import (
     joined_on_one_machine,
     local_device,
     started_by_torchrun,
+    use,
 )
 from lawn.train.record import RunDirectory, environment
 from lawn.train.together import Together, kin, room
@@ -39,26 +41,30 @@ def train(config: Config) -> dict[str, Any]:
     status "diverged": that is a result, not an error. Under torchrun this process is one rank of the run; otherwise
     `train.devices` ranks are started here.
     """
+    check(config)
+    if started_by_torchrun():
+        with joined_by_torchrun(config) as ranks:
+            return _run(config, ranks)
     devices = config.train.devices or 1
     device = local_device(config.device, local_world=devices)
-    _check(config, device)
-    if started_by_torchrun():
-        with joined_by_torchrun(config.device, config.train.devices) as ranks:
-            return _run(config, ranks)
     if devices == 1 or RunDirectory(config).done:
+        use(device)
         return _run(config, Ranks(device))
     # A process that has looked at a GPU must not be forked; on CPUs a server that has imported everything forks.
     return _run_in_ranks(config, devices, "spawn" if device.type == "cuda" else "forkserver")
 
 
-def _check(config: Config, device: torch.device) -> None:
+def check(config: Config) -> Config:
+    """The config, if nothing about it can be refused before data is read. Raises ConfigError."""
     build(config)
     optimizer_arguments(config)
     loggers.make(config)
-    if device.type == "cpu" and config.train.sync_batchnorm:
+    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    if on_cpu and config.train.sync_batchnorm:
         raise ConfigError("train.sync_batchnorm=True: torch has it for GPUs only; leave it out, or set device=cuda")
-    if device.type == "cpu" and config.train.precision == "tf32":
+    if on_cpu and config.train.precision == "tf32":
         raise ConfigError("train.precision=tf32: is a format of GPUs; choose fp32 or bf16")
+    return config
 
 
 def _run(config: Config, ranks: Ranks) -> dict[str, Any]:
@@ -123,8 +129,8 @@ def train_together(configs: Sequence[Config]) -> None:
     device = local_device(configs[0].device)
     if len({kin(config) for config in configs}) > 1 or kin(configs[0]) is None:
         raise ConfigError("runs that differ in more than seed, optimizer and schedule cannot be trained together")
-    for config in configs:
-        _check(config, device)
+    configs = [check(config) for config in configs]
+    use(device)
     ranks = Ranks(device)
     waiting = [(config, RunDirectory(config)) for config in configs]
     waiting = [(config, directory) for config, directory in waiting if not directory.done]
@@ -139,7 +145,8 @@ def train_together(configs: Sequence[Config]) -> None:
         journals = {}
         for config, directory in now:
             task = build(config)(device, first.dataset)
-            run, journal = _begin(config, task, ranks, directory, together=len(now))
+            uncompiled = replace(config, train=replace(config.train, compile="off"))
+            run, journal = _begin(uncompiled, task, ranks, directory, together=len(now))
             assert journal is not None  # there is a directory
             journals[run] = journal
         together = Together(list(journals))
@@ -179,6 +186,10 @@ def _rank(rank: int, config: Config, world: int, threads: int, store: str, error
             _run(config, ranks)
     except (UserError, OSError) as error:
         errors.put((isinstance(error, LostRankError), error))
+        sys.exit(1)
+    except Exception as error:
+        traceback.print_exc()
+        errors.put((False, RunError(f"rank {rank}: {type(error).__name__}: {error}")))
         sys.exit(1)
 
 

@@ -33,6 +33,7 @@ class WandbLogger:
                 id=run_id,
                 name=directory.name,
                 resume="allow",
+                reinit="create_new",  # runs that are trained together log at the same time
                 dir=str(directory),
                 config={**identity(config), "logger": asdict(config.logger)},
             )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lawn.config import Config
 from lawn.data.batching import Batching
 from lawn.diagnostics import weight_norm
+from lawn.errors import RunError
 from lawn.optim import LAWNOptimizer, LinearWarmup, LinearWarmupDecay, NonFiniteError, attenuate_logits
 from lawn.optimizers import OPTIMIZERS, optimizer_arguments
 from lawn.task import Task
@@ -147,7 +148,7 @@ class Run:
             except NonFiniteError:
                 return math.nan, math.nan
         median = self.ranks.joined(torch.cat(margins)).median()
-        # The epoch's only synchronization.
+        # Only here, at the end of the epoch, does the host wait for the device.
         return self.ranks.total(total).item() / task.dataset.num_train, median.item()
 
     def _through(self, outer: Callable[[Tensor], Tensor], mean: Tensor) -> Tensor:
@@ -162,8 +163,10 @@ class Run:
     def _evaluate(self) -> dict[str, float]:
         """Each rank evaluates its share; the metrics are those of all rows."""
         batches = self.task.dataset.eval_batches(self.ranks.rank, self.ranks.world)
-        rows = torch.cat([self.task.rows(self.execution.lay_out(batch)) for batch in batches])
-        return self.task.metrics(self.ranks.joined(rows))
+        rows = [self.task.rows(self.execution.lay_out(batch)) for batch in batches]
+        if not rows:
+            raise RunError(f"rank {self.ranks.rank}: nothing to evaluate; there are more ranks than evaluation samples")
+        return self.task.metrics(self.ranks.joined(torch.cat(rows)))
 
     def _switch_weights(self, mode: str) -> None:
         """A schedule-free optimizer has other weights for training than for evaluation."""
@@ -194,6 +197,10 @@ class Run:
         self.rows, self.seconds = state["rows"], state["seconds"]
         self.task.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for p, moments in self.optimizer.state.items():  # as the weights lie in memory now: fused steps rely on it
+            for name, value in moments.items():
+                if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
+                    moments[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
         self.scheduler.load_state_dict(state["scheduler"])
 
     def result(self) -> dict[str, Any]:

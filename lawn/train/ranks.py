@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lawn.config import Config
 from lawn.errors import ConfigError, RunError
 
 T = TypeVar("T")
@@ -93,14 +94,16 @@ def started_by_torchrun() -> bool:
 
 
 @contextmanager
-def joined_by_torchrun(device: str, devices: int | None) -> Iterator[Ranks]:
+def joined_by_torchrun(config: Config) -> Iterator[Ranks]:
     """This process as the rank that torchrun made it."""
     rank, world, local, local_world = (
         int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     )
-    if devices not in (None, world):
-        raise ConfigError(f"train.devices={devices}: torchrun has started {world} ranks; leave it out")
-    with _joined(Ranks(local_device(device, local, local_world), rank, world, local), "env://") as ranks:
+    if config.train.devices not in (None, world):
+        raise ConfigError(f"train.devices={config.train.devices}: torchrun has started {world} ranks; leave it out")
+    if world > config.train.batch_size:
+        raise ConfigError(f"train.batch_size={config.train.batch_size}: must be at least the {world} ranks of torchrun")
+    with _joined(Ranks(local_device(config.device, local, local_world), rank, world, local), "env://") as ranks:
         yield ranks
 
 
@@ -113,12 +116,11 @@ def joined_on_one_machine(device: str, rank: int, world: int, store: str) -> Ite
 
 @contextmanager
 def _joined(ranks: Ranks, where: str) -> Iterator[Ranks]:
-    on_gpu = ranks.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(ranks.device)
+    use(ranks.device)
     try:
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, init_method=where, rank=ranks.rank, world_size=ranks.world)
+        if not dist.is_initialized():  # the runs of a multirun under torchrun share one group
+            backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, init_method=where, rank=ranks.rank, world_size=ranks.world)
         yield ranks
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
@@ -127,9 +129,8 @@ def _joined(ranks: Ranks, where: str) -> Iterator[Ranks]:
             f"rank {ranks.rank}: the connection to another rank is lost ({_reason(error)}); "
             "the same command goes on from the last checkpoint"
         ) from error
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if not started_by_torchrun():  # nor after an error: leaving the group might wait for a rank that is no more
+        dist.destroy_process_group()
 
 
 class LostRankError(RunError):
@@ -141,14 +142,21 @@ def _reason(error: RuntimeError) -> str:
     return line.rpartition("] ")[2][:200] if line.startswith("[") else line[:200]
 
 
+def use(device: torch.device) -> None:
+    """Make a GPU the one that kernels are launched on where nothing else is said."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 def local_device(name: str, local_rank: int = 0, local_world: int = 1) -> torch.device:
     """The device of a rank: of several on one machine each has its own GPU, or a share of the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.Generator(device)
-        torch.empty(0, device=device)
+        if local_world == 1:  # of several, the launcher must not occupy the first one's GPU
+            torch.Generator(device)
+            torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device={name}: cannot be used ({reason}); choose auto, cpu, cuda or cuda:N") from error
@@ -160,4 +168,4 @@ def local_device(name: str, local_rank: int = 0, local_world: int = 1) -> torch.
         return device
     if local_world > torch.cuda.device_count():
         raise ConfigError(f"train.devices={local_world}: this machine has {torch.cuda.device_count()} GPUs")
-    return torch.device("cuda", local_rank)
+    return torch.device(device.type, local_rank)

@@ -20,9 +20,9 @@ def flops_per_sample(task: Task, batch: Batch) -> float:
 
 
 def on_meta(task: Task) -> Task:
-    """The task with a model that has shapes and no values."""
+    """The task with a model that has shapes and no values, and does not ask other ranks for statistics."""
     shadow = copy.copy(task)
-    shadow.model = shadow.network = copy.deepcopy(task.model).to("meta")
+    shadow.model = shadow.network = copy.deepcopy(task.model).to("meta").eval()
     return shadow
 
 

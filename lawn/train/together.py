@@ -18,6 +18,7 @@ from lawn.config import Config, identity
 from lawn.optim import NonFiniteError
 from lawn.task import Task
 from lawn.train.loop import Run
+from lawn.train.ranks import started_by_torchrun
 from lawn.train.throughput import flops_per_sample, on_meta, synchronize
 
 MODELS = ("mlp", "ncf_mlp")  # small ones, that leave a device idle, and without batch norm
@@ -28,6 +29,7 @@ def kin(config: Config) -> str | None:
     """What the runs have in common that can be trained together; None for a run that cannot."""
     train = config.train
     alone = train.micro_batch_size or (train.devices or 1) > 1 or train.compile not in (None, "off")
+    alone = alone or train.precision == "bf16" or started_by_torchrun()
     if config.model.name not in MODELS or config.optim.name in OWN_WEIGHTS or alone:
         return None
     shared = identity(config)
@@ -37,8 +39,8 @@ def kin(config: Config) -> str | None:
 
 
 def room(task: Task, batch: tuple[Tensor, ...]) -> int:
-    """How many runs like this one half of the free memory has room for: weights, gradients and two moments of each,
-    a batch, and what the backward pass needs, counted without computing anything."""
+    """How many runs like this one a quarter of the free memory has room for: weights, gradients and two moments of
+    each, a batch, and what the backward pass needs, counted without computing anything."""
     saved = 0
 
     def count(tensor: Tensor) -> Tensor:
@@ -51,13 +53,14 @@ def room(task: Task, batch: tuple[Tensor, ...]) -> int:
         shadow.loss_and_margins(tuple(t.to("meta") for t in batch))
     weights = sum(p.nbytes for p in task.model.parameters())
     each = 4 * weights + 2 * saved + sum(t.nbytes for t in batch)  # the backward pass makes as much again
-    return max(1, int(0.5 * _free_bytes(batch[0].device) / each))
+    return max(1, int(0.25 * _free_bytes(batch[0].device) / each))
 
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS tells only how many
+    return os.sysconf(free) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Together:
@@ -112,8 +115,9 @@ class Together:
                 flops = flops_per_sample(task, batches[0][1])
                 for run in runs:
                     run.flops = flops
-            for run in runs:
-                run.before_update()
+            for k, run in enumerate(runs):
+                if k not in failed:
+                    run.before_update()
             for stack in self._stacks.values():
                 stack.grad = None
             *inputs, labels = batch

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -6,10 +7,13 @@ import torch
 from lawn.config import TrainConfig
 from lawn.models.ncf import NCFMLP
 from lawn.models.vgg import VGG19
+from lawn.task import build
 from lawn.train import train
 from lawn.train.execution import Execution
+from lawn.train.loop import Run
+from lawn.train.ranks import Ranks, joined_on_one_machine
 from lawn.train.record import RunDirectory
-from lawn.train.throughput import peak_flops
+from lawn.train.throughput import flops_per_sample, peak_flops
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -94,6 +98,28 @@ def test_the_peak_leaves_the_settings_of_products_alone():
     before = torch.get_float32_matmul_precision()
     assert peak_flops(CPU, "fp32") > 0
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_moments_are_resumed_in_the_layout_of_the_weights(tiny):
+    """A checkpoint of another layout, as before a change of train.channels_last."""
+    config = tiny("optim=adam")
+    run, resumed = (Run(config, build(config)(CPU), Ranks(CPU)) for _ in range(2))
+    run.next_epoch()
+    state = copy.deepcopy(run.state_dict())
+    for moments in state["optimizer"]["state"].values():
+        moments["exp_avg"] = moments["exp_avg"].t().contiguous().t()
+    resumed.load_state_dict(state)
+    assert resumed.next_epoch() == run.next_epoch()
+
+
+def test_flops_are_counted_without_the_other_ranks(tiny, tmp_path):
+    config = tiny()
+    task = build(config)(CPU)
+    task.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.SyncBatchNorm(64), torch.nn.Linear(64, 10))
+    batch = (torch.rand(3, 1, 8, 8), torch.zeros(3, dtype=torch.long))
+    with joined_on_one_machine("cpu", 0, 1, str(tmp_path / "store")):
+        assert flops_per_sample(task, batch) == 3 * 2 * 640
+    assert task.model.training
 
 
 @pytest.mark.slow
