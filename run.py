@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Train one run, or a Hydra multirun of many: python run.py -m dataset=digits optim=adam,adam_lawn seed=0,1,2"""
 
 import os
@@ -12,9 +11,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from lawn.config import Config, explain, register, validate
+from lawn.config import Config, register
 from lawn.errors import UserError
 from lawn.train import check, train, train_many
+from lawn.validation import explain, validate
 
 register()
 DEBUG = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's own switch for tracebacks

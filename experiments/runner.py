@@ -16,7 +16,7 @@ from lawn.errors import UserError
 from lawn.train import check
 from lawn.train.together import kin
 
-TOGETHER = 16  # more gain little on a CPU
+TOGETHER = 16
 REFRESH_SECONDS = 5.0  # of the progress bar while no job ends
 
 

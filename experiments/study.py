@@ -18,8 +18,9 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 
 from experiments.records import Record, Store
 from experiments.spec import Cell, Experiment
-from lawn.config import Config, EvalConfig, config_hash, explain, register, validate
+from lawn.config import Config, EvalConfig, config_hash, register
 from lawn.errors import ConfigError
+from lawn.validation import explain, validate
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 SELECTIONS = ("val", "test")

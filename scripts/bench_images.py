@@ -10,7 +10,6 @@ results/bench/images-DEVICE.json and .md.
 """
 
 import copy
-import os
 import statistics
 import sys
 import tempfile
@@ -20,27 +19,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
+from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
 from experiments.study import compose_all
 from lawn.config import Config
 from lawn.data.batching import Batching
-from lawn.data.cifar import PADDING
 from lawn.task import build
 from lawn.train.loop import Run
 from lawn.train.ranks import Ranks
 from lawn.train.throughput import peak_flops
 from scripts import bench
 from scripts.generated import CLASSES, HEIGHT, WIDTH, write_cifar, write_photos
+from scripts.plain_images import WORKERS, Plain, nothing, plain_cifar, plain_imagenet, plain_loader
 
-WORKERS = os.cpu_count() or 1
 RESNET_UPDATES = 4 * WORKERS  # the first batch is waited for: a small share of so many
 BYTES = 3 * 32 * 32 * (1 + 4)  # CIFAR's augmentation reads an image as uint8 and writes it as float32
 
@@ -60,72 +54,6 @@ SIZES = {
     "cuda": Sizes(4096, 8, 256, 224, 50_000),
     "tiny": Sizes(8, 2, 4, 32, 32),  # for the tests
 }
-
-
-class Pictures(Dataset):
-    """An array of images, one by one, as torchvision's datasets return them."""
-
-    def __init__(self, file: Path, transform: Callable[[Image.Image], Tensor], count: int | None) -> None:
-        with np.load(file) as content:
-            self.images, self.labels = content["images"][:count], content["labels"][:count].tolist()
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
-
-
-def plain_cifar(root: Path, count: int | None = None) -> Dataset:
-    augment = transforms.Compose(
-        [
-            transforms.RandomCrop(32, padding=PADDING),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-        ]
-    )
-    return Pictures(root / "cifar10" / "train.npz", augment, count)
-
-
-def plain_imagenet(root: Path, size: int) -> Dataset:
-    augment = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(size),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ]
-    )
-    return ImageFolder(str(root / "imagenet" / "train"), augment)
-
-
-def nothing(image: Image.Image) -> int:
-    return 0
-
-
-def plain_loader(samples: Dataset, batch_size: int, device: torch.device) -> DataLoader:
-    pinned = device.type == "cuda"
-    return DataLoader(
-        samples, batch_size, shuffle=True, num_workers=WORKERS, pin_memory=pinned, persistent_workers=True
-    )
-
-
-class Plain:
-    """The plain loop."""
-
-    def __init__(self, model: nn.Module, loader: DataLoader, device: torch.device) -> None:
-        self.model, self.loader, self.device = model, loader, device
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-
-    def epoch(self) -> None:
-        self.model.train()
-        for images, labels in self.loader:
-            images, labels = images.to(self.device), labels.to(self.device)
-            self.optimizer.zero_grad()
-            F.cross_entropy(self.model(images), labels).backward()
-            self.optimizer.step()
 
 
 class Bare:

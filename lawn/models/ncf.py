@@ -47,8 +47,7 @@ class NCFMLP(nn.Module):
 
         A linear layer on a concatenation is the sum of two linear layers. Where the batch is larger than the tables
         it is cheaper to send every user and item through its half once and look the results up; the gradients are
-        the same up to rounding. (index_select: on a CPU its backward pass is two to three times as fast as that of
-        an embedding.)
+        the same up to rounding. (index_select: on a CPU its backward pass is faster than that of an embedding.)
         """
         first = self.hidden[0]
         assert isinstance(first, nn.Linear)

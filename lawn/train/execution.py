@@ -3,14 +3,14 @@
 import ctypes
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lawn.config import TrainConfig
 
-WORTH_COMPILING = 1000  # updates: fewer do not win back the minute that compiling takes
+WORTH_COMPILING = 1000  # updates: fewer may not win back the time that compiling takes
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Execution:
             return model
         # Batches have few different sizes: a graph for each is faster than one for all.
         mode = None if self.compile == "default" else self.compile
-        return torch.compile(model, mode=mode, dynamic=False)  # type: ignore[return-value]
+        return cast(nn.Module, torch.compile(model, mode=mode, dynamic=False))
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -67,8 +67,8 @@ class Execution:
 
 
 def _keep_freed_memory() -> None:
-    """glibc gives large blocks back to the system as soon as they are freed, and every step has to touch new pages:
-    half the time of NCF at batch 400,000. Other C libraries are left alone."""
+    """glibc gives large blocks back to the system as soon as they are freed, and every step has to touch new pages.
+    Other C libraries are left alone."""
     trim_threshold, mmap_max = -1, -4  # of malloc.h
     with suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

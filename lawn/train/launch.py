@@ -59,7 +59,7 @@ def check(config: Config) -> Config:
     build(config)
     optimizer_arguments(config)
     loggers.make(config)
-    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    on_cpu = config.device.startswith("cpu") or not torch.cuda.is_available()
     if on_cpu and config.train.sync_batchnorm:
         raise ConfigError("train.sync_batchnorm=True: torch has it for GPUs only; leave it out, or set device=cuda")
     if on_cpu and config.train.precision == "tf32":

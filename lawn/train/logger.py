@@ -29,7 +29,7 @@ class WandbLogger:
 
             self._run = wandb.init(
                 project=project,
-                mode=mode,  # type: ignore[arg-type]  # a Literal there; lawn.config has checked it
+                mode=mode,  # type: ignore[arg-type]  # a Literal there; lawn.validation has checked it
                 id=run_id,
                 name=directory.name,
                 resume="allow",

@@ -1,0 +1,157 @@
+"""A composed config is checked once, here: the first thing that is wrong with it is one line that names the key."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from hydra.errors import MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from lawn.config import Config
+from lawn.errors import ConfigError
+
+
+def validate(composed: DictConfig) -> Config:
+    """Resolve a composed config and check every value. Raises ConfigError with one line that names the key."""
+    _refuse_unknown_keys(composed, Config, "")
+    try:
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+    assert isinstance(config, Config)
+    for problem in _problems(config):
+        raise ConfigError(problem)
+    return config
+
+
+def _refuse_unknown_keys(node: DictConfig, schema: type, prefix: str) -> None:
+    """Hydra's `+key=value` adds to a dataclass what it does not have."""
+    for key in map(str, node):
+        section = next((f for f in fields(schema) if f.name == key), None)
+        if section is None:
+            raise ConfigError(f"{prefix}{key}: no such key; {_takes(prefix.rstrip('.'))}")
+        if is_dataclass(section.default_factory):
+            _refuse_unknown_keys(node[key], section.default_factory, f"{key}.")
+
+
+def _takes(section: str) -> str:
+    """The keys of a section of the config; of the config itself for any other word."""
+    default = Config()
+    owner = getattr(default, section, None)
+    name, owner = (section, owner) if is_dataclass(owner) else ("the config", default)
+    return f"{name} takes {', '.join(vars(owner))}"
+
+
+def _problems(c: Config) -> Iterator[str]:
+    """What is wrong, a line each, in the order to be reported."""
+    lower_bounds: dict[str, tuple[float, bool]] = {  # key: bound, whether the bound itself is allowed
+        "train.epochs": (0, False),  # first: the defaults of others are in proportion to it
+        "dataset.limit": (0, False),
+        "dataset.val_fraction": (0, False),
+        "dataset.image_size": (0, False),
+        "dataset.workers": (0, True),
+        "dataset.negatives": (0, False),
+        "dataset.candidates": (0, False),
+        "model.factors": (0, False),
+        "model.layers": (0, False),
+        "optim.lr": (0, False),
+        "optim.eps": (0, True),
+        "optim.momentum": (0, True),
+        "optim.weight_decay": (0, True),
+        "optim.free_epochs": (0, True),
+        "loss.smoothing": (0, True),
+        "loss.gamma": (0, True),
+        "loss.level": (0, True),
+        "schedule.warmup_epochs": (0, True),
+        "train.batch_size": (0, False),
+        "train.micro_batch_size": (0, False),
+        "train.devices": (0, False),
+        "train.vectorize": (0, False),
+        "train.checkpoint_seconds": (0, True),
+        "eval.every": (0, False),
+        "dataset.seed": (0, True),
+        "seed": (0, True),
+    }
+    for key, (bound, inclusive) in lower_bounds.items():
+        value = _get(c, key)
+        if value is None:
+            continue
+        if not (math.isfinite(value) and (value > bound or (inclusive and value == bound))):
+            yield f"{key}={value}: must be a finite number {'at least' if inclusive else 'above'} {bound:g}"
+    for key in ("dataset.val_fraction", "loss.smoothing", "optim.momentum"):
+        value = _get(c, key)
+        if value is not None and value >= 1:
+            yield f"{key}={value}: must be below 1"
+    choices = {
+        "model.init": ("he2017", "torch"),
+        "eval.split": ("test", "val"),
+        "optim.scope": ("all", "final_homogeneous"),
+        "schedule.name": ("linear", "constant"),
+        "logger.mode": ("online", "offline", "disabled"),
+        "dataset.loader": ("torch", "dali"),
+        "train.precision": ("fp32", "tf32", "bf16"),
+        "train.compile": ("off", "default", "reduce-overhead"),
+    }
+    for key, allowed in choices.items():
+        value = _get(c, key)
+        if value is not None and value not in allowed:
+            yield f"{key}={value}: must be one of {', '.join(allowed)}"
+    if c.optim.betas is not None and (len(c.optim.betas) != 2 or not all(0 <= b < 1 for b in c.optim.betas)):
+        yield f"optim.betas={c.optim.betas}: must be two numbers in [0, 1)"
+    if c.model.widths is not None and not all(width > 0 for width in c.model.widths):
+        yield f"model.widths={c.model.widths}: must be positive"
+    if c.optim.free_epochs is not None and c.optim.free_epochs >= c.train.epochs:
+        yield (
+            f"optim.free_epochs={c.optim.free_epochs:g}: must be below train.epochs={c.train.epochs}, "
+            "or the constrained phase never begins"
+        )
+    if c.train.logit_scale is not None and not 1e-6 <= c.train.logit_scale <= 1:
+        yield f"train.logit_scale={c.train.logit_scale:g}: must be from 1e-6 to 1"
+    if c.train.logit_scale is not None and c.optim.free_epochs is None:
+        yield f"train.logit_scale={c.train.logit_scale:g}: needs a LAWN optimizer, whose switch it happens at"
+    if (c.train.devices or 1) > c.train.batch_size:
+        yield f"train.devices={c.train.devices}: must be at most train.batch_size={c.train.batch_size}"
+    if c.dataset.shards is not None and c.dataset.limit is not None:
+        yield f"dataset.limit={c.dataset.limit}: needs folders; dataset.shards are read whole"
+    if c.dataset.shards is not None and c.dataset.loader == "dali":
+        yield "dataset.loader=dali: reads folders; dataset.shards needs dataset.loader=torch"
+    if c.train.compile == "reduce-overhead" and c.train.micro_batch_size is not None:
+        yield "train.compile=reduce-overhead: does not go with train.micro_batch_size; choose default or off"
+    if c.train.compile not in (None, "off") and c.train.sync_batchnorm:
+        yield f"train.compile={c.train.compile}: does not go with train.sync_batchnorm; choose off"
+    if c.dataset.prefix is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", c.dataset.prefix):
+        yield f"dataset.prefix={c.dataset.prefix!r}: must be a plain name of letters, digits, '_', '-' and '.'"
+    if c.optim.nesterov and not c.optim.momentum:
+        yield "optim.nesterov=True: needs optim.momentum above 0"
+    for key, bound in (("seed", 2**63), ("dataset.seed", 2**32)):
+        if _get(c, key) >= bound:
+            yield f"{key}={_get(c, key)}: must be below {bound}"
+    if c.schedule.warmup_epochs >= c.train.epochs:
+        yield f"schedule.warmup_epochs={c.schedule.warmup_epochs:g}: must be below train.epochs={c.train.epochs}"
+
+
+def _get(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def explain(error: BaseException) -> str:
+    """One line for an exception of Hydra or OmegaConf: the key first, then what is allowed there."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, member = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={member}: no such {group}; choose from {', '.join(sorted(error.options))}"
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        error = error.__cause__
+    key = str(getattr(error, "full_key", None) or "")
+    if isinstance(error, (ConfigAttributeError, ConfigKeyError)) and key:
+        return f"{key}: no such key; {_takes(key.rpartition('.')[0])}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key}: needs a value"
+    text = " ".join(line.strip() for line in str(error).splitlines())
+    text = text.split(" full_key:")[0].split(" See https:")[0]
+    return f"{key}: {text}" if key else text
