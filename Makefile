@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 TABLES := table1 table2 table3 table4 table5 table6 figure1 figure2
-.PHONY: help setup demo data report $(TABLES) test test-all lint format bench bench-ncf bench-optim bench-images clean
+.PHONY: help setup demo data report $(TABLES) test test-all lint format bench bench-ncf bench-sweep bench-optim bench-images clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,13 +53,17 @@ format: $(READY) ## put the code in ruff's format
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-bench: ## all three benchmarks, one after the other; results/bench/
+bench: ## all benchmarks, one after the other; results/bench/
 	$(MAKE) bench-ncf
+	$(MAKE) bench-sweep
 	$(MAKE) bench-optim
 	$(MAKE) bench-images
 
 bench-ncf: $(READY) ## time NCF's training against a plain loop, on MovieLens in DATA_DIR
 	$(PYTHON) -m scripts.bench_ncf --data-dir $(DATA_DIR) $(ARGS)
+
+bench-sweep: $(READY) ## time runs trained as one batched model against the same runs alone, on MovieLens in DATA_DIR
+	$(PYTHON) -m scripts.bench_sweep --data-dir $(DATA_DIR) $(ARGS)
 
 bench-optim: $(READY) ## time one step of every optimizer on VGG-19's parameters
 	$(PYTHON) -m scripts.bench_optim $(ARGS)

@@ -45,6 +45,17 @@ def test_bench_ncf(tmp_path):
 
 
 @pytest.mark.slow
+def test_bench_sweep(tmp_path):
+    write_ratings(tmp_path / "ml-100k" / "u.data", synthetic_ratings(items=600, each=20))
+    run_module("bench_sweep", "--data-dir", str(tmp_path), "--results", str(tmp_path / "results"))
+    measured = content(tmp_path / "results", "sweep")
+    assert len(measured) == 4
+    for row in measured.values():
+        assert row["config"]["runs"] == 16
+        assert row["speedup"] * row["times_one"] == pytest.approx(16, rel=0.05)
+
+
+@pytest.mark.slow
 def test_bench_ncf_says_what_is_wrong_with_the_data(tmp_path, monkeypatch, capsys):
     (tmp_path / "ml-100k").mkdir()
     (tmp_path / "ml-100k" / "ml-100k.zip").write_text("not the archive")  # so that nothing is downloaded

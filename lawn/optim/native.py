@@ -38,7 +38,7 @@ def library(fused: bool | None, *lists: list[Tensor]) -> ctypes.CDLL | None:
     dtype = lists[0][0].dtype
     if dtype not in REAL or not alike(*lists):
         return None
-    if not all(t.device.type == "cpu" and t.dtype == dtype for tensors in lists for t in tensors):
+    if any(t.dtype != dtype or not t.is_cpu for tensors in lists for t in tensors):
         return None
     compiled = _build(dtype)
     if compiled is None and fused:
@@ -48,11 +48,18 @@ def library(fused: bool | None, *lists: list[Tensor]) -> ctypes.CDLL | None:
 
 def alike(*lists: list[Tensor]) -> bool:
     """Whether tensors without gaps lie in memory alike at each position, so that addresses can be counted through."""
-    return all(
-        (first.is_contiguous() or (first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last)))
-        and all(t.stride() == first.stride() for t in others)
-        for first, *others in zip(*lists, strict=True)
-    )
+    for first, *others in zip(*lists, strict=True):
+        if not (first.is_contiguous() or (first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last))):
+            return False
+        strides = first.stride()
+        if any(t.stride() != strides and _strides(t) != _strides(first) for t in others):
+            return False
+    return True
+
+
+def _strides(t: Tensor) -> list[int]:
+    """Without dimensions of length one, whose stride means nothing."""
+    return [stride for stride, length in zip(t.stride(), t.shape, strict=True) if length > 1]
 
 
 def pointers(*lists: list[Tensor]) -> tuple[object, ...]:

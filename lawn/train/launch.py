@@ -142,6 +142,9 @@ def train_together(configs: Sequence[Config]) -> None:
     at_once = room(first, batch)
     while waiting:
         now, waiting = waiting[:at_once], waiting[at_once:]
+        if len(now) == 1:
+            train(now[0][0])
+            continue
         journals = {}
         for config, directory in now:
             task = build(config)(device, first.dataset)

@@ -115,6 +115,10 @@ class Run:
     def update(self) -> None:
         """Take the step. Raises NonFiniteError where the free phase has diverged before the switch."""
         self.optimizer.step()
+        self.after_update()
+
+    def after_update(self) -> None:
+        """What follows an optimizer's step."""
         self.scheduler.step()
         self.step += 1
 
@@ -187,7 +191,7 @@ class Run:
             "rows": self.rows,
             "seconds": self.seconds,
             # Copies: a weight may be a slice of a larger tensor, which would be saved as a whole.
-            "model": {name: value.clone() for name, value in self.task.model.state_dict().items()},
+            "model": self.task.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from lawn.config import Config, config_hash, run_name
 from lawn.errors import RunError
@@ -71,7 +72,7 @@ class RunDirectory:
 
     def save(self, state: dict[str, Any]) -> None:
         with atomic(self.path / "checkpoint.pt") as temporary:
-            torch.save({"version": CHECKPOINT_VERSION, "hash": self.hash, **state}, temporary)
+            torch.save(_own({"version": CHECKPOINT_VERSION, "hash": self.hash, **state}), temporary)
 
     def load(self) -> dict[str, Any] | None:
         """The newest full state, on the CPU, or None when there is none."""
@@ -99,6 +100,15 @@ class RunDirectory:
             return str(OmegaConf.select(OmegaConf.load(self.path / "config.yaml"), "hash", throw_on_missing=True))
         except (OSError, KeyError, ValueError) as error:
             raise RunError(f"run_dir={self.path}: its config.yaml cannot be read ({error}); choose another") from error
+
+
+def _own(value: Any) -> Any:
+    """The same, with a copy of every tensor that is a slice of a larger one: all of that would be saved."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+    if isinstance(value, dict):
+        return {key: _own(item) for key, item in value.items()}
+    return type(value)(map(_own, value)) if isinstance(value, list | tuple) else value
 
 
 def environment(device: torch.device) -> dict[str, Any]:

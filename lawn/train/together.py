@@ -1,7 +1,7 @@
 """Runs that differ in numbers alone, trained in one process as one batched model.
 
-Every member stays a run of its own, with its optimizer, schedule, phase and record. What they share are the forward
-and the backward pass: their weights are slices of tensors with a leading run axis, and so are the gradients.
+Every member stays a run of its own, with its optimizer, schedule, phase and record. What they share are the passes
+over memory: their weights are slices of tensors with a leading run axis, and so are gradients and moments.
 """
 
 import json
@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -16,12 +17,14 @@ from torch.func import functional_call
 
 from lawn.config import Config, identity
 from lawn.optim import NonFiniteError
+from lawn.optim.joint import JointStep
 from lawn.task import Task
 from lawn.train.loop import Run
 from lawn.train.ranks import started_by_torchrun
 from lawn.train.throughput import flops_per_sample, on_meta, synchronize
 
 MODELS = ("mlp", "ncf_mlp")  # small ones, that leave a device idle, and without batch norm
+CPU_ROWS = 160_000  # in a joint batch: more leave the caches, and nothing is gained (docs/scaling.md)
 OWN_WEIGHTS = ("adam_hoffer",)  # optimizers that put other weights in the place of the model's
 
 
@@ -39,8 +42,9 @@ def kin(config: Config) -> str | None:
 
 
 def room(task: Task, batch: tuple[Tensor, ...]) -> int:
-    """How many runs like this one a quarter of the free memory has room for: weights, gradients and two moments of
-    each, a batch, and what the backward pass needs, counted without computing anything."""
+    """How many runs like this one can be trained together: as many as a quarter of the free memory has room for, with
+    weights, gradients and two moments of each, a batch, and what the backward pass needs, counted without computing
+    anything; on a CPU no more than are faster than one after the other."""
     saved = 0
 
     def count(tensor: Tensor) -> Tensor:
@@ -53,7 +57,10 @@ def room(task: Task, batch: tuple[Tensor, ...]) -> int:
         shadow.loss_and_margins(tuple(t.to("meta") for t in batch))
     weights = sum(p.nbytes for p in task.model.parameters())
     each = 4 * weights + 2 * saved + sum(t.nbytes for t in batch)  # the backward pass makes as much again
-    return max(1, int(0.25 * _free_bytes(batch[0].device) / each))
+    fit = int(0.25 * _free_bytes(batch[0].device) / each)
+    if batch[0].device.type == "cpu":
+        fit = min(fit, CPU_ROWS // len(batch[0]))
+    return max(1, fit)
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -98,6 +105,37 @@ class Together:
             for weight, row in zip(self._slices[name], stack, strict=True):
                 weight.data = row
             stack.requires_grad_()
+        self._groups = []
+        for _, group in groupby(range(len(runs)), key=lambda k: type(runs[k].optimizer)):
+            members = list(group)
+            part = slice(members[0], members[-1] + 1)
+            optimizers = [run.optimizer for run in runs[part]]
+            step = None
+            if JointStep.possible(optimizers):
+                stacks = [stack.detach()[part] for stack in self._stacks.values()]
+                step = JointStep(optimizers, stacks, [own[part] for own in self._slices.values()])
+            self._groups.append((part, step))
+
+    def _update(self, failed: set[int]) -> None:
+        """Take the step of the runs; adds to the failed ones those that diverge before their switch."""
+        for part, step in self._groups:
+            members = range(*part.indices(len(self._joined)))
+            if step is not None:
+                lost = step.step([_gradient(stack)[part] for stack in self._stacks.values()])
+                failed |= {members[k] for k in lost}
+                for k in members:
+                    if k not in failed:
+                        self._joined[k].after_update()
+                continue
+            for name, stack in self._stacks.items():
+                for weight, gradient in zip(self._slices[name][part], _gradient(stack)[part], strict=True):
+                    weight.grad = gradient
+            for k in members:
+                try:
+                    if k not in failed:
+                        self._joined[k].update()
+                except NonFiniteError:
+                    failed.add(k)
 
     def _train(self, seeds: list[int]) -> tuple[list[float], list[float]]:
         """Mean loss and median margin of each run; NaN where it has diverged before its switch."""
@@ -124,16 +162,7 @@ class Together:
             logits = self._logits(*inputs)
             losses = torch.vmap(task.loss)(logits, labels)
             losses.sum().backward()
-            for name, stack in self._stacks.items():
-                assert stack.grad is not None
-                for weight, gradient in zip(self._slices[name], stack.grad, strict=True):
-                    weight.grad = gradient
-            for k, run in enumerate(runs):
-                try:
-                    if k not in failed:
-                        run.update()
-                except NonFiniteError:
-                    failed.add(k)
+            self._update(failed)
             total += losses.detach().double() * labels.shape[1]
             margins.append(torch.vmap(task.margins)(logits.detach(), labels))
         medians = torch.cat(margins, dim=1).median(dim=1).values.tolist()
@@ -149,3 +178,8 @@ class Together:
         if forward_many is not None:
             return forward_many(self._stacks, *inputs)
         return torch.vmap(lambda weights, *x: functional_call(model, weights, x))(self._stacks, *inputs)
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    assert weight.grad is not None
+    return weight.grad

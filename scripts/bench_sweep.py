@@ -1,0 +1,110 @@
+"""Time runs that are trained as one batched model against the same runs one after the other:
+python -m scripts.bench_sweep --data-dir D [--rounds 9]
+
+NCF on MovieLens-100k, a sweep over learning rates: in turns an epoch of all runs together and an epoch of one alone.
+Prints medians of the ratios within a round; writes the same with hardware and versions to
+results/bench/sweep-DEVICE.json and .md.
+"""
+
+import statistics
+import sys
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from experiments.study import compose_all
+from lawn.errors import UserError
+from lawn.task import build
+from lawn.train.loop import Run
+from lawn.train.ranks import Ranks
+from lawn.train.together import Together
+from scripts import bench
+
+SWEEPS = {  # by device: runs, batch size, factors, optimizer, whether each run has a seed of its own
+    "cpu": (
+        (16, 1000, 8, "adam_lawn", False),
+        (16, 1000, 8, "adamw", True),
+        (16, 1000, 16, "adam_lawn", False),
+        (16, 10_000, 8, "adam_lawn", False),
+    ),
+    "cuda": (
+        (64, 10_000, 8, "adam_lawn", False),
+        (64, 10_000, 16, "adam_lawn", False),
+        (64, 10_000, 16, "adamw", True),
+        (64, 1000, 16, "adam_lawn", False),
+    ),
+}
+
+
+def measure(given: Namespace, count: int, batch_size: int, factors: int, optim: str, seeds: bool) -> bench.Row:
+    device = torch.device(given.device)
+    common = [
+        *("dataset=movielens100k", f"data_dir={given.data_dir.resolve()}", f"optim={optim}"),
+        *(f"train.batch_size={batch_size}", f"model.factors={factors}"),
+        # As many epochs as make the choices of a long run, none of them evaluated; LAWN switches in the first.
+        *("train.epochs=1000", "eval.every=1000", *(["optim.free_epochs=0.5"] if "lawn" in optim else [])),
+    ]
+    configs = compose_all(
+        [(*common, f"optim.lr={1e-4 * (k + 1):g}", f"seed={k if seeds else 0}") for k in range(count)]
+    )
+    dataset = build(configs[0])(device).dataset
+    alone, *runs = (Run(config, build(config)(device, dataset), Ranks(device)) for config in (configs[0], *configs))
+    together = Together(runs)
+
+    def epoch_together() -> float:
+        before = sum(run.seconds["train"] for run in runs)
+        together.next_epoch()
+        return sum(run.seconds["train"] for run in runs) - before
+
+    def epoch_alone() -> float:
+        return dataset.num_train / bench.training_rate(alone)
+
+    found = bench.turns({"together": epoch_together, "alone": epoch_alone}, given.rounds)
+    times = bench.median_ratio(found["together"], found["alone"])
+    return {
+        "seconds": {what: round(statistics.median(values), 3) for what, values in found.items()},
+        "times_one": round(times, 2),
+        "speedup": round(count / times, 2),
+        "config": {
+            "runs": count,
+            "batch_size": batch_size,
+            "factors": factors,
+            "optim": optim,
+            "seeds": seeds,
+            "execution": asdict(alone.execution),
+        },
+    }
+
+
+def name(count: int, batch_size: int, factors: int, optim: str, seeds: bool) -> str:
+    return f"{count} runs of {optim}, {factors} factors, batch {batch_size:,}{', a seed each' if seeds else ''}"
+
+
+COLUMNS: bench.Columns = {
+    "an epoch of one, s": lambda row: f"{row['seconds']['alone']:.3g}",
+    "of all together, s": lambda row: f"{row['seconds']['together']:.3g}",
+    "together, in times of one": lambda row: f"{row['times_one']:.1f}",
+    "against one after the other": lambda row: f"{row['speedup']:.2f} x",
+}
+REMARKS = """Training alone, evaluation not counted. Runs of one seed see the same batches; with a seed each, every run
+draws its own."""
+
+
+def main() -> int:
+    parser = bench.parser(__doc__, rounds=9)
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    given = parser.parse_args()
+    try:
+        rows = {name(*sweep): measure(given, *sweep) for sweep in SWEEPS[torch.device(given.device).type]}
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    title = f"A sweep in one process: NCF on MovieLens-100k, medians of {given.rounds} rounds"
+    bench.write("sweep", given, title, f"{bench.table('sweep', COLUMNS, rows)}\n\n{REMARKS}", rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
