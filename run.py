@@ -50,9 +50,9 @@ def main() -> int:
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
         return getattr(error, "exit_code", 2 if isinstance(error, HydraException | OmegaConfBaseException) else 1)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:  # a Stopped among them
+        print(stop if stop.args else "interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return getattr(stop, "exit_code", 130)
     return max(failures, default=0)
 
 

@@ -8,6 +8,7 @@ python -m experiments report
 import argparse
 import re
 import shlex
+import signal
 import sys
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,7 @@ from experiments.spec import Experiment
 from experiments.study import PLACES, SELECTIONS, Study, studies
 from experiments.tables import TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6
 from lawn.errors import ConfigError, UserError
+from lawn.train import Stopped
 
 EXPERIMENTS = {e.name: e for e in (DEMO, TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6, FIGURE1, FIGURE2)}
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -31,14 +33,15 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 
 def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the pool stops its runs, each with a checkpoint
     try:
         return int(given.action(given))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", UserError.exit_code)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return Stopped.exit_code
 
 
 def plan(given: argparse.Namespace) -> int:

@@ -3,11 +3,10 @@
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -17,7 +16,8 @@ import torch
 from experiments.study import Job
 from lawn.config import Config, run_name
 from lawn.errors import UserError
-from lawn.train import train, train_together
+from lawn.train import Stopped, train, train_together
+from lawn.train.notice import end_with_parent
 from lawn.train.record import RunDirectory
 
 
@@ -117,7 +117,7 @@ def _work(configs: list[Config], devices: list[str], threads: int, log: Path) ->
     """The process of a job, or of several."""
     if len(devices) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     output = log.open("a")
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
@@ -127,8 +127,8 @@ def _work(configs: list[Config], devices: list[str], threads: int, log: Path) ->
             train_together(configs)
         else:
             train(configs[0])
-    except (UserError, OSError) as error:
-        print(f"error: {error}", flush=True)
+    except (Stopped, UserError, OSError) as error:
+        print(f"{'' if isinstance(error, Stopped) else 'error: '}{error}", flush=True)
         sys.exit(getattr(error, "exit_code", UserError.exit_code))
 
 
@@ -137,11 +137,3 @@ def visible_gpus(devices: list[str], visible: str | None) -> str:
     indices = [int(device.partition(":")[2]) for device in devices]
     names = (visible or "").split(",")
     return ",".join(names[k] if len(names) > max(indices) else str(k) for k in indices)
-
-
-def _end_with_parent() -> None:
-    """A runner that was killed starts its jobs again; what it left behind must not work on the same directories."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

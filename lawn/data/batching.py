@@ -1,9 +1,12 @@
 """How the samples of an epoch are shared out: over updates, over micro-batches, over ranks."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 from math import ceil
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 
 class Part(NamedTuple):
@@ -30,12 +33,13 @@ class Part(NamedTuple):
 class Batching:
     """The global batch, cut into parts of equal size to within one sample, the same number for every rank, none
     larger than `micro_batch_size`. Where the number of parts is the same, a sample is in the same part for any number
-    of ranks, so that batch norm sees the same."""
+    of ranks, so that batch norm sees the same. The first `skip` updates of an epoch are left out: they are done."""
 
     batch_size: int
     micro_batch_size: int | None = None
     rank: int = 0
     world: int = 1
+    skip: int = 0
 
     def updates(self, samples: int) -> int:
         """Updates in an epoch of that many samples."""
@@ -43,7 +47,7 @@ class Batching:
 
     def parts(self, samples: int) -> Iterator[Part]:
         """The parts of this rank in an epoch of that many samples."""
-        for start in range(0, samples, self.batch_size):
+        for start in range(self.skip * self.batch_size, samples, self.batch_size):
             size = min(self.batch_size, samples - start)
             update = slice(start, start + size)
             each = ceil(size / self.world)
@@ -56,6 +60,12 @@ class Batching:
                 if begin == end:
                     begin, end = (begin, begin + 1) if begin < update.stop else (begin - 1, begin)
                 yield Part(begin, end, update, share, first=k == 0, last=k == rounds - 1)
+
+    def rest(self, batches: Iterable[T], samples: int) -> Iterator[tuple[Part, T]]:
+        """The parts with their batches, from batches of the whole epoch, skipped updates among them."""
+        whole = list(replace(self, skip=0).parts(samples))
+        parts = list(self.parts(samples))
+        yield from zip(parts, islice(batches, len(whole) - len(parts), None), strict=True)
 
 
 def chunk(samples: int, rank: int, world: int) -> slice:

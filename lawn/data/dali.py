@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,10 +33,10 @@ class DaliImages(FolderImages):
     ) -> Iterator[tuple[Part, tuple[Tensor, Tensor]]]:
         seed = generator.initial_seed()
         order, _ = epoch(seed, self.num_train)
-        parts = list(batching.parts(self.num_train))
+        parts = replace(batching, skip=0).parts(self.num_train)  # the draws of a pipeline are in its order
         rows = [order[part.start : part.stop] for part in parts]
         drawn = int(np.random.SeedSequence([seed, batching.rank]).generate_state(1)[0] >> 1)
-        yield from zip(parts, self._decoded(self.train, rows, drawn), strict=True)
+        yield from batching.rest(self._decoded(self.train, rows, drawn), self.num_train)
 
     def eval_batches(self, rank: int = 0, world: int = 1, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
         mine = chunk(len(self.held_out.labels), rank, world)

@@ -52,6 +52,9 @@ class DeviceImages:
         """One epoch in random order: normalized float images and labels. The last batch may be smaller."""
         device = self.train_labels.device
         order = torch.randperm(self.num_train, generator=generator, device=device)
+        if self.padding:  # what the skipped updates have drawn
+            for start in range(0, batching.skip * batching.batch_size, batching.batch_size):
+                draw_crops(min(batching.batch_size, self.num_train - start), 2 * self.padding + 1, generator, device)
         for part in batching.parts(self.num_train):
             index = order[part.start : part.stop]
             if not self.padding:

@@ -78,11 +78,11 @@ class ShardImages(Photos):
         """One epoch: normalized float images and labels. The last batch may be smaller."""
         seed = generator.initial_seed()
         order, _ = epoch(seed, len(self.train))
-        start = sum(sum(self._sizes(replace(batching, rank=rank))) for rank in range(batching.rank))
+        whole = replace(batching, skip=0)  # a stream has no middle to begin at
+        start = sum(sum(self._sizes(replace(whole, rank=rank))) for rank in range(batching.rank))
         shards = [self.train[k] for k in order.tolist()]
-        stream = Stream(shards, start, self._sizes(batching), self.num_classes, self.augment, seed)
-        batches = self._batches(self._loader(stream, batch_size=None))
-        yield from zip(batching.parts(self.num_train), batches, strict=True)
+        stream = Stream(shards, start, self._sizes(whole), self.num_classes, self.augment, seed)
+        yield from batching.rest(self._batches(self._loader(stream, batch_size=None)), self.num_train)
 
     def eval_batches(self, rank: int = 0, world: int = 1, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
         """A rank's share of the evaluation split, without augmentation, in an order that depends on the workers."""

@@ -1,5 +1,6 @@
 """The training loop and the run directory."""
 
 from lawn.train.launch import check, train, train_many, train_together
+from lawn.train.notice import Stopped
 
-__all__ = ["check", "train", "train_many", "train_together"]
+__all__ = ["Stopped", "check", "train", "train_many", "train_together"]

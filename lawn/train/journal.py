@@ -7,7 +7,7 @@ from lawn.config import Config
 from lawn.train.logger import Logger
 from lawn.train.loop import Run, summary
 from lawn.train.progress import Progress
-from lawn.train.record import RunDirectory
+from lawn.train.record import Row, RunDirectory
 
 
 class Journal:
@@ -26,10 +26,18 @@ class Journal:
         with run.clock("log"):
             self._progress.epoch(row)
             self._logger.log(row)
-            if time.monotonic() - self._saved >= self._seconds or run.status != "running":
-                self._directory.write_metrics(run.rows)
-                self._directory.save(run.state_dict())
-                self._saved = time.monotonic()
+            if self.due or run.status != "running":
+                self.checkpoint(run.rows, run.state_dict())
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        return time.monotonic() - self._saved >= self._seconds
+
+    def checkpoint(self, rows: list[Row], state: dict[str, Any]) -> None:
+        self._directory.write_metrics(rows)
+        self._directory.save(state)
+        self._saved = time.monotonic()
 
     def finish(self, run: Run) -> dict[str, Any]:
         """Write the result, which is returned, and the marker of a finished run."""

@@ -5,7 +5,9 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
-from lawn.config import Config, config_hash
+from lawn.config import Config, config_hash, run_name
 from lawn.data.batching import Batching
 from lawn.errors import ConfigError, RunError, UserError
 from lawn.optimizers import optimizer_arguments
@@ -21,6 +23,7 @@ from lawn.task import Task, build
 from lawn.train import logger as loggers
 from lawn.train.journal import Journal
 from lawn.train.loop import Run
+from lawn.train.notice import Notice, Stopped, end_with_parent, noticed
 from lawn.train.ranks import (
     LostRankError,
     Ranks,
@@ -33,13 +36,16 @@ from lawn.train.ranks import (
 from lawn.train.record import RunDirectory, environment
 from lawn.train.together import Together, kin, room
 
+AGREE_EVERY = 10  # updates, on several ranks
+
 
 def train(config: Config) -> dict[str, Any]:
     """Run `config`, go on with it, or find it done; returns its result.json.
 
     Everything that can be refused is refused before data is read. A loss that is not finite ends the run with
     status "diverged": that is a result, not an error. Under torchrun this process is one rank of the run; otherwise
-    `train.devices` ranks are started here.
+    `train.devices` ranks are started here. SIGTERM, SIGINT and SIGUSR1 end the run between two updates, with a
+    checkpoint: raises Stopped.
     """
     check(config)
     if started_by_torchrun():
@@ -75,14 +81,37 @@ def _run(config: Config, ranks: Ranks) -> dict[str, Any]:
         if directory:
             print(f"{directory.path}: done already", flush=True)
         return result
-    with ranks.one_first():
-        task = build(config)(ranks.device)
-    run, journal = _begin(config, task, ranks, directory)
-    while run.status == "running":
-        run.next_epoch()
+    with directory.alone() if directory else nullcontext(), noticed() as notice:
+        with ranks.one_first():
+            task = build(config)(ranks.device)
+        run, journal = _begin(config, task, ranks, directory)
+        pause = partial(_pause, run, journal, notice)
+        while run.status == "running":
+            if run.next_epoch(pause) is not None and journal:
+                journal.epoch(run)
+            if not run.between_epochs or (run.status == "running" and pause(at_once=True)):
+                raise _stopped(notice, run, run_name(config))
+        return ranks.share(journal.finish(run) if journal else {})
+
+
+def _pause(run: Run, journal: Journal | None, notice: Notice, at_once: bool = False) -> bool:
+    """Save the run if it is time to, or if it has to stop, which is the answer. The ranks agree on it, not at every
+    update: that would hold them up."""
+    if run.ranks.world > 1 and run.step % AGREE_EVERY and not at_once:
+        return False
+    wish = run.ranks.most(2 if notice.signal else int(journal is not None and not at_once and journal.due))
+    if wish:
+        state = run.state_dict()
         if journal:
-            journal.epoch(run)
-    return ranks.share(journal.finish(run) if journal else {})
+            journal.checkpoint(run.rows, state)
+    if wish == 2 and notice.signal is None:
+        notice.signal = "a signal to another rank"
+    return wish == 2
+
+
+def _stopped(notice: Notice, run: Run, name: str) -> Stopped:
+    where = f"{name} has stopped in epoch {run.epoch}, after {run.step} updates"
+    return Stopped(f"{notice.signal}: {where}; the same command goes on from there")
 
 
 def _begin(
@@ -145,19 +174,28 @@ def train_together(configs: Sequence[Config]) -> None:
         if len(now) == 1:
             train(now[0][0])
             continue
-        journals = {}
-        for config, directory in now:
-            task = build(config)(device, first.dataset)
-            uncompiled = replace(config, train=replace(config.train, compile="off"))
-            run, journal = _begin(uncompiled, task, ranks, directory, together=len(now))
-            assert journal is not None  # there is a directory
-            journals[run] = journal
-        together = Together(list(journals))
-        while runs := together.next_epoch():
-            for run in runs:
-                journals[run].epoch(run)
-        for run, journal in journals.items():
-            journal.finish(run)
+        with ExitStack() as held, noticed() as notice:
+            journals = {}
+            for config, directory in now:
+                held.enter_context(directory.alone())
+                task = build(config)(device, first.dataset)
+                uncompiled = replace(config, train=replace(config.train, compile="off"))
+                run, journal = _begin(uncompiled, task, ranks, directory, together=len(now))
+                assert journal is not None  # there is a directory
+                journals[run] = journal
+                if not run.between_epochs:  # left by itself; the others begin with whole epochs
+                    run.next_epoch()
+                    journal.epoch(run)
+            together = Together(list(journals))
+            while runs := together.next_epoch():
+                for run in runs:
+                    journals[run].epoch(run)
+                if notice.signal and any(run.status == "running" for run in journals):
+                    for run, journal in journals.items():
+                        journal.checkpoint(run.rows, run.state_dict())
+                    raise _stopped(notice, runs[0], f"{run_name(now[0][0])} with {len(now) - 1} others")
+            for run, journal in journals.items():
+                journal.finish(run)
 
 
 def _run_in_ranks(config: Config, world: int, method: str) -> dict[str, Any]:
@@ -171,8 +209,11 @@ def _run_in_ranks(config: Config, world: int, method: str) -> dict[str, Any]:
         ranks = multiprocessing.start_processes(_rank, arguments, world, join=False, start_method=method)
         assert ranks is not None
         try:
-            while not ranks.join():
-                pass
+            with noticed() as notice:
+                while not ranks.join(timeout=1):
+                    if notice.signal:
+                        for process in ranks.processes:
+                            process.terminate()  # they agree on where to stop
         except (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException) as error:
             raise _cause(ranks.processes, errors) or error from None
         finally:
@@ -183,10 +224,14 @@ def _run_in_ranks(config: Config, world: int, method: str) -> dict[str, Any]:
 
 def _rank(rank: int, config: Config, world: int, threads: int, store: str, errors: SimpleQueue) -> None:
     """The process of a rank."""
+    end_with_parent()
     torch.set_num_threads(threads)
     try:
         with joined_on_one_machine(config.device, rank, world, store) as ranks:
             _run(config, ranks)
+    except Stopped as stopped:
+        errors.put((False, stopped))
+        sys.exit(stopped.exit_code)
     except (UserError, OSError) as error:
         errors.put((isinstance(error, LostRankError), error))
         sys.exit(1)
@@ -196,7 +241,7 @@ def _rank(rank: int, config: Config, world: int, threads: int, store: str, error
         sys.exit(1)
 
 
-def _cause(processes: list[Any], errors: SimpleQueue) -> Exception | None:
+def _cause(processes: list[Any], errors: SimpleQueue) -> BaseException | None:
     """Why the ranks have ended: what one of them said, or what killed it. That others then lost it is no cause."""
     said = []
     while not errors.empty():

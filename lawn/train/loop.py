@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +22,16 @@ from lawn.train.execution import Execution
 from lawn.train.ranks import Ranks, accumulating
 from lawn.train.record import Row
 from lawn.train.throughput import flops_per_sample, peak_flops, synchronize
+
+
+@dataclass
+class Left:
+    """What a rank has of an epoch that it is in the middle of."""
+
+    lr: float  # of the epoch's first update
+    updates: int = 0
+    loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # total of this rank's samples
+    margins: list[Tensor] = field(default_factory=list)
 
 
 class Run:
@@ -56,29 +67,38 @@ class Run:
         self.rows: list[Row] = []
         self.seconds = {"train": 0.0, "eval": 0.0, "log": 0.0}
         self.flops = 0.0  # per sample
+        self._left: Left | None = None
+        self._random: list[Tensor] = []  # states of torch's generators, where they have to be restored
 
     @property
     def status(self) -> str:
         """running, done or diverged."""
         if self.rows and None in (self.rows[-1]["train_loss"], self.rows[-1]["weight_norm"]):
             return "diverged"
-        return "done" if self.epoch == self.config.train.epochs else "running"
+        return "done" if self.epoch == self.config.train.epochs and self.between_epochs else "running"
 
-    def next_epoch(self) -> Row:
-        """Train one epoch, evaluate if it is time, append the row to `rows` and return it.
+    @property
+    def between_epochs(self) -> bool:
+        return self._left is None
+
+    def next_epoch(self, pause: Callable[[], bool] = lambda: False) -> Row | None:
+        """Train one epoch, evaluate if it is time, append the row to `rows` and return it. `pause` is asked between two
+        updates of the epoch, with the run in a state that can be saved; where it is true, the epoch is left there, to
+        be gone on with by the next call, and the result is None.
 
         train_loss is the mean over the samples of the epoch, margin_p50 the median margin, both of the weights of
         the moment; lr is that of the first update; weight_norm and the metrics are those at the end of the epoch.
         """
         seed = self.begin_epoch()
         with self.clock("train"):
-            loss, margin = self._train(seed)
-        return self.end_epoch(loss, margin)
+            found = self._train(seed, pause)
+        return None if found is None else self.end_epoch(*found)
 
     def begin_epoch(self) -> int:
         """Make ready for the next epoch; returns its seed."""
-        self.epoch += 1
-        self._lr = float(self.optimizer.param_groups[0]["lr"])
+        if self._left is None:
+            self.epoch += 1
+            self._left = Left(float(self.optimizer.param_groups[0]["lr"]))
         self.task.model.train()
         self._switch_weights("train")
         # A seed for each epoch, not a stream: whatever came before, this epoch draws the same.
@@ -86,12 +106,14 @@ class Run:
 
     def end_epoch(self, loss: float, margin: float) -> Row:
         """Evaluate if it is time; the row of the epoch, of this mean loss and median margin."""
+        assert self._left is not None  # between `begin_epoch` and here
+        lr, self._left = self._left.lr, None
         self.ranks.average(self.task.model)
         self._switch_weights("eval")
         row: Row = {
             "epoch": self.epoch,
             "step": self.step,
-            "lr": self._lr,
+            "lr": lr,
             "constrained": int(isinstance(self.optimizer, LAWNOptimizer) and self.optimizer.constrained),
             "train_loss": _finite(loss),
             "margin_p50": _finite(margin),
@@ -122,38 +144,44 @@ class Run:
         self.scheduler.step()
         self.step += 1
 
-    def _train(self, seed: int) -> tuple[float, float]:
-        task = self.task
+    def _train(self, seed: int, pause: Callable[[], bool]) -> tuple[float, float] | None:
+        """Mean loss and median margin of the epoch; None if it is left."""
+        task, left = self.task, self._left
+        assert left is not None  # since `begin_epoch`
         torch.manual_seed(seed)
         generator = torch.Generator(self.device).manual_seed(seed)
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
-        margins: list[Tensor] = []
-        for part, batch in task.dataset.train_batches(self.batching, generator):
+        left.loss = left.loss.to(self.device)
+        self._restore_generators()
+        batching = replace(self.batching, skip=left.updates)
+        for part, batch in task.dataset.train_batches(batching, generator):
             batch = self.execution.lay_out(batch)
             if not self.flops:
                 self.flops = flops_per_sample(task, batch)
             if part.first:
                 self.before_update()
                 self.optimizer.zero_grad()
-                mean = torch.zeros_like(total)
+                mean = torch.zeros_like(left.loss)
             with accumulating(task.network, part.last):
                 with self.execution.autocast(self.device):
                     loss, margin = task.loss_and_margins(batch)
                 (loss * (part.share * self.ranks.world)).backward()  # the ranks' gradients are averaged
             mean += loss.detach().double() * part.share
-            margins.append(margin if part.share else margin[:0])
+            left.margins.append(margin if part.share else margin[:0])
             if not part.last:
                 continue
             if task.loss.outer is not None:
                 mean = self._through(task.loss.outer, mean)
-            total += mean * (part.update.stop - part.update.start)
+            left.loss = left.loss + mean * (part.update.stop - part.update.start)
             try:
                 self.update()
             except NonFiniteError:
                 return math.nan, math.nan
-        median = self.ranks.joined(torch.cat(margins)).median()
+            left.updates += 1
+            if part.update.stop < task.dataset.num_train and pause():
+                return None
+        median = self.ranks.joined(torch.cat(left.margins)).median()
         # Only here, at the end of the epoch, does the host wait for the device.
-        return self.ranks.total(total).item() / task.dataset.num_train, median.item()
+        return self.ranks.total(left.loss).item() / task.dataset.num_train, median.item()
 
     def _through(self, outer: Callable[[Tensor], Tensor], mean: Tensor) -> Tensor:
         """Carry the gradients of the update's mean loss on to a function of it; returns this rank's share of that."""
@@ -185,12 +213,13 @@ class Run:
         self.seconds[what] += time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
+        """Everything that the run goes on from. In the middle of an epoch all ranks have to ask for it."""
         return {
             "epoch": self.epoch,
+            "left": None if self._left is None else self.ranks.everyone(self._left_state(self._left)),
             "step": self.step,
             "rows": self.rows,
             "seconds": self.seconds,
-            # Copies: a weight may be a slice of a larger tensor, which would be saved as a whole.
             "model": self.task.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -206,6 +235,38 @@ class Run:
                 if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
                     moments[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
         self.scheduler.load_state_dict(state["scheduler"])
+        if state["left"] is not None:
+            self._load_left(state["left"])
+
+    def _left_state(self, left: Left) -> dict[str, Any]:
+        on_gpu = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        return {
+            "lr": left.lr,
+            "updates": left.updates,
+            "loss": left.loss.cpu(),
+            "margins": torch.cat(left.margins).cpu(),
+            "buffers": {name: buffer.cpu() for name, buffer in self.task.model.named_buffers()},
+            "random": [torch.get_rng_state(), *on_gpu],
+        }
+
+    def _load_left(self, states: list[dict[str, Any]]) -> None:
+        """Each rank its own. Another number of ranks shares out what there was: sums and margins go to the first one,
+        statistics of batch norm are averaged; random numbers of dropout start anew."""
+        alike, own = len(states) == self.ranks.world, states[min(self.ranks.rank, len(states) - 1)]
+        given = [own] if alike else states if self.ranks.main else []
+        self._left = Left(own["lr"], own["updates"], sum((s["loss"] for s in given), torch.zeros(()).double()))
+        self._left.margins = [s["margins"].to(self.device) for s in given]
+        for name, buffer in self.task.model.named_buffers():
+            values = torch.stack([state["buffers"][name] for state in ([own] if alike else states)])
+            buffer.copy_(values.mean(0) if values.is_floating_point() else values[0])
+        self._random = own["random"] if alike else []
+
+    def _restore_generators(self) -> None:
+        if self._random:
+            torch.set_rng_state(self._random[0])
+            if self.device.type == "cuda" and len(self._random) > 1:
+                torch.cuda.set_rng_state(self._random[1], self.device)
+        self._random = []
 
     def result(self) -> dict[str, Any]:
         """How the run ended. The headline is the last epoch's metric; `best` is over the epochs of the same split,

@@ -39,6 +39,21 @@ class Ranks:
             dist.broadcast_object_list(values)
         return values[0]
 
+    def everyone(self, value: T) -> list[T]:
+        """What each rank gives, on every rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def most(self, value: int) -> int:
+        """The largest of the ranks' values, on every rank. The host waits for the other hosts, not for a device."""
+        if self.world == 1:
+            return value
+        largest = torch.tensor(value)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
     @contextmanager
     def one_first(self) -> Iterator[None]:
         """The first rank of each machine does what is inside, then the others: what it downloads they find."""

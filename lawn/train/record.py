@@ -12,11 +12,14 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from omegaconf import OmegaConf
@@ -24,10 +27,11 @@ from torch import Tensor
 
 from lawn.config import Config, config_hash, run_name
 from lawn.errors import RunError
-from lawn.files import atomic, write_text
+from lawn.files import atomic, locked, write_text
 
 Row = dict[str, float | int | None]
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
+TIMES = ("samples_per_second", "peak_share", "seconds")  # of a result: what another run of the same config changes
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "adamp", "pytorch-cpr", "schedulefree")
 
 
@@ -48,6 +52,18 @@ class RunDirectory:
     @property
     def done(self) -> bool:
         return (self.path / "DONE").exists()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Raises RunError while another process is in here for the same directory, or where it cannot be written."""
+        with ExitStack() as held:
+            try:
+                free = held.enter_context(locked(self.path / ".lock"))
+            except OSError as error:
+                raise RunError(f"{self.path}: cannot be written ({error})") from error
+            if not free:
+                raise RunError(f"{self.path}: another process is at work on this run; wait for it, or stop it")
+            yield
 
     def begin(self, execution: dict[str, Any]) -> None:
         """Write config.yaml and env.json; a run that goes on keeps its first environment and lists the later ones."""
@@ -71,29 +87,65 @@ class RunDirectory:
         write_text(self.path / "metrics.csv", text.getvalue())
 
     def save(self, state: dict[str, Any]) -> None:
-        with atomic(self.path / "checkpoint.pt") as temporary:
+        """A new checkpoint.pt; the one before it stays as checkpoint_previous.pt."""
+        newest, previous = self._checkpoints
+        with atomic(newest) as temporary:
             torch.save(_own({"version": CHECKPOINT_VERSION, "hash": self.hash, **state}), temporary)
+            if newest.exists():
+                newest.replace(previous)
 
     def load(self) -> dict[str, Any] | None:
-        """The newest full state, on the CPU, or None when there is none."""
-        path = self.path / "checkpoint.pt"
-        if not path.exists():
-            return None
+        """The newest state that is whole, on the CPU, or None when there is none. One that is damaged is named, and the
+        one before it taken. Raises RunError where none is left."""
+        found = [path for path in self._checkpoints if path.exists()]
+        problems = []
+        for path in found:
+            try:
+                state = self._read(path)
+            except RunError as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                print(f"warning: {problem}; going on from {path.name}", flush=True)
+            return state
+        if problems:
+            raise RunError(f"{'; '.join(problems)}; delete {' and '.join(p.name for p in found)} to start over")
+        return None
+
+    @property
+    def _checkpoints(self) -> tuple[Path, Path]:
+        return self.path / "checkpoint.pt", self.path / "checkpoint_previous.pt"
+
+    def _read(self, path: Path) -> dict[str, Any]:
         try:
+            with ZipFile(path) as archive:  # torch does not look at its checksums
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise BadZipFile(f"the checksum of {damaged} is another")
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises what the damage makes it raise
-            raise RunError(f"{path}: cannot be read ({type(error).__name__}); delete it to start over") from error
+        except Exception as error:  # both raise what the damage makes them raise
+            raise RunError(f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})") from error
         found = state.get("version"), state.get("hash")
         if found != (CHECKPOINT_VERSION, self.hash):
-            raise RunError(f"{path}: version and run are {found}, want {CHECKPOINT_VERSION, self.hash}; delete it")
+            raise RunError(f"{path}: version and run are {found}, want {CHECKPOINT_VERSION, self.hash}")
         return state
 
     def finish(self, result: dict[str, Any]) -> None:
-        write_text(self.path / "result.json", json.dumps(result, indent=1) + "\n")
+        """result.json has what the run gave; timing.json how long it took, which no other run gives again."""
+        timing = {key: result[key] for key in TIMES}
+        write_text(self.path / "timing.json", json.dumps(timing, indent=1) + "\n")
+        given = {key: value for key, value in result.items() if key not in TIMES}
+        write_text(self.path / "result.json", json.dumps(given, indent=1) + "\n")
         (self.path / "DONE").touch()
 
     def result(self) -> dict[str, Any]:
-        return json.loads((self.path / "result.json").read_text())
+        """Both, as `finish` was given them."""
+        return {
+            key: value
+            for name in ("result.json", "timing.json")
+            if (self.path / name).exists()
+            for key, value in json.loads((self.path / name).read_text()).items()
+        }
 
     def _owner(self) -> str:
         try:

@@ -38,9 +38,11 @@ def test_run_directory(tiny):
     result = train(config)
     path = directory(config)
     assert {p.name for p in path.iterdir()} == {
-        "DONE", "config.yaml", "env.json", "metrics.csv", "result.json", "checkpoint.pt"
-    }  # fmt: skip
-    assert result == json.loads((path / "result.json").read_text())
+        *("DONE", "config.yaml", "env.json", "metrics.csv", "result.json", "timing.json", "checkpoint.pt"),
+        *("checkpoint_previous.pt", ".lock"),
+    }
+    given, timing = (json.loads((path / name).read_text()) for name in ("result.json", "timing.json"))
+    assert result == {**given, **timing}
     assert result["status"] == "done"
     assert result["last"]["epoch"] == 4
     assert result["best"]["accuracy"] == max(float(row["test_accuracy"]) for row in rows(config))
@@ -77,10 +79,10 @@ def test_resume_is_exact(tiny, tmp_path, monkeypatch, optim, after):
     train(whole)
     next_epoch = Run.next_epoch
 
-    def fail(self):
+    def fail(self, *pause):
         if self.epoch == after:
             raise PowerCutError
-        return next_epoch(self)
+        return next_epoch(self, *pause)
 
     monkeypatch.setattr(Run, "next_epoch", fail)
     with pytest.raises(PowerCutError):
@@ -225,7 +227,7 @@ def test_a_damaged_checkpoint_is_named(tiny, monkeypatch):
     path = directory(config)
     (path / "DONE").unlink()
     (path / "checkpoint.pt").write_bytes((path / "checkpoint.pt").read_bytes()[:500])
-    with pytest.raises(RunError, match=r"checkpoint.pt: cannot be read .*delete it"):
+    with pytest.raises(RunError, match=r"checkpoint.pt: cannot be read .*delete checkpoint.pt to start over"):
         train(config)
 
 
@@ -328,10 +330,10 @@ def test_wandb_offline_keeps_one_run_for_a_directory(tiny, monkeypatch):
     config = tiny("logger=wandb", "logger.mode=offline", "train.checkpoint_seconds=0")
     next_epoch = Run.next_epoch
 
-    def stop(self):
+    def stop(self, *pause):
         if self.epoch == 2:
             raise PowerCutError
-        return next_epoch(self)
+        return next_epoch(self, *pause)
 
     monkeypatch.setattr(Run, "next_epoch", stop)
     with pytest.raises(PowerCutError):
