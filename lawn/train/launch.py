@@ -81,9 +81,9 @@ def _run(config: Config, ranks: Ranks) -> dict[str, Any]:
         if directory:
             print(f"{directory.path}: done already", flush=True)
         return result
+    with ranks.one_first():
+        task = build(config)(ranks.device)
     with directory.alone() if directory else nullcontext(), noticed() as notice:
-        with ranks.one_first():
-            task = build(config)(ranks.device)
         run, journal = _begin(config, task, ranks, directory)
         pause = partial(_pause, run, journal, notice)
         while run.status == "running":

@@ -2,21 +2,24 @@
 
 import os
 import random
+import shutil
 import signal
 import time
+from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import pytest
 import torch
 
 from lawn.config import Config
 from lawn.errors import RunError
-from lawn.train import train
+from lawn.train import Stopped, train, train_together
+from lawn.train.loop import Run
 from lawn.train.record import RunDirectory
 from tests.helpers import compose
 
-CPU = torch.device("cpu")
 FILES = ("metrics.csv", "result.json")
 ALWAYS = "train.checkpoint_seconds=0"  # after every update
 DIGITS = ("train.batch_size=16", "optim.free_epochs=2", "optim.lr=0.01")  # 13 updates an epoch
@@ -102,3 +105,196 @@ def free(config: Config) -> bool:
             return True
     except RunError:
         return False
+
+
+class Ahead:
+    """Stands for a signal, or a moment for a checkpoint, that comes after so many updates of this process."""
+
+    def __init__(self, monkeypatch, updates: int, act) -> None:
+        self.left, self.act = updates, act
+        update = Run.after_update
+
+        def counted(run: Run) -> None:
+            update(run)
+            self.left -= 1
+            if self.left == 0:
+                act()
+
+        monkeypatch.setattr(Run, "after_update", counted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("updates", [1, 18, 26])  # in the first epoch, in the second, at the end of the second
+def test_a_signal_stops_after_the_update(tiny, tmp_path, monkeypatch, number, updates):
+    whole, stopped = (tiny(*DIGITS, f"run_dir={tmp_path}/{name}") for name in ("whole", "stopped"))
+    train(whole)
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        Ahead(patch, updates, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(Stopped, match=f"{number.name}: .* has stopped in epoch .*, after {updates} updates"):
+            train(stopped)
+    assert signal.getsignal(number) == handler
+    state = RunDirectory(stopped).load()
+    assert state is not None
+    assert (state["step"], state["left"] is None) == (updates, updates == 26)
+    train(stopped)
+    check_equal(stopped, whole)
+
+
+def test_a_signal_after_the_last_update_ends_a_run_that_is_done(tiny, monkeypatch):
+    config = tiny(*DIGITS)
+    Ahead(monkeypatch, 52, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        train(config)
+    assert not isinstance(caught.value, Stopped)
+    assert RunDirectory(config).done
+
+
+def test_a_second_interrupt_is_obeyed_at_once(tiny, monkeypatch):
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    Ahead(monkeypatch, 3, twice)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        train(tiny(*DIGITS))
+    assert not isinstance(caught.value, Stopped)
+
+
+@pytest.mark.parametrize("optim", ["schedule_free", "muon", "lamb_lawn", "sgd_lawn"])
+def test_the_middle_of_an_epoch_is_whole_for_other_optimizers(tiny, tmp_path, monkeypatch, optim):
+    pytest.importorskip({"schedule_free": "schedulefree"}.get(optim, "torch"))
+    keys = ("train.batch_size=16", f"optim={optim}", "optim.lr=0.01")
+    whole, stopped = (tiny(*keys, f"run_dir={tmp_path}/{name}") for name in ("whole", "stopped"))
+    train(whole)
+    with monkeypatch.context() as patch:
+        Ahead(patch, 20, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped):
+            train(stopped)
+    train(stopped)
+    check_equal(stopped, whole)
+
+
+@pytest.mark.parametrize("kind", [("dataset=cifar10", "model=resnet50"), ("dataset=imagenet", "dataset.image_size=32")])
+def test_augmentation_and_statistics_go_on_in_the_middle(kind, tiny_data, tmp_path, monkeypatch):
+    keys = (*kind, f"data_dir={tiny_data}", "device=cpu", "train.batch_size=4", "train.epochs=1", "optim=sgd")
+    whole, stopped = (compose(*keys, f"run_dir={tmp_path}/{name}") for name in ("whole", "stopped"))
+    train(whole)
+    with monkeypatch.context() as patch:
+        Ahead(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped):
+            train(stopped)
+    train(stopped)
+    check_equal(stopped, whole)
+
+
+def test_runs_that_are_trained_together_stop_at_the_end_of_the_epoch(tiny, tmp_path, monkeypatch):
+    keys = [("seed=1",), ("optim.lr=0.02",), ("optim.free_epochs=1",)]
+    whole, stopped = ([tiny(*DIGITS, *more, f"runs_dir={tmp_path}/{name}") for more in keys] for name in ("w", "s"))
+    train_together(whole)
+    with monkeypatch.context() as patch:
+        Ahead(patch, 3 * 15, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped, match=r"SIGTERM: .* with 2 others has stopped in epoch 2, after 26 updates"):
+            train_together(stopped)
+    states = [RunDirectory(config).load() for config in stopped]
+    assert [state and (state["epoch"], state["left"]) for state in states] == [(2, None)] * 3
+    train_together(stopped)
+    for one, other in zip(stopped, whole, strict=True):
+        check_equal(one, other)
+
+
+def test_one_that_was_left_in_the_middle_is_taken_in_by_others(tiny, monkeypatch):
+    configs = [tiny(*DIGITS, f"seed={seed}") for seed in range(2)]
+    with monkeypatch.context() as patch:
+        Ahead(patch, 20, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped):
+            train(configs[0])
+    train_together(configs)
+    assert all(RunDirectory(config).result()["status"] == "done" for config in configs)
+
+
+def test_another_process_on_the_same_run_is_refused(tiny):
+    """The lock is that of a process which is alive, and no more."""
+    config = tiny(*DIGITS)
+    with RunDirectory(config).alone():
+        with pytest.raises(RunError, match="another process is at work on this run"):
+            train(config)
+        with pytest.raises(RunError, match="another process is at work on this run"):
+            train_together([config, tiny(*DIGITS, "seed=1")])
+    assert (RunDirectory(config).path / ".lock").exists()
+    assert train(config)["status"] == "done"
+
+
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory):
+    """The files of a run that was left with two checkpoints, and what the run gives in the end."""
+    folder = tmp_path_factory.mktemp("stopped")
+    config = compose("model.widths=[16]", "dataset.limit=200", "train.epochs=4", "device=cpu", *DIGITS, ALWAYS)
+    config = replace(config, run_dir=str(folder / "run"))
+    with pytest.MonkeyPatch.context() as patch:
+        Ahead(patch, 30, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped):
+            train(config)
+    whole = replace(config, run_dir=str(folder / "whole"))
+    train(whole)
+    return config, whole
+
+
+def copied(config: Config, folder: Path) -> Config:
+    shutil.copytree(RunDirectory(config).path, folder)
+    return replace(config, run_dir=str(folder))
+
+
+@pytest.mark.parametrize("sixteenths", range(16))
+def test_a_checkpoint_that_is_cut_is_named_and_the_one_before_it_taken(stopped_run, tmp_path, capsys, sixteenths):
+    config, whole = copied(stopped_run[0], tmp_path / "run"), stopped_run[1]
+    path = tmp_path / "run" / "checkpoint.pt"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * sixteenths // 16])
+    state = RunDirectory(config).load()
+    assert state is not None
+    assert state["step"] == 29
+    out = capsys.readouterr().out
+    assert out.startswith(f"warning: {path}: cannot be read (")
+    assert out.endswith("; going on from checkpoint_previous.pt\n")
+    if sixteenths in (0, 7, 15):
+        train(config)
+        check_equal(config, whole)
+
+
+def test_a_flipped_bit_is_found_wherever_it_matters(stopped_run, tmp_path):
+    config = copied(stopped_run[0], tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint.pt"
+    content = path.read_bytes()
+    expected = RunDirectory(config).load()
+    draw = random.Random(0)
+    damaged = 0
+    for _ in range(200):
+        place = draw.randrange(len(content))
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(flipped)
+        state = RunDirectory(config).load()
+        assert state is not None
+        damaged += state["step"] == 29
+        if state["step"] == 30:  # in padding, or in a field that nothing is read from
+            assert repr(state) == repr(expected)
+    assert damaged > 50
+
+
+def test_no_whole_checkpoint_is_an_error_and_so_is_one_of_another_run(stopped_run, tmp_path):
+    config = copied(stopped_run[0], tmp_path / "run")
+    newest, previous = (tmp_path / "run" / name for name in ("checkpoint.pt", "checkpoint_previous.pt"))
+    previous.write_bytes(b"")
+    torch.save({"version": 2, "hash": "another"}, newest)
+    with pytest.raises(RunError, match=r"version and run are \(2, 'another'\).*checkpoint_previous.pt: "):
+        train(config)
+
+
+@pytest.mark.parametrize("damage", [b"epoch,step\n1,", b"", None])
+def test_metrics_are_written_anew_from_the_checkpoint(stopped_run, tmp_path, damage):
+    config, whole = copied(stopped_run[0], tmp_path / "run"), stopped_run[1]
+    metrics = tmp_path / "run" / "metrics.csv"
+    metrics.unlink() if damage is None else metrics.write_bytes(damage)
+    train(config)
+    check_equal(config, whole)
