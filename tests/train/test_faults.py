@@ -175,7 +175,9 @@ def test_the_middle_of_an_epoch_is_whole_for_other_optimizers(tiny, tmp_path, mo
     check_equal(stopped, whole)
 
 
-@pytest.mark.parametrize("kind", [("dataset=cifar10", "model=resnet50"), ("dataset=imagenet", "dataset.image_size=32")])
+@pytest.mark.parametrize(
+    "kind", [("dataset=cifar10", "model=resnet50"), ("dataset=imagenet", "dataset.image_size=32", "dataset.workers=0")]
+)
 def test_augmentation_and_statistics_go_on_in_the_middle(kind, tiny_data, tmp_path, monkeypatch):
     keys = (*kind, f"data_dir={tiny_data}", "device=cpu", "train.batch_size=4", "train.epochs=1", "optim=sgd")
     whole, stopped = (compose(*keys, f"run_dir={tmp_path}/{name}") for name in ("whole", "stopped"))
