@@ -3,11 +3,11 @@
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
-from functools import partial
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from lawn.train.ranks import (
 from lawn.train.record import RunDirectory, environment
 from lawn.train.together import Together, kin, room
 
-AGREE_EVERY = 10  # updates, on several ranks
+AGREE_SECONDS = 0.1
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def _run(config: Config, ranks: Ranks) -> dict[str, Any]:
         task = build(config)(ranks.device)
     with directory.alone() if directory else nullcontext(), noticed() as notice:
         run, journal = _begin(config, task, ranks, directory)
-        pause = partial(_pause, run, journal, notice)
+        pause = _Pause(run, journal, notice)
         while run.status == "running":
             if run.next_epoch(pause) is not None and journal:
                 journal.epoch(run)
@@ -94,19 +94,32 @@ def _run(config: Config, ranks: Ranks) -> dict[str, Any]:
         return ranks.share(journal.finish(run) if journal else {})
 
 
-def _pause(run: Run, journal: Journal | None, notice: Notice, at_once: bool = False) -> bool:
-    """Save the run if it is time to, or if it has to stop, which is the answer. The ranks agree on it, not at every
-    update: that would hold them up."""
-    if run.ranks.world > 1 and run.step % AGREE_EVERY and not at_once:
-        return False
-    wish = run.ranks.most(2 if notice.signal else int(journal is not None and not at_once and journal.due))
-    if wish:
-        state = run.state_dict()
-        if journal:
-            journal.checkpoint(run.rows, state)
-    if wish == 2 and notice.signal is None:
-        notice.signal = "a signal to another rank"
-    return wish == 2
+class _Pause:
+    """Asked between two updates whether the run has to stop; saves it then, and whenever it is time to. The ranks agree
+    on it about every AGREE_SECONDS, since agreeing holds them up."""
+
+    def __init__(self, run: Run, journal: Journal | None, notice: Notice) -> None:
+        self._run, self._journal, self._notice = run, journal, notice
+        self._last, self._at, self._next = run.step, time.monotonic(), run.step
+
+    def __call__(self, at_once: bool = False) -> bool:
+        run, journal, alone = self._run, self._journal, self._run.ranks.world == 1
+        if not alone and run.step < self._next and not at_once:
+            return False
+        wish = 2 if self._notice.signal else int(journal is not None and not at_once and journal.due)
+        if not alone:
+            now = time.monotonic()
+            each = (now - self._at) / max(1, run.step - self._last)
+            wish, micros = run.ranks.most(wish, round(1e6 * each))
+            self._last, self._at = run.step, now
+            self._next = run.step + max(1, round(1e6 * AGREE_SECONDS / max(1, micros)))
+        if wish:
+            state = run.state_dict()
+            if journal:
+                journal.checkpoint(run.rows, state)
+        if wish == 2 and self._notice.signal is None:
+            self._notice.signal = "a signal to another rank"
+        return wish == 2
 
 
 def _stopped(notice: Notice, run: Run, name: str) -> Stopped:

@@ -46,13 +46,12 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def most(self, value: int) -> int:
-        """The largest of the ranks' values, on every rank. The host waits for the other hosts, not for a device."""
-        if self.world == 1:
-            return value
-        largest = torch.tensor(value)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return int(largest)
+    def most(self, *values: int) -> list[int]:
+        """The largest of the ranks' values, each, on every rank. Hosts wait for each other, not for a device."""
+        largest = torch.tensor(values)
+        if self.world > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.tolist()
 
     @contextmanager
     def one_first(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from dataclasses import replace
 from multiprocessing import get_context
@@ -53,7 +54,10 @@ def work(config: Config) -> None:
     for stream in (1, 2):
         os.dup2(output, stream)
     torch.set_num_threads(1)
-    train(config)
+    try:
+        train(config)
+    except Stopped as stopped:
+        sys.exit(stopped.exit_code)
 
 
 NCF = ("dataset=movielens100k", "model.factors=4", "dataset.candidates=20", "train.batch_size=90", "train.epochs=8")
@@ -137,6 +141,27 @@ def test_a_signal_stops_after_the_update(tiny, tmp_path, monkeypatch, number, up
     state = RunDirectory(stopped).load()
     assert state is not None
     assert (state["step"], state["left"] is None) == (updates, updates == 26)
+    train(stopped)
+    check_equal(stopped, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ranks_stop_at_the_same_update(tiny, tmp_path, number):
+    """The process that has started them hands the signal on."""
+    keys = (*DIGITS, "train.devices=2", "train.epochs=60")
+    whole, stopped = (tiny(*keys, f"run_dir={tmp_path}/{name}") for name in ("whole", "stopped"))
+    train(whole)
+    process = start(stopped)
+    while not begun(stopped) and process.is_alive():
+        time.sleep(0.005)
+    time.sleep(0.2)
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == Stopped.exit_code
+    state = RunDirectory(stopped).load()
+    assert state is not None
+    assert 0 < state["step"] < 60 * 13
     train(stopped)
     check_equal(stopped, whole)
 
