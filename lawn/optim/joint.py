@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from lawn.optim import phase
+from lawn.optim import phase, update
 from lawn.optim.adam_lawn import AdamLAWN
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.lamb import LAMB, LAMBLAWN, LAMBPlus
@@ -167,13 +167,9 @@ class JointStep:
             ratio = torch.where((ww > 0) & (rr > 0), (ww / rr).sqrt(), 1).clamp(max=rule.max_trust)
             take = lr * ratio
         if c is not None:
-            wr = dot(w, r)
-            along = wr / ww
-            tangent = (rr - along * wr).clamp(min=0)
-            rate = torch.where(tangent > 0, lr * c / tangent.sqrt(), lr) if trust else lr
-            scale = c / (ww + rate * rate * tangent).sqrt()
-            keep = torch.where(c.isfinite(), scale * (1 + rate * along), 1)
-            take = torch.where(c.isfinite(), scale * rate, take)
+            on_sphere = update.coefficients(ww, dot(w, r), rr, c, lr, trust=trust)
+            keep = torch.where(c.isfinite(), on_sphere[0], 1)
+            take = torch.where(c.isfinite(), on_sphere[1], take)
         if keep is not None:
             w.mul_(keep)
         w.addcmul_(r, take, value=-1)

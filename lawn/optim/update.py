@@ -141,13 +141,20 @@ def move(
     ws = [w.to(_wide(w)) for w in at]
     rs = [r.to(_wide(r)) for r in updates]
     ww, wr, rr = _dot(ws, ws), _dot(ws, rs), _dot(rs, rs)
+    keep, take = coefficients(ww, wr, rr, c, lr, trust=trust)
+    for weight, w, r in zip(weights, ws, rs, strict=True):
+        weight.copy_(torch.addcmul(w * keep.to(w.dtype), r, take.to(w.dtype), value=-1))
+
+
+def coefficients(
+    ww: Tensor, wr: Tensor, rr: Tensor, c: Tensor, lr: float | Tensor, *, trust: bool
+) -> tuple[Tensor, Tensor]:
+    """What w and r are multiplied by in w <- keep w - take r, of their inner products; all may have a leading axis."""
     along = wr / ww
     tangent = (rr - along * wr).clamp(min=0)
     rate = torch.where(tangent > 0, lr * c / tangent.sqrt(), lr) if trust else lr
     scale = c / (ww + rate * rate * tangent).sqrt()
-    keep, take = scale * (1 + rate * along), scale * rate
-    for weight, w, r in zip(weights, ws, rs, strict=True):
-        weight.copy_(torch.addcmul(w * keep.to(w.dtype), r, take.to(w.dtype), value=-1))
+    return scale * (1 + rate * along), scale * rate
 
 
 def _wide(t: Tensor) -> torch.dtype:
