@@ -33,7 +33,6 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 
 def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the pool stops its runs, each with a checkpoint
     try:
         return int(given.action(given))
     except (UserError, OSError) as error:
@@ -191,4 +190,5 @@ def _seconds(text: str) -> float:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the pool stops its runs, each with a checkpoint
     sys.exit(main())

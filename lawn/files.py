@@ -9,8 +9,9 @@ from pathlib import Path
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk and move it into place."""
+def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it to disk and move it into place. What was there before
+    is kept as `previous`, if that is given."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
@@ -22,6 +23,8 @@ def atomic(path: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp's files are private
+        if previous is not None and path.exists():
+            path.replace(previous)
         temporary.replace(path)
         _flush_folder(path.parent)
     finally:

@@ -7,7 +7,7 @@ from lawn.config import Config
 from lawn.train.logger import Logger
 from lawn.train.loop import Run, summary
 from lawn.train.progress import Progress
-from lawn.train.record import Row, RunDirectory
+from lawn.train.record import RunDirectory
 
 
 class Journal:
@@ -27,15 +27,15 @@ class Journal:
             self._progress.epoch(row)
             self._logger.log(row)
             if self.due or run.status != "running":
-                self.checkpoint(run.rows, run.state_dict())
+                self.checkpoint(run.state_dict())
 
     @property
     def due(self) -> bool:
         """Whether it is time for a checkpoint."""
         return time.monotonic() - self._saved >= self._seconds
 
-    def checkpoint(self, rows: list[Row], state: dict[str, Any]) -> None:
-        self._directory.write_metrics(rows)
+    def checkpoint(self, state: dict[str, Any]) -> None:
+        self._directory.write_metrics(state["rows"])
         self._directory.save(state)
         self._saved = time.monotonic()
 

@@ -37,10 +37,11 @@ from lawn.train.record import RunDirectory, environment
 from lawn.train.together import Together, kin, room
 
 AGREE_SECONDS = 0.1
+GRACE_SECONDS = 30  # for ranks to leave off when one has failed; they may be waiting for it
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Run `config`, go on with it, or find it done; returns its result.json.
+    """Run `config`, go on with it, or find it done; returns its result.
 
     Everything that can be refused is refused before data is read. A loss that is not finite ends the run with
     status "diverged": that is a result, not an error. Under torchrun this process is one rank of the run; otherwise
@@ -114,9 +115,10 @@ class _Pause:
             self._last, self._at = run.step, now
             self._next = run.step + max(1, round(1e6 * AGREE_SECONDS / max(1, micros)))
         if wish:
-            state = run.state_dict()
-            if journal:
-                journal.checkpoint(run.rows, state)
+            with run.clock("log"):
+                state = run.state_dict()
+                if journal:
+                    journal.checkpoint(state)
         if wish == 2 and self._notice.signal is None:
             self._notice.signal = "a signal to another rank"
         return wish == 2
@@ -143,9 +145,10 @@ def _begin(
     if not directory:
         return run, None
     if state is not None:
-        print(f"{directory.path}: going on after epoch {run.epoch}", flush=True)
+        where = f"after epoch {run.epoch}" if run.between_epochs else f"in epoch {run.epoch}, after {run.step} updates"
+        print(f"{directory.path}: going on {where}", flush=True)
     logger = loggers.make(config)(directory.hash, directory.path)
-    return run, Journal(config, directory, logger, run.epoch)
+    return run, Journal(config, directory, logger, len(run.rows))
 
 
 def train_many(configs: Sequence[Config]) -> None:
@@ -205,7 +208,7 @@ def train_together(configs: Sequence[Config]) -> None:
                     journals[run].epoch(run)
                 if notice.signal and any(run.status == "running" for run in journals):
                     for run, journal in journals.items():
-                        journal.checkpoint(run.rows, run.state_dict())
+                        journal.checkpoint(run.state_dict())
                     raise _stopped(notice, runs[0], f"{run_name(now[0][0])} with {len(now) - 1} others")
             for run, journal in journals.items():
                 journal.finish(run)
@@ -223,7 +226,7 @@ def _run_in_ranks(config: Config, world: int, method: str) -> dict[str, Any]:
         assert ranks is not None
         try:
             with noticed() as notice:
-                while not ranks.join(timeout=1):
+                while not ranks.join(timeout=1, grace_period=GRACE_SECONDS):
                     if notice.signal:
                         for process in ranks.processes:
                             process.terminate()  # they agree on where to stop

@@ -2,7 +2,9 @@
 
 config.yaml    the resolved config          env.json     code version, packages, hardware
 metrics.csv    a row for each epoch         result.json  how it ended, written last but for the marker
-checkpoint.pt  the newest full state        DONE         empty; the run is finished
+checkpoint.pt  the newest full state        timing.json  how long it took
+checkpoint_previous.pt  the one before it   DONE         empty; the run is finished
+.lock          held while a process is at work
 """
 
 import csv
@@ -42,7 +44,7 @@ class RunDirectory:
         self.hash = config_hash(config)
         self.path = Path(config.run_dir) if config.run_dir else Path(config.runs_dir) / run_name(config)
         self._config = config
-        if (self.path / "result.json").exists() or (self.path / "checkpoint.pt").exists():
+        if any(path.exists() for path in (self.path / "result.json", *self._checkpoints)):
             owner = self._owner()
             if owner != self.hash:
                 raise RunError(
@@ -88,11 +90,8 @@ class RunDirectory:
 
     def save(self, state: dict[str, Any]) -> None:
         """A new checkpoint.pt; the one before it stays as checkpoint_previous.pt."""
-        newest, previous = self._checkpoints
-        with atomic(newest) as temporary:
+        with atomic(*self._checkpoints) as temporary:
             torch.save(_own({"version": CHECKPOINT_VERSION, "hash": self.hash, **state}), temporary)
-            if newest.exists():
-                newest.replace(previous)
 
     def load(self) -> dict[str, Any] | None:
         """The newest state that is whole, on the CPU, or None when there is none. One that is damaged is named, and the

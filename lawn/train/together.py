@@ -24,7 +24,7 @@ from lawn.train.ranks import started_by_torchrun
 from lawn.train.throughput import flops_per_sample, on_meta, synchronize
 
 MODELS = ("mlp", "ncf_mlp")  # small ones, that leave a device idle, and without batch norm
-CPU_ROWS = 160_000  # in a joint batch: more leave the caches, and nothing is gained (docs/scaling.md)
+CPU_ROWS = 160_000  # in a joint batch: larger ones keep a CPU busy, and its caches full, by themselves
 OWN_WEIGHTS = ("adam_hoffer",)  # optimizers that put other weights in the place of the model's
 
 
