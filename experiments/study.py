@@ -26,7 +26,7 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 SELECTIONS = ("val", "test")
 PLACES = (  # what --set may say: where and how fast, nothing that names another run
     *("data_dir", "runs_dir", "logger", "logger.project", "logger.mode", "dataset.shards", "dataset.workers"),
-    *("train.channels_last", "train.checkpoint_seconds", "train.compile", "optim.fused"),
+    *("train.channels_last", "train.checkpoint_seconds", "train.compile", "train.deterministic", "optim.fused"),
 )
 
 

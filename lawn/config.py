@@ -80,6 +80,7 @@ class TrainConfig:
     devices: int | None = None  # ranks on this machine, each with its own GPU or its share of the CPU; null: 1
     vectorize: int | None = None  # train so many runs of a multirun at once as one batched model, where they allow it
     sync_batchnorm: bool | None = None  # batch norm over the parts of all ranks; else over each part by itself
+    deterministic: bool | None = None  # true: only operations that give the same bits again; slower on a GPU
     precision: str | None = None  # fp32, tf32 or bf16; this and the next two: null chooses by device and model
     channels_last: bool | None = None  # layout of images and convolutions
     compile: str | None = None  # off, default or reduce-overhead (CUDA graphs): modes of torch.compile
@@ -123,7 +124,7 @@ _NOT_IDENTITY = ("logger", "device", "data_dir", "runs_dir", "run_dir")
 _SPEED = {
     "dataset": ("shards", "workers"),
     "optim": ("fused",),
-    "train": ("channels_last", "checkpoint_seconds", "compile", "devices", "vectorize"),
+    "train": ("channels_last", "checkpoint_seconds", "compile", "deterministic", "devices", "vectorize"),
 }
 
 

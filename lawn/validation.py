@@ -122,6 +122,8 @@ def _problems(c: Config) -> Iterator[str]:
         yield "train.compile=reduce-overhead: does not go with train.micro_batch_size; choose default or off"
     if c.train.compile not in (None, "off") and c.train.sync_batchnorm:
         yield f"train.compile={c.train.compile}: does not go with train.sync_batchnorm; choose off"
+    if c.train.compile not in (None, "off") and c.train.deterministic:
+        yield f"train.compile={c.train.compile}: does not go with train.deterministic; choose off"
     if c.dataset.prefix is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", c.dataset.prefix):
         yield f"dataset.prefix={c.dataset.prefix!r}: must be a plain name of letters, digits, '_', '-' and '.'"
     if c.optim.nesterov and not c.optim.momentum:

@@ -3,6 +3,7 @@ was measured, where and with what."""
 
 import json
 import statistics
+import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lawn.errors import UserError
 from lawn.files import write_text
 from lawn.train.loop import Run
 from lawn.train.record import environment
@@ -108,3 +110,16 @@ def write(name: str, given: Namespace, title: str, page: str, rows: Mapping[str,
     write_text(given.results / f"{file}.json", json.dumps(content, indent=1) + "\n")
     write_text(given.results / f"{file}.md", f"# {title}\n\n{page}\n\n{source}\n")
     print(f"{title}\n{page}")
+
+
+def main(
+    name: str, given: Namespace, title: str, measure: Callable[[], Mapping[str, Row]], page: Callable[..., str]
+) -> int:
+    """Measure, and write the page made of it; the exit code: data that cannot be used is one line."""
+    try:
+        rows = measure()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    write(name, given, title, page(rows), rows)
+    return 0

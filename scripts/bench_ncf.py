@@ -28,7 +28,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments.study import compose_all
 from lawn.data.batching import Batching
 from lawn.data.interactions import Interactions
-from lawn.errors import UserError
 from lawn.task import build
 from lawn.train.loop import Run
 from lawn.train.ranks import Ranks
@@ -175,17 +174,15 @@ def main() -> int:
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     given = parser.parse_args()
     device = torch.device(given.device)
-    try:
-        rows = {
+    title = f"Training NCF, {FACTORS} factors: medians of {given.rounds} rounds"
+    return bench.main(
+        *("ncf", given, title),
+        lambda: {
             f"{name}, batch {size:,}": measure(name, size, given.rounds, given.data_dir, device)
             for name, size in product(DATASETS, BATCH_SIZES)
-        }
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    title = f"Training NCF, {FACTORS} factors: medians of {given.rounds} rounds"
-    bench.write("ncf", given, title, f"{bench.table('dataset', COLUMNS, rows)}\n\n{REMARKS}", rows)
-    return 0
+        },
+        lambda rows: f"{bench.table('dataset', COLUMNS, rows)}\n\n{REMARKS}",
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from experiments.study import compose_all
-from lawn.errors import UserError
 from lawn.task import build
 from lawn.train.loop import Run
 from lawn.train.ranks import Ranks
@@ -96,14 +95,12 @@ def main() -> int:
     parser = bench.parser(__doc__, rounds=9)
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     given = parser.parse_args()
-    try:
-        rows = {name(*sweep): measure(given, *sweep) for sweep in SWEEPS[torch.device(given.device).type]}
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
     title = f"A sweep in one process: NCF on MovieLens-100k, medians of {given.rounds} rounds"
-    bench.write("sweep", given, title, f"{bench.table('sweep', COLUMNS, rows)}\n\n{REMARKS}", rows)
-    return 0
+    return bench.main(
+        *("sweep", given, title),
+        lambda: {name(*sweep): measure(given, *sweep) for sweep in SWEEPS[torch.device(given.device).type]},
+        lambda rows: f"{bench.table('sweep', COLUMNS, rows)}\n\n{REMARKS}",
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How a run uses its device: number formats, memory layout, compilation. What is not set is chosen to fit."""
 
 import ctypes
+import os
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,6 +21,7 @@ class Execution:
     precision: str  # fp32; tf32: matrix products round their inputs to 10 bits; bf16: autocast
     channels_last: bool  # the layout in which convolutions are fastest
     compile: str  # off; default: fused kernels; reduce-overhead: CUDA graphs too
+    deterministic: bool  # the same bits again, on the same machine
 
     @classmethod
     def choose(cls, train: TrainConfig, model: nn.Module, device: torch.device, updates: int) -> "Execution":
@@ -29,20 +31,24 @@ class Execution:
         if device.type == "cuda":
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             precision = ("bf16" if convolutional else "tf32") if bf16 else "fp32"
-            if updates >= WORTH_COMPILING and not train.sync_batchnorm:
+            if updates >= WORTH_COMPILING and not train.sync_batchnorm and not train.deterministic:
                 compiled = "default" if convolutional or train.micro_batch_size else "reduce-overhead"
         return cls(
             train.precision or precision,
             convolutional if train.channels_last is None else train.channels_last,
             train.compile or compiled,
+            bool(train.deterministic),
         )
 
     def prepare(self, model: nn.Module, device: torch.device) -> None:
         """Set what concerns the whole process, and the layout of the weights."""
         torch.set_float32_matmul_precision("highest" if self.precision == "fp32" else "high")
+        torch.use_deterministic_algorithms(self.deterministic)
         if device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
-            torch.backends.cudnn.benchmark = True
+            torch.backends.cudnn.benchmark = not self.deterministic
+            if self.deterministic:
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks when it is first used
         else:
             _keep_freed_memory()
         if self.channels_last:

@@ -37,7 +37,6 @@ from lawn.train.record import RunDirectory, environment
 from lawn.train.together import Together, kin, room
 
 AGREE_SECONDS = 0.1
-GRACE_SECONDS = 30  # for ranks to leave off when one has failed; they may be waiting for it
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -226,7 +225,7 @@ def _run_in_ranks(config: Config, world: int, method: str) -> dict[str, Any]:
         assert ranks is not None
         try:
             with noticed() as notice:
-                while not ranks.join(timeout=1, grace_period=GRACE_SECONDS):
+                while not ranks.join(timeout=1):
                     if notice.signal:
                         for process in ranks.processes:
                             process.terminate()  # they agree on where to stop

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,19 +19,10 @@ from lawn.optim import LAWNOptimizer, LinearWarmup, LinearWarmupDecay, NonFinite
 from lawn.optimizers import OPTIMIZERS, optimizer_arguments
 from lawn.task import Task
 from lawn.train.execution import Execution
+from lawn.train.left import Left, resumed
 from lawn.train.ranks import Ranks, accumulating
 from lawn.train.record import Row
 from lawn.train.throughput import flops_per_sample, peak_flops, synchronize
-
-
-@dataclass
-class Left:
-    """What a rank has of an epoch that it is in the middle of."""
-
-    lr: float  # of the epoch's first update
-    updates: int = 0
-    loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # total of this rank's samples
-    margins: list[Tensor] = field(default_factory=list)
 
 
 class Run:
@@ -44,18 +35,19 @@ class Run:
         self.device = ranks.device
         size, micro = config.train.batch_size, config.train.micro_batch_size
         self.batching = Batching(size, micro, ranks.rank, ranks.world)
-        steps = self.batching.updates(task.dataset.num_train)
-        total = steps * config.train.epochs
+        self._updates = self.batching.updates(task.dataset.num_train)
+        total = self._updates * config.train.epochs
         if config.train.sync_batchnorm:
             task.model = nn.SyncBatchNorm.convert_sync_batchnorm(task.model)
         self.execution = Execution.choose(config.train, task.model, self.device, total)
         self.execution.prepare(task.model, self.device)
         chosen = optimizer_arguments(config)
         if "free_steps" in chosen:
-            chosen["free_steps"] = _steps(chosen["free_steps"], steps, total)
-        warmup = _steps(config.schedule.warmup_epochs, steps, total)
+            chosen["free_steps"] = _steps(chosen["free_steps"], self._updates, total)
+        warmup = _steps(config.schedule.warmup_epochs, self._updates, total)
         self.optimizer = OPTIMIZERS[config.optim.name](task.model, **chosen)
         task.network = ranks.parallel(self.execution.compiled(task.model))
+        self._weights = dict(task.model.named_parameters())
         self.scheduler = (
             LinearWarmup(self.optimizer, warmup)
             if config.schedule.name == "constant"
@@ -67,8 +59,8 @@ class Run:
         self.rows: list[Row] = []
         self.seconds = {"train": 0.0, "eval": 0.0, "log": 0.0}
         self.flops = 0.0  # per sample
-        self._left: Left | None = None
-        self._random: list[Tensor] = []  # states of torch's generators, where they have to be restored
+        self.left: Left | None = None  # of the epoch that it is in the middle of
+        self.divergence: dict[str, Any] | None = None
 
     @property
     def status(self) -> str:
@@ -79,7 +71,7 @@ class Run:
 
     @property
     def between_epochs(self) -> bool:
-        return self._left is None
+        return self.left is None
 
     def next_epoch(self, pause: Callable[[], bool] = lambda: False) -> Row | None:
         """Train one epoch, evaluate if it is time, append the row to `rows` and return it. `pause` is asked between two
@@ -96,9 +88,9 @@ class Run:
 
     def begin_epoch(self) -> int:
         """Make ready for the next epoch; returns its seed."""
-        if self._left is None:
+        if self.left is None:
             self.epoch += 1
-            self._left = Left(float(self.optimizer.param_groups[0]["lr"]))
+            self.left = Left(float(self.optimizer.param_groups[0]["lr"]))
         self.task.model.train()
         self._switch_weights("train")
         # A seed for each epoch, not a stream: whatever came before, this epoch draws the same.
@@ -106,21 +98,23 @@ class Run:
 
     def end_epoch(self, loss: float, margin: float) -> Row:
         """Evaluate if it is time; the row of the epoch, of this mean loss and median margin."""
-        assert self._left is not None  # between `begin_epoch` and here
-        lr, self._left = self._left.lr, None
+        assert self.left is not None  # between `begin_epoch` and here
+        ended, self.left = self.left, None
         self.ranks.average(self.task.model)
         self._switch_weights("eval")
         row: Row = {
             "epoch": self.epoch,
             "step": self.step,
-            "lr": lr,
+            "lr": ended.lr,
             "constrained": int(isinstance(self.optimizer, LAWNOptimizer) and self.optimizer.constrained),
             "train_loss": _finite(loss),
             "margin_p50": _finite(margin),
             "weight_norm": _finite(weight_norm(self.task.model).item()),
         }
         last = self.epoch == self.config.train.epochs
-        if None not in (row["train_loss"], row["weight_norm"]) and (last or self.epoch % self.config.eval.every == 0):
+        if None in (row["train_loss"], row["weight_norm"]):
+            self.divergence = self._divergence(ended)
+        elif last or self.epoch % self.config.eval.every == 0:
             with self.clock("eval"):
                 self.task.model.eval()
                 with torch.no_grad(), self.execution.autocast(self.device):
@@ -146,12 +140,11 @@ class Run:
 
     def _train(self, seed: int, pause: Callable[[], bool]) -> tuple[float, float] | None:
         """Mean loss and median margin of the epoch; None if it is left."""
-        task, left = self.task, self._left
+        task, left = self.task, self.left
         assert left is not None  # since `begin_epoch`
         torch.manual_seed(seed)
         generator = torch.Generator(self.device).manual_seed(seed)
-        left.loss = left.loss.to(self.device)
-        self._restore_generators()
+        left.restore_generators(self.device)
         batching = replace(self.batching, skip=left.updates)
         for part, batch in task.dataset.train_batches(batching, generator):
             batch = self.execution.lay_out(batch)
@@ -160,7 +153,7 @@ class Run:
             if part.first:
                 self.before_update()
                 self.optimizer.zero_grad()
-                mean = torch.zeros_like(left.loss)
+                mean = torch.zeros((), dtype=torch.float64, device=self.device)
             with accumulating(task.network, part.last):
                 with self.execution.autocast(self.device):
                     loss, margin = task.loss_and_margins(batch)
@@ -171,17 +164,46 @@ class Run:
                 continue
             if task.loss.outer is not None:
                 mean = self._through(task.loss.outer, mean)
-            left.loss = left.loss + mean * (part.update.stop - part.update.start)
+            left.follow(mean, self._gradients())
             try:
                 self.update()
             except NonFiniteError:
                 return math.nan, math.nan
-            left.updates += 1
             if part.update.stop < task.dataset.num_train and pause():
                 return None
         median = self.ranks.joined(torch.cat(left.margins)).median()
         # Only here, at the end of the epoch, does the host wait for the device.
-        return self.ranks.total(left.loss).item() / task.dataset.num_train, median.item()
+        left.losses = [self.ranks.total(torch.cat(left.losses)).cpu()]
+        return self.mean_loss(), median.item()
+
+    def mean_loss(self) -> float:
+        """Over the samples of the epoch that is at its end, of its updates' losses."""
+        assert self.left is not None
+        (losses,) = self.left.losses
+        sizes = torch.full_like(losses, self.batching.batch_size)
+        sizes[-1] -= sizes.sum() - self.task.dataset.num_train
+        return (losses @ sizes).item() / self.task.dataset.num_train
+
+    def _gradients(self) -> Tensor:
+        """The norm of each weight's gradient [weights]; 0 where there is none."""
+        gradients = [p.new_zeros(1) if p.grad is None else p.grad for p in self._weights.values()]
+        return torch.stack(torch._foreach_norm(gradients))
+
+    def _divergence(self, ended: Left) -> dict[str, Any]:
+        """The update, counted as `step` is, whose loss was the first that is not finite, or that left weights which are
+        not; the last row before; the largest gradient at the last update where all were finite."""
+        losses = torch.cat(ended.losses).cpu()
+        finite = int(losses.isfinite().long().cumprod(0).sum())
+        largest = None
+        if ended.gradients is not None and ended.gradients.isfinite().all():
+            norm, index = ended.gradients.max(0)
+            largest = {"layer": list(self._weights)[index], "norm": norm.item()}
+        return {
+            "epoch": self.epoch,
+            "step": (self.epoch - 1) * self._updates + min(finite + 1, len(losses)),
+            "largest_gradient": largest,
+            "last_finite": self.rows[-1] if self.rows else None,
+        }
 
     def _through(self, outer: Callable[[Tensor], Tensor], mean: Tensor) -> Tensor:
         """Carry the gradients of the update's mean loss on to a function of it; returns this rank's share of that."""
@@ -217,7 +239,8 @@ class Run:
         """Everything that the run goes on from. In the middle of an epoch all ranks have to ask for it."""
         return {
             "epoch": self.epoch,
-            "left": None if self._left is None else self.ranks.everyone(self._left_state(self._left)),
+            "left": None if self.left is None else self.ranks.everyone(self.left.state(self.task.model, self.device)),
+            "divergence": self.divergence,
             "step": self.step,
             "rows": self.rows,
             "seconds": self.seconds,
@@ -228,7 +251,7 @@ class Run:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.step = state["epoch"], state["step"]
-        self.rows, self.seconds = state["rows"], state["seconds"]
+        self.rows, self.seconds, self.divergence = state["rows"], state["seconds"], state["divergence"]
         self.task.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for p, moments in self.optimizer.state.items():  # as the weights lie in memory now: fused steps rely on it
@@ -237,37 +260,7 @@ class Run:
                     moments[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
         self.scheduler.load_state_dict(state["scheduler"])
         if state["left"] is not None:
-            self._load_left(state["left"])
-
-    def _left_state(self, left: Left) -> dict[str, Any]:
-        on_gpu = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
-        return {
-            "lr": left.lr,
-            "updates": left.updates,
-            "loss": left.loss.cpu(),
-            "margins": torch.cat(left.margins).cpu(),
-            "buffers": {name: buffer.cpu() for name, buffer in self.task.model.named_buffers()},
-            "random": [torch.get_rng_state(), *on_gpu],
-        }
-
-    def _load_left(self, states: list[dict[str, Any]]) -> None:
-        """Each rank its own. Another number of ranks shares out what there was: sums and margins go to the first one,
-        statistics of batch norm are averaged; random numbers of dropout start anew."""
-        alike, own = len(states) == self.ranks.world, states[min(self.ranks.rank, len(states) - 1)]
-        given = [own] if alike else states if self.ranks.main else []
-        self._left = Left(own["lr"], own["updates"], sum((s["loss"] for s in given), torch.zeros(()).double()))
-        self._left.margins = [s["margins"].to(self.device) for s in given]
-        for name, buffer in self.task.model.named_buffers():
-            values = torch.stack([state["buffers"][name] for state in ([own] if alike else states)])
-            buffer.copy_(values.mean(0) if values.is_floating_point() else values[0])
-        self._random = own["random"] if alike else []
-
-    def _restore_generators(self) -> None:
-        if self._random:
-            torch.set_rng_state(self._random[0])
-            if self.device.type == "cuda" and len(self._random) > 1:
-                torch.cuda.set_rng_state(self._random[1], self.device)
-        self._random = []
+            self.left = resumed(state["left"], self.task.model, self.ranks)
 
     def result(self) -> dict[str, Any]:
         """How the run ended. The headline is the last epoch's metric; `best` is over the epochs of the same split,
@@ -284,6 +277,7 @@ class Run:
             "headline": name,
             "last": self.rows[-1],
             "best": best and {"epoch": best["epoch"], name: best[key]},
+            "divergence": self.divergence,
             "parameters": sum(p.numel() for p in self.task.model.parameters()),
             "samples_per_second": round(rate, 1),
             "peak_share": round(rate * self.flops / (self.ranks.world * peak), 4) if self.flops else None,
@@ -310,11 +304,13 @@ def _finite(value: float) -> float | None:
 
 def summary(result: dict[str, Any]) -> str:
     """The last line of a run."""
-    last = result["last"]
+    last, divergence = result["last"], result["divergence"]
     metrics = [f"{k} {v:.4g}" for k, v in last.items() if k.startswith(result["split"]) and v is not None]
     share = "" if result["peak_share"] is None else f" ({100 * result['peak_share']:.0f} % of the matmul peak)"
     spent = ", ".join(f"{what} {value:.1f} s" for what, value in result["seconds"].items())
-    return (
-        f"{result['status']} after epoch {last['epoch']}: {'  '.join(metrics) or 'no evaluation'}; "
-        f"{result['samples_per_second']:,.0f} samples/s{share}; {spent}"
-    )
+    ended = f"after epoch {last['epoch']}: {'  '.join(metrics) or 'no evaluation'}"
+    if divergence:
+        largest = divergence["largest_gradient"]
+        where = f" in {largest['layer']}, norm {largest['norm']:.2g}" if largest else ": none was finite"
+        ended = f"at update {divergence['step']}, in epoch {last['epoch']}; largest gradient before{where}"
+    return f"{result['status']} {ended}; {result['samples_per_second']:,.0f} samples/s{share}; {spent}"

@@ -19,6 +19,7 @@ from lawn.config import Config, identity
 from lawn.optim import NonFiniteError
 from lawn.optim.joint import JointStep
 from lawn.task import Task
+from lawn.train.left import Left
 from lawn.train.loop import Run
 from lawn.train.ranks import started_by_torchrun
 from lawn.train.throughput import flops_per_sample, on_meta, synchronize
@@ -38,7 +39,7 @@ def kin(config: Config) -> str | None:
     shared = identity(config)
     del shared["seed"], shared["optim"], shared["schedule"]
     shared["train"].pop("logit_scale", None)
-    return json.dumps([shared, config.device, config.data_dir], sort_keys=True)
+    return json.dumps([shared, train.deterministic, config.device, config.data_dir], sort_keys=True)
 
 
 def room(task: Task, batch: tuple[Tensor, ...]) -> int:
@@ -87,12 +88,12 @@ class Together:
             self._join(runs)
         seeds = [run.begin_epoch() for run in runs]
         start = time.perf_counter()
-        losses, margins = self._train(seeds)
+        means, margins = self._train(seeds)
         synchronize(runs[0].device)
         share = (time.perf_counter() - start) / len(runs)
-        for run, loss, margin in zip(runs, losses, margins, strict=True):
+        for run, mean, margin in zip(runs, means, margins, strict=True):
             run.seconds["train"] += share
-            run.end_epoch(loss, margin)
+            run.end_epoch(mean, margin)
         return runs
 
     def _join(self, runs: list[Run]) -> None:
@@ -116,13 +117,14 @@ class Together:
                 step = JointStep(optimizers, stacks, [own[part] for own in self._slices.values()])
             self._groups.append((part, step))
 
-    def _update(self, failed: set[int]) -> None:
-        """Take the step of the runs; adds to the failed ones those that diverge before their switch."""
+    def _update(self, failed: dict[int, int], updates: int) -> None:
+        """Take the step of the runs; adds to the failed ones those that diverge before their switch, after so many
+        updates of the epoch."""
         for part, step in self._groups:
             members = range(*part.indices(len(self._joined)))
             if step is not None:
-                lost = step.step([_gradient(stack)[part] for stack in self._stacks.values()])
-                failed |= {members[k] for k in lost}
+                for k in step.step([_gradient(stack)[part] for stack in self._stacks.values()]):
+                    failed.setdefault(members[k], updates)
                 for k in members:
                     if k not in failed:
                         self._joined[k].after_update()
@@ -135,7 +137,7 @@ class Together:
                     if k not in failed:
                         self._joined[k].update()
                 except NonFiniteError:
-                    failed.add(k)
+                    failed[k] = updates
 
     def _train(self, seeds: list[int]) -> tuple[list[float], list[float]]:
         """Mean loss and median margin of each run; NaN where it has diverged before its switch."""
@@ -144,9 +146,8 @@ class Together:
         which = torch.tensor([different.index(seed) for seed in seeds], device=device)
         generators = [torch.Generator(device).manual_seed(seed) for seed in different]
         epochs = [task.dataset.train_batches(runs[0].batching, generator) for generator in generators]
-        total = torch.zeros(len(runs), device=device, dtype=torch.float64)
-        margins: list[Tensor] = []
-        failed: set[int] = set()
+        all_runs = Left(math.nan)
+        failed: dict[int, int] = {}
         for batches in zip(*epochs, strict=True):
             batch = [torch.stack(columns)[which] for columns in zip(*(drawn for _, drawn in batches), strict=True)]
             if not runs[0].flops:
@@ -162,14 +163,22 @@ class Together:
             logits = self._logits(*inputs)
             losses = torch.vmap(task.loss)(logits, labels)
             losses.sum().backward()
-            self._update(failed)
-            total += losses.detach().double() * labels.shape[1]
-            margins.append(torch.vmap(task.margins)(logits.detach(), labels))
-        medians = torch.cat(margins, dim=1).median(dim=1).values.tolist()
-        means = (total / task.dataset.num_train).tolist()
-        for k in failed:
-            means[k] = medians[k] = math.nan
-        return means, medians
+            all_runs.follow(losses.detach().double(), self._gradient_norms())
+            all_runs.margins.append(torch.vmap(task.margins)(logits.detach(), labels))
+            self._update(failed, all_runs.updates)
+        medians = torch.cat(all_runs.margins, dim=1).sort(dim=1).values[:, (task.dataset.num_train - 1) // 2].tolist()
+        each = torch.cat(all_runs.losses).cpu()  # [updates, K]
+        for k, run in enumerate(runs):
+            assert run.left is not None
+            assert all_runs.gradients is not None
+            run.left.losses, run.left.gradients = [each[: failed.get(k), k]], all_runs.gradients[k]
+        means = [math.nan if k in failed else run.mean_loss() for k, run in enumerate(runs)]
+        return means, [math.nan if k in failed else median for k, median in enumerate(medians)]
+
+    def _gradient_norms(self) -> Tensor:
+        """Of each run and weight [K, weights]."""
+        norms = [torch.linalg.vector_norm(_gradient(stack).flatten(1), dim=1) for stack in self._stacks.values()]
+        return torch.stack(norms, dim=1)
 
     def _logits(self, *inputs: Tensor) -> Tensor:
         """Of every run [K, B, ...] for its own inputs [K, B, ...]."""

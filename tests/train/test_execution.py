@@ -4,7 +4,8 @@ import json
 import pytest
 import torch
 
-from lawn.config import TrainConfig
+from lawn.config import TrainConfig, config_hash
+from lawn.errors import ConfigError
 from lawn.models.ncf import NCFMLP
 from lawn.models.vgg import VGG19
 from lawn.task import build
@@ -14,6 +15,7 @@ from lawn.train.loop import Run
 from lawn.train.ranks import Ranks, joined_on_one_machine
 from lawn.train.record import RunDirectory
 from lawn.train.throughput import flops_per_sample, peak_flops
+from tests.helpers import compose
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -29,15 +31,16 @@ def networks():
 @pytest.mark.parametrize(
     ("name", "device", "updates", "keys", "expected"),
     [
-        ("vgg", CPU, 9999, {}, Execution("fp32", True, "off")),
-        ("ncf", CPU, 9999, {}, Execution("fp32", False, "off")),
-        ("vgg", GPU, 9999, {}, Execution("bf16", True, "default")),
-        ("vgg", GPU, 10, {}, Execution("bf16", True, "off")),
-        ("vgg", GPU, 9999, {"sync_batchnorm": True}, Execution("bf16", True, "off")),
-        ("ncf", GPU, 9999, {}, Execution("tf32", False, "reduce-overhead")),
-        ("ncf", GPU, 9999, {"micro_batch_size": 50}, Execution("tf32", False, "default")),
-        ("ncf", GPU, 9999, {"precision": "fp32", "compile": "off"}, Execution("fp32", False, "off")),
-        ("vgg", CPU, 10, {"channels_last": False, "compile": "default"}, Execution("fp32", False, "default")),
+        ("vgg", CPU, 9999, {}, Execution("fp32", True, "off", False)),
+        ("ncf", CPU, 9999, {}, Execution("fp32", False, "off", False)),
+        ("vgg", GPU, 9999, {}, Execution("bf16", True, "default", False)),
+        ("vgg", GPU, 10, {}, Execution("bf16", True, "off", False)),
+        ("vgg", GPU, 9999, {"sync_batchnorm": True}, Execution("bf16", True, "off", False)),
+        ("ncf", GPU, 9999, {}, Execution("tf32", False, "reduce-overhead", False)),
+        ("ncf", GPU, 9999, {"micro_batch_size": 50}, Execution("tf32", False, "default", False)),
+        ("ncf", GPU, 9999, {"precision": "fp32", "compile": "off"}, Execution("fp32", False, "off", False)),
+        ("vgg", CPU, 10, {"channels_last": False, "compile": "default"}, Execution("fp32", False, "default", False)),
+        ("vgg", GPU, 9999, {"deterministic": True}, Execution("bf16", True, "off", True)),
     ],
 )
 def test_what_is_not_set_is_chosen_by_device_and_model(monkeypatch, networks, name, device, updates, keys, expected):
@@ -56,7 +59,12 @@ def test_bf16_rounds_products_and_not_weights(tiny, tmp_path):
     first, second = train(plain), train(rounded)
     assert RunDirectory(plain).path != RunDirectory(rounded).path  # another run, by its hash
     record = json.loads((RunDirectory(rounded).path / "env.json").read_text())
-    assert record["execution"] == {"precision": "bf16", "channels_last": False, "compile": "off"}
+    assert record["execution"] == {
+        "precision": "bf16",
+        "channels_last": False,
+        "compile": "off",
+        "deterministic": False,
+    }
     assert record["ranks"] == 1
     weights = torch.load(RunDirectory(rounded).path / "checkpoint.pt", weights_only=True)["model"]
     assert all(weight.dtype == torch.float32 for weight in weights.values())
@@ -75,17 +83,17 @@ def test_speed_is_not_part_of_a_runs_name(tiny):
 
 def test_layout_goes_with_the_weights(networks):
     images, labels = torch.rand(2, 3, 4, 4), torch.zeros(2, dtype=torch.long)
-    laid_out, same = Execution("fp32", True, "off").lay_out((images, labels))
+    laid_out, same = Execution("fp32", True, "off", False).lay_out((images, labels))
     assert laid_out.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(laid_out, images)
     assert same is labels
-    assert Execution("fp32", False, "off").lay_out((images, labels))[0] is images
+    assert Execution("fp32", False, "off", False).lay_out((images, labels))[0] is images
 
 
 def test_gradients_lie_in_memory_as_their_weights():
     """torch's fused steps count through both alike, and say nothing where they are not."""
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4, 2))
-    how = Execution("fp32", True, "off")
+    how = Execution("fp32", True, "off", False)
     how.prepare(model, CPU)
     for _ in range(2):  # the second adds to the first
         (images,) = how.lay_out((torch.rand(2, 3, 3, 3),))
@@ -129,3 +137,21 @@ def test_compiled_or_not_the_run_is_the_same(tiny, tmp_path):
     first, second = train(plain), train(compiled)
     assert second["last"]["train_loss"] == pytest.approx(first["last"]["train_loss"], rel=1e-4)
     assert second["last"]["test_accuracy"] == pytest.approx(first["last"]["test_accuracy"], abs=0.6)
+
+
+def test_the_deterministic_switch_is_torchs_own_and_ends_with_the_run(tiny, monkeypatch):
+    """An operation that cannot be is refused while it is on; it names no other run."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    config = tiny("train.deterministic=true")
+    assert config_hash(config) == config_hash(tiny())
+    run = Run(config, build(config)(CPU), Ranks(CPU))
+    assert run.execution.deterministic
+    assert torch.are_deterministic_algorithms_enabled()
+    assert run.next_epoch()["train_loss"] is not None
+    Run(tiny(), build(config)(CPU), Ranks(CPU))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_deterministic_runs_are_not_compiled():
+    with pytest.raises(ConfigError, match=r"train.compile=default: does not go with train.deterministic; choose off"):
+        compose("train.compile=default", "train.deterministic=true")

@@ -2,10 +2,12 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -18,7 +20,7 @@ from lawn.config import Config
 from lawn.errors import RunError
 from lawn.train import Stopped, train, train_together
 from lawn.train.loop import Run
-from lawn.train.record import RunDirectory
+from lawn.train.record import CHECKPOINT_VERSION, RunDirectory
 from tests.helpers import compose
 
 FILES = ("metrics.csv", "result.json")
@@ -111,32 +113,41 @@ def free(config: Config) -> bool:
         return False
 
 
-class Ahead:
-    """Stands for a signal, or a moment for a checkpoint, that comes after so many updates of this process."""
+def after(updates: int, act: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do something after so many updates of this process."""
+    update, made = Run.after_update, 0
 
-    def __init__(self, monkeypatch, updates: int, act) -> None:
-        self.left, self.act = updates, act
-        update = Run.after_update
+    def counted(run: Run) -> None:
+        nonlocal made
+        update(run)
+        made += 1
+        if made == updates:
+            act()
 
-        def counted(run: Run) -> None:
-            update(run)
-            self.left -= 1
-            if self.left == 0:
-                act()
+    monkeypatch.setattr(Run, "after_update", counted)
 
-        monkeypatch.setattr(Run, "after_update", counted)
+
+def send(number: signal.Signals) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def stop(config: Config, updates: int, number: signal.Signals = signal.SIGTERM) -> str:
+    """Train so far; what is said at the end."""
+    with pytest.MonkeyPatch.context() as patch:
+        after(updates, send(number), patch)
+        with pytest.raises(Stopped) as stopped:
+            train(config)
+    return str(stopped.value)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize("updates", [1, 18, 26])  # in the first epoch, in the second, at the end of the second
-def test_a_signal_stops_after_the_update(tiny, tmp_path, monkeypatch, number, updates):
+def test_a_signal_stops_after_the_update(tiny, tmp_path, number, updates):
     whole, stopped = (tiny(*DIGITS, f"run_dir={tmp_path}/{name}") for name in ("whole", "stopped"))
     train(whole)
     handler = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        Ahead(patch, updates, lambda: os.kill(os.getpid(), number))
-        with pytest.raises(Stopped, match=f"{number.name}: .* has stopped in epoch .*, after {updates} updates"):
-            train(stopped)
+    said = stop(stopped, updates, number)
+    assert re.match(f"{number.name}: .* has stopped in epoch .*, after {updates} updates", said)
     assert signal.getsignal(number) == handler
     state = RunDirectory(stopped).load()
     assert state is not None
@@ -168,7 +179,7 @@ def test_ranks_stop_at_the_same_update(tiny, tmp_path, number):
 
 def test_a_signal_after_the_last_update_ends_a_run_that_is_done(tiny, monkeypatch):
     config = tiny(*DIGITS)
-    Ahead(monkeypatch, 52, lambda: os.kill(os.getpid(), signal.SIGINT))
+    after(52, send(signal.SIGINT), monkeypatch)
     with pytest.raises(KeyboardInterrupt) as caught:
         train(config)
     assert not isinstance(caught.value, Stopped)
@@ -180,22 +191,19 @@ def test_a_second_interrupt_is_obeyed_at_once(tiny, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    Ahead(monkeypatch, 3, twice)
+    after(3, twice, monkeypatch)
     with pytest.raises(KeyboardInterrupt) as caught:
         train(tiny(*DIGITS))
     assert not isinstance(caught.value, Stopped)
 
 
 @pytest.mark.parametrize("optim", ["schedule_free", "muon", "lamb_lawn", "sgd_lawn"])
-def test_the_middle_of_an_epoch_is_whole_for_other_optimizers(tiny, tmp_path, monkeypatch, optim):
+def test_the_middle_of_an_epoch_is_whole_for_other_optimizers(tiny, tmp_path, optim):
     pytest.importorskip({"schedule_free": "schedulefree"}.get(optim, "torch"))
     keys = ("train.batch_size=16", f"optim={optim}", "optim.lr=0.01")
     whole, stopped = (tiny(*keys, f"run_dir={tmp_path}/{name}") for name in ("whole", "stopped"))
     train(whole)
-    with monkeypatch.context() as patch:
-        Ahead(patch, 20, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(Stopped):
-            train(stopped)
+    stop(stopped, 20)
     train(stopped)
     check_equal(stopped, whole)
 
@@ -203,14 +211,11 @@ def test_the_middle_of_an_epoch_is_whole_for_other_optimizers(tiny, tmp_path, mo
 @pytest.mark.parametrize(
     "kind", [("dataset=cifar10", "model=resnet50"), ("dataset=imagenet", "dataset.image_size=32", "dataset.workers=0")]
 )
-def test_augmentation_and_statistics_go_on_in_the_middle(kind, tiny_data, tmp_path, monkeypatch):
+def test_augmentation_and_statistics_go_on_in_the_middle(kind, tiny_data, tmp_path):
     keys = (*kind, f"data_dir={tiny_data}", "device=cpu", "train.batch_size=4", "train.epochs=1", "optim=sgd")
     whole, stopped = (compose(*keys, f"run_dir={tmp_path}/{name}") for name in ("whole", "stopped"))
     train(whole)
-    with monkeypatch.context() as patch:
-        Ahead(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(Stopped):
-            train(stopped)
+    stop(stopped, 2)
     train(stopped)
     check_equal(stopped, whole)
 
@@ -220,7 +225,7 @@ def test_runs_that_are_trained_together_stop_at_the_end_of_the_epoch(tiny, tmp_p
     whole, stopped = ([tiny(*DIGITS, *more, f"runs_dir={tmp_path}/{name}") for more in keys] for name in ("w", "s"))
     train_together(whole)
     with monkeypatch.context() as patch:
-        Ahead(patch, 3 * 15, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        after(3 * 15, send(signal.SIGTERM), patch)
         with pytest.raises(Stopped, match=r"SIGTERM: .* with 2 others has stopped in epoch 2, after 26 updates"):
             train_together(stopped)
     states = [RunDirectory(config).load() for config in stopped]
@@ -230,12 +235,9 @@ def test_runs_that_are_trained_together_stop_at_the_end_of_the_epoch(tiny, tmp_p
         check_equal(one, other)
 
 
-def test_one_that_was_left_in_the_middle_is_taken_in_by_others(tiny, monkeypatch):
+def test_one_that_was_left_in_the_middle_is_taken_in_by_others(tiny):
     configs = [tiny(*DIGITS, f"seed={seed}") for seed in range(2)]
-    with monkeypatch.context() as patch:
-        Ahead(patch, 20, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(Stopped):
-            train(configs[0])
+    stop(configs[0], 20)
     train_together(configs)
     assert all(RunDirectory(config).result()["status"] == "done" for config in configs)
 
@@ -258,10 +260,7 @@ def stopped_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopped")
     config = compose("model.widths=[16]", "dataset.limit=200", "train.epochs=4", "device=cpu", *DIGITS, ALWAYS)
     config = replace(config, run_dir=str(folder / "run"))
-    with pytest.MonkeyPatch.context() as patch:
-        Ahead(patch, 30, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(Stopped):
-            train(config)
+    stop(config, 30)
     whole = replace(config, run_dir=str(folder / "whole"))
     train(whole)
     return config, whole
@@ -313,8 +312,8 @@ def test_no_whole_checkpoint_is_an_error_and_so_is_one_of_another_run(stopped_ru
     config = copied(stopped_run[0], tmp_path / "run")
     newest, previous = (tmp_path / "run" / name for name in ("checkpoint.pt", "checkpoint_previous.pt"))
     previous.write_bytes(b"")
-    torch.save({"version": 2, "hash": "another"}, newest)
-    with pytest.raises(RunError, match=r"version and run are \(2, 'another'\).*checkpoint_previous.pt: "):
+    torch.save({"version": CHECKPOINT_VERSION, "hash": "another"}, newest)
+    with pytest.raises(RunError, match=r"run are .* 'another'\).*checkpoint_previous.pt: "):
         train(config)
 
 

@@ -64,3 +64,14 @@ def test_bf16_and_channels_last_are_what_images_get(tiny_data):
     assert (run.execution.precision, run.execution.channels_last) == ("bf16", True)
     assert run.next_epoch()["train_loss"] is not None
     assert all(p.dtype == torch.float32 for p in run.task.model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_deterministic_runs_give_the_same_bits(tiny_data, kind):
+    ends = []
+    for _ in range(2):
+        run = make(tiny_data, kind, "train.deterministic=true")
+        for _ in range(3):
+            run.next_epoch()
+        ends.append([p.clone() for p in run.task.model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))
