@@ -6,15 +6,13 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from lawn.config import Config, register
 from lawn.errors import UserError
 from lawn.train import check, train, train_many
-from lawn.validation import explain, validate
+from lawn.validation import explain, of_hydra, validate
 
 register()
 DEBUG = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's own switch for tracebacks
@@ -36,7 +34,7 @@ def run(composed: DictConfig) -> None:
         if os.getpid() != PROCESS:  # a launcher's, which hands the error to the process that waits for it
             raise (type(error) if isinstance(error, UserError) else UserError)(f"{of}{error}") from error
         failures.append(getattr(error, "exit_code", UserError.exit_code))
-        print(f"error: {of}{error}", file=sys.stderr, flush=True)
+        print(f"error: {of}{explain(error)}", file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -45,11 +43,11 @@ def main() -> int:
     try:
         run()
         train_many(waiting)
-    except (HydraException, OmegaConfBaseException, OSError, UserError) as error:
-        if DEBUG:
+    except Exception as error:
+        if DEBUG or not (of_hydra(error) or isinstance(error, UserError | OSError)):
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
-        return getattr(error, "exit_code", 2 if isinstance(error, HydraException | OmegaConfBaseException) else 1)
+        return getattr(error, "exit_code", 2 if of_hydra(error) else 1)
     except KeyboardInterrupt as stop:  # a Stopped among them
         print(stop if stop.args else "interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return getattr(stop, "exit_code", 130)

@@ -19,11 +19,12 @@ import torch
 from experiments import report
 from experiments.demo import DEMO
 from experiments.figures import FIGURE1, FIGURE2
-from experiments.records import Store
+from experiments.records import Record, Store
 from experiments.runner import TOGETHER, Pace, duration, missing, run
 from experiments.spec import Experiment
 from experiments.study import PLACES, SELECTIONS, Study, studies
 from experiments.tables import TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6
+from lawn.config import run_name
 from lawn.errors import ConfigError, UserError
 from lawn.train import Stopped
 
@@ -50,17 +51,18 @@ def plan(given: argparse.Namespace) -> int:
     rows, configs, total = [], [], 0
     for study in _studies(given):
         to_do = missing(study, store, given.seeds)
-        tuning = sum(store.has(job.config) for job in study.tuning)
+        jobs = [] if study.problem else study.tuning
+        tuning = sum(store.has(job.config) for job in jobs)
         filled = sum(store.has(job.config) for job in islice(study.filling(store), given.seeds))
         configs += to_do
-        total += len(study.tuning) + given.seeds
+        total += 0 if study.problem else len(jobs) + given.seeds
         rows.append(
             {
                 "cell": study.cell.name,
                 "epochs": study.budget or "",
-                "tuning": f"{tuning}/{len(study.tuning)}" if study.tuning else "",
+                "tuning": f"{tuning}/{len(jobs)}" if jobs else "",
                 "seeds": f"{filled}/{given.seeds}",
-                "time": duration(pace.seconds(to_do)),
+                "time": study.problem or duration(pace.seconds(to_do)),
             }
         )
     print(pd.DataFrame(rows).to_string(index=False))
@@ -78,11 +80,28 @@ def execute(given: argparse.Namespace) -> int:
     """Run what is missing, then report."""
     store = Store(given.results / "runs")
     slots = _slots(given.devices, given.jobs)
-    failed = run(_studies(given), store, slots, given.seeds, given.budget, given.vectorize)
+    to_run = _studies(given)
+    unwell = run(to_run, store, slots, given.seeds, given.budget, given.vectorize)
     write(given)
-    for ended in failed:
-        print(f"failed: {shlex.join(ended.job.overrides)}: {ended.failure}", file=sys.stderr)
+    failed = {shlex.join(study.cell.overrides): study.problem for study in to_run if study.problem}
+    for ended in unwell:
+        name = f"{run_name(ended.job.config)} ({shlex.join(ended.job.overrides)})"
+        if ended.diverged:
+            print(f"diverged: {name}{_where(store.read(ended.job.config))}", file=sys.stderr)
+        else:
+            failed[name] = str(ended.failure)
+    for name, reason in failed.items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
     return UserError.exit_code if failed else 0
+
+
+def _where(record: Record | None) -> str:
+    """At which update a run has diverged, and in which layer; nothing in records of before it was recorded."""
+    divergence = record and record.result.get("divergence")
+    if not divergence:
+        return ""
+    largest = divergence["largest_gradient"]
+    return f": at update {divergence['step']}" + (f", largest gradient in {largest['layer']}" if largest else "")
 
 
 def write(given: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ class Outcome:
     """A cell at the budget that is reported, and the records that fill it; none: it has not been run."""
 
     cell: Cell
-    study: Study | None  # None: nothing on this dataset has been recorded
+    study: Study | None  # None: nothing on this dataset has been recorded, or the cell cannot be run
     records: list[Record]
     tuning: list[tuple[tuple[str, ...], Record]]  # the settings that have been run, in the order of the grid
     setting: tuple[str, ...]  # the hyperparameters that were chosen
@@ -88,14 +88,16 @@ def _outcome(cell: Cell, store: Store, selection: str, seeds: int) -> Outcome:
     found = []
     for budget in cell.epochs or (None,):
         study = Study(cell, budget, selection)
+        if study.problem:
+            continue
         recorded = [store.read(job.config) for job in study.tuning]
         tuning = [(s, record) for s, record in zip(study.settings, recorded, strict=True) if record is not None]
         index = study.chosen(store)
         setting = () if index is None else study.settings[index]
         found.append(Outcome(cell, study, study.results(store, seeds), tuning, setting))
-    return max(
-        found, key=lambda outcome: (min(len(outcome.records), seeds), bool(outcome.tuning))
-    )  # the first of equals
+    nothing = Outcome(cell, None, [], [], ())
+    # The first of equals.
+    return max(found, key=lambda o: (min(len(o.records), seeds), bool(o.tuning)), default=nothing)
 
 
 def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Comparison]:

@@ -26,6 +26,8 @@ class Ended:
     job: Job
     seconds: float  # of its share, where several were trained together
     failure: str | None  # why it has no result, in a line
+    together: int  # how many shared its process
+    diverged: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,11 @@ class Pool:
             self._running.remove(running)
             self._free += running.slots
         now = time.monotonic()
-        return [Ended(job, (now - r.start) / len(r.jobs), _failure(r, job)) for r in ended for job in r.jobs]
+        return [
+            Ended(job, (now - running.start) / len(running.jobs), _failure(running, job), len(running.jobs))
+            for running in ended
+            for job in running.jobs
+        ]
 
 
 def _failure(running: _Running, job: Job) -> str | None:

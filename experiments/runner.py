@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from math import ceil
 from statistics import median
@@ -53,6 +54,8 @@ def missing(study: Study, store: Store, seeds: int) -> list[Config]:
     """The runs that a study still needs. Before its hyperparameters are chosen the runs that fill the cell are not
     known; the first setting stands for them.
     """
+    if study.problem:
+        return []
     outstanding = [job.config for job in study.outstanding(store, seeds)]
     unknown = study.tuning and study.chosen(store) is None
     return outstanding + ([study.tuning[0].config] * seeds if unknown else [])
@@ -88,15 +91,18 @@ def run(
     budget: float | None = None,
     together: int = TOGETHER,
 ) -> list[Ended]:
-    """Run what is missing and record it, until it is done or `budget` seconds are over; returns the jobs that failed.
-    Up to `together` runs of a small model are trained as one batched model.
+    """Run what is missing and record it, until it is done or `budget` seconds are over; returns the jobs that failed,
+    and those that diverged. Up to `together` runs of a small model are trained as one batched model.
 
-    A job that fails is not tried again here, and what depends on it is not started; all others go on.
+    A job that fails is not tried again here, unless others failed with it, and then alone; what depends on it is not
+    started, all others go on.
     """
     start = time.monotonic()
     pace = Pace(store)
     tried: set[str] = set()
+    alone: set[str] = set()
     failed: list[Ended] = []
+    diverged: list[Ended] = []
 
     def ready() -> Iterator[Job]:
         for study in studies:
@@ -106,20 +112,27 @@ def run(
     with Pool(slots) as pool, tqdm(total=total, unit="run", disable=None) as bar:
         while True:
             while (job := next(ready(), None)) is not None and pool.takes(job):
-                jobs = with_kin(job, ready(), pool.free, together)
+                others = (other for other in ready() if other.hash not in alone)
+                jobs = [job] if job.hash in alone else with_kin(job, others, pool.free, together)
                 tried |= {job.hash for job in jobs}
                 pool.start(jobs)
             left = float("inf") if budget is None else budget - (time.monotonic() - start)
             if left <= 0:
                 tqdm.write("the time is up; the same command goes on from here")
             if not pool.running or left <= 0:
-                return failed
+                return failed + diverged
             for ended in pool.wait(min(left, REFRESH_SECONDS)):
                 job, outcome = ended.job, ended.failure
                 if outcome is None:
                     record = store.write(job.config, job.overrides, job.tuning)
                     pace.add(record)
                     outcome = "diverged" if record.diverged else f"{record.value('headline'):.2f}"
+                    if record.diverged:
+                        diverged.append(replace(ended, diverged=True))
+                elif ended.together > 1:
+                    tried.remove(job.hash)
+                    alone.add(job.hash)
+                    outcome = f"{outcome}; once more, alone"
                 else:
                     failed.append(ended)
                 to_do = [config for study in studies for config in missing(study, store, seeds)]

@@ -49,24 +49,36 @@ class Job:
 
 
 class Study:
-    """`budget` None: the dataset's own number of epochs. `extra` overrides say where and how to run.
-
-    Raises ConfigError when the cell cannot be composed.
-    """
+    """`budget` None: the dataset's own number of epochs. `extra` overrides say where and how to run."""
 
     def __init__(self, cell: Cell, budget: int | None, selection: str = "val", extra: tuple[str, ...] = ()) -> None:
         self.cell = cell
         self.budget = budget
         self.selection = selection
         self._overrides = cell.overrides if budget is None else (*cell.overrides, f"train.epochs={budget}")
-        sweep = () if cell.sweep is None else (f"sweep={cell.sweep}",)
-        self._composed, self._swept = _compose((*self._overrides, *sweep, *extra))
+        self._extra = extra
+
+    @cached_property
+    def problem(self) -> str | None:
+        """Why there is no run of it: a key or a value that cannot be; None where there is no such."""
+        try:
+            self._at()
+            _ = self.tuning
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    @cached_property
+    def _composition(self) -> tuple[DictConfig, dict[str, str]]:
+        sweep = () if self.cell.sweep is None else (f"sweep={self.cell.sweep}",)
+        return _compose((*self._overrides, *sweep, *self._extra))
 
     @cached_property
     def axes(self) -> dict[str, list[str]]:
         """The values of each hyperparameter of the sweep preset; none where nothing is tuned."""
         parser = OverridesParser.create()
-        parsed = [parser.parse_override(f"{key}={values}") for key, values in self._swept.items() if self.cell.sweep]
+        swept = self._composition[1].items() if self.cell.sweep else ()
+        parsed = [parser.parse_override(f"{key}={values}") for key, values in swept]
         return {axis.key_or_group: list(axis.sweep_string_iterator()) for axis in parsed}
 
     @cached_property
@@ -93,6 +105,8 @@ class Study:
 
     def filling(self, store: Store) -> Iterator[Job]:
         """The runs that fill the cell, seed after seed without end; none before its hyperparameters are chosen."""
+        if self.problem:
+            return
         setting: tuple[str, ...] = ()
         config = self._at()
         if self.cell.sweep is not None:
@@ -106,6 +120,8 @@ class Study:
 
     def outstanding(self, store: Store, seeds: int) -> list[Job]:
         """What can be run now: the missing runs of the tuning, and after it the missing runs of the cell."""
+        if self.problem:
+            return []
         tuning = [job for job in self.tuning if not store.has(job.config)]
         return tuning or [job for job in islice(self.filling(store), seeds) if not store.has(job.config)]
 
@@ -122,7 +138,7 @@ class Study:
 
     def _at(self, *overrides: str) -> Config:
         """The config with other values of keys, which is far faster than to compose it with them."""
-        changed = self._composed.copy()
+        changed = self._composition[0].copy()
         for override in OverridesParser.create().parse_overrides(list(overrides)):
             OmegaConf.update(changed, override.key_or_group, override.value())
         return validate(changed)
@@ -138,6 +154,7 @@ def studies(
     for override in extra:
         if override.partition("=")[0] not in PLACES:
             raise ConfigError(f"{override}: only where and how to run can be set: {', '.join(PLACES)}")
+    compose_all([extra])  # what is wrong with these is said once, not of every cell
     return [Study(cell, cell.epochs[budget] if cell.epochs else None, selection, extra) for cell in experiment.cells]
 
 

@@ -27,6 +27,10 @@ def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
             path.replace(previous)
         temporary.replace(path)
         _flush_folder(path.parent)
+    except OSError as error:
+        if error.filename is None:  # as when the disk is full
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, get_args
 
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -47,6 +47,12 @@ def _takes(section: str) -> str:
 
 def _problems(c: Config) -> Iterator[str]:
     """What is wrong, a line each, in the order to be reported."""
+    for key, value, optional in _values(c):
+        if value is None and not optional:
+            yield f"{key}: needs a value"
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) >= 2**63:
+                yield f"{key}={value}: must be below {2**63}"
     lower_bounds: dict[str, tuple[float, bool]] = {  # key: bound, whether the bound itself is allowed
         "train.epochs": (0, False),  # first: the defaults of others are in proportion to it
         "dataset.limit": (0, False),
@@ -128,11 +134,20 @@ def _problems(c: Config) -> Iterator[str]:
         yield f"dataset.prefix={c.dataset.prefix!r}: must be a plain name of letters, digits, '_', '-' and '.'"
     if c.optim.nesterov and not c.optim.momentum:
         yield "optim.nesterov=True: needs optim.momentum above 0"
-    for key, bound in (("seed", 2**63), ("dataset.seed", 2**32)):
-        if _get(c, key) >= bound:
-            yield f"{key}={_get(c, key)}: must be below {bound}"
+    if c.dataset.seed >= 2**32:
+        yield f"dataset.seed={c.dataset.seed}: must be below {2**32}"
     if c.schedule.warmup_epochs >= c.train.epochs:
         yield f"schedule.warmup_epochs={c.schedule.warmup_epochs:g}: must be below train.epochs={c.train.epochs}"
+
+
+def _values(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """Every key with its value, and whether it can be None."""
+    for field in fields(section):
+        value = getattr(section, field.name)
+        if is_dataclass(value):
+            yield from _values(value, f"{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", value, type(None) in get_args(field.type)
 
 
 def _get(config: Config, key: str) -> Any:
@@ -142,8 +157,17 @@ def _get(config: Config, key: str) -> Any:
     return value
 
 
+def of_hydra(error: BaseException) -> bool:
+    """Whether Hydra or what it rests on has raised this, of whatever type: the config cannot be composed."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    where = "" if at is None else str(at.tb_frame.f_globals.get("__name__"))
+    return where.partition(".")[0] in ("hydra", "omegaconf", "yaml", "antlr4")
+
+
 def explain(error: BaseException) -> str:
-    """One line for an exception of Hydra or OmegaConf: the key first, then what is allowed there."""
+    """One line for an exception. Of Hydra's and OmegaConf's: the key first, then what is allowed there."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, member = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={member}: no such {group}; choose from {', '.join(sorted(error.options))}"

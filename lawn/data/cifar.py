@@ -1,11 +1,12 @@
 """CIFAR-10 and CIFAR-100, cached as `train.npz` and `test.npz` (images uint8 [N, 32, 32, 3], labels int64 [N])."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
+from lawn.data.fetch import download, member
 from lawn.data.images import DeviceImages, device_images
 from lawn.data.published import deviations
 from lawn.errors import DataError
@@ -14,24 +15,52 @@ from lawn.files import atomic
 PARTS = ("train", "test")
 PUBLISHED = {"training images": 50_000, "test images": 10_000}
 PADDING = 4  # the field's standard augmentation: pad 4, random crop 32, horizontal flip
+URL = "https://www.cs.toronto.edu/~kriz"
+
+
+@dataclass(frozen=True)
+class Release:
+    """The binary version of a dataset: records of labels, then 3 x 32 x 32 pixels. The Python version are pickles."""
+
+    archive: str
+    md5: str
+    members: dict[str, tuple[str, ...]]  # by part
+    labels: int  # bytes; the last one counts (CIFAR-100 has coarse classes before it)
+
+
+CIFAR10 = Release(
+    "cifar-10-binary.tar.gz",
+    "c32a1d4ab5d03f1284b67883e8d87530",
+    {
+        "train": tuple(f"cifar-10-batches-bin/data_batch_{k}.bin" for k in range(1, 6)),
+        "test": ("cifar-10-batches-bin/test_batch.bin",),
+    },
+    labels=1,
+)
+CIFAR100 = Release(
+    "cifar-100-binary.tar.gz",
+    "03b5dce01913d631647c71ecec9e9cb8",
+    {part: (f"cifar-100-binary/{part}.bin",) for part in PARTS},
+    labels=2,
+)
 
 
 def cifar10(root: Path, split: str, *, seed: int, val_fraction: float, limit: int | None = None) -> DeviceImages:
     """Reads `root`/cifar10; downloads to it what is not there."""
-    return _load(root / "cifar10", "CIFAR10", 10, split, seed, val_fraction, limit)
+    return _load(root / "cifar10", CIFAR10, 10, split, seed, val_fraction, limit)
 
 
 def cifar100(root: Path, split: str, *, seed: int, val_fraction: float, limit: int | None = None) -> DeviceImages:
     """Reads `root`/cifar100; downloads to it what is not there."""
-    return _load(root / "cifar100", "CIFAR100", 100, split, seed, val_fraction, limit)
+    return _load(root / "cifar100", CIFAR100, 100, split, seed, val_fraction, limit)
 
 
 def _load(
-    folder: Path, official: str, classes: int, split: str, seed: int, val_fraction: float, limit: int | None
+    folder: Path, release: Release, classes: int, split: str, seed: int, val_fraction: float, limit: int | None
 ) -> DeviceImages:
     for part in PARTS:
         if not (folder / f"{part}.npz").exists():
-            _cache(folder, official, part)
+            _cache(folder, release, part)
     train, test = (_read(folder / f"{part}.npz", classes) for part in PARTS)
     found = {"training images": len(train[1]), "test images": len(test[1])}
     return device_images(
@@ -47,21 +76,17 @@ def _load(
     )
 
 
-def _cache(folder: Path, official: str, part: str) -> None:
-    """torchvision verifies the official archive and reads it, or downloads it first."""
-    from torchvision import datasets  # seconds to import: only for those who use it
-
-    reader = getattr(datasets, official)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        source = reader(str(folder), train=part == "train", download=True)
-    except (URLError, OSError, RuntimeError) as error:
-        raise DataError(
-            f"{reader.url} cannot be downloaded ({error}); put {reader.filename} from there, "
-            f"or train.npz and test.npz, into {folder}"
-        ) from error
+def _cache(folder: Path, release: Release, part: str) -> None:
+    """Write a part of the archive, which is downloaded where it is not there, as an npz file."""
+    archive = folder / release.archive
+    if not archive.exists():
+        advice = f"put {release.archive} from there, or train.npz and test.npz, into {folder}"
+        download(f"{URL}/{release.archive}", archive, release.md5, advice)
+    content = b"".join(member(archive, release.md5, name) for name in release.members[part])
+    records = np.frombuffer(content, np.uint8).reshape(-1, release.labels + 3 * 32 * 32)
+    images = records[:, release.labels :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     with atomic(folder / f"{part}.npz") as temporary:
-        np.savez(temporary, images=source.data, labels=np.asarray(source.targets, np.int64))
+        np.savez(temporary, images=images, labels=records[:, release.labels - 1].astype(np.int64))
 
 
 def _read(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:

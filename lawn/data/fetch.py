@@ -1,5 +1,6 @@
 """Downloads from the official places."""
 
+import tarfile
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
@@ -24,17 +25,23 @@ def download(url: str, target: Path, md5: str | None, advice: str) -> None:
         raise DataError(f"cannot download {url} ({error}); {advice}") from error
 
 
-def extract(archive: Path, md5: str, member: str, target: Path) -> None:
-    """Write one member of a zip file to `target`; nothing else of the archive is touched.
+def member(archive: Path, md5: str, name: str) -> bytes:
+    """The content of one member of a zip or tar file; no path in the archive is ever written to.
 
-    An archive that is not the published one, byte by byte, is not opened.
+    An archive that is not the published one, byte by byte, is not opened. Raises DataError.
     """
     from torchvision.datasets import utils
 
     try:
         if not utils.check_integrity(str(archive), md5):
             raise DataError(f"{archive}: not the published file (MD5 sum {md5}); delete it to download it again")
-        with ZipFile(archive) as zipped, zipped.open(member) as source, atomic(target) as temporary:
-            temporary.write_bytes(source.read())
-    except (BadZipFile, KeyError, OSError) as error:
+        if archive.suffix == ".zip":
+            with ZipFile(archive) as zipped:
+                return zipped.read(name)
+        with tarfile.open(archive) as tar:
+            file = tar.extractfile(name)
+            if file is None:
+                raise KeyError(f"{name} is no file")
+            return file.read()
+    except (BadZipFile, tarfile.TarError, KeyError, OSError) as error:
         raise DataError(f"{archive}: {error}; delete it to download it again") from error

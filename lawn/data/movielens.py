@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from lawn.data.fetch import download, extract
+from lawn.data.fetch import download, member
 from lawn.data.interactions import Interactions
 from lawn.data.ratings import count_warnings, leave_one_out, naming, read_ratings
 from lawn.data.three_files import three_files
+from lawn.files import atomic
 
 URL = "https://files.grouplens.org/datasets/movielens"
 MD5 = {"ml-100k": "0e33842e24a9c977be4e0107933c0723", "ml-1m": "c4d9eecfca2ab87c1945afe126590906"}
@@ -36,14 +37,16 @@ def movielens1m(
     return _official(root, "ml-1m", "ratings.dat", "::", split=split, **options)
 
 
-def _official(root: Path, name: str, member: str, separator: str, **options: Any) -> Interactions:
-    path = root / name / member
+def _official(root: Path, name: str, file: str, separator: str, **options: Any) -> Interactions:
+    path = root / name / file
     if not path.exists():
         archive = path.with_name(f"{name}.zip")
         if not archive.exists():
-            advice = f"put {archive.name} from there, or its {member}, into {path.parent}"
+            advice = f"put {archive.name} from there, or its {file}, into {path.parent}"
             download(f"{URL}/{archive.name}", archive, MD5[name], advice)
-        extract(archive, MD5[name], f"{name}/{member}", path)
+        content = member(archive, MD5[name], f"{name}/{file}")
+        with atomic(path) as temporary:
+            temporary.write_bytes(content)
     ratings = read_ratings(path, separator)
     with naming(path):
         return leave_one_out(ratings, warnings=count_warnings(name, PUBLISHED[name], ratings), **options)

@@ -25,7 +25,6 @@ from lawn.train.journal import Journal
 from lawn.train.loop import Run
 from lawn.train.notice import Notice, Stopped, end_with_parent, noticed
 from lawn.train.ranks import (
-    LostRankError,
     Ranks,
     joined_by_torchrun,
     joined_on_one_machine,
@@ -35,6 +34,7 @@ from lawn.train.ranks import (
 )
 from lawn.train.record import RunDirectory, environment
 from lawn.train.together import Together, kin, room
+from lawn.train.trouble import GOES_ON, LostRankError, explained
 
 AGREE_SECONDS = 0.1
 
@@ -55,7 +55,8 @@ def train(config: Config) -> dict[str, Any]:
     device = local_device(config.device, local_world=devices)
     if devices == 1 or RunDirectory(config).done:
         use(device)
-        return _run(config, Ranks(device))
+        with explained(rank=0):
+            return _run(config, Ranks(device))
     # A process that has looked at a GPU must not be forked; on CPUs a server that has imported everything forks.
     return _run_in_ranks(config, devices, "spawn" if device.type == "cuda" else "forkserver")
 
@@ -189,7 +190,7 @@ def train_together(configs: Sequence[Config]) -> None:
         if len(now) == 1:
             train(now[0][0])
             continue
-        with ExitStack() as held, noticed() as notice:
+        with explained(rank=0), ExitStack() as held, noticed() as notice:
             journals = {}
             for config, directory in now:
                 held.enter_context(directory.alone())
@@ -268,7 +269,6 @@ def _cause(processes: list[Any], errors: SimpleQueue) -> BaseException | None:
         code = process.exitcode or 0
         if code < 0 and -code != signal.SIGTERM:
             return RunError(
-                f"rank {rank} was killed by {signal.Signals(-code).name}; the others were stopped; "
-                "the same command goes on from the last checkpoint"
+                f"rank {rank} was killed by {signal.Signals(-code).name}; the others were stopped; {GOES_ON}"
             )
     return said[0][1] if said else None

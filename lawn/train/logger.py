@@ -1,12 +1,16 @@
 """Where the rows of metrics.csv also go."""
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from lawn.config import Config, arguments, identity
 from lawn.errors import ConfigError
+
+PATIENCE_SECONDS = 60.0  # with wandb, for each thing that it is asked to do
 
 
 class CSVLogger:
@@ -18,16 +22,14 @@ class CSVLogger:
 
 
 class WandbLogger:
-    """One wandb run for each run directory, kept when the run is resumed. A failure is reported once and ends the
-    logging, not the run."""
+    """One wandb run for each run directory, kept when the run is resumed. A failure, and a server that does not answer,
+    is reported once and ends the logging, not the run."""
 
     def __init__(self, config: Config, run_id: str, directory: Path, *, project: str, mode: str) -> None:
-        self._run: Any = None
-
-        def start() -> None:
+        def start() -> Any:
             import wandb  # a second to import: only for those who use it
 
-            self._run = wandb.init(
+            return wandb.init(
                 project=project,
                 mode=mode,  # type: ignore[arg-type]  # a Literal there; lawn.validation has checked it
                 id=run_id,
@@ -38,7 +40,7 @@ class WandbLogger:
                 config={**identity(config), "logger": asdict(config.logger)},
             )
 
-        self._attempt(start)
+        self._run = self._attempt(start)
 
     def log(self, row: dict[str, Any]) -> None:
         if self._run is not None:
@@ -47,14 +49,28 @@ class WandbLogger:
     def finish(self, result: dict[str, Any]) -> None:
         if self._run is not None:
             self._attempt(lambda: self._run.summary.update(result))
+        if self._run is not None:
             self._attempt(lambda: self._run.finish())
 
-    def _attempt(self, action: Callable[[], object]) -> None:
+    def _attempt(self, action: Callable[[], Any]) -> Any:
+        """What it returns, or None: whatever a remote service does, the run goes on."""
+        found: Future[Any] = Future()
+
+        def work() -> None:
+            try:
+                found.set_result(action())
+            except Exception as error:
+                found.set_exception(error)
+
+        Thread(target=work, daemon=True).start()
         try:
-            action()
-        except Exception as error:  # whatever a remote service does, the run goes on
-            print(f"wandb: {type(error).__name__}: {error}; logging to it ends here", flush=True)
-            self._run = None
+            return found.result(PATIENCE_SECONDS)
+        except TimeoutError:
+            problem = f"no answer in {PATIENCE_SECONDS:g} s"
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        print(f"wandb: {problem}; logging to it ends here", flush=True)
+        self._run = None
 
 
 Logger = CSVLogger | WandbLogger

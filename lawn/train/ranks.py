@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lawn.config import Config
-from lawn.errors import ConfigError, RunError
+from lawn.errors import ConfigError
+from lawn.train.trouble import explained
 
 T = TypeVar("T")
 
@@ -131,29 +132,13 @@ def joined_on_one_machine(device: str, rank: int, world: int, store: str) -> Ite
 @contextmanager
 def _joined(ranks: Ranks, where: str) -> Iterator[Ranks]:
     use(ranks.device)
-    try:
+    with explained(ranks.rank):
         if not dist.is_initialized():  # the runs of a multirun under torchrun share one group
             backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, init_method=where, rank=ranks.rank, world_size=ranks.world)
         yield ranks
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        raise LostRankError(
-            f"rank {ranks.rank}: the connection to another rank is lost ({_reason(error)}); "
-            "the same command goes on from the last checkpoint"
-        ) from error
     if not started_by_torchrun():  # nor after an error: leaving the group might wait for a rank that is no more
         dist.destroy_process_group()
-
-
-class LostRankError(RunError):
-    """Another rank has ended; why is for that one to say."""
-
-
-def _reason(error: RuntimeError) -> str:
-    line = str(error).strip().partition("\n")[0]
-    return line.rpartition("] ")[2][:200] if line.startswith("[") else line[:200]
 
 
 def use(device: torch.device) -> None:

@@ -91,7 +91,9 @@ class RunDirectory:
     def save(self, state: dict[str, Any]) -> None:
         """A new checkpoint.pt; the one before it stays as checkpoint_previous.pt."""
         with atomic(*self._checkpoints) as temporary:
-            torch.save(_own({"version": CHECKPOINT_VERSION, "hash": self.hash, **state}), temporary)
+            buffer = io.BytesIO()  # of a disk that is full torch would say nothing of use
+            torch.save(_own({"version": CHECKPOINT_VERSION, "hash": self.hash, **state}), buffer)
+            temporary.write_bytes(buffer.getbuffer())
 
     def load(self) -> dict[str, Any] | None:
         """The newest state that is whole, on the CPU, or None when there is none. One that is damaged is named, and the
@@ -126,7 +128,9 @@ class RunDirectory:
             raise RunError(f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})") from error
         found = state.get("version"), state.get("hash")
         if found != (CHECKPOINT_VERSION, self.hash):
-            raise RunError(f"{path}: version and run are {found}, want {CHECKPOINT_VERSION, self.hash}")
+            raise RunError(
+                f"{path}: is of format {found[0]} and run {found[1]}, not {CHECKPOINT_VERSION} and {self.hash}"
+            )
         return state
 
     def finish(self, result: dict[str, Any]) -> None:
@@ -148,9 +152,11 @@ class RunDirectory:
 
     def _owner(self) -> str:
         try:
-            return str(OmegaConf.select(OmegaConf.load(self.path / "config.yaml"), "hash", throw_on_missing=True))
-        except (OSError, KeyError, ValueError) as error:
-            raise RunError(f"run_dir={self.path}: its config.yaml cannot be read ({error}); choose another") from error
+            content: Any = OmegaConf.load(self.path / "config.yaml")
+            return str(content["hash"])
+        except Exception as error:  # the system's, YAML's or OmegaConf's, of several lines
+            reason = str(error).partition("\n")[0]
+            raise RunError(f"run_dir={self.path}: its config.yaml cannot be read ({reason}); choose another") from error
 
 
 def _own(value: Any) -> Any:

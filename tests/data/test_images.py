@@ -1,3 +1,7 @@
+import hashlib
+import io
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
 
@@ -7,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lawn.data import cifar
 from lawn.data.batching import Batching
 from lawn.data.cifar import cifar10
 from lawn.data.digits import digits
@@ -97,8 +102,62 @@ def test_cifar_absent_and_offline(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise URLError("no route to host")
 
-    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refuse)
-    with pytest.raises(DataError, match=r"put cifar-10-python.tar.gz from there, or train.npz and test.npz, into"):
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", refuse)
+    with pytest.raises(DataError, match=r"put cifar-10-binary.tar.gz from there, or train.npz and test.npz, into"):
+        cifar10(tmp_path, "test", seed=0, val_fraction=0.1)
+
+
+def write_release(folder: Path, monkeypatch, others: dict[str, bytes]) -> dict[str, np.ndarray]:
+    """An archive of the form of the published one, with other members beside; its records, by part."""
+    release = getattr(cifar, folder.name.upper())
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    records = {}
+    with tarfile.open(folder / release.archive, "w:gz") as tar:
+        for name, content in others.items():
+            tar.addfile(sized(name, content), io.BytesIO(content))
+        link = tarfile.TarInfo(str(release.members["test"][0]) + "/link")
+        link.type, link.linkname = tarfile.SYMTYPE, str(folder.parents[1])
+        tar.addfile(link)
+        for part, members in release.members.items():
+            records[part] = rng.integers(0, 10, (4 * len(members), release.labels + 3072), dtype=np.uint8)
+            for k, name in enumerate(members):
+                content = records[part][4 * k : 4 * k + 4].tobytes()
+                tar.addfile(sized(name, content), io.BytesIO(content))
+    md5 = hashlib.md5((folder / release.archive).read_bytes()).hexdigest()
+    monkeypatch.setattr(cifar, folder.name.upper(), replace(release, md5=md5))
+    return records
+
+
+def sized(name: str, content: bytes) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    return info
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_archive_of_cifar_is_read_and_nothing_else_of_it_written(tmp_path, monkeypatch, name):
+    root = tmp_path / "data"
+    release = getattr(cifar, name.upper())
+    outside = {"../../escape": b"x", "../escape": b"x", str(tmp_path / "absolute"): b"x"}
+    records = write_release(root / name, monkeypatch, outside)
+    getattr(cifar, name)(root, "test", seed=0, val_fraction=0.25)
+    for part, written in records.items():
+        with np.load(root / name / f"{part}.npz") as file:
+            images, labels = file["images"], file["labels"]
+        assert labels.tolist() == written[:, release.labels - 1].tolist()
+        for image, record in zip(images, written, strict=True):
+            for channel, row, column in [(0, 0, 0), (1, 5, 31), (2, 31, 7)]:
+                assert image[row, column, channel] == record[release.labels + 1024 * channel + 32 * row + column]
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == {
+        f"data/{name}/{file}" for file in (release.archive, "train.npz", "test.npz")
+    }
+
+
+def test_another_archive_than_the_published_one_is_not_opened(tmp_path):
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "cifar10" / cifar.CIFAR10.archive).write_bytes(b"anything")
+    with pytest.raises(DataError, match=r"cifar-10-binary.tar.gz: not the published file \(MD5 sum c32a.*delete"):
         cifar10(tmp_path, "test", seed=0, val_fraction=0.1)
 
 

@@ -1,5 +1,6 @@
 """python -m experiments: what it prints, what it refuses."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -56,8 +57,8 @@ def test_failed_runs_are_named_and_fail_the_command(call, tmp_path, monkeypatch)
     code, _, err = call("run", "absent", "--devices", "cpu", "--seeds", "2", "--set", *placed)
     assert code == 1
     first, second = err.splitlines()
-    assert first.startswith("failed: dataset=movielens100k train.epochs=2 seed=0: ")
-    assert second.startswith("failed: dataset=movielens100k train.epochs=2 seed=1: ")
+    assert re.match(r"failed: movielens100k-\S+-s0-\w{12} \(dataset=movielens100k train.epochs=2 seed=0\): ", first)
+    assert "train.epochs=2 seed=1): " in second
     assert f"{tmp_path}/file" in first
 
 

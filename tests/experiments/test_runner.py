@@ -145,14 +145,14 @@ def test_a_job_that_dies_or_is_refused_does_not_keep_the_others(tmp_path, monkey
     assert record.config["train"]["epochs"] == 3
 
 
-# Kill the process that writes to output.log of the run directory with this prefix and 100,000 epochs.
+# Kill the process that writes to output.log of a run directory with this prefix, after the first line on an epoch.
 KILL = """
 import os, signal, sys, time
 from pathlib import Path
 folder, prefix = Path(sys.argv[1]), sys.argv[2]
 for _ in range(600):
     for log in folder.glob(prefix + "*/output.log"):
-        if "/100000 " not in log.read_text():
+        if "  epoch " not in log.read_text():
             continue
         for process in Path("/proc").glob("[0-9]*"):
             try:
@@ -168,13 +168,12 @@ sys.exit(1)
 
 DRIVER = """
 import sys
-from pathlib import Path
 from experiments import __main__ as command
-from tests.experiments.test_runner import KILLED
-command.EXPERIMENTS["killed"] = KILLED
+from tests.experiments import test_runner
+experiment = getattr(test_runner, sys.argv[1])
+command.EXPERIMENTS[experiment.name] = experiment
 if __name__ == "__main__":
-    sys.exit(command.main(["run", "killed", "--results", sys.argv[1], "--seeds", "2", "--devices", "cpu",
-                           "--set", f"runs_dir={sys.argv[2]}"]))
+    sys.exit(command.main(["run", experiment.name, *sys.argv[2:]]))
 """
 KILLED = Experiment(
     "killed",
@@ -189,13 +188,19 @@ KILLED = Experiment(
 )
 
 
+def driver(experiment: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The real command with an experiment of this module."""
+    (folder / "driver.py").write_text(DRIVER)
+    command = [sys.executable, str(folder / "driver.py"), experiment, "--results", str(folder / "results"), *arguments]
+    command += ["--devices", "cpu", "--set", f"runs_dir={folder}/runs"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+
+
 @pytest.mark.slow
 def test_killed_and_started_again(tmp_path, capsys):
-    driver = tmp_path / "driver.py"
-    driver.write_text(DRIVER)
-    command = [sys.executable, str(driver), str(tmp_path / "results"), str(tmp_path / "runs")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as first:
+    with driver("KILLED", tmp_path, "--seeds", "2") as first:
         assert first.stdout is not None
         assert any(" 3 of 10 done" in line for line in first.stdout)
         first.send_signal(signal.SIGKILL)
@@ -258,3 +263,58 @@ def test_what_is_missing_and_how_long_it_takes(tmp_path):
     assert missing(study, store, 2) == []
     assert len(missing(study, store, 3)) == 1
     assert duration(3661.4) == "1:01:01"
+
+
+GOOD = tuple(
+    Cell(f"{optim} {lr}", (*SHORT, f"optim={optim}", f"optim.lr={lr}"))
+    for optim in ("adam", "adamw", "adam_lawn", "sgd", "lamb_lawn")
+    for lr in (0.001, 0.002, 0.003, 0.01, 0.02, 0.03)
+)
+DIVERGE = tuple(
+    Cell(f"diverges {momentum}", (*SHORT, "optim=sgd", "optim.lr=1e30", f"optim.momentum={momentum}"))
+    for momentum in (0, 0.1, 0.2, 0.3, 0.4)
+)
+LONG = ("dataset=digits", "model.widths=[8]", "dataset.limit=100", "train.epochs=3000", "optim=adamp")
+DIE = tuple(
+    Cell(f"is killed {size}", (*LONG, f"train.batch_size={size}", "train.checkpoint_seconds=0.3"))
+    for size in (97, 98, 99)
+)
+BAD = (
+    Cell("no rate", (*SHORT, "optim=adam", "optim.lr=-1")),
+    Cell("not its key", (*SHORT, "optim=sgd", "optim.betas=[0.9,0.99]")),
+)
+FORTY = Experiment("forty", "Forty jobs", (*BAD, *DIE, *DIVERGE, *GOOD), (ACCURACY,), seeds=1)
+
+
+@pytest.mark.slow
+def test_ten_of_forty_end_badly(tmp_path):
+    """Five diverge, three are killed, two have bad configs: the others finish; a second call runs what is missing."""
+    pytest.importorskip("adamp")
+    store = tmp_path / "results" / "runs"
+    with driver("FORTY", tmp_path, "--seeds", "1", "--jobs", "2") as command:
+        for _ in DIE:
+            subprocess.run([sys.executable, "-c", KILL, str(tmp_path / "runs"), "digits-mlp-adamp-"], check=True)
+        out, err = command.communicate(timeout=300)
+    assert command.returncode == 1
+    records = [json.loads(path.read_text()) for path in store.glob("*.json")]
+    statuses = [record["result"]["status"] for record in records]
+    assert (statuses.count("done"), statuses.count("diverged")) == (30, 5)
+    told = err.splitlines()
+    assert len([line for line in told if line.startswith("diverged: digits-mlp-sgd-")]) == 5
+    assert sum(": at update 1, largest gradient in " in line for line in told) == 5, err
+    reasons = [line.rpartition("): ")[2] for line in told if line.startswith("failed: digits-mlp-adamp-")]
+    assert reasons == 3 * ["killed by SIGKILL"]
+    assert f"failed: {shlex.join(BAD[0].overrides)}: optim.lr=-1.0: must be a finite number above 0" in told
+    assert any("optim.betas=[0.9, 0.99]: does not apply to optim=sgd" in line for line in told)
+    assert len([line for line in told if line.startswith("failed: ")]) == 5
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*") if path.name != "output.log"}
+    with driver("FORTY", tmp_path, "--seeds", "1", "--jobs", "2") as command:
+        out, err = command.communicate(timeout=300)
+    assert command.returncode == 1
+    assert out.count(" done, ") == 4  # three that were killed, and one that is refused again
+    assert out.count("digits-mlp-adamp-") == 3
+    assert len([line for line in err.splitlines() if line.startswith("failed: ")]) == 2
+    assert len(list(store.glob("*.json"))) == 38
+    assert {path for path, time in before.items() if path.stat().st_mtime_ns != time} <= set(
+        tmp_path.glob("runs/digits-mlp-adamp-*/*")
+    )

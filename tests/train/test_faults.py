@@ -1,27 +1,35 @@
 """What can happen to a run from outside: it ends clearly, or goes on as if nothing had been."""
 
+import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing import get_context
+from functools import reduce
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import active_children, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Event, Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import run
 from lawn.config import Config
 from lawn.errors import RunError
-from lawn.train import Stopped, train, train_together
+from lawn.train import Stopped, logger, train, train_together
 from lawn.train.loop import Run
 from lawn.train.record import CHECKPOINT_VERSION, RunDirectory
-from tests.helpers import compose
+from tests.helpers import ROOT, compose
 
 FILES = ("metrics.csv", "result.json")
 ALWAYS = "train.checkpoint_seconds=0"  # after every update
@@ -313,7 +321,7 @@ def test_no_whole_checkpoint_is_an_error_and_so_is_one_of_another_run(stopped_ru
     newest, previous = (tmp_path / "run" / name for name in ("checkpoint.pt", "checkpoint_previous.pt"))
     previous.write_bytes(b"")
     torch.save({"version": CHECKPOINT_VERSION, "hash": "another"}, newest)
-    with pytest.raises(RunError, match=r"run are .* 'another'\).*checkpoint_previous.pt: "):
+    with pytest.raises(RunError, match=r"format 3 and run another, not .*checkpoint_previous.pt: "):
         train(config)
 
 
@@ -324,3 +332,201 @@ def test_metrics_are_written_anew_from_the_checkpoint(stopped_run, tmp_path, dam
     metrics.unlink() if damage is None else metrics.write_bytes(damage)
     train(config)
     check_equal(config, whole)
+
+
+@pytest.fixture
+def tmpfs(tmp_path):
+    """A filesystem of its own, and how to give it a size."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+
+    def size(kilobytes: int, *options: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", ",".join([f"size={kilobytes}k", *options]), "none", str(folder)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("only root can mount a filesystem")
+        return folder
+
+    yield size
+    subprocess.run(["umount", str(folder)], capture_output=True)
+
+
+def test_a_full_filesystem(tmpfs, tiny, capsys, monkeypatch):
+    """The first checkpoint fits, the second does not; with more room the same command goes on, to the same end."""
+    folder = tmpfs(128)
+    whole, config = tiny(*DIGITS, ALWAYS), tiny(*DIGITS, ALWAYS, f"runs_dir={folder}")
+    train(whole)
+    path = RunDirectory(config).path
+    path.mkdir()
+    size = (RunDirectory(whole).path / "checkpoint.pt").stat().st_size
+    (folder / "others").write_bytes(bytes(128 * 1024 - size * 3 // 2 - 3 * 4096))
+    with pytest.raises(OSError, match=r"No space left on device: .*checkpoint.pt"):
+        train(config)
+    state = RunDirectory(config).load()
+    assert state is not None
+    assert state["step"] == 1
+    assert not list(path.glob(".checkpoint*"))
+    monkeypatch.setattr(sys, "argv", ["run.py", *overrides(config)])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # main sets it for its process
+    assert run.main() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: [Errno 28] No space left on device: ")
+    tmpfs(1024, "remount")
+    train(config)
+    check_equal(config, whole)
+
+
+def test_a_file_that_may_not_be_as_large(tiny):
+    """A quota, of the process: 20 kB for a file."""
+    config = tiny(*DIGITS, "model.widths=[128]")
+    command = f"ulimit -f 20; exec {sys.executable} run.py {shlex.join(overrides(config))}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    path = RunDirectory(config).path
+    assert done.stderr == f"error: [Errno 27] File too large: '{path / 'checkpoint.pt'}'\n"
+    assert not list(path.glob(".checkpoint*"))
+    assert not (path / "DONE").exists()
+
+
+def overrides(config: Config) -> list[str]:
+    """What run.py has to be given for a run of the digits."""
+    keys = ("train.epochs", "train.batch_size", "optim.free_epochs", "optim.lr", "train.checkpoint_seconds")
+    keys = (*keys, "dataset.limit", "model.widths", "runs_dir", "device")
+    values = {key: reduce(getattr, key.split("."), config) for key in keys}
+    return [f"{key}={str(value).replace(' ', '')}" for key, value in values.items()]
+
+
+@pytest.mark.parametrize("age", ["checkpoint", "config", "key", "no config"])
+def test_what_an_older_version_left(stopped_run, tmp_path, age):
+    """Of another format: named, and what to delete. Made with a key that is no more: it is another run's."""
+    config = copied(stopped_run[0], tmp_path / "run")
+    if age == "checkpoint":
+        for name in ("checkpoint.pt", "checkpoint_previous.pt"):
+            state = torch.load(tmp_path / "run" / name, weights_only=True)
+            torch.save({**state, "version": 2}, tmp_path / "run" / name)
+        problem = r"checkpoint.pt: is of format 2 and run (\w+), not 3 and \1.*; delete .* to start over"
+    else:
+        path = tmp_path / "run" / "config.yaml"
+        written = path.read_text().splitlines()
+        if age == "config":  # before there were hashes
+            written = [line for line in written if not line.startswith("hash:")]
+            problem = r"its config.yaml cannot be read \(.*hash.*\); choose another"
+        elif age == "no config":
+            written = ["hash: [", "}"]
+            problem = r"its config.yaml cannot be read \(while parsing.*\); choose another"
+        else:
+            written = [f"hash: {'f' * 12}" if line.startswith("hash:") else line for line in written]
+            problem = r"holds run f{12}, this config is run \w+; choose another"
+        path.write_text("\n".join(written))
+    with pytest.raises(RunError, match=problem) as caught:
+        train(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_an_older_version_has_finished_is_done(stopped_run, tmp_path, capsys):
+    """Then result.json had the times too, and nothing on divergence."""
+    config = copied(stopped_run[1], tmp_path / "run")
+    result = RunDirectory(config).result()
+    del result["divergence"]
+    (tmp_path / "run" / "result.json").write_text(json.dumps(result))
+    (tmp_path / "run" / "timing.json").unlink()
+    assert train(config) == result
+    assert "done already" in capsys.readouterr().out
+
+
+def test_a_data_worker_that_is_killed(tiny_data, tmp_path):
+    keys = ("dataset=imagenet", "dataset.image_size=32", "model=mlp", "model.widths=[8]", "dataset.workers=2")
+    keys = (*keys, f"data_dir={tiny_data}", "device=cpu", "train.batch_size=4", "train.epochs=3", ALWAYS)
+    whole, broken = (compose(*keys, f"run_dir={tmp_path}/{name}") for name in ("whole", "broken"))
+    train(whole)
+
+    def kill() -> None:
+        worker = active_children()[0]
+        worker.kill()
+        worker.join()
+
+    with pytest.MonkeyPatch.context() as patch:
+        after(4, kill, patch)
+        with pytest.raises(RunError, match=r"^a data worker has died \(DataLoader worker .*\); the same command"):
+            train(broken)
+    state = RunDirectory(broken).load()
+    assert state is not None
+    assert 3 <= state["step"] < 9
+    train(broken)
+    check_equal(broken, whole)
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried"),
+        RuntimeError("... DefaultCPUAllocator: can't allocate memory: you"),
+    ],
+)
+def test_memory_that_is_used_up(tiny, monkeypatch, raised):
+    def fail() -> None:
+        raise raised
+
+    after(3, fail, monkeypatch)
+    with pytest.raises(RunError, match=r"^out of memory \(.*\); a smaller train.micro_batch_size needs less$"):
+        train(tiny(*DIGITS))
+
+
+@pytest.mark.parametrize("asked", ["init", "log", "finish"])
+def test_a_wandb_server_that_hangs(tiny, monkeypatch, capsys, asked):
+    import wandb
+
+    hanging = Event()
+    answers = dict.fromkeys(("init", "log", "finish"), lambda *_, **__: None)
+    answers[asked] = lambda *_, **__: hanging.wait(60)
+    stub = SimpleNamespace(log=answers["log"], finish=answers["finish"], summary={})
+    monkeypatch.setattr(wandb, "init", lambda **_: answers["init"]() or stub)
+    monkeypatch.setattr(logger, "PATIENCE_SECONDS", 0.2)
+    assert train(tiny("logger=wandb"))["status"] == "done"
+    hanging.set()
+    assert capsys.readouterr().out.count("wandb: no answer in 0.2 s; logging to it ends here") == 1
+
+
+@pytest.mark.slow
+def test_a_real_wandb_with_a_server_that_hangs_at_the_end(tiny):
+    """A server that answers until files are to be uploaded."""
+    config = tiny(*DIGITS)
+    asked: list[str] = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            query = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode(errors="replace")
+            asked.append(self.path)
+            if self.path != "/graphql" or "createRunFiles" in query:
+                closing.wait(300)
+                return
+            bucket = {"id": "b", "name": "r", "displayName": "r", "config": "{}", "historyLineCount": 0}
+            bucket["project"] = {"id": "p", "name": "lawn", "entity": {"id": "e", "name": "me"}}
+            viewer = {"id": "v", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
+            data = {"upsertBucket": {"bucket": bucket, "inserted": True}, "viewer": viewer, "model": None}
+            content = json.dumps({"data": data}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None: ...
+
+    closing = Event()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    Thread(target=server.serve_forever, daemon=True).start()
+    code = "from lawn.train import logger; logger.PATIENCE_SECONDS = 8; import sys, run; sys.exit(run.main())"
+    where = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "WANDB_API_KEY": "0" * 40}
+    command = [sys.executable, "-c", code, *overrides(config), "logger=wandb"]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=200, env={**os.environ, **where}
+        )
+    finally:
+        closing.set()
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0
+    assert "wandb: no answer in 8 s; logging to it ends here\ndone after epoch 4" in done.stdout
+    assert any(path.endswith("file_stream") for path in asked)
+    assert RunDirectory(config).done

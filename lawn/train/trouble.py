@@ -1,0 +1,33 @@
+"""What torch raises when the machine fails it, in a line for the user."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from lawn.errors import RunError
+
+GOES_ON = "the same command goes on from the last checkpoint"
+
+
+class LostRankError(RunError):
+    """Another rank has ended; why is for that one to say."""
+
+
+@contextmanager
+def explained(rank: int) -> Iterator[None]:
+    """Raises RunError for what is no mistake in the code: memory that is used up, a data worker or a rank that has
+    died. Torch tells most of these apart by their text alone."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).strip().partition("\n")[0]
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+            raise RunError(f"out of memory ({text}); a smaller train.micro_batch_size needs less") from error
+        if "DataLoader worker" in text:  # raised wherever the main process is when it learns of it
+            raise RunError(f"a data worker has died ({text.partition('. ')[0]}); {GOES_ON}") from error
+        if isinstance(error, dist.DistError) or "gloo" in text:
+            reason = (text.rpartition("] ")[2] if text.startswith("[") else text)[:200]
+            raise LostRankError(f"rank {rank}: the connection to another rank is lost ({reason}); {GOES_ON}") from error
+        raise
