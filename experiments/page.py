@@ -1,5 +1,6 @@
 """What is shown of an experiment: numbers as text, and the sentences that belong to them."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from math import isnan
 
@@ -163,16 +164,11 @@ class Page:
         found = [environment for record in self.records for environment in record.environments]
         if not found:
             return "Nothing of it has been run."
-        versions = sorted({(e["git"] or "no git")[:10] for e in found})
-        dirty = " with uncommitted changes" if any(e["dirty"] for e in found) else ""
         machines = sorted({e["device"] if e["device"] != "cpu" else f"{e['cores']}-core {e['cpu']}" for e in found})
         packages = sorted({f"torch {e['packages']['torch']}" for e in found})
-        tuning = sum(len(outcome.tuning) for outcome in self.found)
-        chosen = f" after {tuning} that chose the hyperparameters" if tuning else ""
-        return (
-            f"{len(self.records)} runs{chosen}; code {', '.join(versions)}{dirty}; {', '.join(packages)}; "
-            f"{', '.join(machines)}."
-        )
+        tuning = [record for outcome in self.found for _, record in outcome.tuning]
+        chosen = f", after {len(tuning)} that chose the hyperparameters, {_code(tuning)}" if tuning else ""
+        return f"{len(self.records)} runs, {_code(self.records)}{chosen}; {', '.join(packages)}; {', '.join(machines)}."
 
 
 def entry(outcome: Outcome, measure: Measure) -> Entry:
@@ -206,6 +202,14 @@ def _epochs(cells: list[Outcome], column: str) -> str:
     run = sorted({o.epochs for o in here if o.records and o.epochs is not None})
     paper = max((o.cell.epochs[0] for o in here), default=0)
     return f"; {' and '.join(map(str, run))} of {paper} epochs" if run else f"; {paper} epochs" if paper else ""
+
+
+def _code(records: list[Record]) -> str:
+    """The versions of the code, the most frequent first, and how many of the runs are of each."""
+    versions = Counter(record.code for record in records).most_common()
+    if len(versions) == 1:
+        return f"code {versions[0][0]}"
+    return "code " + ", ".join(f"{version} ({count})" for version, count in versions)
 
 
 def _tuned(outcome: Outcome) -> Tuned:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from lawn.config import Config, config_hash, identity, run_name
+from lawn.config import Config, identity, identity_hash, run_name
 from lawn.errors import RunError
 from lawn.files import write_text
 from lawn.train.record import RunDirectory
@@ -46,6 +46,11 @@ class Record:
         return nan if value is None else float(value)
 
     @property
+    def code(self) -> str:
+        """The version of the code that it was run with; several where it went on with another."""
+        return " then ".join(dict.fromkeys(map(_version, self.environments)))
+
+    @property
     def environments(self) -> list[dict[str, Any]]:
         """Where the run was started, and where it went on."""
         return [self.environment, *self.environment.get("resumed", [])]
@@ -72,10 +77,7 @@ class Store:
             path = self._path(config)
             if path is None:
                 return None
-            record = _load(path)
-            if record.hash != config_hash(config) or record.config != identity(config):
-                raise RunError(f"{path}: its config is not the one that its name stands for; delete it and run again")
-            self._read[name] = record
+            self._read[name] = _load(path)
         return self._read[name]
 
     def all(self) -> Iterator[Record]:
@@ -114,6 +116,8 @@ class Store:
 def _load(path: Path) -> Record:
     try:
         content = json.loads(path.read_text())
+        if not identity_hash(content["config"]) == content["hash"] == path.stem.rpartition("-")[2]:
+            raise RunError(f"{path}: its config is not the one that its name stands for; delete it and run again")
         return Record(
             path=path,
             hash=content["hash"],
@@ -124,6 +128,10 @@ def _load(path: Path) -> Record:
         )
     except (ValueError, KeyError) as error:
         raise RunError(f"{path}: damaged record ({error})") from error
+
+
+def _version(environment: dict[str, Any]) -> str:
+    return (environment["git"] or "no git")[:10] + (" with uncommitted changes" if environment["dirty"] else "")
 
 
 def _short(value: float) -> float | int | None:

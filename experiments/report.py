@@ -49,6 +49,7 @@ def frame(page: Page) -> pd.DataFrame:
                     "exceeds_both_errors": outcome.marked(measure),
                     "setting": " ".join(outcome.setting),
                     "records": " ".join(record.name for record in outcome.records),
+                    "code": "; ".join(dict.fromkeys(record.code for record in outcome.records)),
                 }
             )
     return pd.DataFrame(rows)

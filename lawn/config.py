@@ -177,8 +177,13 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def config_hash(config: Config) -> str:
-    """The first 12 hex digits of the SHA-256 of the identity, as sorted JSON."""
-    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:12]
+    """What a run is known by."""
+    return identity_hash(identity(config))
+
+
+def identity_hash(tree: dict[str, Any]) -> str:
+    """The first 12 hex digits of the SHA-256 of an identity, as sorted JSON."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def run_name(config: Config) -> str:

@@ -249,6 +249,52 @@ def test_a_grid_with_holes_keeps_its_settings(tmp_path):
     assert page.found[0].setting == ()
 
 
+def test_dirty_and_different_versions_of_the_code_are_shown(tmp_path):
+    assert fill(replace(MINI, cells=MINI.cells[:2]), tmp_path) == []
+    folder = tmp_path / "results" / "runs"
+    changes = [
+        {"git": "a" * 40, "dirty": False},
+        {"git": "a" * 40, "dirty": True},
+        {"git": None, "dirty": False},
+        {"git": "a" * 40, "dirty": False, "resumed": [{"git": "b" * 40, "dirty": False}]},
+    ]
+    names = ["digits-mlp-adam-s0", "digits-mlp-adam-s1", "digits-mlp-sgd-s0", "digits-mlp-sgd-s1"]
+    for name, change in zip(names, changes, strict=True):
+        (path,) = folder.glob(f"{name}-*.json")
+        content = json.loads(path.read_text())
+        resumed = [{**content["environment"], **again} for again in change.pop("resumed", [])]
+        content["environment"] |= {**change, "resumed": resumed}
+        path.write_text(json.dumps(content))
+    page = report.Page(replace(MINI, cells=MINI.cells[:2]), Store(folder))
+    a, b = "a" * 10, "b" * 10
+    assert page.provenance.startswith(
+        f"4 runs, code {a} (1), {a} with uncommitted changes (1), no git (1), {a} then {b} (1); torch "
+    )
+    assert list(report.frame(page)["code"])[::3] == [f"{a}; {a} with uncommitted changes", f"no git; {a} then {b}"]
+
+
+@pytest.mark.parametrize("part", ["config", "hash", "name"])
+def test_a_record_that_is_not_what_it_says_is_refused(tmp_path, part):
+    """Of whatever experiment it is."""
+    one = replace(MINI, cells=MINI.cells[:1])
+    assert fill(one, tmp_path, 1) == []
+    (path,) = (tmp_path / "results" / "runs").glob("*.json")
+    content = json.loads(path.read_text())
+    if part == "config":
+        content["config"]["optim"]["lr"] *= 2
+    if part == "hash":
+        content["hash"] = "0" * 12
+    path.write_text(json.dumps(content))
+    if part == "name":
+        path.rename(path.with_stem(f"{path.stem[:-12]}{'0' * 12}"))
+    store = Store(path.parent)
+    with pytest.raises(RunError, match=r"its config is not the one that its name stands for; delete it and run again"):
+        list(store.all())
+    if part != "name":  # else there is none of the run
+        with pytest.raises(RunError, match="its config is not the one"):
+            report.Page(one, Store(path.parent))
+
+
 def test_committed_results_are_those_of_the_records(tmp_path):
     """Every number of the committed pages, and of README.md, is computed again."""
     store = Store(ROOT / "results" / "runs")
