@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 TABLES := table1 table2 table3 table4 table5 table6 figure1 figure2
-.PHONY: help setup demo data report $(TABLES) test test-all lint format bench bench-ncf bench-sweep bench-optim bench-images clean
+.PHONY: help setup demo data report $(TABLES) test test-all lint format bench bench-ncf bench-sweep bench-optim bench-images audit clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ bench-optim: $(READY) ## time one step of every optimizer on VGG-19's parameters
 
 bench-images: $(READY) ## time VGG-19, ResNet-50 and their input pipelines against plain loops, on generated images
 	$(PYTHON) -m scripts.bench_images $(ARGS)
+
+audit: ## known vulnerabilities of the pinned packages (asks the network; needs uv)
+	uvx pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 clean: ## remove the environment, runs and caches; data stays
 	rm -rf $(VENV) runs demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -145,6 +145,17 @@ def test_a_job_that_dies_or_is_refused_does_not_keep_the_others(tmp_path, monkey
     assert record.config["train"]["epochs"] == 3
 
 
+def test_what_failed_together_is_tried_alone(tmp_path, capsys):
+    cells = tuple(Cell(f"{lr}", (*SHORT[:1], *SHORT[2:], "train.epochs=600", f"optim.lr={lr}")) for lr in (0.01, 0.02))
+    experiment = Experiment("two", "Two", cells, (ACCURACY,))
+    killer = subprocess.Popen([sys.executable, "-c", KILL, str(tmp_path / "runs"), "digits-mlp-adam_lawn-"])
+    assert fill(experiment, tmp_path, 1) == []
+    assert killer.wait(10) == 0
+    out = capsys.readouterr().out
+    assert out.count("killed by SIGKILL; once more, alone") == 2
+    assert "2 of 2 done" in out
+
+
 # Kill the process that writes to output.log of a run directory with this prefix, after the first line on an epoch.
 KILL = """
 import os, signal, sys, time
