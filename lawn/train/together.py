@@ -166,7 +166,8 @@ class Together:
             all_runs.follow(losses.detach().double(), self._gradient_norms())
             all_runs.margins.append(torch.vmap(task.margins)(logits.detach(), labels))
             self._update(failed, all_runs.updates)
-        medians = torch.cat(all_runs.margins, dim=1).sort(dim=1).values[:, (task.dataset.num_train - 1) // 2].tolist()
+        # One by one: the median along a dimension has no deterministic form on GPUs.
+        medians = torch.stack([margins.median() for margins in torch.cat(all_runs.margins, dim=1)]).tolist()
         each = torch.cat(all_runs.losses).cpu()  # [updates, K]
         for k, run in enumerate(runs):
             assert run.left is not None

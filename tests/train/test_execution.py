@@ -15,7 +15,7 @@ from lawn.train.loop import Run
 from lawn.train.ranks import Ranks, joined_on_one_machine
 from lawn.train.record import RunDirectory
 from lawn.train.throughput import flops_per_sample, peak_flops
-from tests.helpers import compose
+from tests.helpers import FIXTURES, compose
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -150,6 +150,13 @@ def test_the_deterministic_switch_is_torchs_own_and_ends_with_the_run(tiny, monk
     assert run.next_epoch()["train_loss"] is not None
     Run(tiny(), build(config)(CPU), Ranks(CPU))
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("kind", [("dataset=cifar10", "dataset.limit=8"), ("dataset=movielens100k",)])
+def test_every_network_has_deterministic_operations(tiny_data, tmp_path, kind):
+    keys = (*kind, *FIXTURES[kind[0].partition("=")[2]], f"data_dir={tiny_data}", "device=cpu", "train.epochs=1")
+    config = compose(*keys, f"runs_dir={tmp_path}", "train.deterministic=true")
+    assert train(config)["status"] == "done"
 
 
 def test_deterministic_runs_are_not_compiled():
