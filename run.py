@@ -11,12 +11,11 @@ from omegaconf import DictConfig
 
 from lawn.config import Config, register
 from lawn.errors import UserError
-from lawn.train import check, train, train_many
+from lawn.train import check, started_by_torchrun, train, train_many
 from lawn.validation import explain, of_hydra, validate
 
 register()
-DEBUG = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's own switch for tracebacks
-PROCESS = os.getpid()
+PROCESS, DEBUG = os.getpid(), os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's own switch for tracebacks
 failures: list[int] = []  # exit codes of this process's jobs: one that fails does not keep a multirun from the others
 waiting: list[Config] = []  # runs that train.vectorize asks to train together
 
@@ -27,14 +26,18 @@ def run(composed: DictConfig) -> None:
         config = validate(composed)
         waiting.append(check(config)) if config.train.vectorize and os.getpid() == PROCESS else train(config)
     except (UserError, OSError) as error:  # the system's own: a full disk, a path that cannot be
-        if DEBUG and isinstance(error, OSError):
-            raise
         job = HydraConfig.get()
         of = f"in the job {' '.join(job.overrides.task)}: " if job.mode == RunMode.MULTIRUN else ""
         if os.getpid() != PROCESS:  # a launcher's, which hands the error to the process that waits for it
             raise (type(error) if isinstance(error, UserError) else UserError)(f"{of}{error}") from error
-        failures.append(getattr(error, "exit_code", UserError.exit_code))
-        print(f"error: {of}{explain(error)}", file=sys.stderr, flush=True)
+        if started_by_torchrun() or DEBUG:  # other ranks may be in the middle of this job: all end
+            raise
+        fail(error, of)
+
+
+def fail(error: Exception, of: str = "") -> None:
+    failures.append(getattr(error, "exit_code", 2 if of_hydra(error) else UserError.exit_code))
+    print(f"error: {of}{explain(error)}", file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -42,15 +45,14 @@ def main() -> int:
     failures[:], waiting[:] = [], []
     try:
         run()
-        train_many(waiting)
+        list(map(fail, train_many(waiting)))
     except Exception as error:
         if DEBUG or not (of_hydra(error) or isinstance(error, UserError | OSError)):
             raise
-        print(f"error: {explain(error)}", file=sys.stderr)
-        return getattr(error, "exit_code", 2 if of_hydra(error) else 1)
+        fail(error)
     except KeyboardInterrupt as stop:  # a Stopped among them
         print(stop if stop.args else "interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return getattr(stop, "exit_code", 130)
+        failures.append(getattr(stop, "exit_code", 130))
     return max(failures, default=0)
 
 

@@ -19,6 +19,7 @@ import torch
 from experiments import report
 from experiments.demo import DEMO
 from experiments.figures import FIGURE1, FIGURE2
+from experiments.pool import Ended
 from experiments.records import Record, Store
 from experiments.runner import TOGETHER, Pace, duration, missing, run
 from experiments.spec import Experiment
@@ -82,8 +83,16 @@ def execute(given: argparse.Namespace) -> int:
     slots = _slots(given.devices, given.jobs)
     to_run = _studies(given)
     unwell = run(to_run, store, slots, given.seeds, given.budget, given.vectorize)
-    write(given)
-    failed = {shlex.join(study.cell.overrides): study.problem for study in to_run if study.problem}
+    try:
+        write(given)
+    finally:
+        failed = _tell(to_run, unwell, store)
+    return UserError.exit_code if failed else 0
+
+
+def _tell(studies: list[Study], unwell: list[Ended], store: Store) -> bool:
+    """Name what could not be run, failed or diverged, with the reason; whether anything has failed."""
+    failed = {shlex.join(study.cell.overrides): study.problem for study in studies if study.problem}
     for ended in unwell:
         name = f"{run_name(ended.job.config)} ({shlex.join(ended.job.overrides)})"
         if ended.diverged:
@@ -92,7 +101,7 @@ def execute(given: argparse.Namespace) -> int:
             failed[name] = str(ended.failure)
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
-    return UserError.exit_code if failed else 0
+    return bool(failed)
 
 
 def _where(record: Record | None) -> str:

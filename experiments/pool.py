@@ -110,8 +110,11 @@ class Pool:
 
 
 def _failure(running: _Running, job: Job) -> str | None:
-    if RunDirectory(job.config).done:
-        return None
+    try:
+        if RunDirectory(job.config).done:
+            return None
+    except UserError as error:
+        return str(error)
     code = running.process.exitcode or 0
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"

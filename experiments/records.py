@@ -101,7 +101,10 @@ class Store:
             "result": directory.result(),
         }
         if not tuning:
-            history = pd.read_csv(directory.path / "metrics.csv")
+            try:
+                history = pd.read_csv(directory.path / "metrics.csv")
+            except (OSError, ValueError) as error:
+                raise RunError(f"{directory.path / 'metrics.csv'}: cannot be read ({error})") from error
             content["history"] = {column: [_short(v) for v in history[column]] for column in history}
         path = self.folder / ("tuning" if tuning else "") / f"{run_name(config)}.json"
         lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
@@ -126,7 +129,7 @@ def _load(path: Path) -> Record:
             result=content["result"],
             history=pd.DataFrame(content.get("history", {})),
         )
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: damaged record ({error})") from error
 
 

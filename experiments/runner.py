@@ -123,8 +123,14 @@ def run(
                 return failed + diverged
             for ended in pool.wait(min(left, REFRESH_SECONDS)):
                 job, outcome = ended.job, ended.failure
+                record = None
                 if outcome is None:
-                    record = store.write(job.config, job.overrides, job.tuning)
+                    try:
+                        record = store.write(job.config, job.overrides, job.tuning)
+                    except UserError as error:
+                        ended = replace(ended, failure=str(error), together=1)
+                        outcome = ended.failure
+                if record is not None:
                     pace.add(record)
                     outcome = "diverged" if record.diverged else f"{record.value('headline'):.2f}"
                     if record.diverged:

@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf.errors import OmegaConfBaseException
 
 from experiments.records import Record, Store
 from experiments.spec import Cell, Experiment
@@ -64,8 +65,8 @@ class Study:
         try:
             self._at()
             _ = self.tuning
-        except ConfigError as error:
-            return str(error)
+        except (ConfigError, HydraException, OmegaConfBaseException) as error:
+            return explain(error)
         return None
 
     @cached_property

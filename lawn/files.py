@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
 @contextmanager
@@ -44,6 +45,10 @@ def _flush_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+_held: set[IO[str]] = set()
+os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])  # a lock is not to outlive its owner
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[bool]:
     """Hold the lock file `path` inside; False where another process holds it. It ends with the process, however that
@@ -55,7 +60,11 @@ def locked(path: Path) -> Iterator[bool]:
         except BlockingIOError:
             yield False
         else:
-            yield True
+            _held.add(file)
+            try:
+                yield True
+            finally:
+                _held.remove(file)
 
 
 def write_text(path: Path, text: str) -> None:

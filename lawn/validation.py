@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from traceback import walk_tb
 from typing import Any, get_args
 
 from hydra.errors import MissingConfigException
@@ -11,7 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from lawn.config import Config
-from lawn.errors import ConfigError
+from lawn.errors import ConfigError, UserError
+
+LIMITS = {  # of whole numbers, beyond which nothing is meant; 2**63 for all others
+    **dict.fromkeys(("dataset.workers", "train.devices"), 2**10),
+    **dict.fromkeys(("dataset.image_size", "model.widths", "model.factors"), 2**16),
+    "model.layers": 2**5,
+    "dataset.seed": 2**32,
+}
 
 
 def validate(composed: DictConfig) -> Config:
@@ -51,8 +59,10 @@ def _problems(c: Config) -> Iterator[str]:
         if value is None and not optional:
             yield f"{key}: needs a value"
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int) and abs(number) >= 2**63:
-                yield f"{key}={value}: must be below {2**63}"
+            if isinstance(number, int) and abs(number) >= LIMITS.get(key, 2**63):
+                yield f"{key}={value}: must be below {LIMITS.get(key, 2**63)}"
+            if number == "":
+                yield f"{key}: must not be empty"
     lower_bounds: dict[str, tuple[float, bool]] = {  # key: bound, whether the bound itself is allowed
         "train.epochs": (0, False),  # first: the defaults of others are in proportion to it
         "dataset.limit": (0, False),
@@ -134,8 +144,6 @@ def _problems(c: Config) -> Iterator[str]:
         yield f"dataset.prefix={c.dataset.prefix!r}: must be a plain name of letters, digits, '_', '-' and '.'"
     if c.optim.nesterov and not c.optim.momentum:
         yield "optim.nesterov=True: needs optim.momentum above 0"
-    if c.dataset.seed >= 2**32:
-        yield f"dataset.seed={c.dataset.seed}: must be below {2**32}"
     if c.schedule.warmup_epochs >= c.train.epochs:
         yield f"schedule.warmup_epochs={c.schedule.warmup_epochs:g}: must be below train.epochs={c.train.epochs}"
 
@@ -159,11 +167,10 @@ def _get(config: Config, key: str) -> Any:
 
 def of_hydra(error: BaseException) -> bool:
     """Whether Hydra or what it rests on has raised this, of whatever type: the config cannot be composed."""
-    at = error.__traceback__
-    while at is not None and at.tb_next is not None:
-        at = at.tb_next
-    where = "" if at is None else str(at.tb_frame.f_globals.get("__name__"))
-    return where.partition(".")[0] in ("hydra", "omegaconf", "yaml", "antlr4")
+    packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in walk_tb(error.__traceback__)]
+    while packages and packages[-1] not in ("hydra", "omegaconf", "lawn", "run", "__main__"):
+        packages.pop()
+    return bool(packages) and packages[-1] in ("hydra", "omegaconf")
 
 
 def explain(error: BaseException) -> str:
@@ -171,7 +178,7 @@ def explain(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, member = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={member}: no such {group}; choose from {', '.join(sorted(error.options))}"
-    if isinstance(error.__cause__, OmegaConfBaseException):
+    if isinstance(error.__cause__, OmegaConfBaseException) and not isinstance(error, UserError):
         error = error.__cause__
     key = str(getattr(error, "full_key", None) or "")
     if isinstance(error, (ConfigAttributeError, ConfigKeyError)) and key:
@@ -179,5 +186,5 @@ def explain(error: BaseException) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"{key}: needs a value"
     text = " ".join(line.strip() for line in str(error).splitlines())
-    text = text.split(" full_key:")[0].split(" See https:")[0]
+    text = text.split(" full_key:")[0].split(" See https:")[0] or type(error).__name__
     return f"{key}: {text}" if key else text

@@ -34,6 +34,14 @@ WORDS = {
     "train.compile": {"off", "default", "reduce-overhead"},
     **{f"{group}.name": set(members) for group, members in MEMBERS.items()},
 }
+LIMITS = {
+    "dataset.seed": 2**32,
+    "dataset.workers": 1024,
+    "train.devices": 1024,
+    "dataset.image_size": 2**16,
+    "model.factors": 2**16,
+    "model.layers": 32,
+}
 SWITCHES = (
     *("model.batch_norm", "model.bias", "optim.nesterov", "optim.include_bias", "optim.fused"),
     *("train.sync_batchnorm", "train.channels_last", "train.deterministic"),
@@ -61,9 +69,9 @@ def fits(key: str, value: Any) -> bool:
     if value is None:
         return key not in REQUIRED
     if key in COUNTS:
-        return type(value) is int and 0 < value < 2**63
+        return type(value) is int and 0 < value < LIMITS.get(key, 2**63)
     if key in ("seed", "dataset.seed", "dataset.workers"):
-        return type(value) is int and 0 <= value < (2**32 if key == "dataset.seed" else 2**63)
+        return type(value) is int and 0 <= value < LIMITS.get(key, 2**63)
     if key in WORDS:
         return value in WORDS[key]
     if key in SWITCHES:
@@ -81,7 +89,7 @@ def fits(key: str, value: Any) -> bool:
     if key == "optim.betas":
         return len(value) == 2 and all(is_number(beta) and 0 <= beta < 1 for beta in value)
     if key == "model.widths":
-        return all(type(width) is int and 0 < width < 2**63 for width in value)
+        return all(type(width) is int and 0 < width < 2**16 for width in value)
     assert key in TEXTS
     return isinstance(value, str) and value != ""
 

@@ -18,6 +18,7 @@ from tests.helpers import ROOT
 
 UNPICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 UNPACKING = {"extractall", "extract", "unpack_archive", "extract_archive", "download_and_extract_archive"}
+READERS = {"read_pickle", "Unpickler", "load_state_dict_from_url"}
 SOURCES = sorted(path for folder in ("lawn", "experiments", "scripts") for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -38,12 +39,15 @@ def test_no_source_unpickles_or_unpacks(path):
             assert not UNPICKLING & {alias.name.partition(".")[0] for alias in node.names}
         if isinstance(node, ast.ImportFrom):
             assert str(node.module).partition(".")[0] not in UNPICKLING
-        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            assert not {alias.name for alias in node.names} & {*UNPACKING, *READERS, "load"}
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute | ast.Name):
             continue
-        assert node.func.attr not in UNPACKING
+        called = ast.unparse(node.func)
+        assert called.rpartition(".")[2] not in UNPACKING | READERS
+        assert called not in ("torch.jit.load", "torch.hub.load")
         keywords = {keyword.arg: keyword.value for keyword in node.keywords}
         assert "allow_pickle" not in keywords
-        if ast.unparse(node.func) == "torch.load":
+        if called == "torch.load":
             assert ast.unparse(keywords["weights_only"]) == "True"
 
 

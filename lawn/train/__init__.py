@@ -2,5 +2,6 @@
 
 from lawn.train.launch import check, train, train_many, train_together
 from lawn.train.notice import Stopped
+from lawn.train.ranks import started_by_torchrun
 
-__all__ = ["Stopped", "check", "train", "train_many", "train_together"]
+__all__ = ["Stopped", "check", "started_by_torchrun", "train", "train_many", "train_together"]

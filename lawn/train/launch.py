@@ -137,9 +137,10 @@ def _begin(
     if directory:
         for warning in task.dataset.warnings:
             print(f"warning: {warning}", flush=True)
+    state = ranks.share(directory.load() if directory else None)
+    if directory:
         how = {"ranks": ranks.world, "execution": asdict(run.execution)}
         directory.begin({**environment(ranks.device), **how, **more})
-    state = ranks.share(directory.load() if directory else None)
     if state is not None:
         run.load_state_dict(state)
     if not directory:
@@ -151,20 +152,27 @@ def _begin(
     return run, Journal(config, directory, logger, len(run.rows))
 
 
-def train_many(configs: Sequence[Config]) -> None:
-    """Train runs one after the other; those that can be, `train.vectorize` of them together."""
+def train_many(configs: Sequence[Config]) -> list[Exception]:
+    """Train runs one after the other; those that can be, `train.vectorize` of them together. Returns why some failed:
+    they do not keep the others."""
+    failures: list[Exception] = []
     left = list({config_hash(config): config for config in configs}.values())
     while left:
         family = kin(left[0])
         group = [config for config in left if family is not None and kin(config) == family] or left[:1]
         group = group[: left[0].train.vectorize]
         left = [config for config in left if config not in group]
-        if len(group) > 1:
-            train_together(group)
-        else:
-            train(group[0])
+        try:
+            if len(group) > 1:
+                train_together(group)
+            else:
+                train(group[0])
+        except (UserError, OSError) as error:
+            failures.append(error)
+    return failures
 
 
+@explained(rank=0)
 def train_together(configs: Sequence[Config]) -> None:
     """Train runs that are `kin` as one batched model, in as many goes as the memory asks for. Each has the run
     directory and the result that it has alone (to rounding); env.json says with how many others it was trained.
@@ -190,7 +198,7 @@ def train_together(configs: Sequence[Config]) -> None:
         if len(now) == 1:
             train(now[0][0])
             continue
-        with explained(rank=0), ExitStack() as held, noticed() as notice:
+        with ExitStack() as held, noticed() as notice:
             journals = {}
             for config, directory in now:
                 held.enter_context(directory.alone())
@@ -220,18 +228,20 @@ def _run_in_ranks(config: Config, world: int, method: str) -> dict[str, Any]:
     context.set_forkserver_preload([__name__, "torch._dynamo", "sklearn.datasets"])
     errors: SimpleQueue = context.SimpleQueue()
     threads = max(1, torch.get_num_threads() // world)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, noticed() as notice:
         arguments = (config, world, threads, str(Path(folder) / "store"), errors)
         ranks = multiprocessing.start_processes(_rank, arguments, world, join=False, start_method=method)
         assert ranks is not None
         try:
-            with noticed() as notice:
-                while not ranks.join(timeout=1):
-                    if notice.signal:
-                        for process in ranks.processes:
-                            process.terminate()  # they agree on where to stop
+            while not ranks.join(timeout=1):
+                if notice.signal:
+                    for process in ranks.processes:
+                        process.terminate()  # they agree on where to stop
         except (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException) as error:
-            raise _cause(ranks.processes, errors) or error from None
+            cause = _cause(ranks.processes, errors)
+            if cause is None and notice.signal:  # it has met them before the first update, or after the last
+                cause = Stopped(f"{notice.signal}: {run_name(config)} has stopped; {GOES_ON}")
+            raise cause or error from None
         finally:
             for process in ranks.processes:
                 process.terminate()
@@ -248,6 +258,8 @@ def _rank(rank: int, config: Config, world: int, threads: int, store: str, error
     except Stopped as stopped:
         errors.put((False, stopped))
         sys.exit(stopped.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (UserError, OSError) as error:
         errors.put((isinstance(error, LostRankError), error))
         sys.exit(1)

@@ -5,7 +5,7 @@ from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, ClassVar
 
 from lawn.config import Config, arguments, identity
 from lawn.errors import ConfigError
@@ -23,7 +23,9 @@ class CSVLogger:
 
 class WandbLogger:
     """One wandb run for each run directory, kept when the run is resumed. A failure, and a server that does not answer,
-    is reported once and ends the logging, not the run."""
+    is reported once and ends the logging, not the run; that of the process's other runs too where nothing answers."""
+
+    silent: ClassVar[bool] = False
 
     def __init__(self, config: Config, run_id: str, directory: Path, *, project: str, mode: str) -> None:
         def start() -> Any:
@@ -40,16 +42,18 @@ class WandbLogger:
                 config={**identity(config), "logger": asdict(config.logger)},
             )
 
-        self._run = self._attempt(start)
+        self._run: Any = None
+        if not WandbLogger.silent:
+            self._run = self._attempt(start)
 
     def log(self, row: dict[str, Any]) -> None:
-        if self._run is not None:
+        if self._run is not None and not WandbLogger.silent:
             self._attempt(lambda: self._run.log(row, step=row["epoch"]))
 
     def finish(self, result: dict[str, Any]) -> None:
-        if self._run is not None:
+        if self._run is not None and not WandbLogger.silent:
             self._attempt(lambda: self._run.summary.update(result))
-        if self._run is not None:
+        if self._run is not None and not WandbLogger.silent:
             self._attempt(lambda: self._run.finish())
 
     def _attempt(self, action: Callable[[], Any]) -> Any:
@@ -67,6 +71,7 @@ class WandbLogger:
             return found.result(PATIENCE_SECONDS)
         except TimeoutError:
             problem = f"no answer in {PATIENCE_SECONDS:g} s"
+            WandbLogger.silent = True
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         print(f"wandb: {problem}; logging to it ends here", flush=True)

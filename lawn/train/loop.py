@@ -60,6 +60,7 @@ class Run:
         self.seconds = {"train": 0.0, "eval": 0.0, "log": 0.0}
         self.flops = 0.0  # per sample
         self.left: Left | None = None  # of the epoch that it is in the middle of
+        self.gradients: Tensor | None = None  # `Left.gradients`, at the end of the epoch before
         self.divergence: dict[str, Any] | None = None
 
     @property
@@ -90,7 +91,7 @@ class Run:
         """Make ready for the next epoch; returns its seed."""
         if self.left is None:
             self.epoch += 1
-            self.left = Left(float(self.optimizer.param_groups[0]["lr"]))
+            self.left = Left(float(self.optimizer.param_groups[0]["lr"]), gradients=self.gradients)
         self.task.model.train()
         self._switch_weights("train")
         # A seed for each epoch, not a stream: whatever came before, this epoch draws the same.
@@ -100,6 +101,7 @@ class Run:
         """Evaluate if it is time; the row of the epoch, of this mean loss and median margin."""
         assert self.left is not None  # between `begin_epoch` and here
         ended, self.left = self.left, None
+        self.gradients = ended.gradients
         self.ranks.average(self.task.model)
         self._switch_weights("eval")
         row: Row = {
@@ -168,6 +170,7 @@ class Run:
             try:
                 self.update()
             except NonFiniteError:
+                left.losses = [self.ranks.total(torch.cat(left.losses)).cpu()]
                 return math.nan, math.nan
             if part.update.stop < task.dataset.num_train and pause():
                 return None
@@ -192,7 +195,7 @@ class Run:
     def _divergence(self, ended: Left) -> dict[str, Any]:
         """The update, counted as `step` is, whose loss was the first that is not finite, or that left weights which are
         not; the last row before; the largest gradient at the last update where all were finite."""
-        losses = torch.cat(ended.losses).cpu()
+        (losses,) = ended.losses
         finite = int(losses.isfinite().long().cumprod(0).sum())
         largest = None
         if ended.gradients is not None and ended.gradients.isfinite().all():
@@ -242,6 +245,7 @@ class Run:
             "left": None if self.left is None else self.ranks.everyone(self.left.state(self.task.model, self.device)),
             "divergence": self.divergence,
             "step": self.step,
+            "gradients": self.gradients,
             "rows": self.rows,
             "seconds": self.seconds,
             "model": self.task.model.state_dict(),
@@ -251,6 +255,7 @@ class Run:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.step = state["epoch"], state["step"]
+        self.gradients = None if state["gradients"] is None else state["gradients"].to(self.device)
         self.rows, self.seconds, self.divergence = state["rows"], state["seconds"], state["divergence"]
         self.task.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

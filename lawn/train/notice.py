@@ -30,12 +30,15 @@ class Notice:
 def noticed() -> Iterator[Notice]:
     """Inside, the signals only leave a notice; a second SIGINT interrupts as ever. One that has come and made nobody
     raise Stopped is passed on at the end."""
-    notice = Notice()
+    notice, owner = Notice(), os.getpid()
     if current_thread() is not main_thread():  # where Python has no signals
         yield notice
         return
 
     def take(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a data worker, which has only inherited this
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         if notice.signal is not None and number == signal.SIGINT:
             signal.default_int_handler(number, frame)
         notice.signal = signal.Signals(number).name

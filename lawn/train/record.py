@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -34,6 +34,8 @@ from lawn.files import atomic, locked, write_text
 Row = dict[str, float | int | None]
 CHECKPOINT_VERSION = 3
 TIMES = ("samples_per_second", "peak_share", "seconds")  # of a result: what another run of the same config changes
+CHECKPOINTS = ("checkpoint.pt", "checkpoint_previous.pt")
+FILES = ("config.yaml", "env.json", "metrics.csv", "result.json", "timing.json", *CHECKPOINTS)
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "adamp", "pytorch-cpr", "schedulefree")
 
 
@@ -44,12 +46,7 @@ class RunDirectory:
         self.hash = config_hash(config)
         self.path = Path(config.run_dir) if config.run_dir else Path(config.runs_dir) / run_name(config)
         self._config = config
-        if any(path.exists() for path in (self.path / "result.json", *self._checkpoints)):
-            owner = self._owner()
-            if owner != self.hash:
-                raise RunError(
-                    f"run_dir={self.path}: holds run {owner}, this config is run {self.hash}; choose another"
-                )
+        self._check_owner()
 
     @property
     def done(self) -> bool:
@@ -65,6 +62,10 @@ class RunDirectory:
                 raise RunError(f"{self.path}: cannot be written ({error})") from error
             if not free:
                 raise RunError(f"{self.path}: another process is at work on this run; wait for it, or stop it")
+            self._check_owner()
+            for name in FILES:
+                for left_by_a_killed_process in self.path.glob(f".{name}.*"):
+                    left_by_a_killed_process.unlink()
             yield
 
     def begin(self, execution: dict[str, Any]) -> None:
@@ -72,12 +73,12 @@ class RunDirectory:
         content = {"hash": self.hash, **asdict(self._config)}
         now, path = {**execution, "command": sys.argv[1:]}, self.path / "env.json"
         try:
-            if path.exists():
+            with suppress(FileNotFoundError, ValueError, TypeError):  # none, or damaged
                 first = json.loads(path.read_text())
                 now = {**first, "resumed": [*first.get("resumed", []), now]}
             write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(content)))
             write_text(path, json.dumps(now, indent=1) + "\n")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError) as error:  # the latter of names that cannot be encoded
             raise RunError(f"{self.path}: cannot be written ({error})") from error
 
     def write_metrics(self, rows: list[Row]) -> None:
@@ -115,7 +116,7 @@ class RunDirectory:
 
     @property
     def _checkpoints(self) -> tuple[Path, Path]:
-        return self.path / "checkpoint.pt", self.path / "checkpoint_previous.pt"
+        return self.path / CHECKPOINTS[0], self.path / CHECKPOINTS[1]
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
@@ -124,9 +125,9 @@ class RunDirectory:
             if damaged is not None:
                 raise BadZipFile(f"the checksum of {damaged} is another")
             state = torch.load(path, map_location="cpu", weights_only=True)
+            found = state.get("version"), state.get("hash")
         except Exception as error:  # both raise what the damage makes them raise
             raise RunError(f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})") from error
-        found = state.get("version"), state.get("hash")
         if found != (CHECKPOINT_VERSION, self.hash):
             raise RunError(
                 f"{path}: is of format {found[0]} and run {found[1]}, not {CHECKPOINT_VERSION} and {self.hash}"
@@ -142,13 +143,24 @@ class RunDirectory:
         (self.path / "DONE").touch()
 
     def result(self) -> dict[str, Any]:
-        """Both, as `finish` was given them."""
-        return {
-            key: value
-            for name in ("result.json", "timing.json")
-            if (self.path / name).exists()
-            for key, value in json.loads((self.path / name).read_text()).items()
-        }
+        """Both, as `finish` was given them. Raises RunError where they are damaged."""
+        path = self.path / "result.json"
+        try:
+            given = json.loads(path.read_text())
+            path = self.path / "timing.json"
+            return given | (json.loads(path.read_text()) if path.exists() else {})
+        except (OSError, ValueError, TypeError) as error:
+            again = "delete DONE beside it, and the same command writes it again"
+            raise RunError(f"{path}: cannot be read ({error}); {again}") from error
+
+    def _check_owner(self) -> None:
+        """Raises RunError where the directory is another run's."""
+        if any((self.path / name).exists() for name in FILES):
+            owner = self._owner()
+            if owner != self.hash:
+                raise RunError(
+                    f"run_dir={self.path}: holds run {owner}, this config is run {self.hash}; choose another"
+                )
 
     def _owner(self) -> str:
         try:

@@ -146,7 +146,8 @@ class Together:
         which = torch.tensor([different.index(seed) for seed in seeds], device=device)
         generators = [torch.Generator(device).manual_seed(seed) for seed in different]
         epochs = [task.dataset.train_batches(runs[0].batching, generator) for generator in generators]
-        all_runs = Left(math.nan)
+        before = [run.gradients for run in runs if run.gradients is not None]
+        all_runs = Left(math.nan, gradients=torch.stack(before) if len(before) == len(runs) else None)
         failed: dict[int, int] = {}
         for batches in zip(*epochs, strict=True):
             batch = [torch.stack(columns)[which] for columns in zip(*(drawn for _, drawn in batches), strict=True)]

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 import torch.distributed as dist
 
 from lawn.errors import RunError
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # CUDA, CPU, cuBLAS and cuDNN
 GOES_ON = "the same command goes on from the last checkpoint"
 
 
@@ -21,9 +21,9 @@ def explained(rank: int) -> Iterator[None]:
     died. Torch tells most of these apart by their text alone."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         text = str(error).strip().partition("\n")[0]
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
             raise RunError(f"out of memory ({text}); a smaller train.micro_batch_size needs less") from error
         if "DataLoader worker" in text:  # raised wherever the main process is when it learns of it
             raise RunError(f"a data worker has died ({text.partition('. ')[0]}); {GOES_ON}") from error

@@ -18,8 +18,8 @@ from experiments.pool import Pool, visible_gpus
 from experiments.records import Record, Store
 from experiments.runner import Pace, duration, missing, run
 from experiments.spec import Cell, Experiment
-from experiments.study import compose_all, studies
-from lawn.config import config_hash
+from experiments.study import Study, compose_all, studies
+from lawn.config import config_hash, run_name
 from tests.experiments.helpers import ACCURACY, MINI, SHORT, TUNED, fill, miniature
 from tests.helpers import FIXTURES, ROOT
 
@@ -143,6 +143,36 @@ def test_a_job_that_dies_or_is_refused_does_not_keep_the_others(tmp_path, monkey
     assert len(failed) == 2
     (record,) = store.all()
     assert record.config["train"]["epochs"] == 3
+
+
+def test_a_damaged_run_directory_is_that_runs_failure_alone(tmp_path):
+    experiment = replace(MINI, cells=(MINI.cells[0], MINI.cells[2]))
+    (study, _) = studies(experiment, extra=(f"runs_dir={tmp_path}/runs",))
+    folder = tmp_path / "runs" / run_name(study.outstanding(Store(tmp_path), 1)[0].config)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("hash: [")
+    (failed,) = fill(experiment, tmp_path, 1)
+    assert "its config.yaml cannot be read" in str(failed.failure)
+    assert len(list((tmp_path / "results" / "runs").glob("*.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("sweep", "overrides", "problem"),
+    [
+        ("nothing", (), "sweep=nothing: no such sweep"),
+        ("peak_lr", ("optim.lr=abc",), "optim.lr: Value 'abc' of type 'str' could not be converted to Float"),
+        ("peak_lr", ("hydra.sweeper.params={optim.lr: 'fast,slow'}",), "optim.lr: Value 'fast'"),
+        ("peak_lr", ("hydra.sweeper.params={optim.foo: '1,2'}",), "optim.foo: no such key"),
+        ("peak_lr", ("hydra.sweeper.params={optim.lr: '[1'}",), ""),
+    ],
+)
+def test_a_cell_that_cannot_be_composed_says_why(sweep, overrides, problem):
+    study = Study(Cell("bad", (*SHORT, *overrides), sweep=sweep), None)
+    assert study.problem is not None
+    assert study.problem.startswith(problem)
+    assert "\n" not in study.problem
+    assert study.outstanding(Store(Path("nowhere")), 3) == []
+    assert list(study.filling(Store(Path("nowhere")))) == []
 
 
 def test_what_failed_together_is_tried_alone(tmp_path, capsys):

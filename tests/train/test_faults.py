@@ -26,9 +26,11 @@ import torch
 import run
 from lawn.config import Config
 from lawn.errors import RunError
-from lawn.train import Stopped, logger, train, train_together
+from lawn.files import locked
+from lawn.train import Stopped, logger, train, train_many, train_together
 from lawn.train.loop import Run
 from lawn.train.record import CHECKPOINT_VERSION, RunDirectory
+from lawn.validation import explain
 from tests.helpers import ROOT, compose
 
 FILES = ("metrics.csv", "result.json")
@@ -420,6 +422,78 @@ def test_what_an_older_version_left(stopped_run, tmp_path, age):
     with pytest.raises(RunError, match=problem) as caught:
         train(config)
     assert "\n" not in str(caught.value)
+    assert explain(caught.value) == str(caught.value)  # what the command line prints
+
+
+def test_a_run_directory_is_another_runs_before_its_first_checkpoint_too(tiny, tmp_path):
+    """Asked again with the lock held: the other may have begun in between."""
+    one, other = (tiny(f"seed={seed}", f"run_dir={tmp_path}/run") for seed in range(2))
+    late = RunDirectory(other)
+    with RunDirectory(one).alone():
+        RunDirectory(one).begin({})
+    with pytest.raises(RunError, match="holds run"), late.alone():
+        pass
+    with pytest.raises(RunError, match="holds run"):
+        train(other)
+    assert train(one)["status"] == "done"
+
+
+def test_what_a_killed_process_left_beside_is_cleared_away(stopped_run, tmp_path):
+    config, whole = copied(stopped_run[0], tmp_path / "run"), stopped_run[1]
+    for name in (".checkpoint.pt.abcd.pt", ".metrics.csv.efgh.csv"):
+        (tmp_path / "run" / name).write_bytes(b"half")
+    (tmp_path / "run" / "env.json").write_text('{"git": ')
+    train(config)
+    check_equal(config, whole)
+    assert {path.name for path in (tmp_path / "run").glob(".*")} == {".lock"}
+
+
+@pytest.mark.parametrize("damage", ["[", "", None])
+def test_a_damaged_result_is_written_again(stopped_run, tmp_path, damage):
+    config, whole = copied(stopped_run[1], tmp_path / "run"), stopped_run[1]
+    path = tmp_path / "run" / "result.json"
+    path.unlink() if damage is None else path.write_text(damage)
+    with pytest.raises(RunError, match=r"result.json: cannot be read .*; delete DONE beside it"):
+        train(config)
+    (tmp_path / "run" / "DONE").unlink()
+    train(config)
+    check_equal(config, whole)
+
+
+def test_the_lock_ends_with_its_owner_and_not_with_the_owners_children(tmp_path):
+    code = """
+import os, sys, time
+from pathlib import Path
+from lawn.files import locked
+with locked(Path(sys.argv[1])) as free:
+    child = os.fork()
+    if child:
+        print(free, child, flush=True)
+    time.sleep(60)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "lock")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        free, child = owner.stdout.readline().split()
+        assert free == "True"
+        with locked(tmp_path / "lock") as taken:
+            assert not taken
+        owner.kill()
+        owner.wait()
+        with locked(tmp_path / "lock") as taken:
+            assert taken
+        os.kill(int(child), signal.SIGKILL)
+
+
+def test_one_of_many_that_fails_does_not_keep_the_others(tiny, tmp_path):
+    """Nor a group that is trained together, of which one cannot go on."""
+    good = [tiny("train.vectorize=2", f"seed={seed}", "train.epochs=1") for seed in range(2)]
+    bad = [tiny("train.vectorize=2", f"seed={seed}", "model.widths=[8]", f"run_dir={tmp_path}/bad") for seed in (1, 2)]
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "config.yaml").write_text("hash: other")
+    (failure,) = train_many([*bad, *good])
+    assert "holds run other" in str(failure)
+    assert all(RunDirectory(config).done for config in good)
 
 
 def test_a_run_that_an_older_version_has_finished_is_done(stopped_run, tmp_path, capsys):
@@ -481,6 +555,7 @@ def test_a_wandb_server_that_hangs(tiny, monkeypatch, capsys, asked):
     stub = SimpleNamespace(log=answers["log"], finish=answers["finish"], summary={})
     monkeypatch.setattr(wandb, "init", lambda **_: answers["init"]() or stub)
     monkeypatch.setattr(logger, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(logger.WandbLogger, "silent", False)
     assert train(tiny("logger=wandb"))["status"] == "done"
     hanging.set()
     assert capsys.readouterr().out.count("wandb: no answer in 0.2 s; logging to it ends here") == 1
