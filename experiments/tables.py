@@ -132,8 +132,8 @@ TABLE4 = Experiment(
         DECAY,
         SGD_LAWN,
         RANGE.format(0.25),
-        "The grids of the adaptive optimizers were widened once, by one larger peak rate each, after first results at "
-        "the big batch sizes had been seen.",
+        "The grids were widened twice after first results had been seen: those of the adaptive optimizers by a larger "
+        "peak rate, then all of them to 48 points, by larger peak rates and a longer warmup.",
     ),
 )
 
