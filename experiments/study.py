@@ -64,7 +64,8 @@ class Study:
         """Why there is no run of it: a key or a value that cannot be; None where there is no such."""
         try:
             self._at()
-            _ = self.tuning
+            if self.cell.sweep and not self.tuning:
+                return f"sweep={self.cell.sweep}: no such sweep, or an empty one"
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             return explain(error)
         return None

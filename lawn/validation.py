@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from traceback import walk_tb
 from typing import Any, get_args
 
-from hydra.errors import MissingConfigException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -170,6 +170,8 @@ def of_hydra(error: BaseException) -> bool:
     packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in walk_tb(error.__traceback__)]
     while packages and packages[-1] not in ("hydra", "omegaconf", "lawn", "run", "__main__"):
         packages.pop()
+    if isinstance(error, OSError) and not isinstance(error, HydraException):
+        return False  # a path that cannot be
     return bool(packages) and packages[-1] in ("hydra", "omegaconf")
 
 

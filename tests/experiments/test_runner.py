@@ -162,7 +162,7 @@ def test_a_damaged_run_directory_is_that_runs_failure_alone(tmp_path):
         ("nothing", (), "sweep=nothing: no such sweep"),
         ("peak_lr", ("optim.lr=abc",), "optim.lr: Value 'abc' of type 'str' could not be converted to Float"),
         ("peak_lr", ("hydra.sweeper.params={optim.lr: 'fast,slow'}",), "optim.lr: Value 'fast'"),
-        ("peak_lr", ("hydra.sweeper.params={optim.foo: '1,2'}",), "optim.foo: no such key"),
+        ("peak_lr", ("hydra.sweeper.params={optim.foo: '1,2'}",), "hydra.sweeper.params.optim.foo: no such key"),
         ("peak_lr", ("hydra.sweeper.params={optim.lr: '[1'}",), ""),
     ],
 )

@@ -152,6 +152,14 @@ def test_the_deterministic_switch_is_torchs_own_and_ends_with_the_run(tiny, monk
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.fixture
+def restored():
+    """The switch is the whole process's."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("restored")
 @pytest.mark.parametrize("kind", [("dataset=cifar10", "dataset.limit=8"), ("dataset=movielens100k",)])
 def test_every_network_has_deterministic_operations(tiny_data, tmp_path, kind):
     keys = (*kind, *FIXTURES[kind[0].partition("=")[2]], f"data_dir={tiny_data}", "device=cpu", "train.epochs=1")
