@@ -5,7 +5,7 @@ from typing import Any
 
 from lawn.config import Config
 from lawn.train.logger import Logger
-from lawn.train.loop import Run, summary
+from lawn.train.loop import Run
 from lawn.train.progress import Progress
 from lawn.train.record import RunDirectory
 
@@ -48,3 +48,17 @@ class Journal:
         self._logger.finish(result)
         print(summary(result), flush=True)
         return result
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The last line of a run."""
+    last, divergence = result["last"], result["divergence"]
+    metrics = [f"{k} {v:.4g}" for k, v in last.items() if k.startswith(result["split"]) and v is not None]
+    share = "" if result["peak_share"] is None else f" ({100 * result['peak_share']:.0f} % of the matmul peak)"
+    spent = ", ".join(f"{what} {value:.1f} s" for what, value in result["seconds"].items())
+    ended = f"after epoch {last['epoch']}: {'  '.join(metrics) or 'no evaluation'}"
+    if divergence:
+        largest = divergence["largest_gradient"]
+        where = f" in {largest['layer']}, norm {largest['norm']:.2g}" if largest else ": none was finite"
+        ended = f"at update {divergence['step']}, in epoch {last['epoch']}; largest gradient before{where}"
+    return f"{result['status']} {ended}; {result['samples_per_second']:,.0f} samples/s{share}; {spent}"

@@ -31,6 +31,18 @@ class Left:
         finite = (norms < torch.inf).all(-1, keepdim=True)  # isfinite takes four kernels
         self.gradients = torch.where(finite, norms, previous)
 
+    def divergence(self, before: int, names: list[str]) -> dict[str, Any]:
+        """At the end of a diverged epoch, which comes after `before` updates: the update, counted as `step` is, whose
+        loss was the first that is not finite, or that left weights which are not; the largest gradient at the last
+        update where all were finite, by the names of the weights."""
+        (losses,) = self.losses
+        finite = int(losses.isfinite().long().cumprod(0).sum())
+        largest = None
+        if self.gradients is not None and self.gradients.isfinite().all():
+            norm, index = self.gradients.max(0)
+            largest = {"layer": names[int(index)], "norm": norm.item()}
+        return {"step": before + min(finite + 1, len(losses)), "largest_gradient": largest}
+
     def state(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
         """What this rank goes on from, besides what all have in common."""
         assert self.gradients is not None  # an epoch is left after an update

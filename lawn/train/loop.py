@@ -115,7 +115,9 @@ class Run:
         }
         last = self.epoch == self.config.train.epochs
         if None in (row["train_loss"], row["weight_norm"]):
-            self.divergence = self._divergence(ended)
+            before = (self.epoch - 1) * self._updates
+            self.divergence = {"epoch": self.epoch, **ended.divergence(before, list(self._weights))}
+            self.divergence["last_finite"] = self.rows[-1] if self.rows else None
         elif last or self.epoch % self.config.eval.every == 0:
             with self.clock("eval"):
                 self.task.model.eval()
@@ -191,22 +193,6 @@ class Run:
         """The norm of each weight's gradient [weights]; 0 where there is none."""
         gradients = [p.new_zeros(1) if p.grad is None else p.grad for p in self._weights.values()]
         return torch.stack(torch._foreach_norm(gradients))
-
-    def _divergence(self, ended: Left) -> dict[str, Any]:
-        """The update, counted as `step` is, whose loss was the first that is not finite, or that left weights which are
-        not; the last row before; the largest gradient at the last update where all were finite."""
-        (losses,) = ended.losses
-        finite = int(losses.isfinite().long().cumprod(0).sum())
-        largest = None
-        if ended.gradients is not None and ended.gradients.isfinite().all():
-            norm, index = ended.gradients.max(0)
-            largest = {"layer": list(self._weights)[index], "norm": norm.item()}
-        return {
-            "epoch": self.epoch,
-            "step": (self.epoch - 1) * self._updates + min(finite + 1, len(losses)),
-            "largest_gradient": largest,
-            "last_finite": self.rows[-1] if self.rows else None,
-        }
 
     def _through(self, outer: Callable[[Tensor], Tensor], mean: Tensor) -> Tensor:
         """Carry the gradients of the update's mean loss on to a function of it; returns this rank's share of that."""
@@ -305,17 +291,3 @@ def epoch_seed(seed: int, epoch: int) -> int:
 def _finite(value: float) -> float | None:
     """JSON and CSV have no NaN and no infinity."""
     return value if math.isfinite(value) else None
-
-
-def summary(result: dict[str, Any]) -> str:
-    """The last line of a run."""
-    last, divergence = result["last"], result["divergence"]
-    metrics = [f"{k} {v:.4g}" for k, v in last.items() if k.startswith(result["split"]) and v is not None]
-    share = "" if result["peak_share"] is None else f" ({100 * result['peak_share']:.0f} % of the matmul peak)"
-    spent = ", ".join(f"{what} {value:.1f} s" for what, value in result["seconds"].items())
-    ended = f"after epoch {last['epoch']}: {'  '.join(metrics) or 'no evaluation'}"
-    if divergence:
-        largest = divergence["largest_gradient"]
-        where = f" in {largest['layer']}, norm {largest['norm']:.2g}" if largest else ": none was finite"
-        ended = f"at update {divergence['step']}, in epoch {last['epoch']}; largest gradient before{where}"
-    return f"{result['status']} {ended}; {result['samples_per_second']:,.0f} samples/s{share}; {spent}"
