@@ -19,7 +19,7 @@ setup: $(READY) ## make the environment in .venv (uv where it is installed, else
 $(READY): pyproject.toml constraints.txt
 	@if command -v uv >/dev/null; then \
 		uv venv --quiet --allow-existing --python '>=3.11,<3.14' $(VENV) && \
-		uv pip install --quiet --python $(PYTHON) --constraint constraints.txt --editable '.[harness,baselines,bench,dev]'; \
+		uv pip install --quiet --compile-bytecode --python $(PYTHON) --constraint constraints.txt --editable '.[harness,baselines,bench,dev]'; \
 	else \
 		python3 -m venv $(VENV) && \
 		$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[harness,baselines,bench,dev]'; \

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from math import inf, isnan, nan
 
 import numpy as np
@@ -12,6 +13,7 @@ from experiments.spec import Cell, Experiment, Measure
 from experiments.study import Study
 
 LEVEL = 0.05  # of significance
+_study = cache(Study)  # a figure shows cells of the tables
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def _outcome(cell: Cell, store: Store, selection: str, seeds: int) -> Outcome:
         return Outcome(cell, None, [], [], ())
     found = []
     for budget in cell.epochs or (None,):
-        study = Study(cell, budget, selection)
+        study = _study(cell, budget, selection)
         if study.problem:
             continue
         recorded = [store.read(job.config) for job in study.tuning]

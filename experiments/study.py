@@ -6,13 +6,14 @@ epoch wins, a diverged run loses, the first of equals is kept. Filling: the chos
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import count, islice, product
 from math import inf, isnan
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
@@ -78,9 +79,8 @@ class Study:
     @cached_property
     def axes(self) -> dict[str, list[str]]:
         """The values of each hyperparameter of the sweep preset; none where nothing is tuned."""
-        parser = OverridesParser.create()
         swept = self._composition[1].items() if self.cell.sweep else ()
-        parsed = [parser.parse_override(f"{key}={values}") for key, values in swept]
+        parsed = [_parsed(f"{key}={values}") for key, values in swept]
         return {axis.key_or_group: list(axis.sweep_string_iterator()) for axis in parsed}
 
     @cached_property
@@ -141,7 +141,7 @@ class Study:
     def _at(self, *overrides: str) -> Config:
         """The config with other values of keys, which is far faster than to compose it with them."""
         changed = self._composition[0].copy()
-        for override in OverridesParser.create().parse_overrides(list(overrides)):
+        for override in map(_parsed, overrides):
             OmegaConf.update(changed, override.key_or_group, override.value())
         return validate(changed)
 
@@ -163,6 +163,11 @@ def studies(
 def compose_all(jobs: list[tuple[str, ...]]) -> list[Config]:
     """Compose each job's overrides as `run.py` would. Raises ConfigError."""
     return [validate(_compose(overrides)[0]) for overrides in jobs]
+
+
+@cache  # the settings of a grid are made of few values
+def _parsed(override: str) -> Override:
+    return OverridesParser.create().parse_override(override)
 
 
 def _compose(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:

@@ -9,6 +9,7 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -128,6 +129,7 @@ _SPEED = {
 }
 
 
+@cache
 def register() -> None:
     """Make the schema known to Hydra, and `scaled` to the YAML files; call before composing.
 

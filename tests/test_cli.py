@@ -27,9 +27,9 @@ def main(monkeypatch, capsys):
 
 def test_sweep_runs_then_skips(tmp_path, main):
     command = ("-m", *SHORT, "optim=adam,adam_lawn", "seed=0,1", f"runs_dir={tmp_path}/runs")
-    first = run(*command)
-    assert (first.returncode, first.stderr) == (0, "")
-    assert first.stdout.count("done after epoch 2") == 4
+    code, out, err = main(*command)
+    assert (code, err) == (0, "")
+    assert out.count("done after epoch 2") == 4
     runs = sorted(p.name for p in (tmp_path / "runs").iterdir() if not p.name.startswith("."))
     assert len(runs) == 4
     code, out, _ = main(*command)

@@ -196,6 +196,7 @@ def test_one_key_500_times(key, value, context, capsys):
     check_command([f"dataset={context}", f"{key}={value}"], capsys)
 
 
+@pytest.mark.slow
 def test_the_oracle_knows_every_key():
     """And takes the configs that the groups give."""
     for group, members in MEMBERS.items():

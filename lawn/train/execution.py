@@ -43,7 +43,8 @@ class Execution:
     def prepare(self, model: nn.Module, device: torch.device) -> None:
         """Set what concerns the whole process, and the layout of the weights."""
         torch.set_float32_matmul_precision("highest" if self.precision == "fp32" else "high")
-        torch.use_deterministic_algorithms(self.deterministic)
+        if torch.are_deterministic_algorithms_enabled() != self.deterministic:  # to set it imports torch's compiler
+            torch.use_deterministic_algorithms(self.deterministic)
         if device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
             torch.backends.cudnn.benchmark = not self.deterministic

@@ -38,7 +38,17 @@ SIZES = [(60, 70), (5, 4), (7,), (100, 90), (3, 2, 3, 3)]
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter's process")
 @pytest.mark.parametrize(("marked", "count"), [("not slow", 9), pytest.param("slow", 2, marks=pytest.mark.slow)])
 def test_in_the_interpreter(marked, count):
-    command = [sys.executable, "-m", "pytest", str(Path(__file__)), "-p", "no:cacheprovider", "-m", marked]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(Path(__file__)),
+        "-p",
+        "no:cacheprovider",
+        "--noconftest",
+        "-m",
+        marked,
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout
