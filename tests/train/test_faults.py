@@ -78,7 +78,7 @@ VGG = ("dataset=cifar10", "optim=sgd", "dataset.limit=24", "train.batch_size=8",
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize(("kind", "window"), [((*NCF, "optim=adam_lawn"), 0.3), (VGG, 2.0)])
+@pytest.mark.parametrize(("kind", "window"), [((*NCF, "optim=adam_lawn"), 1.5), (VGG, 5.0)])
 def test_killed_at_random_moments(kind, window, devices, tiny_data, tmp_path):
     """20 times, at any moment of a run that writes checkpoints nearly all the time; it ends as if it had not been."""
     moments = random.Random(devices)
