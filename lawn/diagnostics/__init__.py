@@ -1,5 +1,6 @@
 """What LAWN claims, measured (paper sections 1 and 2)."""
 
 from lawn.diagnostics.flattening import binary_margin, multiclass_margin, weight_norm
+from lawn.diagnostics.updates import UpdateMonitor
 
-__all__ = ["binary_margin", "multiclass_margin", "weight_norm"]
+__all__ = ["UpdateMonitor", "binary_margin", "multiclass_margin", "weight_norm"]

@@ -1,0 +1,99 @@
+"""What an optimizer's updates do to each weight: norms, angles, and how much of the gradient only stretches."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+QUANTITIES = ("norm", "gradient_norm", "radial", "angle", "effective_lr")
+
+
+class UpdateMonitor:
+    """Measures every `every`-th update of an optimizer, for each weight of `model` with two or more dimensions.
+
+    Works with any optimizer, by hooks on its `step`; of several hooks on the same optimizer (`lawn.LAWN` has its own)
+    this one has to be the last, so attach it last. It measures
+
+        norm           ||w|| before the update
+        gradient_norm  ||g|| of the gradient that `step` finds; a closure's gradient comes too late to be seen
+        radial         |cos(g, w)|, the share of the gradient along w: 0 where the loss does not depend on ||w||
+        angle          between w before and after the update, radians
+        effective_lr   angle / (||w|| ||g||): the learning rate of plain gradient descent that would turn a weight of
+                       norm 1 in the same direction as far; lr / ||w||^2 for SGD on a scale-invariant weight (Van
+                       Laarhoven 2017, arXiv 1706.05350)
+
+    without making the host wait for the device. A weight without gradient is left out of that update's mean.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, every: int = 1) -> None:
+        """Raises ValueError when `every` is not positive, or the model has no weight to follow."""
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        self.weights = {name: p for name, p in model.named_parameters() if p.ndim >= 2 and p.requires_grad}
+        if not self.weights:
+            raise ValueError("nothing to follow: no trainable parameter with two or more dimensions")
+        self._every = every
+        self._updates = 0
+        self._before: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # the weight, w.g and g.g
+        device = next(iter(self.weights.values())).device
+        shape = (len(self.weights), 1 + len(QUANTITIES))  # how many were measured, and the sums
+        self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._hooks = [optimizer.register_step_pre_hook(self._keep), optimizer.register_step_post_hook(self._measure)]
+
+    def detach(self) -> None:
+        """Follow no longer."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def means(self) -> dict[str, dict[str, float]]:
+        """Over the updates measured since the last call: each quantity of QUANTITIES for each weight, by its name; NaN
+        where nothing was measured. Waits for the device."""
+        values = (self._sums[:, 1:] / self._sums[:, :1]).tolist()
+        self._sums.zero_()
+        return {name: dict(zip(QUANTITIES, row, strict=True)) for name, row in zip(self.weights, values, strict=True)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self._updates, "sums": self._sums.cpu()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._updates = state["updates"]
+        self._sums.copy_(state["sums"])
+
+    @torch.no_grad()
+    def _keep(self, *_: object) -> None:
+        if self._updates % self._every == 0:
+            for name, p in self.weights.items():
+                if p.grad is not None:
+                    w = _wide(p).clone()
+                    # The gradient is read now: an optimizer may overwrite it.
+                    self._before[name] = w, *_products(w, _wide(p.grad))
+        self._updates += 1
+
+    @torch.no_grad()
+    def _measure(self, *_: object) -> None:
+        if not self._before:
+            return
+        rows = [self._sums.new_zeros(1 + len(QUANTITIES))] * len(self.weights)
+        for index, (name, p) in enumerate(self.weights.items()):
+            if name not in self._before:
+                continue
+            w, along, square = self._before[name]
+            norm = (w * w).sum().sqrt()
+            change, size = _products(w, _wide(p) - w)
+            aside = (size - (change / norm).square()).clamp(min=0).sqrt()  # of the change, across w
+            angle = torch.atan2(aside, norm + change / norm)  # exact for small angles too, as an arc cosine is not
+            reach = (norm * square.sqrt()).clamp(min=torch.finfo(w.dtype).tiny)
+            values = [torch.ones_like(norm), norm, square.sqrt(), along.abs() / reach, angle, angle / reach]
+            rows[index] = torch.stack(values).double()
+        self._sums += torch.stack(rows)
+        self._before = {}
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.detach().to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _products(w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """w.v and v.v."""
+    return (w * v).sum(), (v * v).sum()

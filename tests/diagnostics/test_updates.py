@@ -1,0 +1,168 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lawn import LAWN, AdamLAWN
+from lawn.diagnostics import UpdateMonitor
+
+
+def vector(*values: float, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Parameter]:
+    model = nn.Module()
+    model.w = nn.Parameter(torch.tensor([values], dtype=dtype))
+    return model, model.w
+
+
+def step(optimizer: torch.optim.Optimizer, p: nn.Parameter, *gradient: float) -> None:
+    p.grad = torch.tensor([gradient], dtype=p.dtype)
+    optimizer.step()
+
+
+def test_by_hand():
+    """From (3, 4), gradient (4, -3) / 10 across it, rate 2: a right triangle of legs 5 and 1."""
+    model, w = vector(3, 4)
+    optimizer = torch.optim.SGD([w], lr=2)
+    monitor = UpdateMonitor(model, optimizer)
+    step(optimizer, w, 0.4, -0.3)
+    (found,) = monitor.means().values()
+    expected = {"norm": 5, "gradient_norm": 0.5, "radial": 0, "angle": math.atan2(1, 5)}
+    expected["effective_lr"] = math.atan2(1, 5) / 2.5
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_gradient_along_the_weight_turns_nothing():
+    model, w = vector(3, 4)
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    monitor = UpdateMonitor(model, optimizer)
+    step(optimizer, w, -6, -8)
+    assert monitor.means()["w"] == pytest.approx(
+        {"norm": 5, "gradient_norm": 10, "radial": 1, "angle": 0, "effective_lr": 0}, abs=1e-7
+    )
+
+
+def test_a_weight_that_turns_round():
+    """An update that goes through the origin: the angle is pi."""
+    model, w = vector(3, 4)
+    optimizer = torch.optim.SGD([w], lr=2)
+    monitor = UpdateMonitor(model, optimizer)
+    step(optimizer, w, 3, 4)
+    assert monitor.means()["w"]["angle"] == pytest.approx(math.pi)
+
+
+@given(st.lists(st.floats(-3, 3), min_size=6, max_size=6), st.floats(1e-7, 10))
+@settings(deadline=None)
+def test_angles_are_those_of_an_independent_formula(values, lr):
+    """Kahan's, which is exact for small angles and for large ones."""
+    before, gradient = torch.tensor(values, dtype=torch.float64).add(0.01).view(2, 3)
+    model, w = vector(*before.tolist())
+    optimizer = torch.optim.SGD([w], lr=lr)
+    monitor = UpdateMonitor(model, optimizer)
+    step(optimizer, w, *gradient.tolist())
+    a, b = before / before.norm(), w.detach()[0] / w.detach().norm()
+    if a.isfinite().all() and b.isfinite().all():
+        expected = 2 * math.atan2((a - b).norm().item(), (a + b).norm().item())
+        assert monitor.means()["w"]["angle"] == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+def test_the_effective_rate_of_sgd_on_a_scale_invariant_weight():
+    """lr / ||w||^2, for small angles."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.w = nn.Parameter(3 * torch.randn(4, 5, dtype=torch.float64))
+    target = torch.randn(4, 5, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    monitor = UpdateMonitor(model, optimizer)
+    norm = model.w.detach().norm().item()
+    (model.w * target).sum().div(model.w.norm()).backward()
+    optimizer.step()
+    found = monitor.means()["w"]
+    assert found["radial"] == pytest.approx(0, abs=1e-12)
+    assert found["effective_lr"] == pytest.approx(1e-3 / norm**2, rel=1e-4)
+
+
+def test_small_angles_in_float32():
+    model, w = vector(*[1.0] * 1000, dtype=torch.float32)
+    optimizer = torch.optim.SGD([w], lr=1)
+    monitor = UpdateMonitor(model, optimizer)
+    w.grad = torch.full_like(w, 1e-4)
+    w.grad[0, ::2] *= -1
+    optimizer.step()
+    assert monitor.means()["w"]["angle"] == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_every_third_update_and_a_state_in_between():
+    """Updates 0, 3 and 6 of 7 count, whether or not the monitor is saved and loaded in the middle."""
+    gradients = torch.arange(1.0, 8).tolist()
+    found = []
+    for interrupted in (False, True):
+        model, w = vector(1, 0)
+        optimizer = torch.optim.SGD([w], lr=0)
+        monitor = UpdateMonitor(model, optimizer, every=3)
+        for k, g in enumerate(gradients):
+            if interrupted and k == 5:
+                state = monitor.state_dict()
+                monitor.detach()
+                monitor = UpdateMonitor(model, optimizer, every=3)
+                monitor.load_state_dict(state)
+            step(optimizer, w, 0, g)
+        found.append(monitor.means()["w"])
+    assert found[0] == found[1]
+    assert found[0]["gradient_norm"] == (1 + 4 + 7) / 3
+    assert all(map(math.isnan, monitor.means()["w"].values()))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_after_lawn_has_done_its_part(wrapped):
+    """The norm stays, and the angle is that of the weight as LAWN leaves it."""
+    model, w = vector(3, 4)
+    if wrapped:
+        optimizer = torch.optim.Adam([w], lr=0.1)
+        LAWN(optimizer, free_steps=0)
+    else:
+        optimizer = AdamLAWN([w], lr=0.1, free_steps=0)
+    monitor = UpdateMonitor(model, optimizer)
+    before = w.detach().clone()
+    step(optimizer, w, 1, 1)
+    after = w.detach()
+    assert after.norm().item() == pytest.approx(5)
+    assert monitor.means()["w"]["angle"] == pytest.approx(math.acos((before * after).sum().item() / 25))
+    assert optimizer.state  # the same object, not a copy
+
+
+def test_only_weights_with_gradients_are_measured():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = UpdateMonitor(model, optimizer)
+    model[0](torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    found = monitor.means()
+    assert list(found) == ["0.weight", "1.weight"]
+    assert found["0.weight"]["gradient_norm"] == pytest.approx(6**0.5)
+    assert all(map(math.isnan, found["1.weight"].values()))
+
+
+def test_nothing_is_changed_and_bfloat16_is_widened():
+    model = nn.Linear(8, 4, dtype=torch.bfloat16)
+    twin = nn.Linear(8, 4, dtype=torch.bfloat16)
+    twin.load_state_dict(model.state_dict())
+    for net in (model, twin):
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
+        monitor = UpdateMonitor(net, optimizer) if net is model else None
+        net(torch.ones(1, 8, dtype=torch.bfloat16)).sum().backward()
+        gradient = net.weight.grad.clone()
+        optimizer.step()
+        assert torch.equal(net.weight.grad, gradient)
+        if monitor:
+            assert monitor.means()["weight"]["gradient_norm"] == pytest.approx(32**0.5)
+    assert torch.equal(model.weight, twin.weight)
+
+
+@pytest.mark.parametrize(
+    ("model", "every", "message"), [(nn.Linear(2, 2), 0, "at least 1"), (nn.LayerNorm(3), 1, "nothing to follow")]
+)
+def test_refused(model, every, message):
+    with pytest.raises(ValueError, match=message):
+        UpdateMonitor(model, torch.optim.SGD(model.parameters(), lr=1), every)
