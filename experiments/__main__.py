@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 
 from experiments import report
+from experiments.automatic import AUTOMATIC
 from experiments.demo import DEMO
 from experiments.figures import FIGURE1, FIGURE2
 from experiments.pool import Ended
@@ -29,7 +30,7 @@ from lawn.config import run_name
 from lawn.errors import ConfigError, UserError
 from lawn.train import Stopped
 
-EXPERIMENTS = {e.name: e for e in (DEMO, TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6, FIGURE1, FIGURE2)}
+EXPERIMENTS = {e.name: e for e in (DEMO, TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6, FIGURE1, FIGURE2, AUTOMATIC)}
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 

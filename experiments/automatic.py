@@ -1,0 +1,32 @@
+"""E_free chosen by the onset of loss flattening against E_free from a grid: the paper's future work (section 3)."""
+
+from experiments.spec import Cell, Experiment
+from experiments.tables import HEADLINE, PANELS
+
+SHARES = (1, 2.5, 5, 10, 20, 40)  # of the run, percent: the grid of fixed E_free
+# Peak rate and warmup are those that table 4 chose for Adam-LAWN on validation, and digits' are its preset's.
+_SETTINGS = {
+    ("digits", "", 100): ("dataset=digits", "optim=adam_lawn"),
+    ("movielens100k", "1k", 30): ("train.batch_size=1000", "optim.lr=3e-3", "schedule.warmup_epochs=${scaled:20,100}"),
+    ("movielens100k", "10k", 30): ("train.batch_size=10000", "optim.lr=1e-2", "schedule.warmup_epochs=${scaled:5,100}"),
+    ("movielens100k", "100k", 75): (
+        *("train.batch_size=100000", "optim.lr=3e-2", "schedule.warmup_epochs=${scaled:20,100}"),
+    ),
+}
+
+
+def _cells(row: str, free_epochs: str) -> list[Cell]:
+    found = []
+    for (dataset, column, epochs), keys in _SETTINGS.items():
+        members = () if dataset == "digits" else (f"dataset={dataset}", "optim=adam_lawn")
+        overrides = (*members, *keys, f"optim.free_epochs={free_epochs}")
+        found.append(Cell(row, overrides, PANELS.get(dataset, dataset), column, (epochs,)))
+    return found
+
+
+AUTOMATIC = Experiment(
+    "automatic",
+    "E_free: from a grid, and by the onset of loss flattening",
+    tuple(cell for share in SHARES for cell in _cells(f"E_free {share:g} %", f"${{scaled:{share:g},100}}")),
+    (HEADLINE,),
+)
