@@ -1,6 +1,7 @@
 """What LAWN claims, measured (paper sections 1 and 2)."""
 
+from lawn.diagnostics.curvature import LossSurface, top_eigenvalue
 from lawn.diagnostics.flattening import binary_margin, multiclass_margin, weight_norm
 from lawn.diagnostics.updates import UpdateMonitor
 
-__all__ = ["UpdateMonitor", "binary_margin", "multiclass_margin", "weight_norm"]
+__all__ = ["LossSurface", "UpdateMonitor", "binary_margin", "multiclass_margin", "top_eigenvalue", "weight_norm"]
