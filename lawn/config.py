@@ -53,7 +53,7 @@ class OptimConfig:
     momentum: float | None = None
     nesterov: bool | None = None
     weight_decay: float | None = None  # on weights with two or more dimensions
-    free_epochs: float | None = None  # LAWN: E_free
+    free_epochs: Any = None  # LAWN: E_free, a float; or auto: until the onset of loss flattening
     scope: str | None = None  # LAWN: all weights (the default), or those of the final_homogeneous sub-network
     include_bias: bool | None = None  # LAWN: a layer's bias shares the norm of its weight
     fused: bool | None = None  # false: torch's plain step, and of LAWN too; null: a fused one where there is one
@@ -96,6 +96,13 @@ class EvalConfig:
 
 
 @dataclass
+class DiagnosticsConfig:
+    name: str = "off"  # off or on: measure the updates of every weight, and the quantiles of the margins
+    updates: int | None = None  # of an epoch that are measured, at least; evenly spaced
+    samples: int | None = None  # of the training set, to estimate curvature and noise of the loss on when evaluating
+
+
+@dataclass
 class LoggerConfig:
     name: str = "csv"
     project: str | None = None
@@ -111,6 +118,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     seed: int = 0  # initialization, order, augmentation, negatives
     device: str = "auto"  # auto, cpu, cuda, cuda:N
@@ -119,7 +127,7 @@ class Config:
     run_dir: str | None = None  # this run's directory, instead of one named after its hash
 
 
-GROUPS = ("dataset", "model", "optim", "loss", "schedule", "logger")
+GROUPS = ("dataset", "model", "optim", "loss", "schedule", "diagnostics", "logger")
 # What a run gives does not depend on these, so its identity does not either.
 _NOT_IDENTITY = ("logger", "device", "data_dir", "runs_dir", "run_dir")
 _SPEED = {
@@ -172,6 +180,8 @@ def identity(config: Config) -> dict[str, Any]:
     for group, names in _SPEED.items():
         for name in names:
             del tree[group][name]
+    if config.diagnostics.name == "off":
+        del tree["diagnostics"]
     return {
         key: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
         for key, value in tree.items()

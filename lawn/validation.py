@@ -30,9 +30,18 @@ def validate(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
     assert isinstance(config, Config)
+    config.optim.free_epochs = _free_epochs(config.optim.free_epochs)
     for problem in _problems(config):
         raise ConfigError(problem)
     return config
+
+
+def _free_epochs(value: Any) -> float | str | None:
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
+        return float(value)
+    if value is None or value == "auto" or isinstance(value, float):
+        return value
+    raise ConfigError(f"optim.free_epochs={value}: must be a number of epochs, or auto")
 
 
 def _refuse_unknown_keys(node: DictConfig, schema: type, prefix: str) -> None:
@@ -88,12 +97,14 @@ def _problems(c: Config) -> Iterator[str]:
         "train.vectorize": (0, False),
         "train.checkpoint_seconds": (0, True),
         "eval.every": (0, False),
+        "diagnostics.updates": (0, False),
+        "diagnostics.samples": (1, False),
         "dataset.seed": (0, True),
         "seed": (0, True),
     }
     for key, (bound, inclusive) in lower_bounds.items():
         value = _get(c, key)
-        if value is None:
+        if value is None or value == "auto":
             continue
         if not (math.isfinite(value) and (value > bound or (inclusive and value == bound))):
             yield f"{key}={value}: must be a finite number {'at least' if inclusive else 'above'} {bound:g}"
@@ -106,6 +117,7 @@ def _problems(c: Config) -> Iterator[str]:
         "eval.split": ("test", "val"),
         "optim.scope": ("all", "final_homogeneous"),
         "schedule.name": ("linear", "constant"),
+        "diagnostics.name": ("off", "on"),
         "logger.mode": ("online", "offline", "disabled"),
         "dataset.loader": ("torch", "dali"),
         "train.precision": ("fp32", "tf32", "bf16"),
@@ -119,7 +131,7 @@ def _problems(c: Config) -> Iterator[str]:
         yield f"optim.betas={c.optim.betas}: must be two numbers in [0, 1)"
     if c.model.widths is not None and not all(width > 0 for width in c.model.widths):
         yield f"model.widths={c.model.widths}: must be positive"
-    if c.optim.free_epochs is not None and c.optim.free_epochs >= c.train.epochs:
+    if isinstance(c.optim.free_epochs, float) and c.optim.free_epochs >= c.train.epochs:
         yield (
             f"optim.free_epochs={c.optim.free_epochs:g}: must be below train.epochs={c.train.epochs}, "
             "or the constrained phase never begins"
@@ -128,6 +140,13 @@ def _problems(c: Config) -> Iterator[str]:
         yield f"train.logit_scale={c.train.logit_scale:g}: must be from 1e-6 to 1"
     if c.train.logit_scale is not None and c.optim.free_epochs is None:
         yield f"train.logit_scale={c.train.logit_scale:g}: needs a LAWN optimizer, whose switch it happens at"
+    if c.train.logit_scale is not None and c.optim.free_epochs == "auto":
+        yield f"train.logit_scale={c.train.logit_scale:g}: needs a number for optim.free_epochs"
+    if c.diagnostics.name == "on" and c.diagnostics.updates is None:
+        yield "diagnostics.updates: diagnostics=on needs a value"
+    for key in ("updates", "samples") if c.diagnostics.name == "off" else ():
+        if getattr(c.diagnostics, key) is not None:
+            yield f"diagnostics.{key}={getattr(c.diagnostics, key)}: needs diagnostics=on"
     if (c.train.devices or 1) > c.train.batch_size:
         yield f"train.devices={c.train.devices}: must be at most train.batch_size={c.train.batch_size}"
     if c.dataset.shards is not None and c.dataset.limit is not None:
@@ -155,7 +174,7 @@ def _values(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
         if is_dataclass(value):
             yield from _values(value, f"{field.name}.")
         else:
-            yield f"{prefix}{field.name}", value, type(None) in get_args(field.type)
+            yield f"{prefix}{field.name}", value, field.type is Any or type(None) in get_args(field.type)
 
 
 def _get(config: Config, key: str) -> Any:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from lawn.config import Config
 from lawn.data.batching import Batching
-from lawn.diagnostics import weight_norm
+from lawn.diagnostics import FlatteningOnset, weight_norm
 from lawn.errors import RunError
 from lawn.optim import LAWNOptimizer, LinearWarmup, LinearWarmupDecay, NonFiniteError, attenuate_logits
 from lawn.optimizers import OPTIMIZERS, optimizer_arguments
 from lawn.task import Task
 from lawn.train.execution import Execution
 from lawn.train.left import Left, resumed
+from lawn.train.observer import Observer
 from lawn.train.ranks import Ranks, accumulating
 from lawn.train.record import Row
 from lawn.train.throughput import flops_per_sample, peak_flops, synchronize
@@ -43,9 +44,13 @@ class Run:
         self.execution.prepare(task.model, self.device)
         chosen = optimizer_arguments(config)
         if "free_steps" in chosen:
-            chosen["free_steps"] = _steps(chosen["free_steps"], self._updates, total)
+            epochs = chosen["free_steps"]
+            chosen["free_steps"] = None if epochs == "auto" else _steps(epochs, self._updates, total)
         warmup = _steps(config.schedule.warmup_epochs, self._updates, total)
         self.optimizer = OPTIMIZERS[config.optim.name](task.model, **chosen)
+        self.onset = FlatteningOnset(self._updates) if config.optim.free_epochs == "auto" else None
+        on = config.diagnostics.name == "on"
+        self.observer = Observer(config, task, self.optimizer, self._updates) if on else None
         task.network = ranks.parallel(self.execution.compiled(task.model))
         self._weights = dict(task.model.named_parameters())
         self.scheduler = (
@@ -113,6 +118,10 @@ class Run:
             "margin_p50": _finite(margin),
             "weight_norm": _finite(weight_norm(self.task.model).item()),
         }
+        if self.onset:
+            row["free_epochs"] = (self.onset.updates - int(row["constrained"] or 0)) / self._updates
+        if self.observer:
+            row |= {name: _finite(value) for name, value in self.observer.row().items()}
         last = self.epoch == self.config.train.epochs
         if None in (row["train_loss"], row["weight_norm"]):
             before = (self.epoch - 1) * self._updates
@@ -123,6 +132,8 @@ class Run:
                 self.task.model.eval()
                 with torch.no_grad(), self.execution.autocast(self.device):
                     metrics = self._evaluate()
+                if self.observer:
+                    row |= {name: _finite(value) for name, value in self.observer.surface(self.device).items()}
             row |= {f"{self.config.eval.split}_{name}": _finite(value) for name, value in metrics.items()}
         self.rows.append(row)
         return row
@@ -157,6 +168,7 @@ class Run:
             if part.first:
                 self.before_update()
                 self.optimizer.zero_grad()
+                before = len(left.margins)
                 mean = torch.zeros((), dtype=torch.float64, device=self.device)
             with accumulating(task.network, part.last):
                 with self.execution.autocast(self.device):
@@ -170,16 +182,19 @@ class Run:
                 mean = self._through(task.loss.outer, mean)
             left.follow(mean, self._gradients())
             try:
+                self._watch(left.margins[before:])
                 self.update()
             except NonFiniteError:
                 left.losses = [self.ranks.total(torch.cat(left.losses)).cpu()]
                 return math.nan, math.nan
             if part.update.stop < task.dataset.num_train and pause():
                 return None
-        median = self.ranks.joined(torch.cat(left.margins)).median()
+        margins = self.ranks.joined(torch.cat(left.margins))
         # Only here, at the end of the epoch, does the host wait for the device.
         left.losses = [self.ranks.total(torch.cat(left.losses)).cpu()]
-        return self.mean_loss(), median.item()
+        if self.observer:
+            self.observer.margins(margins)
+        return self.mean_loss(), margins.median().item()
 
     def mean_loss(self) -> float:
         """Over the samples of the epoch that is at its end, of its updates' losses."""
@@ -193,6 +208,15 @@ class Run:
         """The norm of each weight's gradient [weights]; 0 where there is none."""
         gradients = [p.new_zeros(1) if p.grad is None else p.grad for p in self._weights.values()]
         return torch.stack(torch._foreach_norm(gradients))
+
+    def _watch(self, margins: list[Tensor]) -> None:
+        """Switch at the onset of loss flattening, where E_free is automatic; `margins` are an update's, of its parts.
+        Raises NonFiniteError."""
+        optimizer = self.optimizer
+        if self.onset is None or not isinstance(optimizer, LAWNOptimizer) or optimizer.constrained:
+            return
+        if self.onset.follow(self.ranks.joined(torch.cat(margins))):
+            optimizer.constrain()
 
     def _through(self, outer: Callable[[Tensor], Tensor], mean: Tensor) -> Tensor:
         """Carry the gradients of the update's mean loss on to a function of it; returns this rank's share of that."""
@@ -232,6 +256,8 @@ class Run:
             "divergence": self.divergence,
             "step": self.step,
             "gradients": self.gradients,
+            "onset": self.onset and self.onset.state_dict(),
+            "observer": self.observer and self.observer.state_dict(),
             "rows": self.rows,
             "seconds": self.seconds,
             "model": self.task.model.state_dict(),
@@ -250,6 +276,10 @@ class Run:
                 if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
                     moments[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
         self.scheduler.load_state_dict(state["scheduler"])
+        if self.onset:
+            self.onset.load_state_dict(state["onset"])
+        if self.observer:
+            self.observer.load_state_dict(state["observer"])
         if state["left"] is not None:
             self.left = resumed(state["left"], self.task.model, self.ranks)
 

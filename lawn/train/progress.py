@@ -17,7 +17,8 @@ class Progress:
 
     def epoch(self, row: dict[str, Any]) -> None:
         """Show the row of an epoch that has just ended."""
-        shown = {k: v for k, v in row.items() if k not in ("epoch", "step", "constrained", "lr") and v is not None}
+        hidden = ("epoch", "step", "constrained", "lr")
+        shown = {k: v for k, v in row.items() if k not in hidden and "/" not in k and v is not None}
         text = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
         if self._bar is not None:
             self._bar.set_postfix_str(text)

@@ -34,6 +34,7 @@ def kin(config: Config) -> str | None:
     train = config.train
     alone = train.micro_batch_size or (train.devices or 1) > 1 or train.compile not in (None, "off")
     alone = alone or train.precision == "bf16" or started_by_torchrun()
+    alone = alone or config.optim.free_epochs == "auto" or config.diagnostics.name == "on"  # they watch each update
     if config.model.name not in MODELS or config.optim.name in OWN_WEIGHTS or alone:
         return None
     shared = identity(config)

@@ -1,0 +1,150 @@
+"""diagnostics=on and optim.free_epochs=auto, in whole runs."""
+
+import csv
+
+import pytest
+import torch
+
+from lawn.config import config_hash
+from lawn.diagnostics import LossSurface, UpdateMonitor
+from lawn.diagnostics.onset import THRESHOLD
+from lawn.errors import ConfigError
+from lawn.train import train, train_many
+from lawn.train.loop import Run
+from lawn.train.record import RunDirectory
+from tests.helpers import compose
+
+AUTO = ("optim.free_epochs=auto", "optim.lr=1e-2", "train.batch_size=50")
+
+
+def rows(config) -> list[dict[str, str]]:
+    with (RunDirectory(config).path / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_columns_and_nothing_else_changes(tiny):
+    plain, watched = tiny(), tiny("diagnostics=on", "diagnostics.samples=64")
+    train(plain)
+    train(watched)
+    for one, other in zip(rows(plain), rows(watched), strict=True):
+        assert one.items() <= other.items()
+        more = set(other) - set(one)
+        weights = {name.partition("/")[2] for name in more if "/" in name}
+        assert weights == {"1.weight", "3.weight"}
+        quantities = {name.partition("/")[0] for name in more if "/" in name}
+        assert quantities == {"norm", "gradient_norm", "radial", "angle", "effective_lr"}
+        quantiles = [float(other[f"margin_p{q}"]) for q in (10, 25, 50, 75, 90)]
+        assert quantiles == sorted(quantiles)
+        assert float(other["hessian_top"]) > 0
+        assert float(other["gradient_covariance"]) > 0
+
+
+def test_the_numbers_are_those_of_the_library(tiny, monkeypatch):
+    """The angle of every update, by a monitor of our own."""
+    config = tiny("diagnostics=on", "diagnostics.updates=1000", "train.epochs=1", "train.batch_size=50")
+    own = []
+    prepare = Run.__init__
+
+    def init(run, *arguments):
+        prepare(run, *arguments)
+        own.append(UpdateMonitor(run.task.model, run.optimizer))
+
+    monkeypatch.setattr(Run, "__init__", init)
+    train(config)
+    (row,) = rows(config)
+    for weight, means in own[0].means().items():
+        for quantity, value in means.items():
+            assert float(row[f"{quantity}/{weight}"]) == pytest.approx(value)
+
+
+def test_curvature_is_of_the_same_samples_at_every_evaluation(tiny, monkeypatch):
+    seen = []
+    build = LossSurface.__init__
+
+    def init(surface, model, loss, inputs, labels, chunk):
+        seen.append(labels)
+        build(surface, model, loss, inputs, labels, chunk)
+
+    monkeypatch.setattr(LossSurface, "__init__", init)
+    train(tiny("diagnostics=on", "diagnostics.samples=40", "eval.every=2"))
+    assert len(seen) == 2
+    assert len(seen[0]) == 40
+    assert torch.equal(*seen)
+
+
+def test_a_run_with_diagnostics_is_another_run_and_without_the_same_as_ever(tiny):
+    assert config_hash(tiny("diagnostics=on")) != config_hash(tiny())
+    assert config_hash(tiny("diagnostics=off")) == config_hash(tiny())
+
+
+@pytest.mark.parametrize("dataset", ["movielens100k", "cifar10"])
+def test_other_tasks(dataset, tiny_data, tmp_path):
+    keys = (f"dataset={dataset}", "train.epochs=1", "train.batch_size=8", "diagnostics=on", "diagnostics.samples=8")
+    small = ("model.factors=4", "dataset.candidates=20") if dataset == "movielens100k" else ("dataset.limit=16",)
+    config = compose(*keys, *small, f"data_dir={tiny_data}", "device=cpu", f"runs_dir={tmp_path}")
+    train(config)
+    (row,) = rows(config)
+    assert float(row["hessian_top"]) > 0
+    assert all(value != "" for value in row.values())
+
+
+def test_the_switch_is_where_the_margins_are_high(tiny):
+    """And the column tells when it was: the norms stay from then on."""
+    config = tiny(*AUTO, "train.epochs=12")
+    train(config)
+    found = rows(config)
+    free = float(found[-1]["free_epochs"])
+    assert 0 < free < 12
+    first = next(k for k, row in enumerate(found) if row["constrained"] == "1")
+    assert first == int(free)
+    margins = [float(row["margin_p50"]) for row in found]
+    assert max(margins[:first]) < THRESHOLD < margins[-1]
+    assert len({round(float(row["weight_norm"]), 4) for row in found[first:]}) == 1
+
+
+def test_a_fixed_switch_at_the_same_update_is_the_same_run(tiny):
+    automatic = tiny(*AUTO, "train.epochs=12")
+    train(automatic)
+    free = rows(automatic)[-1]["free_epochs"]
+    fixed = tiny(*AUTO[1:], "train.epochs=12", f"optim.free_epochs={free}")
+    train(fixed)
+    for one, other in zip(rows(automatic), rows(fixed), strict=True):
+        assert other.items() <= one.items()
+
+
+def test_ranks_and_parts_switch_together(tiny, tmp_path):
+    keys = (*AUTO, "train.epochs=12", "diagnostics=on")
+    more = ((), ("train.micro_batch_size=7",), ("train.devices=2",))
+    one, parts, ranks = (tiny(*keys, *own, f"run_dir={tmp_path}/{k}") for k, own in enumerate(more))
+    for config in (one, parts, ranks):
+        train(config)
+    for row, *others in zip(rows(one), rows(parts), rows(ranks), strict=True):
+        for other in others:
+            assert float(other["free_epochs"]) == float(row["free_epochs"])
+            for name in row:
+                assert float(other[name]) == pytest.approx(float(row[name]), rel=1e-3, abs=1e-4), name
+
+
+def test_watched_runs_are_trained_alone(tiny):
+    configs = [tiny(*AUTO, f"seed={seed}", "train.vectorize=4") for seed in range(2)]
+    assert train_many(configs) == []
+    for config in configs:
+        assert "free_epochs" in rows(config)[-1]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["optim.free_epochs=soon"], "optim.free_epochs=soon: must be a number of epochs, or auto"),
+        (["optim.free_epochs=[1]"], "must be a number of epochs, or auto"),
+        (["optim.free_epochs=true"], "must be a number of epochs, or auto"),
+        (["optim=adam", "optim.free_epochs=auto"], "optim.free_epochs=auto: does not apply to optim=adam"),
+        (["optim.free_epochs=auto", "train.logit_scale=0.2"], "needs a number for optim.free_epochs"),
+        (["diagnostics.samples=10"], "diagnostics.samples=10: needs diagnostics=on"),
+        (["diagnostics=on", "diagnostics.updates=null"], "diagnostics.updates: diagnostics=on needs a value"),
+        (["diagnostics=on", "diagnostics.samples=1"], "diagnostics.samples=1: must be a finite number above 1"),
+    ],
+)
+def test_refused(tiny, keys, message):
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        train(tiny(*keys))
