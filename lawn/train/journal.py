@@ -44,6 +44,8 @@ class Journal:
         self._progress.close()
         result = run.result()
         self._directory.write_metrics(run.rows)
+        if run.observer:
+            self._directory.draw()
         self._directory.finish(result)
         self._logger.finish(result)
         print(summary(result), flush=True)

@@ -35,7 +35,7 @@ Row = dict[str, float | int | None]
 CHECKPOINT_VERSION = 3
 TIMES = ("samples_per_second", "peak_share", "seconds")  # of a result: what another run of the same config changes
 CHECKPOINTS = ("checkpoint.pt", "checkpoint_previous.pt")
-FILES = ("config.yaml", "env.json", "metrics.csv", "result.json", "timing.json", *CHECKPOINTS)
+FILES = ("config.yaml", "env.json", "metrics.csv", "result.json", "timing.json", "diagnostics.png", *CHECKPOINTS)
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "adamp", "pytorch-cpr", "schedulefree")
 
 
@@ -133,6 +133,13 @@ class RunDirectory:
                 f"{path}: is of format {found[0]} and run {found[1]}, not {CHECKPOINT_VERSION} and {self.hash}"
             )
         return state
+
+    def draw(self) -> None:
+        """diagnostics.png, from metrics.csv."""
+        from lawn.diagnostics import figure  # matplotlib is a second to import
+
+        with atomic(self.path / "diagnostics.png") as temporary:
+            figure.save({self.path.name: figure.read(self.path)}, temporary)
 
     def finish(self, result: dict[str, Any]) -> None:
         """result.json has what the run gave; timing.json how long it took, which no other run gives again."""

@@ -1,12 +1,14 @@
 """diagnostics=on and optim.free_epochs=auto, in whole runs."""
 
 import csv
+from pathlib import Path
 
 import pytest
 import torch
 
 from lawn.config import config_hash
-from lawn.diagnostics import LossSurface, UpdateMonitor
+from lawn.diagnostics import LossSurface, UpdateMonitor, figure
+from lawn.diagnostics.__main__ import main as diagnostics_main
 from lawn.diagnostics.onset import THRESHOLD
 from lawn.errors import ConfigError
 from lawn.train import train, train_many
@@ -148,3 +150,40 @@ def test_watched_runs_are_trained_alone(tiny):
 def test_refused(tiny, keys, message):
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
         train(tiny(*keys))
+
+
+def test_the_figure_at_the_end_and_of_several_runs(tiny, tmp_path, capsys):
+    configs = [tiny(*keys, "diagnostics=on") for keys in (("optim=adam",), ("optim.free_epochs=1",))]
+    for config in configs:
+        train(config)
+        assert (RunDirectory(config).path / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
+    first, second = (str(RunDirectory(config).path) for config in configs)
+    assert diagnostics_main([first, f"LAWN={second}", "--out", f"{tmp_path}/both.png"]) == 0
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    shown = figure.draw({"Adam": figure.read(Path(first)), "LAWN": figure.read(Path(second))})
+    by_title = {axis.get_ylabel(): axis for axis in shown.axes}
+    assert len(by_title) == 7  # no curvature was measured
+    angles = by_title["angle of an update, rad"]
+    expected = [float(row["angle/1.weight"]) * float(row["angle/3.weight"]) for row in rows(configs[0])]
+    (thick,) = (line for line in angles.lines if line.get_label() == "Adam")
+    assert list(thick.get_ydata()) == pytest.approx([value**0.5 for value in expected])
+    assert len([line for line in angles.lines if line.get_linestyle() == ":"]) == 1  # the switch, of LAWN alone
+    capsys.readouterr()
+
+
+def test_what_cannot_be_drawn_is_one_line(tiny, tmp_path, capsys):
+    plain = tiny("train.epochs=1")
+    train(plain)
+    capsys.readouterr()
+    for path, reason in ((RunDirectory(plain).path, "is not of a run with diagnostics=on"), (tmp_path, "cannot be")):
+        assert diagnostics_main([str(path), "--out", f"{tmp_path}/x.png"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert reason in line
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_diverged_run_has_a_figure_too(tiny):
+    config = tiny("optim=sgd", "optim.lr=1e30", "optim.weight_decay=0", "diagnostics=on")
+    assert train(config)["status"] == "diverged"
+    assert (RunDirectory(config).path / "diagnostics.png").exists()

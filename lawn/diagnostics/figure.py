@@ -1,0 +1,96 @@
+"""The figure of runs with `diagnostics=on`, from their metrics.csv."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lawn.errors import RunError
+
+PANELS = (  # a column of metrics.csv, or QUANTITY/ for those of every weight; what it is; the scale of its axis
+    ("train_loss", "training loss, nats", "log"),
+    ("margin_p50", "training margin, logits (10, 50, 90 %)", "linear"),
+    ("norm/", "norm of a weight", "log"),
+    ("gradient_norm/", "norm of its gradient", "log"),
+    ("radial/", "|cos| of gradient and weight", "linear"),
+    ("angle/", "angle of an update, rad", "log"),
+    ("effective_lr/", "effective learning rate", "log"),
+    ("hessian_top", "top eigenvalue of the Hessian", "log"),
+    ("gradient_covariance", "trace of gradients' covariance", "log"),
+)
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
+STYLE: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+ACROSS = 3
+
+
+def read(path: Path) -> pd.DataFrame:
+    """metrics.csv of a run directory. Raises RunError where there is none, or it is not of a run with diagnostics."""
+    try:
+        rows = pd.read_csv(path / "metrics.csv")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path / 'metrics.csv'}: cannot be read ({error})") from error
+    if not any(name.startswith("angle/") for name in rows):
+        raise RunError(f"{path}: is not of a run with diagnostics=on")
+    return rows
+
+
+def draw(runs: dict[str, pd.DataFrame]) -> Figure:
+    """A panel for each quantity that a run has, over the epochs; each run, by its name, in its own colour.
+
+    Of what each weight has, there is a thin line for every weight, and a thick one for their geometric mean (of shares,
+    the mean). A dotted line is the first epoch at whose end the norms are fixed.
+    """
+    shown = [panel for panel in PANELS if any(_columns(rows, panel[0]) for rows in runs.values())]
+    down = -(-len(shown) // ACROSS)
+    figure = Figure(figsize=(3.6 * ACROSS, 2.7 * down + 0.4), layout="constrained")
+    axes = figure.subplots(down, ACROSS, squeeze=False).flat
+    for axis, (key, title, scale) in zip(axes, shown, strict=False):
+        for color, (name, rows) in zip(_colors(len(runs)), runs.items(), strict=True):
+            _line(axis, rows, key, color, name)
+        axis.set(xlabel="epoch", ylabel=title, yscale=scale)
+    for axis in list(figure.axes)[len(shown) :]:
+        axis.remove()
+    lines = {str(line.get_label()): line for line in figure.axes[0].lines if line.get_label() in runs}
+    figure.legend(list(lines.values()), list(lines), frameon=False, ncols=min(3, len(runs)), loc="outside upper center")
+    return figure
+
+
+def save(runs: dict[str, pd.DataFrame], path: Path) -> None:
+    """Write the figure as PNG."""
+    from matplotlib import rc_context
+
+    with rc_context(STYLE):
+        draw(runs).savefig(path, format="png", dpi=150)
+
+
+def _line(axis: Axes, rows: pd.DataFrame, key: str, color: str, name: str) -> None:
+    columns = _columns(rows, key)
+    found = rows.dropna(subset=columns, how="all")
+    if found.empty:
+        return
+    values = found[columns].astype(float)
+    if len(columns) > 1:
+        for column in columns:
+            axis.plot(found["epoch"], values[column], color=color, linewidth=0.6, alpha=0.35)
+    whole = key in ("radial/", "margin_p50")  # not of a quantity that is above 0
+    mean = values.mean(axis=1) if whole else np.exp(np.log(values.clip(lower=1e-300)).mean(axis=1))
+    axis.plot(found["epoch"], mean, color=color, linewidth=1.6, label=name)
+    if key == "margin_p50" and "margin_p10" in rows:
+        axis.fill_between(
+            found["epoch"], found["margin_p10"], found["margin_p90"], color=color, alpha=0.15, linewidth=0
+        )
+    switched = rows.loc[rows["constrained"] == 1, "epoch"]
+    if len(switched):
+        axis.axvline(switched.iloc[0], color=color, linewidth=0.8, linestyle=":")
+
+
+def _columns(rows: pd.DataFrame, key: str) -> list[str]:
+    return [name for name in rows if name.startswith(key)] if key.endswith("/") else [key] if key in rows else []
+
+
+def _colors(number: int) -> Sequence[str]:
+    return [COLORS[k % len(COLORS)] for k in range(number)]
