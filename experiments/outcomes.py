@@ -121,8 +121,32 @@ def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Comparison
     return compared
 
 
+def against_the_best(experiment: Experiment, found: list[Outcome]) -> list[str]:
+    """How the rival stands to the best of the other rows, a sentence for each column that has both."""
+    measure = experiment.measures[0]
+    sign = -1 if measure.smaller_is_better else 1
+    lines = []
+    for panel, column in places(found):
+        filled = [o for o in found if (o.cell.panel, o.cell.column) == (panel, column) and o.values(measure)]
+        rival = next((o for o in filled if o.cell.row == experiment.rival), None)
+        others = [o for o in filled if o is not rival]
+        if rival is None or not others:
+            continue
+        best = max(others, key=lambda o: sign * o.mean(measure))
+        (mean, error), (top, spread) = (mean_and_error(o.values(measure)) for o in (rival, best))
+        gain = sign * (mean - top)
+        how = "better" if gain >= 0 else "within one standard error" if gain >= -spread else "worse by more than that"
+        lines.append(
+            f"{rival.cell.row} at {place(panel, column)}: {mean:.2f} ({error:.2f}), the best of the others, "
+            f"{best.cell.row}, {top:.2f} ({spread:.2f}): {how}."
+        )
+    return lines
+
+
 def verdict(experiment: Experiment, found: list[Outcome]) -> list[str]:
     """How the ranking stands to the paper's, in sentences; none where nothing can be compared."""
+    if experiment.rival:
+        return against_the_best(experiment, found)
     pairs = comparisons(experiment, found)
     lines = []
     if len(pairs) == 1:

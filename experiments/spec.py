@@ -53,6 +53,7 @@ class Experiment:
     cells: tuple[Cell, ...]
     measures: tuple[Measure, ...]
     figure: str | None = None  # "epochs": curves of every cell; "batch": the measure over the batch size, by panel
+    rival: str | None = None  # a row to be compared with the best of the others, in every column
     pairs: tuple[tuple[str, str], ...] = ()  # rows to compare: a method, and what LAWN makes of it
     notes: tuple[str, ...] = ()  # what the reader has to know
     seeds: int = 3

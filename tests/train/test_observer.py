@@ -92,11 +92,11 @@ def test_other_tasks(dataset, tiny_data, tmp_path):
 
 def test_the_switch_is_where_the_margins_are_high(tiny):
     """And the column tells when it was: the norms stay from then on."""
-    config = tiny(*AUTO, "train.epochs=12")
+    config = tiny(*AUTO, "train.epochs=20")
     train(config)
     found = rows(config)
     free = float(found[-1]["free_epochs"])
-    assert 0 < free < 12
+    assert 0 < free < 20
     first = next(k for k, row in enumerate(found) if row["constrained"] == "1")
     assert first == int(free)
     margins = [float(row["margin_p50"]) for row in found]
@@ -105,17 +105,17 @@ def test_the_switch_is_where_the_margins_are_high(tiny):
 
 
 def test_a_fixed_switch_at_the_same_update_is_the_same_run(tiny):
-    automatic = tiny(*AUTO, "train.epochs=12")
+    automatic = tiny(*AUTO, "train.epochs=20")
     train(automatic)
     free = rows(automatic)[-1]["free_epochs"]
-    fixed = tiny(*AUTO[1:], "train.epochs=12", f"optim.free_epochs={free}")
+    fixed = tiny(*AUTO[1:], "train.epochs=20", f"optim.free_epochs={free}")
     train(fixed)
     for one, other in zip(rows(automatic), rows(fixed), strict=True):
         assert other.items() <= one.items()
 
 
 def test_ranks_and_parts_switch_together(tiny, tmp_path):
-    keys = (*AUTO, "train.epochs=12", "diagnostics=on")
+    keys = (*AUTO, "train.epochs=20", "diagnostics=on")
     more = ((), ("train.micro_batch_size=7",), ("train.devices=2",))
     one, parts, ranks = (tiny(*keys, *own, f"run_dir={tmp_path}/{k}") for k, own in enumerate(more))
     for config in (one, parts, ranks):
