@@ -19,7 +19,7 @@ import torch
 from experiments import report
 from experiments.automatic import AUTOMATIC
 from experiments.demo import DEMO
-from experiments.figures import FIGURE1, FIGURE2
+from experiments.figures import FIGURE1, FIGURE2, FLATTENING
 from experiments.pool import Ended
 from experiments.records import Record, Store
 from experiments.runner import TOGETHER, Pace, duration, missing, run
@@ -30,7 +30,9 @@ from lawn.config import run_name
 from lawn.errors import ConfigError, UserError
 from lawn.train import Stopped
 
-EXPERIMENTS = {e.name: e for e in (DEMO, TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6, FIGURE1, FIGURE2, AUTOMATIC)}
+EXPERIMENTS = {
+    e.name: e for e in (DEMO, TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6, FIGURE1, FIGURE2, FLATTENING, AUTOMATIC)
+}
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 

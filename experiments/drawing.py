@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from experiments.outcomes import Outcome, mean_and_error, paper
 from experiments.spec import Experiment
+from lawn.diagnostics import figure as diagnostics
 from lawn.files import atomic
 
 STYLE: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "lawn"}
@@ -21,7 +22,7 @@ STYLE: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.
 def draw(experiment: Experiment, found: list[Outcome], path: Path) -> None:
     """Write the experiment's figure as .png and .svg."""
     with plt.rc_context(STYLE):
-        figure = {"epochs": over_epochs, "batch": over_batch_size}[str(experiment.figure)](experiment, found)
+        figure = FIGURES[str(experiment.figure)](experiment, found)
         for suffix in (".png", ".svg"):
             with atomic(path.with_suffix(suffix)) as temporary:
                 figure.savefig(temporary, dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
@@ -78,3 +79,11 @@ def over_batch_size(experiment: Experiment, found: list[Outcome]) -> Figure:
     axes[0].set_ylabel(measure.title)
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, ncols=4, loc="outside lower center")
     return figure
+
+
+def of_diagnostics(_: Experiment, found: list[Outcome]) -> Figure:
+    """What `python -m lawn.diagnostics` draws, of the first run of every cell."""
+    return diagnostics.draw({outcome.cell.row: outcome.records[0].history for outcome in found if outcome.records})
+
+
+FIGURES = {"epochs": over_epochs, "batch": over_batch_size, "diagnostics": of_diagnostics}

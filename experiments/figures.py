@@ -1,5 +1,7 @@
 """The paper's two figures."""
 
+from dataclasses import replace
+
 from experiments.spec import Cell, Experiment, Measure
 from experiments.tables import DECAY, HEADLINE, PAIRS, PANELS, PAPER, RANGE, TABLE1, TABLE3, TABLE4
 
@@ -35,6 +37,28 @@ FIGURE1 = Experiment(
         "run. The paper's curves are an image, so no numbers stand beside ours, and it names neither the learning "
         "rate nor the batch size.",
     ),
+)
+
+_WATCHED = ("diagnostics=on", "diagnostics.samples=1000", "eval.every=10")
+
+FLATTENING = Experiment(
+    "flattening",
+    "Loss flattening inside figure 1's two runs, MovieLens-100k",
+    tuple(replace(cell, overrides=(*cell.overrides, *_WATCHED)) for cell in FIGURE1.cells),
+    (
+        Measure("test_hr10", "test HR@10, %"),
+        Measure("train_loss", "training loss, nats", 3),
+        Measure("margin_p50", "median training margin, logits"),
+        Measure("hessian_top", "top eigenvalue of the Hessian", -2),
+        Measure("gradient_covariance", "trace of the gradients' covariance", -2),
+    ),
+    figure="diagnostics",
+    notes=(
+        "The runs are those of figure 1 with diagnostics=on. The Hessian of the training loss and the covariance of "
+        "the samples' gradients (of one sample, not of a minibatch) are estimated on the same 1,000 training samples "
+        "every 10 epochs; norms, angles and gradients of each weight are means over 8 updates of each epoch.",
+    ),
+    seeds=1,
 )
 
 _SHOWN = {"cifar10", "cifar100", "movielens1m", "imagenet", "movielens100k"}

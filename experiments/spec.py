@@ -52,7 +52,8 @@ class Experiment:
     title: str
     cells: tuple[Cell, ...]
     measures: tuple[Measure, ...]
-    figure: str | None = None  # "epochs": curves of every cell; "batch": the measure over the batch size, by panel
+    figure: str | None = None  # "epochs": curves of every cell; "batch": the measure over the batch size, by panel;
+    # "diagnostics": what diagnostics=on measures, of the first run of every cell
     rival: str | None = None  # a row to be compared with the best of the others, in every column
     pairs: tuple[tuple[str, str], ...] = ()  # rows to compare: a method, and what LAWN makes of it
     notes: tuple[str, ...] = ()  # what the reader has to know

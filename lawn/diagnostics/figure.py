@@ -44,7 +44,8 @@ def draw(runs: dict[str, pd.DataFrame]) -> Figure:
     Of what each weight has, there is a thin line for every weight, and a thick one for their geometric mean (of shares,
     the mean). A dotted line is the first epoch at whose end the norms are fixed.
     """
-    shown = [panel for panel in PANELS if any(_columns(rows, panel[0]) for rows in runs.values())]
+    measured = [panel for panel in PANELS if any(_columns(rows, panel[0]) for rows in runs.values())]
+    shown = measured or PANELS  # empty ones, of no run
     down = -(-len(shown) // ACROSS)
     figure = Figure(figsize=(3.6 * ACROSS, 2.7 * down + 0.4), layout="constrained")
     axes = figure.subplots(down, ACROSS, squeeze=False).flat
@@ -55,7 +56,8 @@ def draw(runs: dict[str, pd.DataFrame]) -> Figure:
     for axis in list(figure.axes)[len(shown) :]:
         axis.remove()
     lines = {str(line.get_label()): line for line in figure.axes[0].lines if line.get_label() in runs}
-    figure.legend(list(lines.values()), list(lines), frameon=False, ncols=min(3, len(runs)), loc="outside upper center")
+    if lines:
+        figure.legend(list(lines.values()), list(lines), frameon=False, ncols=3, loc="outside upper center")
     return figure
 
 
