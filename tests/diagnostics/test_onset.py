@@ -8,14 +8,15 @@ from hypothesis import strategies as st
 from lawn.diagnostics import FlatteningOnset
 
 
-def switch(margins: torch.Tensor, batch_size: int, threshold: float, state_at: int | None = None) -> int | None:
-    """The number of samples seen at the onset, of an epoch of margins that goes on and on; None where there is none."""
-    batches = margins.split(batch_size)
-    onset = FlatteningOnset(len(batches), threshold)
-    for k, batch in enumerate(batches):
+def switch(
+    margins: torch.Tensor, batch_size: int, epoch: int, threshold: float, state_at: int | None = None
+) -> int | None:
+    """The number of samples seen at the onset, of margins in the order of training; None where there is none."""
+    onset = FlatteningOnset(epoch // batch_size, threshold)
+    for k, batch in enumerate(margins.split(batch_size)):
         if k == state_at:
             state = onset.state_dict()
-            onset = FlatteningOnset(len(batches), threshold)
+            onset = FlatteningOnset(epoch // batch_size, threshold)
             onset.load_state_dict(state)
         if onset.follow(batch):
             return k * batch_size + len(batch)
@@ -23,37 +24,48 @@ def switch(margins: torch.Tensor, batch_size: int, threshold: float, state_at: i
 
 
 def test_by_hand():
-    """Ten checks of ten samples each; the median, the lower one of the two in the middle, is 2 at the third."""
-    margins = torch.zeros(100)
-    margins[20:24] = 5
-    margins[24:26] = 2
-    assert switch(margins, 1, 2.0) == 30
-    margins[25] = 1.9
-    assert switch(margins, 1, 2.0) is None
+    """Epochs of 100 samples: a check after every ten. The first check with a median of 2 is that of 120 to 130, the
+    sixth one that of 170 to 180; with it the lower median of ten checks is 2."""
+    margins = torch.zeros(300)
+    margins[120:] = 2
+    assert switch(margins, 1, 100, 2.0) == 180
+    assert switch(margins, 1, 100, 2.1) is None
+    margins[120:125] = 0  # half of a check: its lower median is 0
+    assert switch(margins, 1, 100, 2.0) == 190
 
 
-@given(st.sampled_from([1, 2, 5, 10, 25, 50, 100]), st.floats(-1, 4))
+def test_a_peak_is_no_onset():
+    margins = torch.zeros(300)
+    margins[120:160] = 9
+    assert switch(margins, 1, 100, 2.0) is None
+
+
+@given(st.sampled_from([1, 2, 5, 10, 25, 50, 100, 200]), st.floats(-1, 4))
 def test_the_batch_size_hardly_matters(batch_size, threshold):
-    """Margins that grow from -1 to 4 over 1,000 samples: the switch comes within a window of where they cross."""
-    margins = torch.linspace(-1, 4, 1000)
-    crossed = (threshold + 1) / 5 * 1000
-    found = switch(margins, batch_size, threshold)
-    if found is None:
-        assert crossed > 900
-    else:
-        assert crossed <= found <= crossed + 150 + batch_size
+    """Margins that grow from -1 to 4 over three epochs of 1,000 samples: the switch comes half an epoch after they
+    cross the threshold, or at the end of the first epoch, to within two checks."""
+    margins = torch.linspace(-1, 4, 3000)
+    expected = max(1000.0, (threshold + 1) / 5 * 3000 + 500)
+    found = switch(margins, batch_size, 1000, threshold)
+    slack = 2 * max(100, batch_size)
+    assert (expected > 3000 - slack) if found is None else (abs(found - expected) <= slack)
 
 
 @given(st.integers(0, 30))
 def test_a_state_in_between(at):
-    margins = torch.linspace(0, 2, 310)
-    assert switch(margins, 10, 1.0, state_at=at) == switch(margins, 10, 1.0)
+    margins = torch.linspace(0, 2, 620)
+    assert switch(margins, 10, 310, 1.0, state_at=at) == switch(margins, 10, 310, 1.0) is not None
 
 
 def test_not_a_number_is_no_onset():
-    assert switch(torch.full((100,), math.nan), 10, 1.0) is None
+    assert switch(torch.full((300,), math.nan), 10, 100, 1.0) is None
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
-def test_short_epochs_are_checked_at_every_update(batch_size):
-    assert switch(torch.full((batch_size * 3,), 9.0), batch_size, 1.0) == batch_size
+def test_never_before_the_end_of_the_first_epoch(batch_size):
+    assert switch(torch.full((batch_size * 9,), 9.0), batch_size, batch_size * 3, 1.0) == batch_size * 3
+
+
+def test_an_epoch_without_updates_is_refused():
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        FlatteningOnset(0)
