@@ -74,8 +74,9 @@ def plan(given: argparse.Namespace) -> int:
         takes = 0.0 if done else simulation.seconds[given.short]
         each += [] if done else [takes]
         total += 1
-        rows.append({"cell": simulation.name, "seeds": f"{int(done)}/1", "time": duration(takes)})
-    print(pd.DataFrame(rows).fillna("").to_string(index=False))
+        row = {"cell": simulation.name, "epochs": "", "tuning": "", "seeds": f"{int(done)}/1"}
+        rows.append({**row, "time": duration(takes)})
+    print(pd.DataFrame(rows).to_string(index=False))
     known = [seconds for seconds in each if seconds is not None]
     print(
         f"\n{len(rows)} cells, {total} runs, {total - len(each)} done; the others one after the other at the pace "

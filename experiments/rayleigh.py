@@ -11,6 +11,7 @@ Many weights [n] make up one tensor [weights, n] in float64, and one optimizer o
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -160,6 +161,7 @@ class Walk:
         )
 
 
+@cache
 def flow_time(dimension: int) -> float:
     """Time in which gradient flow from a walk's start, at norm 1 and without noise, brings the excess down to 1/e.
 

@@ -173,7 +173,7 @@ def _of_angles(numbers: list[Number]) -> list[str]:
     lines = []
     for quantity, what in (
         (EXCESS, "the limiting excess is"),
-        (CONVERGENCE, "the rate of convergence, 1 / updates, is but for the filling of the buffer"),
+        (CONVERGENCE, "the rate of convergence, 1 / updates, is (the filling of the buffer counted)"),
     ):
         own = [n for n in numbers if n.quantity == quantity and n.values]
         of = {name: [n.error for n in own if n.setting.startswith(f"{name},") and small[n.setting]] for name in NAMES}
@@ -186,9 +186,10 @@ def _of_angles(numbers: list[Number]) -> list[str]:
         )
     lines.append(
         "What does not agree there: towards large angles the excess saturates (it cannot exceed the range of the "
-        "quotient), and no rate is given where it ends above half of its start. SGD-LAWN with momentum projects away "
-        "what of its buffer is no longer tangent: at large angles its updates are less like each other than momentum "
-        "makes them otherwise, so that they are shorter, and its excess is below the line."
+        "quotient), and no rate is given where it ends above half of its start; where few updates are enough, each "
+        "repeat gets there by its noise rather than by the theory's mean. SGD-LAWN takes the tangent part of its buffer "
+        "alone: with momentum 0.9 its angle grows less than in proportion to the learning rate, and at large angles "
+        "its excess is below the line."
     )
     return lines
 
@@ -203,9 +204,9 @@ def _of_drop(record: Record) -> list[str]:
         setting = f"{_optimizer(row)}, momentum {row['momentum']:g}"
         if row["lawn"]:
             lines.append(
-                f"(d) {setting}: at the drop the angle goes at once from {angle['before']} to {angle['first']} rad, "
-                f"soon after it is {angle['soon']}, at the end {angle['late']}; the excess falls from {excess['before']} to "
-                f"{excess['soon']} and is {excess['late']} at the end. At each of {drop.steps} updates of "
+                f"(d) {setting}: at the drop the angle goes at once from {angle['before']} to {angle['first']} rad; "
+                f"soon after it is {angle['soon']}, at the end {angle['late']}. The excess goes from "
+                f"{excess['before']} to {excess['soon']} and {excess['late']}. At each of {drop.steps} updates of "
                 f"{drop.repeats} weights the angle is arctan(lr ||r|| / c) to {row['off']['arctangent']:.0e}; "
                 f"lr ||r|| / c itself is at most {_percent(row['off']['tangent'])} more."
             )
@@ -216,7 +217,8 @@ def _of_drop(record: Record) -> list[str]:
             f"{angle['first']} rad, then climbs to {angle['late']}, {times:.2f} times less than before "
             f"(sqrt({1 / drop.factor:g}) = {sqrt(1 / drop.factor):.2f}). The excess falls from {excess['before']} to "
             f"{excess['soon']} soon after it and is {excess['late']} at the end, "
-            f"{risk['late'][0] / risk['soon'][0]:.1f} times as much; the time scale of that, (1 - a) / (4 lr d), is {drop.scale():.0f} updates."
+            f"{risk['late'][0] / risk['soon'][0]:.1f} times as much; "
+            f"the time scale of that, (1 - a) / (4 lr d), is {drop.scale():.0f} updates."
         )
     lines.append(
         "So what a lower learning rate gains under decay is partly lost again while the norm shrinks to its new "
@@ -262,8 +264,8 @@ SMD_RAYLEIGH = Simulation(
         "measured. Theory of excess and convergence: that of small angles (experiments/smd_rayleigh.py).",
         "The optimizers are torch.optim.SGD and this project's SGDLAWN. In (a) the norm starts 1.5 times too large, in "
         "(c) 3 times. Measured is the last half of the updates in (a) and (b); in (c) and (d) the last fifth before "
-        "the drop, a fifth to two fifths of the time scale after it (soon), and the last updates, as many as that (late). "
-        "The record has the settings of each part.",
+        "the drop, a fifth to two fifths of the time scale after it (soon), and the last updates (late). The record "
+        "has the settings of each part.",
     ),
     seconds=(180.0, 5.0),
 )

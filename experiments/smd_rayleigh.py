@@ -3,9 +3,10 @@
 Rates and risks that are compared with what is seen, for gradients that are mostly noise (`rayleigh`): near the smallest
 eigenvalue each update turns the weight by theta at random, and pulls it back by 2 h (A - lambda), where
 h = E / (2 s sqrt(n - 1)) and E = theta sqrt((1 + a) / (1 - a)): momentum a makes 1 / (1 - a) of a gradient's step, but
-spread over updates that are then correlated. So to 1/e of the way it takes flow_time / h updates and, while the buffer
-fills, a / (1 - a) more; the excess settles at (n - 1) s^2 h = E s sqrt(n - 1) / 2. Off its equilibrium, R^2 of the
-squared norm R comes nearer to what it is there as exp(-4 lr d t / (1 - a)).
+spread over updates that are then correlated. So to 1/e of the way it takes flow_time / h updates of a
+buffer that is full; t updates from an empty one are worth t - a (1 - a^t) / (1 - a) of these. The excess settles at
+(n - 1) s^2 h = E s sqrt(n - 1) / 2. Off its equilibrium, R^2 of the squared norm R comes nearer to what it is there as
+exp(-4 lr d t / (1 - a)).
 """
 
 import math
@@ -231,9 +232,12 @@ def limiting_excess(angle: float, momentum: float, noise: float, dimension: int)
 
 
 def updates_to_converge(angle: float, momentum: float, noise: float, dimension: int) -> float:
-    """Until the excess is 1/e of what it has been at the start."""
-    step = effective(angle, momentum) / (2 * noise * math.sqrt(dimension - 1))
-    return flow_time(dimension) / step + momentum / (1 - momentum)
+    """Until the excess is 1/e of what it has been at the start, where the buffer is empty. By fixed-point iteration."""
+    full = flow_time(dimension) * 2 * noise * math.sqrt(dimension - 1) / effective(angle, momentum)
+    updates = full
+    for _ in range(1000):  # from below, a contraction
+        updates = full + momentum * (1 - momentum**updates) / (1 - momentum)
+    return updates
 
 
 def angle_after(part: Drop, momentum: float, updates: float) -> float:
