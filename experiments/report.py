@@ -82,13 +82,14 @@ def tuning_frame(page: AnyPage) -> pd.DataFrame:
 
 
 def latex(page: AnyPage) -> str:
-    """A tabular for each panel, with rules of booktabs: our numbers, the paper's in square brackets."""
+    """A tabular for each panel, with rules of booktabs: our numbers, the paper's, if any, in square brackets."""
     parts = []
     for panel in page.panels:
         table = _grid(panel, lambda e: " ".join(filter(None, (e.ours, f"[{e.paper}]" if e.paper else ""))))
         style = table.style.format(escape="latex").format_index(escape="latex").format_index(axis=1, escape="latex")
         parts.append(f"% {panel.title or page.experiment.title}\n{style.to_latex(hrules=True)}")
-    return f"% {page.experiment.title}. {page.measured} In brackets: the paper.\n" + "\n".join(parts)
+    brackets = "" if isinstance(page, SimulationPage) else " In brackets: the paper."
+    return f"% {page.experiment.title}. {page.measured}{brackets}\n" + "\n".join(parts)
 
 
 def terminal(page: AnyPage) -> str:
@@ -116,8 +117,8 @@ def write(page: AnyPage, results: Path = RESULTS) -> None:
         write_text(results / "tuning" / f"{page.name}.csv", tuning.to_csv(index=False, float_format="%.6g"))
     if isinstance(page, Page) and page.figured:
         draw(page.experiment, page.found, results / page.name)
-    if isinstance(page, SimulationPage) and page.shown is not None:
-        save(page.shown.figure, results / page.name)
+    if isinstance(page, SimulationPage) and page.figured:
+        save(page.figure, results / page.name)
 
 
 def write_index(pages: Sequence[AnyPage], results: Path = RESULTS) -> None:

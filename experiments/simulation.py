@@ -5,7 +5,8 @@ of its settings. Its page is shown and written like that of an experiment.
 """
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,10 @@ class SimulationPage:
         full, short = simulation.record(results), simulation.record(results, short=True)
         record = full or short
         self.records = [] if record is None else [record]
-        self.shown = None if record is None else _shown(simulation, record)
+        self.shown: Shown | None = None
+        if record is not None:
+            with _reading(record):
+                self.shown = simulation.show(record)
         self.measured = simulation.measured
         if record is not None and record is short:
             self.measured += " These are numbers of the short settings, --short: few updates, few repeats."
@@ -95,6 +99,12 @@ class SimulationPage:
     @property
     def figured(self) -> bool:
         return self.shown is not None
+
+    def figure(self) -> Figure:
+        """Raises RunError where the record lacks what is drawn."""
+        assert self.shown is not None
+        with _reading(self.records[0]):
+            return self.shown.figure()
 
     @property
     def panels(self) -> list[Panel]:
@@ -114,10 +124,12 @@ class SimulationPage:
         return provenance(self.records)
 
 
-def _shown(simulation: Simulation, record: Record) -> Shown:
+@contextmanager
+def _reading(record: Record) -> Iterator[None]:
+    """Whatever is raised inside is for want of something in the record."""
     try:
-        return simulation.show(record)
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise RunError(f"{record.path}: damaged record ({type(error).__name__}: {reason})") from error
 

@@ -176,6 +176,8 @@ def _of_angles(numbers: list[Number]) -> list[str]:
         (CONVERGENCE, "the rate of convergence, 1 / updates, is (the filling of the buffer counted)"),
     ):
         own = [n for n in numbers if n.quantity == quantity and n.values]
+        if not own:
+            continue  # every excess has ended too high
         of = {name: [n.error for n in own if n.setting.startswith(f"{name},") and small[n.setting]] for name in NAMES}
         found = "; ".join(f"{name} {_range(errors)} in {len(errors)} settings" for name, errors in of.items() if errors)
         lines.append(
@@ -187,9 +189,9 @@ def _of_angles(numbers: list[Number]) -> list[str]:
     lines.append(
         "What does not agree there: towards large angles the excess saturates (it cannot exceed the range of the "
         "quotient), and no rate is given where it ends above half of its start; where few updates are enough, each "
-        "repeat gets there by its noise rather than by the theory's mean. SGD-LAWN takes the tangent part of its buffer "
-        "alone: with momentum 0.9 its angle grows less than in proportion to the learning rate, and at large angles "
-        "its excess is below the line."
+        "repeat gets there by its noise rather than by the theory's mean. SGD-LAWN takes the tangent part of its "
+        "buffer alone: with momentum 0.9 its angle grows less than in proportion to the learning rate, and at large "
+        "angles its excess is below the line."
     )
     return lines
 

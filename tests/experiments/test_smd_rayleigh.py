@@ -235,7 +235,7 @@ def test_the_plan_knows_what_is_done(call):
     assert "3 cells, 7 runs, 1 done" in out
 
 
-@pytest.mark.parametrize("damage", ["half", "part", "kind", "config"])
+@pytest.mark.parametrize("damage", ["half", "part", "kind", "curve", "config"])
 def test_a_damaged_record_is_refused_in_one_line(call, results, damage):
     (path,) = (results / "simulations").glob("*.json")
     text = path.read_text()
@@ -244,6 +244,8 @@ def test_a_damaged_record_is_refused_in_one_line(call, results, damage):
         del content["result"]["angles"]
     if damage == "kind":
         content["result"]["drop"][0]["excess_in"] = None
+    if damage == "curve":
+        content["result"]["drop"][0]["angle"] = []
     if damage == "config":
         content["config"]["seed"] = 2
     path.write_text(text[: len(text) // 2] if damage == "half" else json.dumps(content))
