@@ -6,13 +6,16 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 TABLES := table1 table2 table3 table4 table5 table6 figure1 figure2
-.PHONY: help setup demo data report $(TABLES) test test-all lint format bench bench-ncf bench-sweep bench-optim bench-images audit clean
+SIMULATIONS := smd_rayleigh
+.PHONY: help setup demo data report $(TABLES) $(SIMULATIONS) test test-all lint format bench bench-ncf bench-sweep bench-optim bench-images audit clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "make $(TABLES)"
 	@echo "  run what is missing of a table or figure of the paper; e.g. make table4 ARGS='--short --jobs 2'"
+	@echo "make $(SIMULATIONS)"
+	@echo "  the same of a simulation, which needs no data; a few minutes on one core"
 
 setup: $(READY) ## make the environment in .venv (uv where it is installed, else venv and pip)
 
@@ -31,6 +34,9 @@ demo: $(READY) ## train Adam, Adam with decay and Adam-LAWN on real digits; tabl
 
 $(TABLES): $(READY)
 	$(PYTHON) -m experiments run $@ --set data_dir=$(DATA_DIR) $(ARGS)
+
+$(SIMULATIONS): $(READY)
+	$(PYTHON) -m experiments run $@ $(ARGS)
 
 report: $(READY) ## write results/ anew from its records: pages, tables, figures, index.html
 	$(PYTHON) -m experiments report

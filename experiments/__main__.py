@@ -1,4 +1,4 @@
-"""The paper's tables and figures: what they need, running it, and reporting on it.
+"""The paper's tables and figures, and simulations: what they need, running it, and reporting on it.
 
 python -m experiments plan table4 --only dataset=movielens100k
 python -m experiments run table4 --devices cuda:0,cuda:1 --budget 2h
@@ -23,7 +23,8 @@ from experiments.figures import FIGURE1, FIGURE2, FLATTENING
 from experiments.pool import Ended
 from experiments.records import Record, Store
 from experiments.runner import TOGETHER, Pace, duration, missing, run
-from experiments.spec import Experiment
+from experiments.simulation import Simulation, SimulationPage
+from experiments.smd_page import SMD_RAYLEIGH
 from experiments.study import PLACES, SELECTIONS, Study, studies
 from experiments.tables import TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6
 from lawn.config import run_name
@@ -33,6 +34,7 @@ from lawn.train import Stopped
 EXPERIMENTS = {
     e.name: e for e in (DEMO, TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6, FIGURE1, FIGURE2, FLATTENING, AUTOMATIC)
 }
+SIMULATIONS = {s.name: s for s in (SMD_RAYLEIGH,)}
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
@@ -69,11 +71,18 @@ def plan(given: argparse.Namespace) -> int:
                 "time": study.problem or duration(pace.seconds(to_do)),
             }
         )
-    print(pd.DataFrame(rows).to_string(index=False))
     each = [pace.seconds([config]) for config in configs]
+    for simulation in _simulations(given):
+        done = simulation.record(given.results, given.short) is not None
+        takes = 0.0 if done else simulation.seconds[given.short]
+        each += [] if done else [takes]
+        total += 1
+        row = {"cell": simulation.name, "epochs": "", "tuning": "", "seeds": f"{int(done)}/1"}
+        rows.append({**row, "time": duration(takes)})
+    print(pd.DataFrame(rows).to_string(index=False))
     known = [seconds for seconds in each if seconds is not None]
     print(
-        f"\n{len(rows)} cells, {total} runs, {total - len(configs)} done; the others one after the other at the pace "
+        f"\n{len(rows)} cells, {total} runs, {total - len(each)} done; the others one after the other at the pace "
         f"of those recorded: {duration(sum(known))}"
         + (f", and {len(each) - len(known)} runs of which nothing like them was recorded" if known != each else "")
     )
@@ -84,9 +93,13 @@ def execute(given: argparse.Namespace) -> int:
     """Run what is missing, then report."""
     store = Store(given.results / "runs")
     slots = _slots(given.devices, given.jobs)
-    to_run = _studies(given)
-    unwell = run(to_run, store, slots, given.seeds, given.budget, given.vectorize)
+    to_run, simulations = _studies(given), _simulations(given)
+    unwell = run(to_run, store, slots, given.seeds, given.budget, given.vectorize) if to_run else []
     try:
+        for simulation in simulations:
+            if simulation.record(given.results, given.short) is None:
+                print(f"{simulation.name}: takes about {duration(simulation.seconds[given.short])} on one core")
+                simulation.execute(given.results, given.short)
         write(given)
     finally:
         failed = _tell(to_run, unwell, store)
@@ -119,16 +132,21 @@ def _where(record: Record | None) -> str:
 def write(given: argparse.Namespace) -> int:
     """Write the pages of the experiments named, or of all with the index. The project's own are renewed together, with
     README.md."""
-    named = [_named(name) for name in given.names]
+    for name in given.names:
+        _known(name)
     own = given.results.resolve() == report.RESULTS and given.selection == "val"
     store = Store(given.results / "runs")
-    shown = EXPERIMENTS.values() if own or not named else named
-    pages = [report.Page(experiment, store, given.selection) for experiment in shown]
+    pages = [
+        SimulationPage(SIMULATIONS[name], given.results)
+        if name in SIMULATIONS
+        else report.Page(EXPERIMENTS[name], store, given.selection)
+        for name in ([*EXPERIMENTS, *SIMULATIONS] if own or not given.names else given.names)
+    ]
     for page in pages:
         report.write(page, given.results)
-        if page.experiment in named:
+        if page.experiment.name in given.names:
             print(f"{report.terminal(page)}\n\n{given.results / page.name}.md")
-    if own or (not named and given.selection == "val"):
+    if own or (not given.names and given.selection == "val"):
         report.write_index(pages, given.results)
         print(given.results / "index.html")
     if own and README.exists():
@@ -141,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     actions = parser.add_subparsers(required=True, metavar="plan|run|report")
-    known = ", ".join(EXPERIMENTS)
+    known = ", ".join([*EXPERIMENTS, *SIMULATIONS])
     for name, action, names, text in (
         ("plan", plan, "+", "what would run, what is done, how long it takes"),
         ("run", execute, "+", "run what is missing, then report"),
@@ -157,7 +175,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--only", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="cells with these overrides"
         )
-        sub.add_argument("--short", action="store_true", help="the short budget of epochs, not the paper's")
+        sub.add_argument(
+            "--short", action="store_true", help="the short budget of epochs, not the paper's; simulations: seconds"
+        )
         sub.add_argument("--seeds", type=_positive, default=3, metavar="N", help="runs that fill a cell (default: 3)")
         sub.add_argument(
             "--set",
@@ -184,16 +204,27 @@ def _parser() -> argparse.ArgumentParser:
 
 def _studies(given: argparse.Namespace) -> list[Study]:
     """The studies of the experiments named; a cell that several of them have stands once."""
-    chosen = [_named(name).only(given.only) for name in given.names]
+    for name in given.names:
+        _known(name)
+    chosen = [EXPERIMENTS[name].only(given.only) for name in given.names if name in EXPERIMENTS]
     budget = -1 if given.short else 0
     found = [s for experiment in chosen for s in studies(experiment, budget, given.selection, tuple(given.set))]
     return list({(study.cell.overrides, study.cell.sweep, study.budget): study for study in found}.values())
 
 
-def _named(name: str) -> Experiment:
-    if name not in EXPERIMENTS:
-        raise ConfigError(f"{name}: no such experiment; choose from {', '.join(EXPERIMENTS)}")
-    return EXPERIMENTS[name]
+def _simulations(given: argparse.Namespace) -> list[Simulation]:
+    """Those named. Raises ConfigError where options say something about runs, which a simulation does not have."""
+    named = [SIMULATIONS[name] for name in dict.fromkeys(given.names) if name in SIMULATIONS]
+    for option in ("only", "set"):
+        if named and getattr(given, option):
+            raise ConfigError(f"--{option}: {named[0].name} is a simulation, without runs of run.py; leave it out")
+    return named
+
+
+def _known(name: str) -> None:
+    known = [*EXPERIMENTS, *SIMULATIONS]
+    if name not in known:
+        raise ConfigError(f"{name}: no such experiment; choose from {', '.join(known)}")
 
 
 def _slots(devices: str, jobs: int | None) -> list[str]:

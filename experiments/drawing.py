@@ -1,5 +1,6 @@
 """Figures from outcomes."""
 
+from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,13 @@ STYLE: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.
 
 def draw(experiment: Experiment, found: list[Outcome], path: Path) -> None:
     """Write the experiment's figure as .png and .svg."""
+    save(lambda: FIGURES[str(experiment.figure)](experiment, found), path)
+
+
+def save(make: Callable[[], Figure], path: Path) -> None:
+    """Write a figure as .png and .svg, made in the style of all."""
     with plt.rc_context(STYLE):
-        figure = FIGURES[str(experiment.figure)](experiment, found)
+        figure = make()
         for suffix in (".png", ".svg"):
             with atomic(path.with_suffix(suffix)) as temporary:
                 figure.savefig(temporary, dpi=150, metadata={"Date": None} if suffix == ".svg" else None)

@@ -1,6 +1,7 @@
 """What is shown of an experiment: numbers as text, and the sentences that belong to them."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isnan
 
@@ -47,6 +48,8 @@ class Tuned:
 
 class Page:
     """Everything that is shown of an experiment."""
+
+    source: str | None = None  # numbers link to records of their own
 
     def __init__(self, experiment: Experiment, store: Store, selection: str = "val") -> None:
         self.experiment = experiment
@@ -160,15 +163,23 @@ class Page:
 
     @property
     def provenance(self) -> str:
-        """Code versions and hardware, in a line."""
-        found = [environment for record in self.records for environment in record.environments]
-        if not found:
-            return "Nothing of it has been run."
-        machines = sorted({e["device"] if e["device"] != "cpu" else f"{e['cores']}-core {e['cpu']}" for e in found})
-        packages = sorted({f"torch {e['packages']['torch']}" for e in found})
-        tuning = [record for outcome in self.found for _, record in outcome.tuning]
-        chosen = f", after {len(tuning)} that chose the hyperparameters, {_code(tuning)}" if tuning else ""
-        return f"{len(self.records)} runs, {_code(self.records)}{chosen}; {', '.join(packages)}; {', '.join(machines)}."
+        return provenance(self.records, [record for outcome in self.found for _, record in outcome.tuning])
+
+    @property
+    def figured(self) -> bool:
+        return self.experiment.figure is not None
+
+
+def provenance(records: list[Record], tuning: Sequence[Record] = ()) -> str:
+    """Code versions and hardware, in a line."""
+    found = [environment for record in records for environment in record.environments]
+    if not found:
+        return "Nothing of it has been run."
+    machines = sorted({e["device"] if e["device"] != "cpu" else f"{e['cores']}-core {e['cpu']}" for e in found})
+    packages = sorted({f"torch {e['packages']['torch']}" for e in found})
+    chosen = f", after {len(tuning)} that chose the hyperparameters, {_code(tuning)}" if tuning else ""
+    runs = f"{len(records)} run{'s' if len(records) > 1 else ''}"
+    return f"{runs}, {_code(records)}{chosen}; {', '.join(packages)}; {', '.join(machines)}."
 
 
 def entry(outcome: Outcome, measure: Measure) -> Entry:
@@ -204,7 +215,7 @@ def _epochs(cells: list[Outcome], column: str) -> str:
     return f"; {' and '.join(map(str, run))} of {paper} epochs" if run else f"; {paper} epochs" if paper else ""
 
 
-def _code(records: list[Record]) -> str:
+def _code(records: Sequence[Record]) -> str:
     """The versions of the code, the most frequent first, and how many of the runs are of each."""
     versions = Counter(record.code for record in records).most_common()
     if len(versions) == 1:

@@ -77,13 +77,13 @@ class Store:
             path = self._path(config)
             if path is None:
                 return None
-            self._read[name] = _load(path)
+            self._read[name] = load(path)
         return self._read[name]
 
     def all(self) -> Iterator[Record]:
         """Every record there is."""
         for path in sorted(self.folder.glob("**/[!.]*.json")):
-            yield _load(path)
+            yield load(path)
 
     def write(self, config: Config, overrides: tuple[str, ...], tuning: bool) -> Record:
         """Record the finished run of `config`. Raises RunError when it has not finished."""
@@ -107,16 +107,22 @@ class Store:
                 raise RunError(f"{directory.path / 'metrics.csv'}: cannot be read ({error})") from error
             content["history"] = {column: [_short(v) for v in history[column]] for column in history}
         path = self.folder / ("tuning" if tuning else "") / f"{run_name(config)}.json"
-        lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
-        write_text(path, "{\n" + lines + "\n}\n")
-        return _load(path)
+        return save(path, content)
 
     def _path(self, config: Config) -> Path | None:
         name = f"{run_name(config)}.json"
         return next((path for path in (self.folder / name, self.folder / "tuning" / name) if path.exists()), None)
 
 
-def _load(path: Path) -> Record:
+def save(path: Path, content: dict[str, Any]) -> Record:
+    """Write a record, a line for each of its parts."""
+    lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+    write_text(path, "{\n" + lines + "\n}\n")
+    return load(path)
+
+
+def load(path: Path) -> Record:
+    """Raises RunError when it is damaged, or not what its name says."""
     try:
         content = json.loads(path.read_text())
         if not identity_hash(content["config"]) == content["hash"] == path.stem.rpartition("-")[2]:

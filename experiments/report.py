@@ -1,15 +1,16 @@
 """Pages, tables and figures as files, from records alone."""
 
 from base64 import b64encode
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from experiments.drawing import draw
+from experiments.drawing import draw, save
 from experiments.outcomes import mean_and_error, paper
 from experiments.page import Entry, Page, Panel
+from experiments.simulation import SimulationPage
 from lawn.files import write_text
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -21,9 +22,13 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 
+AnyPage = Page | SimulationPage
 
-def frame(page: Page) -> pd.DataFrame:
-    """The experiment as tidy data: a row for each cell and measure."""
+
+def frame(page: AnyPage) -> pd.DataFrame:
+    """The experiment as tidy data: a row for each cell and measure, of a simulation as it says itself."""
+    if isinstance(page, SimulationPage):
+        return pd.DataFrame() if page.shown is None else page.shown.frame
     rows = []
     for outcome in page.found:
         for measure in page.experiment.measures:
@@ -55,7 +60,7 @@ def frame(page: Page) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def tuning_frame(page: Page) -> pd.DataFrame:
+def tuning_frame(page: AnyPage) -> pd.DataFrame:
     """Every run that chose hyperparameters: a row each."""
     return pd.DataFrame(
         {
@@ -76,17 +81,18 @@ def tuning_frame(page: Page) -> pd.DataFrame:
     )
 
 
-def latex(page: Page) -> str:
-    """A tabular for each panel, with rules of booktabs: our numbers, the paper's in square brackets."""
+def latex(page: AnyPage) -> str:
+    """A tabular for each panel, with rules of booktabs: our numbers, the paper's, if any, in square brackets."""
     parts = []
     for panel in page.panels:
         table = _grid(panel, lambda e: " ".join(filter(None, (e.ours, f"[{e.paper}]" if e.paper else ""))))
         style = table.style.format(escape="latex").format_index(escape="latex").format_index(axis=1, escape="latex")
         parts.append(f"% {panel.title or page.experiment.title}\n{style.to_latex(hrules=True)}")
-    return f"% {page.experiment.title}. {page.measured} In brackets: the paper.\n" + "\n".join(parts)
+    brackets = "" if isinstance(page, SimulationPage) else " In brackets: the paper."
+    return f"% {page.experiment.title}. {page.measured}{brackets}\n" + "\n".join(parts)
 
 
-def terminal(page: Page) -> str:
+def terminal(page: AnyPage) -> str:
     """The table for a terminal."""
     parts = [page.experiment.title, page.measured]
     for panel in page.panels:
@@ -101,25 +107,24 @@ def _grid(panel: Panel, text: Callable[[Entry], str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=panel.columns, index=[row for row, _ in panel.rows])
 
 
-def write(page: Page, results: Path = RESULTS) -> None:
+def write(page: AnyPage, results: Path = RESULTS) -> None:
     """Write results/NAME.md, .csv and .tex, the list of the tuning runs, and the figure."""
-    experiment = page.experiment
-    write_text(results / f"{page.name}.md", render("experiment.md", page=page, links="runs") + "\n")
+    write_text(results / f"{page.name}.md", render("experiment.md", page=page, root="") + "\n")
     write_text(results / f"{page.name}.csv", frame(page).to_csv(index=False, float_format="%.6g"))
     write_text(results / f"{page.name}.tex", latex(page))
     tuning = tuning_frame(page)
     if not tuning.empty:
         write_text(results / "tuning" / f"{page.name}.csv", tuning.to_csv(index=False, float_format="%.6g"))
-    if experiment.figure:
-        draw(experiment, page.found, results / page.name)
+    if isinstance(page, Page) and page.figured:
+        draw(page.experiment, page.found, results / page.name)
+    if isinstance(page, SimulationPage) and page.figured:
+        save(page.figure, results / page.name)
 
 
-def write_index(pages: list[Page], results: Path = RESULTS) -> None:
+def write_index(pages: Sequence[AnyPage], results: Path = RESULTS) -> None:
     """Write results/index.html, one file with everything in it; `pages` have been written before."""
     images = {
-        page.name: b64encode((results / f"{page.name}.svg").read_bytes()).decode()
-        for page in pages
-        if page.experiment.figure
+        page.name: b64encode((results / f"{page.name}.svg").read_bytes()).decode() for page in pages if page.figured
     }
     write_text(results / "index.html", render("index.html", pages=pages, images=images) + "\n")
 
@@ -128,12 +133,12 @@ def render(template: str, **content: object) -> str:
     return TEMPLATES.get_template(template).render(**content)
 
 
-def embed(path: Path, pages: Iterable[Page]) -> None:
+def embed(path: Path, pages: Iterable[AnyPage]) -> None:
     """Renew what stands in a page between `<!-- table NAME -->` (with links to the records), `<!-- verdict NAME -->`,
     `<!-- output NAME -->` (as the terminal shows it) or `<!-- bench NAME -->` and `<!-- end -->`."""
     blocks = {f"bench {page.stem}": _benchmark(page) for page in (RESULTS / "bench").glob("*.md")}
     for page in pages:
-        blocks[f"table {page.name}"] = render("table.md", page=page, links="results/runs")
+        blocks[f"table {page.name}"] = render("table.md", page=page, root="results/")
         blocks[f"verdict {page.name}"] = "\n".join(f"- {line}" for line in page.verdict)
         blocks[f"output {page.name}"] = f"```text\n{terminal(page)}\n```"
     text = path.read_text()

@@ -1,6 +1,7 @@
-"""What LAWN claims, measured (paper sections 1 and 2)."""
+"""What LAWN claims, measured (paper sections 1 and 2), and what weight decay does in its place."""
 
 from lawn.diagnostics.curvature import LossSurface, top_eigenvalue
+from lawn.diagnostics.equilibrium import equilibrium_angle, equilibrium_norm
 from lawn.diagnostics.flattening import binary_margin, multiclass_margin, weight_norm
 from lawn.diagnostics.onset import FlatteningOnset
 from lawn.diagnostics.updates import UpdateMonitor
@@ -10,6 +11,8 @@ __all__ = [
     "LossSurface",
     "UpdateMonitor",
     "binary_margin",
+    "equilibrium_angle",
+    "equilibrium_norm",
     "multiclass_margin",
     "top_eigenvalue",
     "weight_norm",

@@ -12,10 +12,11 @@ import pytest
 from scipy import stats
 
 from experiments import report
-from experiments.__main__ import EXPERIMENTS
+from experiments.__main__ import EXPERIMENTS, SIMULATIONS
 from experiments.outcomes import Outcome, comparisons, mean_and_error, verdict, welch
 from experiments.page import entry, show
 from experiments.records import Record, Store
+from experiments.simulation import SimulationPage
 from experiments.spec import Cell, Experiment, Measure, Paper
 from experiments.study import compose_all, studies
 from lawn.config import run_name
@@ -298,11 +299,12 @@ def test_a_record_that_is_not_what_it_says_is_refused(tmp_path, part):
 def test_committed_results_are_those_of_the_records(tmp_path):
     """Every number of the committed pages, and of README.md, is computed again."""
     store = Store(ROOT / "results" / "runs")
-    pages = [report.Page(experiment, store) for experiment in EXPERIMENTS.values()]
+    pages: list[report.AnyPage] = [report.Page(experiment, store) for experiment in EXPERIMENTS.values()]
+    pages += [SimulationPage(simulation, ROOT / "results") for simulation in SIMULATIONS.values()]
     for page in pages:
         report.write(page, tmp_path)
     written = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.suffix in (".md", ".csv", ".tex")]
-    assert len(written) == 3 * len(EXPERIMENTS) + sum(bool(page.tuned) for page in pages)
+    assert len(written) == 3 * len(pages) + sum(bool(page.tuned) for page in pages)
     for name in written:
         assert (tmp_path / name).read_text() == (ROOT / "results" / name).read_text()
     shutil.copy(ROOT / "README.md", tmp_path / "README.md")

@@ -1,0 +1,144 @@
+"""Simulations: studies that are computed in one piece, with a model of their own, and no table of run.py's runs.
+
+A simulation leaves one record, results/simulations/NAME-HASH.json, of the form of all other records; the hash is that
+of its settings. Its page is shown and written like that of an experiment.
+"""
+
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from experiments.outcomes import Comparison, Outcome
+from experiments.page import Panel, Tuned, provenance
+from experiments.records import Record, load, save
+from lawn.config import identity_hash
+from lawn.errors import RunError
+from lawn.train.record import environment
+
+FOLDER = "simulations"  # beside runs/
+CODE = ("lawn", "experiments")  # what a simulation's numbers come from
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is said of a record, from that alone."""
+
+    panels: list[Panel]
+    verdict: list[str]
+    frame: pd.DataFrame
+    figure: Callable[[], Figure]
+
+
+@dataclass(frozen=True)
+class Simulation:
+    name: str
+    title: str
+    settings: Any  # a dataclass that says all that decides what comes out
+    short: Any  # the same, for seconds of computing
+    run: Callable[[Any], dict[str, Any]]
+    show: Callable[[Record], Shown]
+    measured: str  # what the numbers are
+    notes: tuple[str, ...] = ()
+    seconds: tuple[float, float] = (0.0, 0.0)  # about what both take on one core
+
+    def record(self, results: Path, short: bool = False) -> Record | None:
+        """Raises RunError where it is damaged, or not what its name says."""
+        path = self._path(results, short)
+        return load(path) if path.exists() else None
+
+    def execute(self, results: Path, short: bool = False) -> Record:
+        """Compute and record it."""
+        settings = self.short if short else self.settings
+        where = environment(torch.device("cpu"))
+        content = {
+            "hash": identity_hash(asdict(settings)),
+            "command": f"python -m experiments run {self.name}" + (" --short" if short else ""),
+            "config": asdict(settings),
+            "environment": where | {"dirty": where["dirty"] or uncommitted()},
+            "result": self.run(settings),
+        }
+        return save(self._path(results, short), content)
+
+    def _path(self, results: Path, short: bool) -> Path:
+        settings = self.short if short else self.settings
+        return results / FOLDER / f"{self.name}-{identity_hash(asdict(settings))}.json"
+
+
+class SimulationPage:
+    """What is shown of a simulation: of its full record, else of the short one. It has what `page.Page` has."""
+
+    marks = ""
+    found: list[Outcome] = []
+    comparisons: list[Comparison] = []
+    tuned: list[Tuned] = []
+    grids: list[str] = []
+    warnings: dict[str, list[str]] = {}
+
+    def __init__(self, simulation: Simulation, results: Path) -> None:
+        self.experiment = simulation
+        self.name = simulation.name
+        full, short = simulation.record(results), simulation.record(results, short=True)
+        record = full or short
+        self.records = [] if record is None else [record]
+        self.shown: Shown | None = None
+        if record is not None:
+            with _reading(record):
+                self.shown = simulation.show(record)
+        self.measured = simulation.measured
+        if record is not None and record is short:
+            self.measured += " These are numbers of the short settings, --short: few updates, few repeats."
+
+    @property
+    def figured(self) -> bool:
+        return self.shown is not None
+
+    def figure(self) -> Figure:
+        """Raises RunError where the record lacks what is drawn."""
+        assert self.shown is not None
+        with _reading(self.records[0]):
+            return self.shown.figure()
+
+    @property
+    def panels(self) -> list[Panel]:
+        return [] if self.shown is None else self.shown.panels
+
+    @property
+    def verdict(self) -> list[str]:
+        return [] if self.shown is None else self.shown.verdict
+
+    @property
+    def source(self) -> str:
+        """The record, from results/."""
+        return f"{FOLDER}/{self.records[0].name}.json" if self.records else ""
+
+    @property
+    def provenance(self) -> str:
+        return provenance(self.records)
+
+
+@contextmanager
+def _reading(record: Record) -> Iterator[None]:
+    """Whatever is raised inside is for want of something in the record."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RunError(f"{record.path}: damaged record ({type(error).__name__}: {reason})") from error
+
+
+def uncommitted() -> bool:
+    """Whether the code has changes that no version stands for; False where there is no git."""
+    command = ["git", "status", "--porcelain", "--", *CODE]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return bool(done.stdout.strip())
