@@ -5,9 +5,9 @@ DATA_DIR ?= data
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-TABLES := table1 table2 table3 table4 table5 table6 figure1 figure2
+TABLES := table1 table2 table3 table4 table5 table6 figure1 figure2 flattening automatic
 SIMULATIONS := smd_rayleigh
-.PHONY: help setup demo data report $(TABLES) $(SIMULATIONS) test test-all lint format bench bench-ncf bench-sweep bench-optim bench-images audit clean
+.PHONY: help setup demo data report $(TABLES) $(SIMULATIONS) test test-all lint format bench bench-ncf bench-sweep bench-optim bench-images bench-diagnostics audit clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,7 @@ bench: ## all benchmarks, one after the other; results/bench/
 	$(MAKE) bench-sweep
 	$(MAKE) bench-optim
 	$(MAKE) bench-images
+	$(MAKE) bench-diagnostics
 
 bench-ncf: $(READY) ## time NCF's training against a plain loop, on MovieLens in DATA_DIR
 	$(PYTHON) -m scripts.bench_ncf --data-dir $(DATA_DIR) $(ARGS)
@@ -76,6 +77,9 @@ bench-optim: $(READY) ## time one step of every optimizer on VGG-19's parameters
 
 bench-images: $(READY) ## time VGG-19, ResNet-50 and their input pipelines against plain loops, on generated images
 	$(PYTHON) -m scripts.bench_images $(ARGS)
+
+bench-diagnostics: $(READY) ## time training with diagnostics=on against without, on MovieLens and CIFAR-10 in DATA_DIR
+	$(PYTHON) -m scripts.bench_diagnostics --data-dir $(DATA_DIR) $(ARGS)
 
 audit: ## known vulnerabilities of the pinned packages (asks the network; needs uv)
 	uvx pip-audit --requirement constraints.txt --no-deps --disable-pip

@@ -1,0 +1,74 @@
+"""Time training with diagnostics=on against training without: python -m scripts.bench_diagnostics --data-dir D
+[--rounds 9]
+
+In turns an epoch of two runs that differ in nothing else. Prints medians of the ratios within a round; writes the same
+with hardware and versions to results/bench/diagnostics-DEVICE.json and .md.
+"""
+
+import statistics
+import sys
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from experiments.study import compose_all
+from lawn.task import build
+from lawn.train.loop import Run
+from lawn.train.ranks import Ranks
+from scripts import bench
+
+MOVIELENS = ("dataset=movielens100k", "optim=adam_lawn", "optim.free_epochs=0.5")
+KINDS = {
+    "NCF on MovieLens-100k, batch 1,000": (*MOVIELENS, "train.batch_size=1000"),
+    "NCF on MovieLens-100k, batch 10,000": (*MOVIELENS, "train.batch_size=10000"),
+    "NCF on MovieLens-100k, batch 100,000": (*MOVIELENS, "train.batch_size=100000"),
+    "MLP on digits, batch 128": ("dataset=digits", "optim=adam_lawn", "optim.free_epochs=0.5"),
+    "VGG-19 on 640 CIFAR-10 images, batch 16": (
+        *("dataset=cifar10", "optim=adam_lawn", "optim.free_epochs=0.5", "dataset.limit=640", "train.batch_size=16"),
+    ),
+}
+
+
+def measure(given: Namespace, *keys: str) -> bench.Row:
+    device = torch.device(given.device)
+    common = (*keys, f"data_dir={given.data_dir.resolve()}", "train.epochs=1000", "eval.every=1000")
+    without, on = compose_all([common, (*common, "diagnostics=on")])
+    dataset = build(without)(device).dataset
+    runs = {
+        name: Run(config, build(config)(device, dataset), Ranks(device))
+        for name, config in (("without", without), ("with", on))
+    }
+    size = dataset.num_train
+    epochs = {name: lambda run=run: size / bench.training_rate(run) for name, run in runs.items()}
+    found = bench.turns(epochs, given.rounds)
+    return {
+        "seconds": {what: round(statistics.median(values), 3) for what, values in found.items()},
+        "times": round(bench.median_ratio(found["with"], found["without"]), 4),
+        "config": {"overrides": list(keys), "execution": asdict(runs["with"].execution)},
+    }
+
+
+COLUMNS: bench.Columns = {
+    "an epoch without, s": lambda row: f"{row['seconds']['without']:.3g}",
+    "with diagnostics, s": lambda row: f"{row['seconds']['with']:.3g}",
+    "cost": lambda row: f"{100 * (row['times'] - 1):+.1f} %",
+}
+REMARKS = """Training alone: margins' quantiles, and norms, gradients and angles of every weight at 8 updates of an
+epoch or more. What diagnostics.samples adds is not counted: it is computed at evaluations only."""
+
+
+def main() -> int:
+    parser = bench.parser(__doc__, rounds=9)
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    given = parser.parse_args()
+    return bench.main(
+        *("diagnostics", given, f"What diagnostics=on costs, medians of {given.rounds} rounds"),
+        lambda: {name: measure(given, *keys) for name, keys in KINDS.items()},
+        lambda rows: f"{bench.table('diagnostics', COLUMNS, rows)}\n\n{REMARKS}",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
