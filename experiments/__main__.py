@@ -19,7 +19,7 @@ import torch
 from experiments import report
 from experiments.automatic import AUTOMATIC
 from experiments.demo import DEMO
-from experiments.figures import FIGURE1, FIGURE2, FLATTENING
+from experiments.figures import FIGURE1, FIGURE2, FLATTENING_DIGITS, FLATTENING_MOVIELENS100K
 from experiments.pool import Ended
 from experiments.records import Record, Store
 from experiments.runner import TOGETHER, Pace, duration, missing, run
@@ -31,9 +31,9 @@ from lawn.config import run_name
 from lawn.errors import ConfigError, UserError
 from lawn.train import Stopped
 
-EXPERIMENTS = {
-    e.name: e for e in (DEMO, TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6, FIGURE1, FIGURE2, FLATTENING, AUTOMATIC)
-}
+_TABLES = (TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6, FIGURE1, FIGURE2)
+_BEYOND = (AUTOMATIC, FLATTENING_DIGITS, FLATTENING_MOVIELENS100K)
+EXPERIMENTS = {e.name: e for e in (DEMO, *_TABLES, *_BEYOND)}
 SIMULATIONS = {s.name: s for s in (SMD_RAYLEIGH,)}
 README = Path(__file__).resolve().parents[1] / "README.md"
 
