@@ -42,6 +42,6 @@ AUTOMATIC = Experiment(
         "Peak rate and warmup are those that table 4's tuning chose, on the validation split of MovieLens-100k, or the "
         "preset's. The rule was fitted to the validation split: there the tuning has its best fixed E_free at 5 % at "
         "each of the three batch sizes, shortly after the median margin has risen from 0 to 2. Its first form, without "
-        "the half epoch, switched too early (after 0.59 epochs of batch 1k); it was dropped after one run on test.",
+        "the half epoch, switched while the rate still warmed up; it was dropped after one run on test.",
     ),
 )

@@ -24,7 +24,7 @@ def test_links_lead_somewhere():
 
 
 def test_the_readme_names_every_member():
-    for group in ("dataset", "model", "optim", "loss", "logger", "sweep"):
+    for group in ("dataset", "model", "optim", "loss", "schedule", "diagnostics", "logger", "sweep"):
         row = next(line for line in README.splitlines() if line.startswith(f"| `{group}="))
         for path in (ROOT / "conf" / group).glob("*.yaml"):
             assert re.search(rf"\b{path.stem}\b", row), f"{group}={path.stem}"

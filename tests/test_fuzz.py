@@ -21,7 +21,7 @@ MEMBERS = {group: sorted(path.stem for path in (ROOT / "conf" / group).glob("*.y
 COUNTS = (
     *("train.epochs", "train.batch_size", "train.micro_batch_size", "train.devices", "train.vectorize"),
     *("dataset.limit", "dataset.image_size", "dataset.negatives", "dataset.candidates"),
-    *("model.factors", "model.layers", "eval.every"),
+    *("model.factors", "model.layers", "eval.every", "diagnostics.updates"),
 )
 WORDS = {
     "model.init": {"he2017", "torch"},
@@ -47,7 +47,7 @@ SWITCHES = (
     *("train.sync_batchnorm", "train.channels_last", "train.deterministic"),
 )
 FROM_ZERO = (  # finite numbers, not negative
-    *("optim.eps", "optim.weight_decay", "optim.free_epochs", "loss.gamma", "loss.level"),
+    *("optim.eps", "optim.weight_decay", "loss.gamma", "loss.level"),
     *("schedule.warmup_epochs", "train.checkpoint_seconds"),
 )
 TEXTS = ("device", "data_dir", "runs_dir", "run_dir", "dataset.shards", "dataset.prefix", "logger.project")
@@ -82,6 +82,10 @@ def fits(key: str, value: Any) -> bool:
         return is_number(value) and 0 <= value < 1
     if key == "dataset.val_fraction":
         return is_number(value) and 0 < value < 1
+    if key == "optim.free_epochs":
+        return value == "auto" or (is_number(value) and value >= 0)
+    if key == "diagnostics.samples":
+        return type(value) is int and 1 < value < 2**63
     if key == "optim.lr":
         return is_number(value) and value > 0
     if key == "train.logit_scale":
@@ -101,7 +105,10 @@ def check_whole(config: Config) -> None:
         for part in key.split("."):
             value = getattr(value, part)
         assert fits(key, value), f"{key}={value!r}"
-    assert config.optim.free_epochs is None or config.optim.free_epochs < config.train.epochs
+    assert config.optim.free_epochs in (None, "auto") or config.optim.free_epochs < config.train.epochs
+    assert (config.diagnostics.updates is not None) == (config.diagnostics.name == "on")
+    assert config.diagnostics.samples is None or config.diagnostics.name == "on"
+    assert config.train.logit_scale is None or config.optim.free_epochs != "auto"
     assert config.schedule.warmup_epochs < config.train.epochs
     assert (config.train.devices or 1) <= config.train.batch_size
     assert ("lawn" in config.optim.name) == (config.optim.free_epochs is not None)

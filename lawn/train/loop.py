@@ -49,8 +49,8 @@ class Run:
         warmup = _steps(config.schedule.warmup_epochs, self._updates, total)
         self.optimizer = OPTIMIZERS[config.optim.name](task.model, **chosen)
         self.onset = FlatteningOnset(self._updates) if config.optim.free_epochs == "auto" else None
-        on = config.diagnostics.name == "on"
-        self.observer = Observer(config, task, self.optimizer, self._updates) if on else None
+        observed = config.diagnostics.name == "on"
+        self.observer = Observer(config, task, self.optimizer, self._updates) if observed else None
         task.network = ranks.parallel(self.execution.compiled(task.model))
         self._weights = dict(task.model.named_parameters())
         self.scheduler = (
