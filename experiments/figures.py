@@ -56,12 +56,15 @@ FLATTENING_DIGITS = Experiment(
     "flattening_digits",
     "Loss flattening inside two runs on digits",
     tuple(
-        Cell(row, ("dataset=digits", f"optim={optim}", *_WATCHED, "eval.every=2"))
+        Cell(row, ("dataset=digits", f"optim={optim}", "optim.eps=1e-8", *_WATCHED, "eval.every=2"))
         for row, optim in (("Adam without weight decay", "adam"), ("Adam-LAWN", "adam_lawn"))
     ),
     _INSIDE,
     figure="diagnostics",
-    notes=(f"Adam and Adam-LAWN of the demo with diagnostics=on. {_HOW.format('two epochs')}",),
+    notes=(
+        "Adam and Adam-LAWN of the demo with diagnostics=on, and the same eps, so that they are the same run until the "
+        f"norms are fixed. {_HOW.format('two epochs')}",
+    ),
     seeds=1,
 )
 FLATTENING_MOVIELENS100K = Experiment(

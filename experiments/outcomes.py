@@ -135,10 +135,13 @@ def against_the_best(experiment: Experiment, found: list[Outcome]) -> list[str]:
         best = max(others, key=lambda o: sign * o.mean(measure))
         (mean, error), (top, spread) = (mean_and_error(o.values(measure)) for o in (rival, best))
         gain = sign * (mean - top)
-        how = "better" if gain >= 0 else "within one standard error" if gain >= -spread else "worse by more than that"
+        within = "no standard error is known" if isnan(spread) else "within the latter's standard error"
+        how = within if isnan(spread) or abs(gain) <= spread else "above it" if gain > 0 else "below it by more"
+        switched = sorted(r.result["last"]["free_epochs"] for r in rival.records if "free_epochs" in r.result["last"])
         lines.append(
             f"{rival.cell.row} at {place(panel, column)}: {mean:.2f} ({error:.2f}), the best of the others, "
             f"{best.cell.row}, {top:.2f} ({spread:.2f}): {how}."
+            + (f" Norms were fixed after {switched[0]:.2f} to {switched[-1]:.2f} epochs." if switched else "")
         )
     return lines
 

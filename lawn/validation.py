@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from traceback import walk_tb
 from typing import Any, get_args
@@ -37,6 +38,9 @@ def validate(composed: DictConfig) -> Config:
 
 
 def _free_epochs(value: Any) -> float | str | None:
+    if isinstance(value, str) and value != "auto":  # as OmegaConf reads a number that is quoted, or a variable's
+        with suppress(ValueError):
+            return float(value)
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         return float(value)
     if value is None or value == "auto" or isinstance(value, float):

@@ -4,8 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
+import pandas as pd
+
 from lawn.diagnostics import figure
-from lawn.errors import UserError
+from lawn.errors import ConfigError, UserError
 from lawn.files import atomic
 
 
@@ -15,15 +17,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("diagnostics.png"), help="the PNG file to write")
     given = parser.parse_args(arguments)
     try:
-        runs = {}
+        runs: dict[str, pd.DataFrame] = {}
         for text in given.runs:
-            name, _, path = text.rpartition("=")
-            runs[name or Path(path).name] = figure.read(Path(path))
+            name, _, path = ("", "", text) if Path(text).exists() else text.partition("=")
+            name = name or Path(path).name
+            if name in runs:
+                raise ConfigError(f"{text}: another run is called {name}; give names, as NAME=RUN_DIR")
+            runs[name] = figure.read(Path(path))
         with atomic(given.out) as temporary:
             figure.save(runs, temporary)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return UserError.exit_code
+        return getattr(error, "exit_code", UserError.exit_code)
     print(given.out)
     return 0
 

@@ -32,8 +32,8 @@ class LossSurface:
     In float32 a probability within 1e-7 of 1 is 1: below that gradients and Hessians are rounding. For a loss that is
     flatter, give the model and the samples in float64.
 
-    `chunk` samples are computed at a time: by default all of them in sums over the samples, and in what needs each
-    sample's own gradient [P] as many as make 2^23 numbers.
+    `chunk` samples at most are computed at a time: by default all of them in sums over the samples. In what needs
+    each sample's own gradient [P] it is no more than make 2^23 numbers.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class LossSurface:
         if not self._size:
             raise ValueError("the model has no trainable parameter")
         self._chunk = chunk or self._samples
-        self._chunk_of_rows = chunk or max(1, ROWS // self._size)
+        self._chunk_of_rows = min(self._chunk, max(1, ROWS // self._size))
 
     def gradient(self) -> Tensor:
         """The gradient of the training loss, [P]."""

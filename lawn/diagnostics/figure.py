@@ -74,12 +74,14 @@ def _line(axis: Axes, rows: pd.DataFrame, key: str, color: str, name: str) -> No
     found = rows.dropna(subset=columns, how="all")
     if found.empty:
         return
+    whole = key in ("radial/", "margin_p50")
     values = found[columns].astype(float)
+    if not whole:
+        values = values.where(values > 0)  # the others' axes are logarithmic
     if len(columns) > 1:
         for column in columns:
             axis.plot(found["epoch"], values[column], color=color, linewidth=0.6, alpha=0.35)
-    whole = key in ("radial/", "margin_p50")  # not of a quantity that is above 0
-    mean = values.mean(axis=1) if whole else np.exp(np.log(values.clip(lower=1e-300)).mean(axis=1))
+    mean = values.mean(axis=1) if whole else np.exp(np.log(values).mean(axis=1))
     axis.plot(found["epoch"], mean, color=color, linewidth=1.6, label=name)
     if key == "margin_p50" and "margin_p10" in rows:
         axis.fill_between(

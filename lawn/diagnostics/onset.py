@@ -15,11 +15,11 @@ class FlatteningOnset:
 
     The paper: "Track the logits of training examples (done simply and efficiently by tracking them on the minibatches
     used) and switch to constrained training when their median value starts reaching high values indicating the onset
-    of loss flattening." The rule here: `CHECKS` times in an epoch, or after every update where it has fewer, take the
-    median margin of the samples seen since the last check. The onset is the first check, one epoch after the start at
-    the earliest, at which the (lower) median of an epoch's worth of these medians is `threshold` or more: so for about
-    half an epoch most of the margins have been that high, and not for a moment while the learning rate warms up. A
-    check is over a tenth of the training set, whatever the batch size is, unless that is larger.
+    of loss flattening." The rule here: at least `CHECKS` times in an epoch, or after every update where it has fewer,
+    take the median margin of the samples seen since the last check. The onset is the first check, at the end of the
+    first epoch at the earliest, at which the (lower) median of an epoch's worth of these medians is `threshold` or
+    more: so for about half an epoch most of the margins have been that high, and not for a moment while the learning
+    rate warms up. A check is over a twentieth to a tenth of the training set, or over one batch where that is more.
 
         onset = FlatteningOnset(updates_per_epoch=len(loader))
         ...
@@ -40,13 +40,14 @@ class FlatteningOnset:
         self._medians: list[float] = []  # of the last epoch's checks
 
     def follow(self, margins: Tensor) -> bool:
-        """Take in the margins [B] of an update's samples; whether the onset is now. Waits for the device at a check
-        only."""
+        """Take in the margins [B] of an update's samples (of all ranks), before its step; whether the onset is now.
+        Waits for the device at a check only."""
         self.updates += 1
         self._margins.append(margins.detach())
         if self.updates % self._every:
             return False
-        median = torch.cat(self._margins).float().median().item()
+        seen = torch.cat([kept.to(margins.device) for kept in self._margins])  # those of a checkpoint lie on the CPU
+        median = seen.float().median().item()
         self._margins = []
         self._medians = [*self._medians, median][-self._epoch :]
         return len(self._medians) == self._epoch and median_low(self._medians) >= self._threshold

@@ -54,7 +54,7 @@ class UpdateMonitor:
         return {name: dict(zip(QUANTITIES, row, strict=True)) for name, row in zip(self.weights, values, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self._updates, "sums": self._sums.cpu()}
+        return {"updates": self._updates, "sums": self._sums.cpu().clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._updates = state["updates"]
@@ -62,6 +62,7 @@ class UpdateMonitor:
 
     @torch.no_grad()
     def _keep(self, *_: object) -> None:
+        self._before = {}  # an update that failed may have left some
         if self._updates % self._every == 0:
             for name, p in self.weights.items():
                 if p.grad is not None:
@@ -79,7 +80,7 @@ class UpdateMonitor:
             if name not in self._before:
                 continue
             w, along, square = self._before[name]
-            norm = (w * w).sum().sqrt()
+            norm = (w * w).sum().sqrt().clamp(min=torch.finfo(w.dtype).tiny)  # a weight of zeros has no direction
             change, size = _products(w, _wide(p) - w)
             aside = (size - (change / norm).square()).clamp(min=0).sqrt()  # of the change, across w
             angle = torch.atan2(aside, norm + change / norm)  # exact for small angles too, as an arc cosine is not

@@ -44,9 +44,9 @@ class Journal:
         self._progress.close()
         result = run.result()
         self._directory.write_metrics(run.rows)
+        self._directory.finish(result)
         if run.observer:
             self._directory.draw()
-        self._directory.finish(result)
         self._logger.finish(result)
         print(summary(result), flush=True)
         return result

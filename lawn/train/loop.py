@@ -190,7 +190,7 @@ class Run:
             if part.update.stop < task.dataset.num_train and pause():
                 return None
         margins = self.ranks.joined(torch.cat(left.margins))
-        # Only here, at the end of the epoch, does the host wait for the device.
+        # Only here, at the end of the epoch, does the host wait for the device (and where `_watch` does).
         left.losses = [self.ranks.total(torch.cat(left.losses)).cpu()]
         if self.observer:
             self.observer.margins(margins)
@@ -211,7 +211,7 @@ class Run:
 
     def _watch(self, margins: list[Tensor]) -> None:
         """Switch at the onset of loss flattening, where E_free is automatic; `margins` are an update's, of its parts.
-        Raises NonFiniteError."""
+        Until then several ranks join them at every update. Raises NonFiniteError."""
         optimizer = self.optimizer
         if self.onset is None or not isinstance(optimizer, LAWNOptimizer) or optimizer.constrained:
             return

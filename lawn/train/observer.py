@@ -1,5 +1,7 @@
 """`diagnostics=on`: what a run's rows have beside losses and metrics."""
 
+from itertools import islice
+from math import ceil
 from typing import Any
 
 import torch
@@ -16,14 +18,15 @@ QUANTILES = (10, 25, 75, 90)  # of the margins, percent; the median is there wit
 
 class Observer:
     """Columns: `margin_pQ` for the quantiles; `QUANTITY/WEIGHT` for the means over the updates that are measured; with
-    `diagnostics.samples` also `hessian_top`, the largest eigenvalue of the Hessian of the training loss, and
-    `gradient_covariance`, the trace of the covariance of the samples' gradients, on the same samples throughout."""
+    `diagnostics.samples` also `hessian_top`, the largest eigenvalue of the Hessian of the training loss (of its mean:
+    flooding's function of that is left out), and `gradient_covariance`, the trace of the covariance of the samples'
+    gradients, on the same samples throughout."""
 
     def __init__(self, config: Config, task: Task, optimizer: Optimizer, updates: int) -> None:
         assert config.diagnostics.updates is not None  # lawn.validation
         self._task = task
         self._samples = config.diagnostics.samples
-        self._chunk = config.train.micro_batch_size
+        self._size = config.train.micro_batch_size or config.train.batch_size  # what there is memory for
         self._batch: Batch | None = None
         self._quantiles: dict[str, float] = {}
         self._monitor = UpdateMonitor(task.model, optimizer, max(1, updates // config.diagnostics.updates))
@@ -44,16 +47,20 @@ class Observer:
         """Of the training loss at the present weights; nothing where no samples are set aside for it."""
         if self._samples is None:
             return {}
-        if self._batch is None:
-            generator = torch.Generator(device).manual_seed(0)
-            batching = Batching(min(self._samples, self._task.dataset.num_train), None, 0, 1)
-            _, self._batch = next(iter(self._task.dataset.train_batches(batching, generator)))
-        *inputs, labels = self._batch
-        surface = LossSurface(self._task.model, self._task.loss.mean, inputs, labels, self._chunk)
+        *inputs, labels = self._batch = self._batch or self._draw(self._samples, device)
+        surface = LossSurface(self._task.model, self._task.loss.mean, inputs, labels, self._size)
         return {
             "hessian_top": surface.hessian_top(tolerance=1e-2),
             "gradient_covariance": surface.gradient_covariance_trace(),
         }
+
+    def _draw(self, samples: int, device: torch.device) -> Batch:
+        """In batches that the data loaders are made for."""
+        generator = torch.Generator(device).manual_seed(0)
+        samples = min(samples, self._task.dataset.num_train)
+        batches = self._task.dataset.train_batches(Batching(min(self._size, samples)), generator)
+        drawn = [batch for _, batch in islice(batches, ceil(samples / self._size))]
+        return tuple(torch.cat(columns)[:samples] for columns in zip(*drawn, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         return self._monitor.state_dict()

@@ -160,6 +160,33 @@ def test_nothing_is_changed_and_bfloat16_is_widened():
     assert torch.equal(model.weight, twin.weight)
 
 
+def test_a_weight_of_zeros_and_a_step_that_failed():
+    model, w = vector(0, 0)
+    optimizer = torch.optim.SGD([w], lr=1)
+    monitor = UpdateMonitor(model, optimizer, every=3)
+    w.grad = torch.ones(1, 2, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="no loss"):
+        optimizer.step(lambda: (_ for _ in ()).throw(RuntimeError("no loss")))
+    step(optimizer, w, 1, 1)  # is not measured: the one before would have been
+    assert math.isnan(monitor.means()["w"]["norm"])
+    step(optimizer, w, 1, 1)
+    with torch.no_grad():
+        w.zero_()
+    step(optimizer, w, 1, 1)
+    assert all(map(math.isfinite, monitor.means()["w"].values()))
+
+
+def test_a_state_is_a_copy():
+    model, w = vector(1, 0)
+    optimizer = torch.optim.SGD([w], lr=1)
+    monitor = UpdateMonitor(model, optimizer)
+    step(optimizer, w, 1, 1)
+    state = monitor.state_dict()
+    expected = monitor.means()
+    monitor.load_state_dict(state)
+    assert monitor.means() == expected
+
+
 @pytest.mark.parametrize(
     ("model", "every", "message"), [(nn.Linear(2, 2), 0, "at least 1"), (nn.LayerNorm(3), 1, "nothing to follow")]
 )

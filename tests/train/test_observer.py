@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -181,6 +182,29 @@ def test_what_cannot_be_drawn_is_one_line(tiny, tmp_path, capsys):
         assert line.startswith("error: ")
         assert reason in line
     assert not (tmp_path / "x.png").exists()
+
+
+def test_names_of_runs(tiny, tmp_path, capsys):
+    """A path with an equals sign is a path; two runs of one name are refused."""
+    where = [tmp_path / "lr=1" / "run", tmp_path / "lr=2" / "run"]
+    for path in where:
+        train(tiny("train.epochs=1", "diagnostics=on", f"run_dir='{path}'"))
+    first, second = map(str, where)
+    out = f"{tmp_path}/x.png"
+    assert diagnostics_main([first, "--out", out]) == 0
+    capsys.readouterr()
+    assert diagnostics_main([first, second, "--out", out]) == ConfigError.exit_code
+    assert "another run is called run; give names" in capsys.readouterr().err
+    assert diagnostics_main([first, f"b={second}", "--out", out]) == 0
+
+
+def test_numbers_that_are_not_above_0_are_left_out_of_logarithmic_panels():
+    rows = pd.DataFrame({"epoch": [1, 2], "constrained": 0, "train_loss": [1.0, 0.0], "angle/a": [4.0, 4.0]})
+    rows["angle/b"] = [0.0, 9.0]
+    axes = {axis.get_ylabel(): axis for axis in figure.draw({"run": rows}).axes}
+    thick = axes["angle of an update, rad"].lines[-1]
+    assert list(thick.get_ydata()) == pytest.approx([4, 6])
+    assert min(axes["training loss, nats"].get_ylim()) > 0.1
 
 
 def test_a_diverged_run_has_a_figure_too(tiny):
