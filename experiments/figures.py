@@ -39,7 +39,7 @@ FIGURE1 = Experiment(
     ),
 )
 
-_WATCHED = ("diagnostics=on", "diagnostics.samples=1000")
+_WATCHED = ("diagnostics=on", "diagnostics.updates=8", "diagnostics.samples=1000")
 _INSIDE = (
     Measure("headline", "test accuracy or HR@10, %"),
     Measure("train_loss", "training loss, nats", 4),

@@ -35,7 +35,7 @@ class UpdateMonitor:
             raise ValueError("nothing to follow: no trainable parameter with two or more dimensions")
         self._every = every
         self._updates = 0
-        self._before: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # the weight, w.g and g.g
+        self._before: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # the weight, w.g and ||g||
         device = next(iter(self.weights.values())).device
         shape = (len(self.weights), 1 + len(QUANTITIES))  # how many were measured, and the sums
         self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -66,28 +66,33 @@ class UpdateMonitor:
         if self._updates % self._every == 0:
             for name, p in self.weights.items():
                 if p.grad is not None:
-                    w = _wide(p).clone()
+                    w, g = _wide(p).clone(), _wide(p.grad)
                     # The gradient is read now: an optimizer may overwrite it.
-                    self._before[name] = w, *_products(w, _wide(p.grad))
+                    self._before[name] = w, _dot(w, g), torch.linalg.vector_norm(g)
         self._updates += 1
 
     @torch.no_grad()
     def _measure(self, *_: object) -> None:
         if not self._before:
             return
-        rows = [self._sums.new_zeros(1 + len(QUANTITIES))] * len(self.weights)
-        for index, (name, p) in enumerate(self.weights.items()):
-            if name not in self._before:
-                continue
-            w, along, square = self._before[name]
-            norm = (w * w).sum().sqrt().clamp(min=torch.finfo(w.dtype).tiny)  # a weight of zeros has no direction
-            change, size = _products(w, _wide(p) - w)
-            aside = (size - (change / norm).square()).clamp(min=0).sqrt()  # of the change, across w
-            angle = torch.atan2(aside, norm + change / norm)  # exact for small angles too, as an arc cosine is not
-            reach = (norm * square.sqrt()).clamp(min=torch.finfo(w.dtype).tiny)
-            values = [torch.ones_like(norm), norm, square.sqrt(), along.abs() / reach, angle, angle / reach]
-            rows[index] = torch.stack(values).double()
-        self._sums += torch.stack(rows)
+        each = []
+        for name, (w, along, gradient_norm) in self._before.items():
+            change = _wide(self.weights[name]) - w
+            norms = torch.linalg.vector_norm(w), torch.linalg.vector_norm(change)
+            each.append(torch.stack([along, gradient_norm, *norms, _dot(w, change)]).double())
+        along, gradient_norm, norm, size, stretch = torch.stack(each).unbind(dim=1)
+        smallest = torch.finfo(torch.float64).tiny  # a weight of zeros has no direction, nor has such a gradient
+        stretch = stretch / norm.clamp(min=smallest)
+        aside = (size.square() - stretch.square()).clamp(min=0).sqrt()  # of the change, across w
+        angle = torch.atan2(aside, norm + stretch)  # exact for small angles too, as an arc cosine is not
+        reach = (norm * gradient_norm).clamp(min=smallest)
+        ones = torch.ones_like(norm)
+        rows = torch.stack([ones, norm, gradient_norm, along.abs() / reach, angle, angle / reach], dim=1)
+        if len(rows) == len(self.weights):
+            self._sums += rows
+        else:
+            for name, row in zip(self._before, rows, strict=True):
+                self._sums[list(self.weights).index(name)] += row
         self._before = {}
 
 
@@ -95,6 +100,5 @@ def _wide(t: Tensor) -> Tensor:
     return t.detach().to(torch.promote_types(t.dtype, torch.float32))
 
 
-def _products(w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """w.v and v.v."""
-    return (w * v).sum(), (v * v).sum()
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.flatten(), b.flatten())
