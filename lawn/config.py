@@ -98,7 +98,7 @@ class EvalConfig:
 @dataclass
 class DiagnosticsConfig:
     name: str = "off"  # off or on: measure the updates of every weight, and the quantiles of the margins
-    updates: int | None = None  # of an epoch that are measured, at least; evenly spaced
+    updates: int | None = None  # of an epoch that are measured; no more than about a tenth of all, but one at least
     samples: int | None = None  # of the training set, to estimate curvature and noise of the loss on when evaluating
 
 

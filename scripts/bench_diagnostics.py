@@ -1,8 +1,8 @@
 """Time training with diagnostics=on against training without: python -m scripts.bench_diagnostics --data-dir D
 [--rounds 9]
 
-In turns an epoch, or a few short ones, of two runs that differ in nothing else. Prints medians of the ratios within a round; writes the same
-with hardware and versions to results/bench/diagnostics-DEVICE.json and .md.
+In turns an epoch, or a few short ones, of two runs that differ in nothing else. Prints medians of the ratios within a
+round; writes the same with hardware and versions to results/bench/diagnostics-DEVICE.json and .md.
 """
 
 import statistics
@@ -60,9 +60,9 @@ COLUMNS: bench.Columns = {
     "with diagnostics, s": lambda row: f"{row['seconds']['with']:.3g}",
     "cost": lambda row: f"{100 * (row['times'] - 1):+.1f} %",
 }
-REMARKS = """Training alone: margins' quantiles, and norms, gradients and angles of every weight at 4 updates of an
-epoch or somewhat more (of the 10 that VGG-19 has here; of 352 in a
-whole epoch at batch 128). What diagnostics.samples adds is not counted: it is computed at evaluations only."""
+REMARKS = """Training alone: margins' quantiles, and norms, gradients and angles of every weight at about 4 updates
+of an epoch, no more than one in ten or so. What diagnostics.samples adds is not counted: it is computed at
+evaluations only."""
 
 
 def main() -> int:

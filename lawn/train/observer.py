@@ -30,7 +30,10 @@ class Observer:
         self._size = config.train.micro_batch_size or config.train.batch_size  # what there is memory for
         self._batch: Batch | None = None
         self._quantiles: dict[str, float] = {}
-        self._monitor = UpdateMonitor(task.model, optimizer, max(1, updates // config.diagnostics.updates))
+        measured = min(
+            config.diagnostics.updates, ceil(updates / 10)
+        )  # a tenth of all, so that short epochs stay short
+        self._monitor = UpdateMonitor(task.model, optimizer, updates // measured)
 
     def margins(self, margins: Tensor) -> None:
         """Take in all ranks' margins [n] of an epoch."""
