@@ -77,13 +77,13 @@ class Store:
             path = self._path(config)
             if path is None:
                 return None
-            self._read[name] = load(path)
+            self._read[name] = read_record(path)
         return self._read[name]
 
     def all(self) -> Iterator[Record]:
         """Every record there is."""
         for path in sorted(self.folder.glob("**/[!.]*.json")):
-            yield load(path)
+            yield read_record(path)
 
     def write(self, config: Config, overrides: tuple[str, ...], tuning: bool) -> Record:
         """Record the finished run of `config`. Raises RunError when it has not finished."""
@@ -118,10 +118,10 @@ def save(path: Path, content: dict[str, Any]) -> Record:
     """Write a record, a line for each of its parts."""
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
     write_text(path, "{\n" + lines + "\n}\n")
-    return load(path)
+    return read_record(path)
 
 
-def load(path: Path) -> Record:
+def read_record(path: Path) -> Record:
     """Raises RunError when it is damaged, or not what its name says."""
     try:
         content = json.loads(path.read_text())

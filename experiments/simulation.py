@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from experiments.outcomes import Comparison, Outcome
 from experiments.page import Panel, Tuned, provenance
-from experiments.records import Record, load, save
+from experiments.records import Record, read_record, save
 from lawn.config import identity_hash
 from lawn.errors import RunError
 from lawn.train.record import environment
@@ -52,7 +52,7 @@ class Simulation:
     def record(self, results: Path, short: bool = False) -> Record | None:
         """Raises RunError where it is damaged, or not what its name says."""
         path = self._path(results, short)
-        return load(path) if path.exists() else None
+        return read_record(path) if path.exists() else None
 
     def execute(self, results: Path, short: bool = False) -> Record:
         """Compute and record it."""

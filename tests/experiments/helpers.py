@@ -49,7 +49,7 @@ def miniature(experiment: Experiment, tuned: bool = False) -> Experiment:
             continue
         seen |= {cell.row, cell.panel}
         dataset = cell.value("dataset")
-        small = FIXTURES[dataset]
+        small = ("model.widths=[8]", "dataset.limit=100") if dataset == "digits" else FIXTURES[dataset]
         if dataset.startswith(("cifar", "imagenet")):
             small = (*small, "model=mlp", "model.widths=[8]", "dataset.val_fraction=0.25")
         sweep = "peak_lr" if tuned and not cells else None

@@ -26,7 +26,10 @@ from tests.helpers import FIXTURES, ROOT
 TABLES = [e for e in EXPERIMENTS.values() if e.name not in ("demo", "figure2")]  # its cells are the tables'
 
 
-@pytest.mark.parametrize("experiment", TABLES, ids=lambda e: e.name)
+@pytest.mark.parametrize(
+    "experiment",
+    [pytest.param(e, id=e.name, marks=[pytest.mark.slow] * (e.name == "flattening_movielens100k")) for e in TABLES],
+)
 def test_a_miniature_of_each_table(experiment, tmp_path, tiny_data):
     tuned = experiment.name == "table4"
     small = miniature(experiment, tuned)

@@ -80,7 +80,7 @@ def test_a_run_with_diagnostics_is_another_run_and_without_the_same_as_ever(tiny
     assert config_hash(tiny("diagnostics=off")) == config_hash(tiny())
 
 
-@pytest.mark.parametrize("dataset", ["movielens100k", "cifar10"])
+@pytest.mark.parametrize("dataset", ["movielens100k", pytest.param("cifar10", marks=pytest.mark.slow)])
 def test_other_tasks(dataset, tiny_data, tmp_path):
     keys = (f"dataset={dataset}", "train.epochs=1", "train.batch_size=8", "diagnostics=on", "diagnostics.samples=8")
     small = ("model.factors=4", "dataset.candidates=20") if dataset == "movielens100k" else ("dataset.limit=16",)
@@ -204,7 +204,7 @@ def test_numbers_that_are_not_above_0_are_left_out_of_logarithmic_panels():
     axes = {axis.get_ylabel(): axis for axis in figure.draw({"run": rows}).axes}
     thick = axes["angle of an update, rad"].lines[-1]
     assert list(thick.get_ydata()) == pytest.approx([4, 6])
-    assert min(axes["training loss, nats"].get_ylim()) > 0.1
+    assert min(axes["training loss, nats"].get_ylim()) > 0.01
 
 
 def test_a_diverged_run_has_a_figure_too(tiny):
