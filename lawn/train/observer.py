@@ -30,9 +30,7 @@ class Observer:
         self._size = config.train.micro_batch_size or config.train.batch_size  # what there is memory for
         self._batch: Batch | None = None
         self._quantiles: dict[str, float] = {}
-        measured = min(
-            config.diagnostics.updates, ceil(updates / 10)
-        )  # a tenth of all, so that short epochs stay short
+        measured = min(config.diagnostics.updates, max(1, updates // 10))  # short epochs have to stay short
         self._monitor = UpdateMonitor(task.model, optimizer, updates // measured)
 
     def margins(self, margins: Tensor) -> None:
