@@ -17,7 +17,7 @@ from experiments.spec import Experiment
 from lawn.diagnostics import figure as diagnostics
 from lawn.files import atomic
 
-STYLE: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "lawn"}
+STYLE: dict[Any, Any] = {**diagnostics.STYLE, "svg.hashsalt": "lawn"}
 
 
 def draw(experiment: Experiment, found: list[Outcome], path: Path) -> None:

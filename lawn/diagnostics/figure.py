@@ -1,11 +1,12 @@
 """The figure of runs with `diagnostics=on`, from their metrics.csv."""
 
-from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -50,7 +51,7 @@ def draw(runs: dict[str, pd.DataFrame]) -> Figure:
     figure = Figure(figsize=(3.6 * ACROSS, 2.7 * down + 0.4), layout="constrained")
     axes = figure.subplots(down, ACROSS, squeeze=False).flat
     for axis, (key, title, scale) in zip(axes, shown, strict=False):
-        for color, (name, rows) in zip(_colors(len(runs)), runs.items(), strict=True):
+        for color, (name, rows) in zip(cycle(COLORS), runs.items(), strict=False):
             _line(axis, rows, key, color, name)
         axis.set(xlabel="epoch", ylabel=title, yscale=scale)
     for axis in list(figure.axes)[len(shown) :]:
@@ -63,8 +64,6 @@ def draw(runs: dict[str, pd.DataFrame]) -> Figure:
 
 def save(runs: dict[str, pd.DataFrame], path: Path) -> None:
     """Write the figure as PNG."""
-    from matplotlib import rc_context
-
     with rc_context(STYLE):
         draw(runs).savefig(path, format="png", dpi=150)
 
@@ -94,7 +93,3 @@ def _line(axis: Axes, rows: pd.DataFrame, key: str, color: str, name: str) -> No
 
 def _columns(rows: pd.DataFrame, key: str) -> list[str]:
     return [name for name in rows if name.startswith(key)] if key.endswith("/") else [key] if key in rows else []
-
-
-def _colors(number: int) -> Sequence[str]:
-    return [COLORS[k % len(COLORS)] for k in range(number)]
