@@ -4,7 +4,6 @@ A simulation leaves one record, results/simulations/NAME-HASH.json, of the form 
 of its settings. Its page is shown and written like that of an experiment.
 """
 
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,7 +23,6 @@ from lawn.train.record import environment
 
 FOLDER = "simulations"  # beside runs/
 CODE = ("lawn", "experiments")  # what a simulation's numbers come from
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -57,12 +55,11 @@ class Simulation:
     def execute(self, results: Path, short: bool = False) -> Record:
         """Compute and record it."""
         settings = self.short if short else self.settings
-        where = environment(torch.device("cpu"))
         content = {
             "hash": identity_hash(asdict(settings)),
             "command": f"python -m experiments run {self.name}" + (" --short" if short else ""),
             "config": asdict(settings),
-            "environment": where | {"dirty": where["dirty"] or uncommitted()},
+            "environment": environment(torch.device("cpu"), CODE),
             "result": self.run(settings),
         }
         return save(self._path(results, short), content)
@@ -132,13 +129,3 @@ def _reading(record: Record) -> Iterator[None]:
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise RunError(f"{record.path}: damaged record ({type(error).__name__}: {reason})") from error
-
-
-def uncommitted() -> bool:
-    """Whether the code has changes that no version stands for; False where there is no git."""
-    command = ["git", "status", "--porcelain", "--", *CODE]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return bool(done.stdout.strip())

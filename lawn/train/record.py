@@ -14,7 +14,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
@@ -187,11 +187,11 @@ def _own(value: Any) -> Any:
     return type(value)(map(_own, value)) if isinstance(value, list | tuple) else value
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Code version, packages and hardware of this process."""
+def environment(device: torch.device, code: Sequence[str] = ("lawn", "conf", "run.py")) -> dict[str, Any]:
+    """Code version, packages and hardware of this process; `dirty`: what it runs, `code`, has uncommitted changes."""
     return {
         "git": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", "lawn", "conf", "run.py")),
+        "dirty": bool(_git("status", "--porcelain", "--", *code)),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES if find_spec(name.replace("-", "_"))},
         "system": platform.platform(terse=True),

@@ -16,6 +16,7 @@ from experiments.outcomes import mean_and_error
 from experiments.rayleigh import Point, Walk, angle, eigenvalues, excess, flow_time, gradient, images, noise_gradient
 from experiments.smd_page import SMD_RAYLEIGH
 from lawn.diagnostics import equilibrium_angle, equilibrium_norm
+from lawn.train import record as record_of_runs
 from tests.helpers import ROOT
 
 TINY = replace(
@@ -264,12 +265,18 @@ def test_options_of_runs_do_not_apply(call, option, value):
 
 def test_uncommitted_code_is_visible(monkeypatch, tmp_path):
     small = replace(SMD_RAYLEIGH, settings=TINY, run=lambda settings: {"seconds": 0})
+    asked = []
+
+    def git(*arguments):
+        asked.append(arguments)
+        return "a" * 40 if arguments[0] == "rev-parse" else " M experiments/smd_rayleigh.py" * dirty
+
+    monkeypatch.setattr(record_of_runs, "_git", git)
     for dirty in (False, True):
-        monkeypatch.setattr(simulation, "environment", lambda device: {"git": "a" * 40, "dirty": False})
-        monkeypatch.setattr(simulation, "uncommitted", lambda dirty=dirty: dirty)
         record = small.execute(tmp_path)
         assert record.code == "a" * 10 + (" with uncommitted changes" if dirty else "")
         assert record.environment["dirty"] is dirty
+    assert asked[-1] == ("status", "--porcelain", "--", "lawn", "experiments")
 
 
 def test_the_committed_record_is_of_these_settings_and_agrees():
