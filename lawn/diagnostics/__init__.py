@@ -1,8 +1,9 @@
 """What LAWN claims, measured (paper sections 1 and 2), and what weight decay does in its place."""
 
-from lawn.diagnostics.curvature import LossSurface, top_eigenvalue
+from lawn.diagnostics.curvature import LossSurface
 from lawn.diagnostics.equilibrium import equilibrium_angle, equilibrium_norm
 from lawn.diagnostics.flattening import binary_margin, multiclass_margin, weight_norm
+from lawn.diagnostics.lanczos import top_eigenvalue
 from lawn.diagnostics.onset import FlatteningOnset
 from lawn.diagnostics.updates import UpdateMonitor
 
