@@ -8,6 +8,7 @@ from lawn.train.logger import Logger
 from lawn.train.loop import Run
 from lawn.train.progress import Progress
 from lawn.train.record import RunDirectory
+from lawn.train.throughput import peak_flops
 
 
 class Journal:
@@ -42,7 +43,7 @@ class Journal:
     def finish(self, run: Run) -> dict[str, Any]:
         """Write the result, which is returned, and the marker of a finished run."""
         self._progress.close()
-        result = run.result()
+        result = outcome(run)
         self._directory.write_metrics(run.rows)
         self._directory.finish(result)
         if run.observer:
@@ -50,6 +51,30 @@ class Journal:
         self._logger.finish(result)
         print(summary(result), flush=True)
         return result
+
+
+def outcome(run: Run) -> dict[str, Any]:
+    """How a run ended. The headline is the last epoch's metric; `best` is over the epochs of the same split, so on the
+    test split it is selected on test and no table prints it."""
+    split, name = run.config.eval.split, run.task.headline
+    key = f"{split}_{name}"
+    evaluated = [row for row in run.rows if row.get(key) is not None]
+    best = max(evaluated, key=lambda row: row[key] or 0.0, default=None)
+    peak = peak_flops(run.device, run.execution.precision)
+    rate = run.task.dataset.num_train * run.epoch / max(run.seconds["train"], 1e-9)
+    return {
+        "status": run.status,
+        "split": split,
+        "headline": name,
+        "last": run.rows[-1],
+        "best": best and {"epoch": best["epoch"], name: best[key]},
+        "divergence": run.divergence,
+        "parameters": sum(p.numel() for p in run.task.model.parameters()),
+        "samples_per_second": round(rate, 1),
+        "peak_share": round(rate * run.flops / (run.ranks.world * peak), 4) if run.flops else None,
+        "seconds": {what: round(value, 3) for what, value in run.seconds.items()},
+        "warnings": run.task.dataset.warnings,
+    }
 
 
 def summary(result: dict[str, Any]) -> str:

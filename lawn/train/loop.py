@@ -23,7 +23,7 @@ from lawn.train.left import Left, resumed
 from lawn.train.observer import Observer
 from lawn.train.ranks import Ranks, accumulating
 from lawn.train.record import Row
-from lawn.train.throughput import flops_per_sample, peak_flops, synchronize
+from lawn.train.throughput import flops_per_sample, synchronize
 
 
 class Run:
@@ -282,29 +282,6 @@ class Run:
             self.observer.load_state_dict(state["observer"])
         if state["left"] is not None:
             self.left = resumed(state["left"], self.task.model, self.ranks)
-
-    def result(self) -> dict[str, Any]:
-        """How the run ended. The headline is the last epoch's metric; `best` is over the epochs of the same split,
-        so on the test split it is selected on test and no table prints it."""
-        split, name = self.config.eval.split, self.task.headline
-        key = f"{split}_{name}"
-        evaluated = [row for row in self.rows if row.get(key) is not None]
-        best = max(evaluated, key=lambda row: row[key] or 0.0, default=None)
-        peak = peak_flops(self.device, self.execution.precision)
-        rate = self.task.dataset.num_train * self.epoch / max(self.seconds["train"], 1e-9)
-        return {
-            "status": self.status,
-            "split": split,
-            "headline": name,
-            "last": self.rows[-1],
-            "best": best and {"epoch": best["epoch"], name: best[key]},
-            "divergence": self.divergence,
-            "parameters": sum(p.numel() for p in self.task.model.parameters()),
-            "samples_per_second": round(rate, 1),
-            "peak_share": round(rate * self.flops / (self.ranks.world * peak), 4) if self.flops else None,
-            "seconds": {what: round(value, 3) for what, value in self.seconds.items()},
-            "warnings": self.task.dataset.warnings,
-        }
 
 
 def _steps(epochs: float, steps_per_epoch: int, total: int) -> int:
