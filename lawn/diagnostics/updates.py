@@ -35,7 +35,8 @@ class UpdateMonitor:
             raise ValueError("nothing to follow: no trainable parameter with two or more dimensions")
         self._every = every
         self._updates = 0
-        self._before: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # the weight, w.g and ||g||
+        # names, weights, w.g and ||g||
+        self._before: tuple[list[str], list[Tensor], Tensor, Tensor] | None = None
         device = next(iter(self.weights.values())).device
         shape = (len(self.weights), 1 + len(QUANTITIES))  # how many were measured, and the sums
         self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -62,27 +63,25 @@ class UpdateMonitor:
 
     @torch.no_grad()
     def _keep(self, *_: object) -> None:
-        self._before = {}  # an update that failed may have left some
+        self._before = None  # an update that failed may have left some
         if self._updates % self._every == 0:
-            for name, p in self.weights.items():
-                if p.grad is not None:
-                    w, g = _wide(p).clone(), _wide(p.grad)
-                    # The gradient is read now: an optimizer may overwrite it.
-                    self._before[name] = w, _dot(w, g), torch.linalg.vector_norm(g)
+            found = [(name, p, p.grad) for name, p in self.weights.items() if p.grad is not None]
+            if found:
+                weights = [_wide(p).clone() for _, p, _ in found]
+                gradients = [_wide(g) for *_, g in found]
+                # The gradients are read now: an optimizer may overwrite them.
+                self._before = [name for name, *_ in found], weights, _dots(weights, gradients), _norms(gradients)
         self._updates += 1
 
     @torch.no_grad()
     def _measure(self, *_: object) -> None:
-        if not self._before:
+        if self._before is None:
             return
-        each = []
-        for name, (w, along, gradient_norm) in self._before.items():
-            change = _wide(self.weights[name]) - w
-            norms = torch.linalg.vector_norm(w), torch.linalg.vector_norm(change)
-            each.append(torch.stack([along, gradient_norm, *norms, _dot(w, change)]).double())
-        along, gradient_norm, norm, size, stretch = torch.stack(each).unbind(dim=1)
+        names, weights, along, gradient_norm = self._before
+        changes = [_wide(self.weights[name]) - w for name, w in zip(names, weights, strict=True)]
+        norm, size = _norms(weights), _norms(changes)
         smallest = torch.finfo(torch.float64).tiny  # a weight of zeros has no direction, nor has such a gradient
-        stretch = stretch / norm.clamp(min=smallest)
+        stretch = _dots(weights, changes) / norm.clamp(min=smallest)
         aside = (size.square() - stretch.square()).clamp(min=0).sqrt()  # of the change, across w
         angle = torch.atan2(aside, norm + stretch)  # exact for small angles too, as an arc cosine is not
         reach = (norm * gradient_norm).clamp(min=smallest)
@@ -91,14 +90,18 @@ class UpdateMonitor:
         if len(rows) == len(self.weights):
             self._sums += rows
         else:
-            for name, row in zip(self._before, rows, strict=True):
+            for name, row in zip(names, rows, strict=True):
                 self._sums[list(self.weights).index(name)] += row
-        self._before = {}
+        self._before = None
 
 
 def _wide(t: Tensor) -> Tensor:
     return t.detach().to(torch.promote_types(t.dtype, torch.float32))
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.flatten(), b.flatten())
+def _norms(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(tensors)).double()
+
+
+def _dots(some: list[Tensor], others: list[Tensor]) -> Tensor:
+    return torch.stack([torch.dot(a.flatten(), b.flatten()) for a, b in zip(some, others, strict=True)]).double()
