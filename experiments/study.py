@@ -4,6 +4,7 @@ Choosing: every setting of the cell's sweep preset is run once, with seed 0; the
 epoch wins, a diverged run loses, the first of equals is kept. Filling: the chosen setting with every seed, on test.
 """
 
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -77,6 +78,11 @@ class Study:
         return _compose((*self._overrides, *sweep, *self._extra))
 
     @cached_property
+    def _pickled(self) -> bytes:
+        """Of which a copy is made several times as fast as OmegaConf copies."""
+        return pickle.dumps(self._composition[0])
+
+    @cached_property
     def axes(self) -> dict[str, list[str]]:
         """The values of each hyperparameter of the sweep preset; none where nothing is tuned."""
         swept = self._composition[1].items() if self.cell.sweep else ()
@@ -140,7 +146,7 @@ class Study:
 
     def _at(self, *overrides: str) -> Config:
         """The config with other values of keys, which is far faster than to compose it with them."""
-        changed = self._composition[0].copy()
+        changed = pickle.loads(self._pickled)
         for override in map(_parsed, overrides):
             OmegaConf.update(changed, override.key_or_group, override.value())
         return validate(changed)

@@ -9,7 +9,8 @@ from lawn.train import train
 from tests.helpers import FIXTURES, RECOMMENDERS, compose, synthetic_ratings, write_folders, write_ratings
 
 
-@pytest.mark.parametrize("name", FIXTURES)
+# An epoch of VGG-19 takes seconds: once is enough.
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "cifar100")) for n in FIXTURES])
 def test_an_epoch(name, tiny_data, tmp_path):
     config = compose(
         f"dataset={name}",

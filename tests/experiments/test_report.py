@@ -296,8 +296,10 @@ def test_a_record_that_is_not_what_it_says_is_refused(tmp_path, part):
             report.Page(one, Store(path.parent))
 
 
-def test_committed_results_are_those_of_the_records(tmp_path):
-    """Every number of the committed pages, and of README.md, is computed again."""
+def test_committed_results_are_those_of_the_records(tmp_path, monkeypatch):
+    """Every number of the committed pages, and of README.md, is computed again; figures are not drawn."""
+    for name in ("draw", "save"):
+        monkeypatch.setattr(report, name, lambda *_: None)
     store = Store(ROOT / "results" / "runs")
     pages: list[report.AnyPage] = [report.Page(experiment, store) for experiment in EXPERIMENTS.values()]
     pages += [SimulationPage(simulation, ROOT / "results") for simulation in SIMULATIONS.values()]
@@ -307,6 +309,8 @@ def test_committed_results_are_those_of_the_records(tmp_path):
     assert len(written) == 3 * len(pages) + sum(bool(page.tuned) for page in pages)
     for name in written:
         assert (tmp_path / name).read_text() == (ROOT / "results" / name).read_text()
+    for page in pages:
+        assert page.figured == (ROOT / "results" / f"{page.name}.svg").exists()
     shutil.copy(ROOT / "README.md", tmp_path / "README.md")
     report.embed(tmp_path / "README.md", pages)
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()

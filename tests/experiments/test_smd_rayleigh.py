@@ -181,6 +181,7 @@ def results(recorded, tmp_path):
 def call(monkeypatch, capsys, results):
     """Exit code, output and errors of a command line; the simulation's settings are small, and recorded."""
     monkeypatch.setitem(command.SIMULATIONS, "smd_rayleigh", replace(SMD_RAYLEIGH, settings=TINY))
+    monkeypatch.setattr(command, "EXPERIMENTS", {name: command.EXPERIMENTS[name] for name in ("demo", "figure1")})
 
     def run(*arguments: str) -> tuple[int, str, str]:
         code = command.main([*arguments, "--results", str(results)])

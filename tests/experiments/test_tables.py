@@ -79,8 +79,9 @@ def test_overrides_by_hand():
 
 
 @pytest.mark.parametrize("experiment", [e for e in EXPERIMENTS.values() if e.name != "figure2"], ids=lambda e: e.name)
-def test_every_cell_composes_and_builds(experiment):
-    for cell in experiment.cells:
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_cell_composes_and_builds(experiment, step):
+    for cell in experiment.cells[::step]:
         budget = [f"train.epochs={cell.epochs[0]}"] if cell.epochs else []
         sweep = [f"sweep={cell.sweep}"] if cell.sweep else []
         (config,) = compose_all([(*cell.overrides, *budget, *sweep)])
@@ -91,10 +92,11 @@ def test_every_cell_composes_and_builds(experiment):
         OPTIMIZERS[config.optim.name](mlp((4,), 3, widths=[5]), **chosen)
 
 
-def test_settings_of_a_grid_are_different_runs():
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_settings_of_a_grid_are_different_runs(step):
     by_sweep = {c.sweep: c for e in EXPERIMENTS.values() for c in e.cells if c.sweep}
     assert len(by_sweep) > 15
-    for cell in by_sweep.values():
+    for cell in list(by_sweep.values())[::step]:
         study = Study(cell, cell.epochs[0])
         assert len({job.hash for job in study.tuning}) == len(study.settings) >= 8
 
