@@ -4,7 +4,6 @@ Choosing: every setting of the cell's sweep preset is run once, with seed 0; the
 epoch wins, a diverged run loses, the first of equals is kept. Filling: the chosen setting with every seed, on test.
 """
 
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -65,8 +64,8 @@ class Study:
     def problem(self) -> str | None:
         """Why there is no run of it: a key or a value that cannot be; None where there is no such."""
         try:
-            self._at()
-            if self.cell.sweep and not self.tuning:
+            runs = [self._config, *(job.config for job in self.tuning)]  # all of them are composed and checked
+            if self.cell.sweep and len(runs) == 1:
                 return f"sweep={self.cell.sweep}: no such sweep, or an empty one"
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             return explain(error)
@@ -78,9 +77,9 @@ class Study:
         return _compose((*self._overrides, *sweep, *self._extra))
 
     @cached_property
-    def _pickled(self) -> bytes:
-        """Of which a copy is made several times as fast as OmegaConf copies."""
-        return pickle.dumps(self._composition[0])
+    def _config(self) -> Config:
+        """Of no setting."""
+        return validate(self._composition[0])
 
     @cached_property
     def axes(self) -> dict[str, list[str]]:
@@ -98,11 +97,16 @@ class Study:
 
     @cached_property
     def tuning(self) -> list[Job]:
-        split = f"eval.split={self.selection}"
-        return [
-            Job(self._at(*setting, split), (*self._overrides, f"sweep={self.cell.sweep}", *setting, split), tuning=True)
-            for setting in self.settings
-        ]
+        changed = self._composition[0].copy()  # one for all settings, since each has a value for the same keys
+        jobs = []
+        for setting in self.settings:
+            point = (*setting, f"eval.split={self.selection}")
+            for override in map(_parsed, point):
+                # Far faster than to compose the config with them.
+                OmegaConf.update(changed, override.key_or_group, override.value())
+            overrides = (*self._overrides, f"sweep={self.cell.sweep}", *point)
+            jobs.append(Job(validate(changed), overrides, tuning=True))
+        return jobs
 
     def chosen(self, store: Store) -> int | None:
         """The index of the setting that won; None while a run is missing, or where nothing is tuned."""
@@ -116,7 +120,7 @@ class Study:
         if self.problem:
             return
         setting: tuple[str, ...] = ()
-        config = self._at()
+        config = self._config
         if self.cell.sweep is not None:
             index = self.chosen(store)
             if index is None:
@@ -143,13 +147,6 @@ class Study:
             elif seed >= seeds:
                 break
         return found
-
-    def _at(self, *overrides: str) -> Config:
-        """The config with other values of keys, which is far faster than to compose it with them."""
-        changed = pickle.loads(self._pickled)
-        for override in map(_parsed, overrides):
-            OmegaConf.update(changed, override.key_or_group, override.value())
-        return validate(changed)
 
 
 def studies(

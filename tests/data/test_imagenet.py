@@ -82,8 +82,8 @@ def test_evaluation_images_are_the_center_of_the_resized_image(tmp_path):
         ("text", 0, "torch"),
         ("empty", 0, "torch"),
         ("cut", 1, "torch"),
-        pytest.param("cut", 1, "dali", marks=needs_dali),
-        pytest.param("empty", 1, "dali", marks=needs_dali),
+        pytest.param("cut", 1, "dali", marks=[needs_dali, pytest.mark.slow]),
+        pytest.param("empty", 1, "dali", marks=[needs_dali, pytest.mark.slow]),
     ],
 )
 def test_damaged_images_are_named(tmp_path, damage, workers, loader):

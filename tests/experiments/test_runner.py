@@ -24,7 +24,13 @@ from tests.experiments.helpers import ACCURACY, MINI, SHORT, TUNED, fill, miniat
 from tests.helpers import FIXTURES, ROOT
 
 TABLES = [e for e in EXPERIMENTS.values() if e.name not in ("demo", "figure2")]  # its cells are the tables'
-LONG = ("table2", "table5", "flattening_digits", "flattening_movielens100k")  # whose kinds of runs others have too
+LONG = (
+    "table2",
+    "table5",
+    "automatic",
+    "flattening_digits",
+    "flattening_movielens100k",
+)  # whose kinds of runs others have too
 
 
 @pytest.mark.parametrize(

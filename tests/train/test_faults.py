@@ -166,7 +166,8 @@ def test_a_signal_stops_after_the_update(tiny, tmp_path, number, updates):
     check_equal(stopped, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_ranks_stop_at_the_same_update(tiny, tmp_path, number):
     """The process that has started them hands the signal on."""
     keys = (*DIGITS, "train.devices=2", "train.epochs=40")
