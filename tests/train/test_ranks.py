@@ -167,6 +167,7 @@ def wait_for(condition: Callable[[], T], seconds: float) -> T:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_which_goes_on_with_any_number_of_ranks(tmp_path, tiny):
     common = ("dataset.limit=195", "train.batch_size=20", "optim.free_epochs=1", "train.epochs=20")
     common += ("train.checkpoint_seconds=0",)
