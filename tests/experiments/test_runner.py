@@ -24,18 +24,13 @@ from tests.experiments.helpers import ACCURACY, MINI, SHORT, TUNED, fill, miniat
 from tests.helpers import FIXTURES, ROOT
 
 TABLES = [e for e in EXPERIMENTS.values() if e.name not in ("demo", "figure2")]  # its cells are the tables'
-LONG = (
-    "table2",
-    "table5",
-    "automatic",
-    "flattening_digits",
-    "flattening_movielens100k",
-)  # whose kinds of runs others have too
+# Whose kinds of runs the other tables have too, or other tests.
+SLOW = ("table2", "table3", "table5", "automatic", "flattening_digits", "flattening_movielens100k")
 
 
 @pytest.mark.parametrize(
     "experiment",
-    [pytest.param(e, id=e.name, marks=[pytest.mark.slow] * (e.name in LONG)) for e in TABLES],
+    [pytest.param(e, id=e.name, marks=[pytest.mark.slow] * (e.name in SLOW)) for e in TABLES],
 )
 def test_a_miniature_of_each_table(experiment, tmp_path, tiny_data):
     tuned = experiment.name == "table4"

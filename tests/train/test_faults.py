@@ -225,12 +225,10 @@ def test_the_middle_of_an_epoch_is_whole_for_other_optimizers(tiny, tmp_path, op
     check_equal(stopped, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
-    [
-        ("dataset=cifar10", "dataset.limit=12"),
-        pytest.param(("dataset=imagenet", "dataset.image_size=32", "dataset.workers=0"), marks=pytest.mark.slow),
-    ],
+    [("dataset=cifar10", "dataset.limit=12"), ("dataset=imagenet", "dataset.image_size=32", "dataset.workers=0")],
     ids=["cifar10", "imagenet"],
 )
 def test_augmentation_and_statistics_go_on_in_the_middle(kind, tiny_data, tmp_path):

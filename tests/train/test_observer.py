@@ -115,17 +115,16 @@ def test_a_fixed_switch_at_the_same_update_is_the_same_run(tiny):
         assert other.items() <= one.items()
 
 
-def test_ranks_and_parts_switch_together(tiny, tmp_path):
+@pytest.mark.parametrize("how", ["micro_batch_size=7", pytest.param("devices=2", marks=pytest.mark.slow)])
+def test_parts_and_ranks_switch_together(tiny, tmp_path, how):
     keys = (*AUTO, "train.epochs=20", "diagnostics=on")
-    more = ((), ("train.micro_batch_size=7",), ("train.devices=2",))
-    one, parts, ranks = (tiny(*keys, *own, f"run_dir={tmp_path}/{k}") for k, own in enumerate(more))
-    for config in (one, parts, ranks):
+    whole, other = (tiny(*keys, *own, f"run_dir={tmp_path}/{len(own)}") for own in ((), (f"train.{how}",)))
+    for config in (whole, other):
         train(config)
-    for row, *others in zip(rows(one), rows(parts), rows(ranks), strict=True):
-        for other in others:
-            assert float(other["free_epochs"]) == float(row["free_epochs"])
-            for name in row:
-                assert float(other[name]) == pytest.approx(float(row[name]), rel=1e-3, abs=1e-4), name
+    for row, same in zip(rows(whole), rows(other), strict=True):
+        assert float(same["free_epochs"]) == float(row["free_epochs"])
+        for name in row:
+            assert float(same[name]) == pytest.approx(float(row[name]), rel=1e-3, abs=1e-4), name
 
 
 def test_watched_runs_are_trained_alone(tiny):
