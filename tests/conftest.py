@@ -11,6 +11,7 @@ from tests.data.test_images import write_cifar
 from tests.helpers import compose, synthetic_ratings, write_folders, write_ratings, write_three_files
 
 torch.set_num_threads(1)  # small tensors: threads only get in each other's way
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # so in the processes that tests start
 register()
 
 

@@ -184,7 +184,7 @@ FUZZ = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_
 
 
 @given(arguments=st.lists(typed, min_size=1, max_size=3))
-@settings(max_examples=40, **FUZZ)
+@settings(max_examples=20, **FUZZ)
 def test_a_config_that_can_be_or_one_line(arguments, capsys):
     check_command(arguments, capsys)
 

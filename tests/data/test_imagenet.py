@@ -17,7 +17,7 @@ from lawn.errors import ConfigError, DataError
 from tests.helpers import write_folders
 
 needs_dali = pytest.mark.skipif(not (find_spec("nvidia") and find_spec("nvidia.dali")), reason="no DALI")
-LOADERS = ["torch", pytest.param("dali", marks=needs_dali)]
+LOADERS = ["torch", pytest.param("dali", marks=[needs_dali, pytest.mark.slow])]
 
 
 def load(root: Path, **keys) -> FolderImages:

@@ -25,7 +25,7 @@ from tests.helpers import FIXTURES, ROOT
 
 TABLES = [e for e in EXPERIMENTS.values() if e.name not in ("demo", "figure2")]  # its cells are the tables'
 # Whose kinds of runs the other tables have too, or other tests.
-SLOW = ("table2", "table3", "table5", "automatic", "flattening_digits", "flattening_movielens100k")
+SLOW = ("table1", "table2", "table3", "table5", "automatic", "flattening_digits", "flattening_movielens100k")
 
 
 @pytest.mark.parametrize(
@@ -180,6 +180,7 @@ def test_a_cell_that_cannot_be_composed_says_why(sweep, overrides, problem):
     assert list(study.filling(Store(Path("nowhere")))) == []
 
 
+@pytest.mark.slow
 def test_what_failed_together_is_tried_alone(tmp_path, capsys):
     cells = tuple(Cell(f"{lr}", (*SHORT[:1], *SHORT[2:], "train.epochs=600", f"optim.lr={lr}")) for lr in (0.01, 0.02))
     experiment = Experiment("two", "Two", cells, (ACCURACY,))

@@ -525,6 +525,7 @@ def test_a_run_that_an_older_version_has_finished_is_done(stopped_run, tmp_path,
     assert "done already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_data_worker_that_is_killed(tiny_data, tmp_path):
     keys = ("dataset=imagenet", "dataset.image_size=32", "model=mlp", "model.widths=[8]", "dataset.workers=2")
     keys = (*keys, f"data_dir={tiny_data}", "device=cpu", "train.batch_size=4", "train.epochs=3", ALWAYS)

@@ -94,7 +94,10 @@ def test_resume_is_exact(tiny, tmp_path, monkeypatch, optim, after):
     assert (directory(whole) / "metrics.csv").read_bytes() == (directory(broken) / "metrics.csv").read_bytes()
 
 
-@pytest.mark.parametrize("optim", sorted(OPTIMIZERS))
+# Compiling AdamCPR takes longer than all the others.
+@pytest.mark.parametrize(
+    "optim", [pytest.param(o, marks=[pytest.mark.slow] * (o == "adam_cpr")) for o in sorted(OPTIMIZERS)]
+)
 def test_every_optimizer_learns(tiny, optim):
     lr = 0.1 if "sgd" in optim else 0.02 if "lamb" in optim else 0.01
     result = train(tiny(f"optim={optim}", f"optim.lr={lr}", "train.epochs=15", "train.batch_size=20"))
