@@ -57,8 +57,7 @@ def over_epochs(experiment: Experiment, found: list[Outcome]) -> Figure:
                 axis.plot(epochs[switch], mean[switch], "o", color=line.get_color(), markersize=5)
     for axis, measure in zip(axes, measures, strict=True):
         axis.set(xlabel="epoch", ylabel=measure.title, yscale=measure.curve if axis.lines else "linear")
-    if axes[0].lines:
-        axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, ncols=4, loc="outside upper center")
     return figure
 
 

@@ -13,9 +13,9 @@ from experiments.outcomes import mean_and_error
 from experiments.records import Record
 from lawn.diagnostics import equilibrium_angle, equilibrium_norm
 
-COLORS = {0.0: "#0072B2", 0.5: "#009E73", 0.9: "#D55E00"}  # by momentum; told apart by all who are colour-blind
+COLORS = {0.0: "C0", 0.5: "C2", 0.9: "C1"}  # by momentum
 MARKERS = {0.0: "o", 0.5: "s", 0.9: "^"}
-DECAY, LAWN = "#0072B2", "#AA3377"
+DECAY, LAWN = "C0", "C3"
 
 
 def draw(record: Record) -> Figure:

@@ -1,11 +1,11 @@
 """The figure of runs with `diagnostics=on`, from their metrics.csv."""
 
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from cycler import cycler
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,7 +14,7 @@ from lawn.errors import RunError
 
 PANELS = (  # a column of metrics.csv, or QUANTITY/ for those of every weight; what it is; the scale of its axis
     ("train_loss", "training loss, nats", "log"),
-    ("margin_p50", "training margin, logits (10, 50, 90 %)", "linear"),
+    ("margin_p50", "margin (10, 50, 90 %), logits", "linear"),
     ("norm/", "norm of a weight", "log"),
     ("gradient_norm/", "norm of its gradient", "log"),
     ("radial/", "|cos| of gradient and weight", "linear"),
@@ -24,7 +24,12 @@ PANELS = (  # a column of metrics.csv, or QUANTITY/ for those of every weight; w
     ("gradient_covariance", "trace of gradients' covariance", "log"),
 )
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
-STYLE: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": cycler(color=COLORS),
+}
 ACROSS = 3
 
 
@@ -51,8 +56,8 @@ def draw(runs: dict[str, pd.DataFrame]) -> Figure:
     figure = Figure(figsize=(3.6 * ACROSS, 2.7 * down + 0.4), layout="constrained")
     axes = figure.subplots(down, ACROSS, squeeze=False).flat
     for axis, (key, title, scale) in zip(axes, shown, strict=False):
-        for color, (name, rows) in zip(cycle(COLORS), runs.items(), strict=False):
-            _line(axis, rows, key, color, name)
+        for i, (name, rows) in enumerate(runs.items()):
+            _line(axis, rows, key, f"C{i}", name)
         axis.set(xlabel="epoch", ylabel=title, yscale=scale)
     for axis in list(figure.axes)[len(shown) :]:
         axis.remove()
