@@ -317,6 +317,14 @@ def test_committed_results_are_those_of_the_records(name, tmp_path, monkeypatch)
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
 
 
+def test_every_record_is_shown():
+    """By a page, or in its list of tuning runs."""
+    pages = [path.read_text() for path in (ROOT / "results").rglob("*") if path.suffix in (".md", ".csv")]
+    shown = set(re.findall(r"[\w.-]+", " ".join(pages)))
+    for path in (ROOT / "results").rglob("*.json"):
+        assert {path.stem, path.name} & shown, path
+
+
 def test_the_readme_shows_these_tables():
     for name in ("demo", "table4", "figure1"):
         assert f"<!-- table {name} -->" in (ROOT / "README.md").read_text()
