@@ -78,7 +78,7 @@ class Study:
 
     @cached_property
     def _config(self) -> Config:
-        """Of no setting."""
+        """The cell as it is, at no point of its grid."""
         return validate(self._composition[0])
 
     @cached_property

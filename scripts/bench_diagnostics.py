@@ -24,7 +24,7 @@ from lawn.train.loop import Run
 from lawn.train.ranks import Ranks
 from scripts import bench
 
-SECONDS = 2.0  # of a round: as many epochs in turns as that takes
+SECONDS = 2.0  # of each run in a round: as many epochs, in turns, as that takes
 MOVIELENS = ("dataset=movielens100k", "optim=adam_lawn", "optim.free_epochs=0.5")
 KINDS = {
     "NCF on MovieLens-100k, batch 1,000": (*MOVIELENS, "train.batch_size=1000"),
