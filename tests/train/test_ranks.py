@@ -47,7 +47,7 @@ def agree(one: Config, other: Config, tolerance: float = 1e-6) -> None:
 
 
 @pytest.mark.parametrize("optim", ["adam_lawn", "lamb_lawn", "sgd"])
-@pytest.mark.parametrize("micro", [(), ("train.micro_batch_size=7",)])
+@pytest.mark.parametrize("micro", [pytest.param((), marks=pytest.mark.slow), ("train.micro_batch_size=7",)])
 def test_two_ranks_give_what_one_process_gives(tmp_path, tiny, optim, micro):
     """20 updates, the last of each epoch smaller than the others."""
     switch = ("optim.free_epochs=1",) if "lawn" in optim else ()

@@ -66,7 +66,13 @@ class PowerCutError(Exception):
     pass
 
 
-RESUMED = [("adam_lawn", 1), ("adam_lawn", 3), *((name, 2) for name in sorted(OPTIMIZERS))]
+RESUMED = [
+    *(("adam_lawn", after) for after in (1, 2, 3)),
+    *(
+        pytest.param(name, 2, marks=[pytest.mark.slow] * ("lawn" not in name))
+        for name in sorted({*OPTIMIZERS} - {"adam_lawn"})
+    ),
+]
 
 
 @pytest.mark.parametrize(("optim", "after"), RESUMED)
