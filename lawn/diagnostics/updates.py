@@ -35,8 +35,8 @@ class UpdateMonitor:
             raise ValueError("nothing to follow: no trainable parameter with two or more dimensions")
         self._every = every
         self._updates = 0
-        # names, weights, w.g and ||g||
-        self._before: tuple[list[str], list[Tensor], Tensor, Tensor] | None = None
+        # which of the weights, w, w.g and ||g||
+        self._before: tuple[list[int], list[Tensor], Tensor, Tensor] | None = None
         device = next(iter(self.weights.values())).device
         shape = (len(self.weights), 1 + len(QUANTITIES))  # how many were measured, and the sums
         self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -65,20 +65,21 @@ class UpdateMonitor:
     def _keep(self, *_: object) -> None:
         self._before = None  # an update that failed may have left some
         if self._updates % self._every == 0:
-            found = [(name, p, p.grad) for name, p in self.weights.items() if p.grad is not None]
+            found = [(i, p, p.grad) for i, p in enumerate(self.weights.values()) if p.grad is not None]
             if found:
                 weights = [_wide(p).clone() for _, p, _ in found]
                 gradients = [_wide(g) for *_, g in found]
                 # The gradients are read now: an optimizer may overwrite them.
-                self._before = [name for name, *_ in found], weights, _dots(weights, gradients), _norms(gradients)
+                self._before = [i for i, *_ in found], weights, _dots(weights, gradients), _norms(gradients)
         self._updates += 1
 
     @torch.no_grad()
     def _measure(self, *_: object) -> None:
         if self._before is None:
             return
-        names, weights, along, gradient_norm = self._before
-        changes = [_wide(self.weights[name]) - w for name, w in zip(names, weights, strict=True)]
+        found, weights, along, gradient_norm = self._before
+        after = list(self.weights.values())
+        changes = [_wide(after[i]) - w for i, w in zip(found, weights, strict=True)]
         norm, size = _norms(weights), _norms(changes)
         smallest = torch.finfo(torch.float64).tiny  # a weight of zeros has no direction, nor has such a gradient
         stretch = _dots(weights, changes) / norm.clamp(min=smallest)
@@ -87,11 +88,8 @@ class UpdateMonitor:
         reach = (norm * gradient_norm).clamp(min=smallest)
         ones = torch.ones_like(norm)
         rows = torch.stack([ones, norm, gradient_norm, along.abs() / reach, angle, angle / reach], dim=1)
-        if len(rows) == len(self.weights):
-            self._sums += rows
-        else:
-            for name, row in zip(names, rows, strict=True):
-                self._sums[list(self.weights).index(name)] += row
+        sums = self._sums.unbind()
+        torch._foreach_add_([sums[i] for i in found], list(rows.unbind()))
         self._before = None
 
 
