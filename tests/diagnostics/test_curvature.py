@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -255,6 +255,7 @@ def test_escape_with_hessians_is_the_mean_squared_step_over_all_minibatches(seed
 
 
 @given(seed=st.integers(0, 1000))
+@example(seed=229)
 @settings(max_examples=3, deadline=None)
 def test_large_logits_flatten_the_loss(seed):
     """A homogeneous classifier that is right about all samples, with ever larger weights."""
@@ -273,9 +274,9 @@ def test_large_logits_flatten_the_loss(seed):
         top, trace = surface.hessian_top(**SHARP), surface.gradient_covariance_trace()
         measured.append((top, trace, *(surface.escape(0.1, 2, c, **SHARP) - 1 for c in ("gradients", "hessians"))))
     for numbers in zip(*measured, strict=True):
-        _, *larger = numbers
-        assert larger == sorted(larger, reverse=True)
-        assert abs(larger[-1]) <= 1e-12
+        _, large, largest = numbers
+        assert largest <= large + 1e-15  # both may be 0 but for the rounding of 1 + excess
+        assert abs(largest) <= 1e-12
 
 
 @given(seed=st.integers(0, 1000), lr=st.floats(1e-9, 1e-4), kind=st.sampled_from([mlp, ncf]))
