@@ -21,7 +21,6 @@ from torch import Tensor
 
 from experiments.rayleigh import Point, Walk, flow_time, noise_gradient
 from lawn.diagnostics import equilibrium_angle, equilibrium_norm
-from lawn.optim.update import projected
 
 
 @dataclass(frozen=True)
@@ -218,8 +217,8 @@ def windows(part: Drop) -> dict[str, slice]:
 
 def tangents(weights: Tensor, vectors: Tensor) -> Tensor:
     """The tangent part of each row at the weight of its row: r of SGD-LAWN, from its buffer. [weights, n] each."""
-    pairs = zip(weights.split(1), vectors.split(1), strict=True)
-    return torch.cat([projected([w], [v])[0] for w, v in pairs])
+    along = (weights * vectors).sum(1, keepdim=True) / (weights * weights).sum(1, keepdim=True)
+    return torch.addcmul(vectors, weights, along, value=-1)
 
 
 def effective(angle: float, momentum: float) -> float:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lawn.optim.update import norm
+from lawn.optim.update import norms
 
 
 def multiclass_margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -31,4 +31,5 @@ def weight_norm(model: nn.Module) -> Tensor:
             weights[id(module.original)] = module()
         else:
             weights |= {id(p): p for p in module._parameters.values() if p is not None}
-    return torch.linalg.vector_norm(torch.stack([norm([w]) for w in weights.values() if w.ndim >= 2]))
+    chosen = [w for w in weights.values() if w.ndim >= 2]
+    return torch.linalg.vector_norm(norms(chosen, [1] * len(chosen)))

@@ -2,6 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from difflib import get_close_matches
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -9,70 +12,148 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lawn.optim import phase
+from lawn.optim.watch import Watch
+
+# Keys of torch's optimizers that do not say what an update is, or say what it is here anyway.
+IMPLEMENTATION = {"foreach", "capturable", "differentiable", "decoupled_weight_decay"}
 
 
 class LAWNOptimizer(Optimizer, ABC):
     """Trains freely for `free_steps` updates, then on the product of spheres ||w_l|| = c_l (paper section 3).
 
-    A subclass supplies the update of each phase. `lawn.optim.phase` documents the keys that the parameter groups
-    have for it; `fused` is one more: whether constrained updates run in compiled code (None: where that is possible).
+    A subclass supplies the update of each phase. `lawn.optim.phase` documents the keys that the param groups have for
+    it, and where the norms are. Two more keys: `fused`, whether updates run in compiled code (None: where that is
+    possible), and `weight_decay`, which must be 0 in a group that has constrained parameters, in either phase.
     """
 
     def __init__(self, params: Any, defaults: dict[str, Any], free_steps: int | None, fused: bool | None) -> None:
-        phase.check_free_steps(free_steps)
         if defaults["lr"] < 0:
             raise ValueError(f"lr must not be negative, got {defaults['lr']}")
-        super().__init__(params, {**defaults, "free_steps": free_steps, "fused": fused})
+        free_steps = phase.checked_steps(free_steps)
+        self._watch = Watch()
+        super().__init__(params, {**defaults, "weight_decay": 0.0, "free_steps": free_steps, "fused": fused})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        phase.restore(self.param_groups, None)
-        for group in self.param_groups:
-            group.setdefault("fused", None)
+        self._watch = Watch()
+        phase.restore(self.state)
+        for kept in self.state.values():
+            if "step" in kept:  # on the host, where reading it waits for nothing
+                step = kept["step"]
+                kept["step"] = step.cpu() if isinstance(step, Tensor) else torch.tensor(float(step))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` has returned, of this optimizer or of the one it is in the free phase.
+
+        Keys of the param groups that another optimizer does not have stay as they are here. Raises ValueError where a
+        group asks for what this optimizer does not do.
+        """
+        groups = []
+        for index, group in enumerate(state_dict["param_groups"]):
+            known = {key: value for key, value in group.items() if key not in IMPLEMENTATION}
+            self._refuse(known, index)
+            groups.append({key: value for key, value in known.items() if key not in self._foreign()})
+        state_dict = {**state_dict, "param_groups": groups}
+        super().load_state_dict(phase.completed(state_dict, self.param_groups, self._keys()))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        given = "free_steps" in param_group
+        index = len(self.param_groups)
+        self._refuse(param_group, index)
         super().add_param_group(param_group)
+        added = self.param_groups[-1]
+        if not given:
+            del added["free_steps"]
         try:
-            phase.prepare(self.param_groups, len(self.param_groups) - 1, self.defaults["free_steps"])
+            phase.prepare(self.param_groups, index, self.defaults["free_steps"])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 
     @property
     def constrained(self) -> bool:
-        """Whether the weight norms are fixed (the second phase)."""
+        """Whether weight norms are fixed: whether a param group is in its second phase."""
         return phase.is_constrained(self.param_groups)
 
-    def constrain(self) -> None:
+    def constrain(self, *, again: bool = False) -> None:
         """Fix the norm of every constrained weight at its present value (equation 1).
 
-        Raises ValueError when they are fixed already, when there is nothing to constrain, and when a norm is zero or
-        not finite; then nothing has changed. Moments and schedule are left as they are.
-        """
-        phase.constrain(self.param_groups)
+        With `again`, norms that are fixed already are replaced: call it after other weights have been put under the
+        optimizer (a checkpoint, an average, a layer that was initialized anew), which it would otherwise rescale to the
+        norms of those before. A weight that the optimizer has not updated yet takes its norm with its first update.
+        Moments and schedule are left as they are.
 
-    @torch.no_grad()
+        Raises ValueError when all norms are fixed already, when there is nothing to constrain, and when a norm is zero
+        or not finite; then nothing has changed.
+        """
+        phase.constrain(self, again=again)
+
+    @torch._disable_dynamo(recursive=False)  # a compiled model in the closure stays compiled
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of all parameters that have a gradient; switches phase first when `free_steps` is reached."""
+        """One update of all parameters that have a gradient; a group switches phase first when its `free_steps` are
+        done.
+
+        Raises ValueError, naming the parameter, when a norm cannot be fixed or a constrained weight has become zero (on
+        a GPU one or two updates later).
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if phase.is_due(self.param_groups):
-            self.constrain()
-        for group in self.param_groups:
-            free, blocks = phase.split(group)
-            if free:
-                self._free_update(group, free)
-            if blocks:
-                self._constrained_update(group, blocks)
-            group["steps"] += 1
+        self._update()
         return loss
+
+    @torch._disable_dynamo  # torch.compiler.disable would import the compiler at once
+    @torch.no_grad()
+    def _update(self) -> None:
+        if phase.is_dummy(self):
+            self._make_state()
+            return
+        for index, part in enumerate(self._watch.begin(self)):
+            if part.free:
+                self._free_update(part.group, part.free)
+            zero = self._constrained_update(part) if part.params else None
+            part.record(self.state)
+            self._watch.look(part, index, zero)
+
+    def _make_state(self) -> None:
+        """What an update would have made."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            self._state_of(group, params)
+            for p in params:
+                self.state[p].setdefault(phase.NORM, 0.0)
+
+    def _refuse(self, group: dict[str, Any], index: int) -> None:
+        """Raise ValueError for a key of a param group that is set, and means nothing here."""
+        for key, value in group.items():
+            if key in self._foreign() and value:
+                raise ValueError(f"param group {index}: {type(self).__name__} has no {key}, got {key}={value!r}")
+            close = get_close_matches(key, self._keys(), n=1, cutoff=0.85)
+            if close and key not in {*close, "params", "param_names", "initial_lr"}:
+                raise ValueError(f"param group {index}: unknown key {key!r}; did you mean {close[0]!r}?")
+
+    def _keys(self) -> list[str]:
+        return [*dict.fromkeys((*self.defaults, *phase.DEFAULTS))]
+
+    def _foreign(self) -> set[str]:
+        return torchs_keys() - set(self._keys())
+
+    @abstractmethod
+    def _state_of(self, group: dict[str, Any], params: list[Tensor]) -> Any:
+        """The state of these parameters, made where it is missing."""
 
     @abstractmethod
     def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Update `params`, which all have a gradient, as the base optimizer does."""
 
     @abstractmethod
-    def _constrained_update(self, group: dict[str, Any], blocks: list[tuple[list[Tensor], Tensor]]) -> None:
-        """Update blocks of parameters, each on the sphere of its radius c."""
+    def _constrained_update(self, part: phase.Part) -> Tensor | None:
+        """Update the constrained parameters, each on the sphere of its norm; which blocks are zero, as in `update`."""
+
+
+@cache
+def torchs_keys() -> set[str]:
+    """The keys that torch's optimizers know in a param group."""
+    kinds = [kind for kind in vars(torch.optim).values() if isinstance(kind, type) and issubclass(kind, Optimizer)]
+    return {name for kind in kinds for name in signature(kind).parameters} - {"params", "defaults"}

@@ -48,8 +48,7 @@ class _Weight:
         self.w = w
         self.slices = slices
         self.optimizers = optimizers
-        found = [_holder(optimizer, own) for optimizer, own in zip(optimizers, slices, strict=True)]
-        self.groups, self._indices = zip(*found, strict=True)
+        self.groups = [_holder(optimizer, own) for optimizer, own in zip(optimizers, slices, strict=True)]
         self.decay = self._column([group.get("weight_decay", 0) for group in self.groups])
         self.decays = any(group.get("weight_decay") for group in self.groups)
         if adaptive:
@@ -63,13 +62,15 @@ class _Weight:
             self.momentum = self._column([group["momentum"] for group in self.groups])
             self.nesterov = [bool(group.get("nesterov")) for group in self.groups]
             self.first = self._state("momentum_buffer", w)
+        for optimizer, p in zip(optimizers, slices, strict=True):
+            if isinstance(optimizer, LAWNOptimizer):
+                optimizer.state[p].setdefault(phase.NORM, 0.0)
         self.read_norms()
 
     def read_norms(self) -> None:
         """The norms that the optimizers have fixed, infinite where they have not; None where none has."""
-        norms = [group.get("target_norms") for group in self.groups]
-        fixed = [own and own[i] for own, i in zip(norms, self._indices, strict=True)]
-        found = [math.inf if c is None else float(c) for c in fixed]
+        states = [optimizer.state[p] for optimizer, p in zip(self.optimizers, self.slices, strict=True)]
+        found = [state.get(phase.NORM) or math.inf for state in states]
         self.norm = self._column(found) if any(math.isfinite(c) for c in found) else None
 
     def _column(self, numbers: Sequence[float]) -> Tensor:
@@ -107,7 +108,8 @@ class JointStep:
         """Whether they are of one class, and use nothing that only their own step knows."""
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         alike = len({type(optimizer) for optimizer in optimizers}) == 1 and type(optimizers[0]) in RULES
-        return alike and not any(group.get(key) for group in groups for key in OTHER)
+        decays = any(isinstance(o, LAWNOptimizer) and g["weight_decay"] for o in optimizers for g in o.param_groups)
+        return alike and not decays and not any(group.get(key) for group in groups for key in OTHER)
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor]) -> set[int]:
@@ -135,9 +137,10 @@ class JointStep:
             optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at
             if not isinstance(optimizer, LAWNOptimizer):
                 continue
-            if phase.is_due(optimizer.param_groups):
+            groups = enumerate(optimizer.param_groups)
+            if due := [index for index, group in groups if phase.is_due(group) and not group["switched"]]:
                 try:
-                    optimizer.constrain()
+                    phase.switch(optimizer, due)
                     switched = True
                 except phase.NonFiniteError:
                     failed.add(k)
@@ -190,9 +193,9 @@ class JointStep:
         return torch.where(nesterov, torch.addcmul(g, weight.first, weight.momentum), weight.first)
 
 
-def _holder(optimizer: Optimizer, own: Tensor) -> tuple[dict[str, Any], int]:
-    """The group that holds a parameter, and its index there."""
-    return next((group, i) for group in optimizer.param_groups for i, p in enumerate(group["params"]) if p is own)
+def _holder(optimizer: Optimizer, own: Tensor) -> dict[str, Any]:
+    """The group that holds a parameter."""
+    return next(group for group in optimizer.param_groups for p in group["params"] if p is own)
 
 
 def over(numbers: Tensor, w: Tensor) -> Tensor:

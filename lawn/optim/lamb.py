@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lawn.optim.adam_lawn import AdamLAWN, check_adam, constrained_adam, moments
-from lawn.optim.phase import gradients
+from lawn.optim.adam_lawn import AdamLAWN, check_adam, moments
+from lawn.optim.phase import Part, gradients
+from lawn.optim.update import real
 
 
 class LAMB(Optimizer):
@@ -73,13 +74,16 @@ class LAMBLAWN(AdamLAWN):
 
     Args: as for `AdamLAWN`. The constrained update is Adam-LAWN's with the rate multiplied by the trust ratio
     c / ||r|| of the projected r, so a weight turns by about lr radians at each step.
+
+    A param group with constrain=False may have `weight_decay`, which is LAMB's: decoupled from the gradient, added to
+    the update inside the trust ratio.
     """
 
     def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        lamb(self, group, params, 0.0, float("inf"), True)
+        lamb(self, group, params, group["weight_decay"], float("inf"), True)
 
-    def _constrained_update(self, group: dict[str, Any], blocks: list[tuple[list[Tensor], Tensor]]) -> None:
-        constrained_adam(self, group, blocks, trust=True)
+    def _constrained_update(self, part: Part) -> Tensor | None:
+        return self._constrained_adam(part, trust=True)
 
 
 def lamb(
@@ -92,7 +96,8 @@ def lamb(
 ) -> None:
     """One step of LAMB on parameters that have a gradient."""
     first, second, steps = moments(optimizer, params)
-    grads = gradients(params)
+    ndims = [p.ndim for p in params]
+    first, second, grads, params = map(real, (first, second, gradients(params), params))
     beta1, beta2 = group["betas"]
     torch._foreach_add_(steps, 1)
     torch._foreach_lerp_(first, grads, 1 - beta1)
@@ -106,8 +111,8 @@ def lamb(
     if weight_decay:
         torch._foreach_add_(updates, params, alpha=weight_decay)
     weight_norms, update_norms = torch._foreach_norm(params), torch._foreach_norm(updates)
-    for p, r, w_norm, r_norm in zip(params, updates, weight_norms, update_norms, strict=True):
-        if trust_vectors or p.ndim >= 2:
+    for p, ndim, r, w_norm, r_norm in zip(params, ndims, updates, weight_norms, update_norms, strict=True):
+        if trust_vectors or ndim >= 2:
             ratio = torch.where((w_norm > 0) & (r_norm > 0), w_norm / r_norm, 1.0).clamp(max=max_trust)
             r = r * ratio
         p.sub_(r * group["lr"])

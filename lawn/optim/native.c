@@ -1,8 +1,9 @@
 /* The constrained updates of native.py, compiled once with REAL float and once with double.
 
-   A block is a set of k tensors that share one norm c (nearly always k = 1). Every function makes three passes over
-   its memory: the dot products that project the gradient; the moments, and the dot products of the update r they
-   give; the move. The projected update is tangent, so the norm after the move is known before it is made.
+   A block is a set of tensors that share one norm c (nearly always one): those from at[b] to at[b + 1]. Every function
+   works on all blocks, and makes three passes over the memory of each: the dot products that project the gradient; the
+   moments, and the dot products of the update r they give; the move. The projected update is tangent, so the norm
+   after the move is known before it is made. A block of zeros, which cannot be projected, is left as it is: zero[b].
 
    Sums run in REAL over a chunk and in double over the chunks. */
 
@@ -27,16 +28,45 @@ static void coefficients(Dots d, double c, double lr, int trust, double *keep, d
     *take = scale * step;
 }
 
-static double gradient_along(int k, REAL **w, REAL **g, const int64_t *n) {
+/* Small blocks are shared among threads, a large one takes all of them. */
+#define EACH_BLOCK(BODY)                                                                                               \
+    _Pragma("omp parallel for schedule(static) if (!alone(blocks, at, n))") for (int64_t b = 0; b < blocks; b++) {     \
+        if (elements(at[b], at[b + 1], n) <= SERIAL)                                                                   \
+            BODY;                                                                                                      \
+    }                                                                                                                  \
+    for (int64_t b = 0; b < blocks; b++) {                                                                             \
+        if (elements(at[b], at[b + 1], n) > SERIAL)                                                                    \
+            BODY;                                                                                                      \
+    }
+
+static int64_t elements(int64_t from, int64_t to, const int64_t *n) {
+    int64_t sum = 0;
+    for (int64_t t = from; t < to; t++)
+        sum += n[t];
+    return sum;
+}
+
+/* Whether the small blocks are too few for more than one thread. */
+static int alone(int64_t blocks, const int64_t *at, const int64_t *n) {
+    int64_t small = 0;
+    for (int64_t b = 0; b < blocks; b++) {
+        int64_t k = elements(at[b], at[b + 1], n);
+        small += k <= SERIAL ? k : 0;
+    }
+    return small <= SERIAL;
+}
+
+/* w.g / w.w, or NaN where w is zero */
+static double gradient_along(int64_t from, int64_t to, REAL **w, REAL **g, const int64_t *n) {
     double ww = 0, wg = 0;
-    for (int t = 0; t < k; t++) {
+    for (int64_t t = from; t < to; t++) {
         const REAL *restrict wt = w[t], *restrict gt = g[t];
 #pragma omp parallel for schedule(static) reduction(+ : ww, wg) if (n[t] > SERIAL)
-        for (int64_t at = 0; at < n[t]; at += CHUNK) {
-            int64_t end = at + CHUNK < n[t] ? at + CHUNK : n[t];
+        for (int64_t start = 0; start < n[t]; start += CHUNK) {
+            int64_t end = start + CHUNK < n[t] ? start + CHUNK : n[t];
             REAL sww = 0, swg = 0;
 #pragma omp simd reduction(+ : sww, swg)
-            for (int64_t i = at; i < end; i++) {
+            for (int64_t i = start; i < end; i++) {
                 sww += wt[i] * wt[i];
                 swg += wt[i] * gt[i];
             }
@@ -44,24 +74,35 @@ static double gradient_along(int k, REAL **w, REAL **g, const int64_t *n) {
             wg += swg;
         }
     }
-    return wg / ww;
+    return ww == 0 ? NAN : wg / ww;
 }
 
-/* r = m / (sqrt(v) * vscale + eps) * mscale, with the bias corrections in mscale and vscale */
-void adam(int k, REAL **w, REAL **g, REAL **m, REAL **v, const int64_t *n, double c, double lr, double beta1,
-          double beta2, double eps_, double mscale_, double vscale_, int trust) {
+static int is_zero(int64_t from, int64_t to, REAL **w, const int64_t *n) {
+    for (int64_t t = from; t < to; t++)
+        for (int64_t i = 0; i < n[t]; i++)
+            if (w[t][i] != 0)
+                return 0;
+    return 1;
+}
+
+static void adam_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, REAL **v, const int64_t *n, double c,
+                       double lr, double beta1, double beta2, double eps_, double mscale_, double vscale_, int trust,
+                       uint8_t *zero) {
     const REAL b1 = beta1, b2 = beta2, a1 = 1 - beta1, a2 = 1 - beta2, eps = eps_, mscale = mscale_, vscale = vscale_;
-    const REAL along = gradient_along(k, w, g, n);
+    const double share = gradient_along(from, to, w, g, n);
+    if (isnan(share) && (*zero = is_zero(from, to, w, n)))
+        return;
+    const REAL along = share;
     double ww = 0, wr = 0, rr = 0, keep, take;
-    for (int t = 0; t < k; t++) {
+    for (int64_t t = from; t < to; t++) {
         const REAL *restrict wt = w[t], *restrict gt = g[t];
         REAL *restrict mt = m[t], *restrict vt = v[t];
 #pragma omp parallel for schedule(static) reduction(+ : ww, wr, rr) if (n[t] > SERIAL)
-        for (int64_t at = 0; at < n[t]; at += CHUNK) {
-            int64_t end = at + CHUNK < n[t] ? at + CHUNK : n[t];
+        for (int64_t start = 0; start < n[t]; start += CHUNK) {
+            int64_t end = start + CHUNK < n[t] ? start + CHUNK : n[t];
             REAL sww = 0, swr = 0, srr = 0;
 #pragma omp simd reduction(+ : sww, swr, srr)
-            for (int64_t i = at; i < end; i++) {
+            for (int64_t i = start; i < end; i++) {
                 REAL p = gt[i] - along * wt[i];
                 REAL mi = b1 * mt[i] + a1 * p;
                 REAL vi = b2 * vt[i] + a2 * p * p;
@@ -79,7 +120,7 @@ void adam(int k, REAL **w, REAL **g, REAL **m, REAL **v, const int64_t *n, doubl
     }
     coefficients((Dots){ww, wr, rr}, c, lr, trust, &keep, &take);
     const REAL a = keep, b = take * mscale;
-    for (int t = 0; t < k; t++) {
+    for (int64_t t = from; t < to; t++) {
         REAL *restrict wt = w[t];
         const REAL *restrict mt = m[t], *restrict vt = v[t];
 #pragma omp parallel for simd schedule(static) if (n[t] > SERIAL)
@@ -88,20 +129,31 @@ void adam(int k, REAL **w, REAL **g, REAL **m, REAL **v, const int64_t *n, doubl
     }
 }
 
-/* heavy ball: b <- momentum b + g, r = b */
-void sgd(int k, REAL **w, REAL **g, REAL **m, const int64_t *n, double c, double lr, double momentum) {
+/* r = m / (sqrt(v) * vscale + eps) * mscale, with the bias corrections of each block in mscale and vscale */
+void adam(int64_t blocks, const int64_t *at, const int64_t *n, const double *c, uint8_t *zero, REAL **w, REAL **g,
+          REAL **m, REAL **v, const double *mscale, const double *vscale, double lr, double beta1, double beta2,
+          double eps, int trust) {
+    EACH_BLOCK(adam_block(at[b], at[b + 1], w, g, m, v, n, c[b], lr, beta1, beta2, eps, mscale[b], vscale[b], trust,
+                          zero + b))
+}
+
+static void sgd_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, const int64_t *n, double c, double lr,
+                      double momentum, uint8_t *zero) {
     const REAL mu = momentum;
-    const REAL along = gradient_along(k, w, g, n);
+    const double share = gradient_along(from, to, w, g, n);
+    if (isnan(share) && (*zero = is_zero(from, to, w, n)))
+        return;
+    const REAL along = share;
     double ww = 0, wr = 0, rr = 0, keep, take;
-    for (int t = 0; t < k; t++) {
+    for (int64_t t = from; t < to; t++) {
         const REAL *restrict wt = w[t], *restrict gt = g[t];
         REAL *restrict mt = m[t];
 #pragma omp parallel for schedule(static) reduction(+ : ww, wr, rr) if (n[t] > SERIAL)
-        for (int64_t at = 0; at < n[t]; at += CHUNK) {
-            int64_t end = at + CHUNK < n[t] ? at + CHUNK : n[t];
+        for (int64_t start = 0; start < n[t]; start += CHUNK) {
+            int64_t end = start + CHUNK < n[t] ? start + CHUNK : n[t];
             REAL sww = 0, swr = 0, srr = 0;
 #pragma omp simd reduction(+ : sww, swr, srr)
-            for (int64_t i = at; i < end; i++) {
+            for (int64_t i = start; i < end; i++) {
                 REAL r = mu * mt[i] + (gt[i] - along * wt[i]);
                 mt[i] = r;
                 sww += wt[i] * wt[i];
@@ -115,7 +167,7 @@ void sgd(int k, REAL **w, REAL **g, REAL **m, const int64_t *n, double c, double
     }
     coefficients((Dots){ww, wr, rr}, c, lr, 0, &keep, &take);
     const REAL a = keep, b = take;
-    for (int t = 0; t < k; t++) {
+    for (int64_t t = from; t < to; t++) {
         REAL *restrict wt = w[t];
         const REAL *restrict mt = m[t];
 #pragma omp parallel for simd schedule(static) if (n[t] > SERIAL)
@@ -124,10 +176,16 @@ void sgd(int k, REAL **w, REAL **g, REAL **m, const int64_t *n, double c, double
     }
 }
 
-/* For the wrapper, before the base optimizer's step: copy w to before and put the projected gradient into out. */
-void project(int k, REAL **w, REAL **g, REAL **before, REAL **out, const int64_t *n) {
-    const REAL along = gradient_along(k, w, g, n);
-    for (int t = 0; t < k; t++) {
+/* heavy ball: b <- momentum b + g, r = b */
+void sgd(int64_t blocks, const int64_t *at, const int64_t *n, const double *c, uint8_t *zero, REAL **w, REAL **g,
+         REAL **m, double lr, double momentum) {
+    EACH_BLOCK(sgd_block(at[b], at[b + 1], w, g, m, n, c[b], lr, momentum, zero + b))
+}
+
+static void project_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **before, REAL **out, const int64_t *n) {
+    const double share = gradient_along(from, to, w, g, n);
+    const REAL along = isnan(share) && is_zero(from, to, w, n) ? 0 : share;
+    for (int64_t t = from; t < to; t++) {
         const REAL *restrict wt = w[t], *restrict gt = g[t];
         REAL *restrict bt = before[t], *restrict ot = out[t];
 #pragma omp parallel for simd schedule(static) if (n[t] > SERIAL)
@@ -138,17 +196,23 @@ void project(int k, REAL **w, REAL **g, REAL **before, REAL **out, const int64_t
     }
 }
 
-/* After it: the update r = before - w is projected at before, taken, and rescaled to norm c. */
-void retract(int k, REAL **w, REAL **before, const int64_t *n, double c) {
+/* For the wrapper, before the base optimizer's step: copy w to before and put the projected gradient into out. */
+void project(int64_t blocks, const int64_t *at, const int64_t *n, const double *c, uint8_t *zero, REAL **w, REAL **g,
+             REAL **before, REAL **out) {
+    EACH_BLOCK(project_block(at[b], at[b + 1], w, g, before, out, n))
+}
+
+static void retract_block(int64_t from, int64_t to, REAL **w, REAL **before, const int64_t *n, double c,
+                          uint8_t *zero) {
     double ww = 0, wr = 0, rr = 0, keep, take;
-    for (int t = 0; t < k; t++) {
+    for (int64_t t = from; t < to; t++) {
         const REAL *restrict wt = w[t], *restrict bt = before[t];
 #pragma omp parallel for schedule(static) reduction(+ : ww, wr, rr) if (n[t] > SERIAL)
-        for (int64_t at = 0; at < n[t]; at += CHUNK) {
-            int64_t end = at + CHUNK < n[t] ? at + CHUNK : n[t];
+        for (int64_t start = 0; start < n[t]; start += CHUNK) {
+            int64_t end = start + CHUNK < n[t] ? start + CHUNK : n[t];
             REAL sww = 0, swr = 0, srr = 0;
 #pragma omp simd reduction(+ : sww, swr, srr)
-            for (int64_t i = at; i < end; i++) {
+            for (int64_t i = start; i < end; i++) {
                 REAL r = bt[i] - wt[i];
                 sww += bt[i] * bt[i];
                 swr += bt[i] * r;
@@ -159,13 +223,20 @@ void retract(int k, REAL **w, REAL **before, const int64_t *n, double c) {
             rr += srr;
         }
     }
+    *zero = ww == 0 && is_zero(from, to, before, n);
     coefficients((Dots){ww, wr, rr}, c, 1.0, 0, &keep, &take);
-    const REAL a = keep, b = take;
-    for (int t = 0; t < k; t++) {
+    const REAL a = *zero ? 1 : keep, b = *zero ? 0 : take;
+    for (int64_t t = from; t < to; t++) {
         REAL *restrict wt = w[t];
         const REAL *restrict bt = before[t];
 #pragma omp parallel for simd schedule(static) if (n[t] > SERIAL)
         for (int64_t i = 0; i < n[t]; i++)
             wt[i] = a * bt[i] - b * (bt[i] - wt[i]);
     }
+}
+
+/* After it: the update r = before - w is projected at before, taken, and rescaled to norm c. */
+void retract(int64_t blocks, const int64_t *at, const int64_t *n, const double *c, uint8_t *zero, REAL **w,
+             REAL **before) {
+    EACH_BLOCK(retract_block(at[b], at[b + 1], w, before, n, c[b], zero + b))
 }

@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from ctypes import POINTER, c_double, c_int, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import POINTER, c_double, c_int, c_int64, c_uint8, c_void_p
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -18,16 +20,68 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("native.c")
 REAL = {torch.float32: ("float", "sqrtf"), torch.float64: ("double", "sqrt")}
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-_ARRAY, _SIZES = POINTER(c_void_p), POINTER(c_int64)
+_TENSORS, _INTS, _DOUBLES = POINTER(c_void_p), POINTER(c_int64), POINTER(c_double)
+_BLOCKS = (c_int64, _INTS, _INTS, _DOUBLES, POINTER(c_uint8))
 SIGNATURES = {
-    "adam": (c_int, *[_ARRAY] * 4, _SIZES, *[c_double] * 7, c_int),
-    "sgd": (c_int, *[_ARRAY] * 3, _SIZES, *[c_double] * 3),
-    "project": (c_int, *[_ARRAY] * 4, _SIZES),
-    "retract": (c_int, *[_ARRAY] * 2, _SIZES, c_double),
+    "adam": (*_BLOCKS, *[_TENSORS] * 4, *[_DOUBLES] * 2, *[c_double] * 4, c_int),
+    "sgd": (*_BLOCKS, *[_TENSORS] * 3, *[c_double] * 2),
+    "project": (*_BLOCKS, *[_TENSORS] * 4),
+    "retract": (*_BLOCKS, *[_TENSORS] * 2),
 }
 
 
-def library(fused: bool | None, *lists: list[Tensor]) -> ctypes.CDLL | None:
+class Native:
+    """The functions of native.c for tensors of one dtype.
+
+    `lists` are weights and what an update has beside them, block after block; `sizes` says how many tensors each block
+    has, `norms` what its norm is. The functions return which blocks are zero [blocks], or None where none is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        for name, signature in SIGNATURES.items():
+            function = getattr(self._library, name)
+            function.argtypes, function.restype = signature, None
+
+    def adam(
+        self,
+        lists: Sequence[list[Tensor]],
+        sizes: list[int],
+        norms: list[float],
+        scales: Tensor,  # float64 [2, blocks]: bias corrections of m, and of sqrt(v)
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        trust: bool,
+    ) -> Tensor | None:
+        corrections = [(c_double * len(sizes))(*row) for row in scales.tolist()]
+        return self._call("adam", lists, sizes, norms, *corrections, lr, beta1, beta2, eps, trust)
+
+    def sgd(
+        self, lists: Sequence[list[Tensor]], sizes: list[int], norms: list[float], lr: float, momentum: float
+    ) -> Tensor | None:
+        return self._call("sgd", lists, sizes, norms, lr, momentum)
+
+    def project(self, lists: Sequence[list[Tensor]], sizes: list[int]) -> None:
+        self._call("project", lists, sizes, [0.0] * len(sizes))
+
+    def retract(self, lists: Sequence[list[Tensor]], sizes: list[int], norms: list[float]) -> Tensor | None:
+        return self._call("retract", lists, sizes, norms)
+
+    def _call(
+        self, name: str, lists: Sequence[list[Tensor]], sizes: list[int], norms: list[float], *more: object
+    ) -> Tensor | None:
+        blocks, count = len(sizes), len(lists[0])
+        addresses = [(c_void_p * count)(*[t.data_ptr() for t in tensors]) for tensors in lists]
+        numels = (c_int64 * count)(*[t.numel() for t in lists[0]])
+        starts = (c_int64 * (blocks + 1))(0, *accumulate(sizes))
+        zero = (c_uint8 * blocks)()
+        getattr(self._library, name)(blocks, starts, numels, (c_double * blocks)(*norms), zero, *addresses, *more)
+        return torch.tensor(list(zero), dtype=torch.bool) if any(zero) else None
+
+
+def library(fused: bool | None, *lists: list[Tensor]) -> Native | None:
     """The compiled functions, if `fused` allows them and they can work on these lists of tensors; None otherwise.
 
     They take tensors of one dtype, float32 or float64, on the CPU, without gaps, where the tensors at one position of
@@ -36,9 +90,9 @@ def library(fused: bool | None, *lists: list[Tensor]) -> ctypes.CDLL | None:
     if fused is False:
         return None
     dtype = lists[0][0].dtype
-    if dtype not in REAL or not alike(*lists):
+    if dtype not in REAL or any(t.dtype != dtype or not t.is_cpu for tensors in lists for t in tensors):
         return None
-    if any(t.dtype != dtype or not t.is_cpu for tensors in lists for t in tensors):
+    if not alike(*lists):
         return None
     compiled = _build(dtype)
     if compiled is None and fused:
@@ -49,10 +103,13 @@ def library(fused: bool | None, *lists: list[Tensor]) -> ctypes.CDLL | None:
 def alike(*lists: list[Tensor]) -> bool:
     """Whether tensors without gaps lie in memory alike at each position, so that addresses can be counted through."""
     for first, *others in zip(*lists, strict=True):
-        if not (first.is_contiguous() or (first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last))):
+        if first.is_contiguous():
+            if all(t.is_contiguous() for t in others):
+                continue
+        elif not (first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last)):
             return False
-        strides = first.stride()
-        if any(t.stride() != strides and _strides(t) != _strides(first) for t in others):
+        strides = _strides(first)
+        if any(_strides(t) != strides for t in others):
             return False
     return True
 
@@ -62,15 +119,8 @@ def _strides(t: Tensor) -> list[int]:
     return [stride for stride, length in zip(t.stride(), t.shape, strict=True) if length > 1]
 
 
-def pointers(*lists: list[Tensor]) -> tuple[object, ...]:
-    """The leading arguments of every function: how many tensors a list has, the addresses of each list, the sizes."""
-    count = len(lists[0])
-    addresses = [(c_void_p * count)(*[t.data_ptr() for t in tensors]) for tensors in lists]
-    return count, *addresses, (c_int64 * count)(*[t.numel() for t in lists[0]])
-
-
 @cache
-def _build(dtype: torch.dtype) -> ctypes.CDLL | None:
+def _build(dtype: torch.dtype) -> Native | None:
     compiler = shutil.which(os.environ.get("CC", "")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None
@@ -89,13 +139,9 @@ def _build(dtype: torch.dtype) -> ctypes.CDLL | None:
                 if subprocess.run([*command, "-fopenmp"], capture_output=True, timeout=120).returncode != 0:
                     subprocess.run(command, capture_output=True, timeout=120, check=True)
                 built.replace(path)
-        loaded = ctypes.CDLL(str(path))
+        return Native(path)
     except (OSError, subprocess.SubprocessError):
         return None
-    for name, signature in SIGNATURES.items():
-        getattr(loaded, name).argtypes = signature
-        getattr(loaded, name).restype = None
-    return loaded
 
 
 def _processor() -> str:

@@ -8,7 +8,7 @@ from torch.optim.sgd import sgd
 
 from lawn.optim import update
 from lawn.optim.base import LAWNOptimizer
-from lawn.optim.phase import gradients
+from lawn.optim.phase import Part, gradients
 
 
 class SGDLAWN(LAWNOptimizer):
@@ -23,6 +23,8 @@ class SGDLAWN(LAWNOptimizer):
 
     The free phase is torch's own SGD, bit for bit. A constrained update, for each weight w with norm c:
         g <- g - w (w.g) / c^2;  b <- momentum b + g;  r = b - w (w.b) / c^2;  w <- w - lr r, rescaled to ||w|| = c.
+
+    A param group with constrain=False may have `weight_decay`, added to the gradient as in torch's SGD (L2).
     """
 
     def __init__(
@@ -38,29 +40,31 @@ class SGDLAWN(LAWNOptimizer):
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         super().__init__(params, {"lr": lr, "momentum": momentum}, free_steps, fused)
 
+    def _state_of(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        """Momentum buffers; none without momentum."""
+        if not group["momentum"]:
+            return []
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return [self.state[p]["momentum_buffer"] for p in params]
+
     def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        buffers: list[Tensor | None] = [self.state[p].get("momentum_buffer") for p in params]
+        buffers: list[Tensor | None] = [*self._state_of(group, params)] or [None] * len(params)
         sgd(
             params,
             gradients(params),
             buffers,
-            weight_decay=0.0,
+            weight_decay=group["weight_decay"],
             momentum=group["momentum"],
             lr=group["lr"],
             dampening=0.0,
             nesterov=False,
             maximize=False,
         )
-        if group["momentum"]:
-            for p, buffer in zip(params, buffers, strict=True):
-                self.state[p]["momentum_buffer"] = buffer
 
-    def _constrained_update(self, group: dict[str, Any], blocks: list[tuple[list[Tensor], Tensor]]) -> None:
-        built = []
-        for params, c in blocks:
-            for p in params:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            buffers = [self.state[p]["momentum_buffer"] for p in params]
-            built.append(update.Block(params, gradients(params), buffers, [], c))
-        update.sgd(built, lr=group["lr"], momentum=group["momentum"], fused=group["fused"])
+    def _constrained_update(self, part: Part) -> Tensor | None:
+        group = part.group
+        buffers = self._state_of(group, part.params)
+        blocks = update.Blocks(part.params, part.sizes, part.norms, gradients(part.params), buffers, [])
+        return update.sgd(blocks, lr=group["lr"], momentum=group["momentum"], fused=group["fused"])

@@ -7,11 +7,14 @@ read back by the host.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lawn.optim.update import Blocks
 
 CHUNK = 4096
 TILE = 1024  # rows of sums that a block's program adds at a time
@@ -45,7 +48,7 @@ def _gradient_along(sums, blocks, along, TILE: tl.constexpr):
         row = tile + tl.arange(0, TILE)
         ww += tl.sum(tl.load(sums + 3 * row, row < stop, 0.0))
         wg += tl.sum(tl.load(sums + 3 * row + 1, row < stop, 0.0))
-    tl.store(along + block, wg / ww)
+    tl.store(along + block, tl.where(ww > 0, wg / ww, tl.where(ww == 0, 0.0, ww)))
 
 
 @triton.jit
@@ -77,7 +80,7 @@ def _moments(
 
 
 @triton.jit
-def _coefficients(sums, blocks, norms, lr, coefficients, TRUST: tl.constexpr, TILE: tl.constexpr):
+def _coefficients(sums, blocks, norms, lr, coefficients, zero, TRUST: tl.constexpr, TILE: tl.constexpr):
     block = tl.program_id(0)
     start, stop = tl.load(blocks + block), tl.load(blocks + block + 1)
     ww, wr, rr = 0.0, 0.0, 0.0
@@ -93,8 +96,9 @@ def _coefficients(sums, blocks, norms, lr, coefficients, TRUST: tl.constexpr, TI
     if TRUST:
         rate = tl.where(tangent > 0, rate * c / tl.sqrt(tangent), rate)
     scale = c / tl.sqrt(ww + rate * rate * tangent)
-    tl.store(coefficients + 2 * block, scale * (1 + rate * along))
-    tl.store(coefficients + 2 * block + 1, scale * rate)
+    tl.store(coefficients + 2 * block, tl.where(ww == 0, 0.0, scale * (1 + rate * along)))
+    tl.store(coefficients + 2 * block + 1, tl.where(ww == 0, 0.0, scale * rate))
+    tl.store(zero + block, tl.where(ww == 0, 1, 0))
 
 
 @triton.jit
@@ -176,44 +180,44 @@ def _layout(numels: tuple[tuple[int, ...], ...], device: torch.device) -> Layout
 
 
 class _Launch:
-    """The arguments that the kernels share, for blocks of one device and dtype, each a tuple of up to 4 lists."""
+    """The arguments that the kernels share, for blocks whose tensors are of one device and dtype."""
 
-    def __init__(self, blocks: list[tuple[list[Tensor], ...]]) -> None:
-        like = blocks[0][0][0]
-        self.device, self.blocks = like.device, len(blocks)
-        self.fixed = _layout(tuple(tuple(w.numel() for w in block[0]) for block in blocks), like.device)
-        addresses = [
-            [tensors[i].data_ptr() for tensors in block] + [0] * (4 - len(block))
-            for block in blocks
-            for i in range(len(block[0]))
-        ]
-        table = upload(torch.tensor(addresses, dtype=torch.int64), like.device)
-        self.chunks, self.each = (len(self.fixed.layout),), (self.blocks,)
+    def __init__(self, blocks: Blocks) -> None:
+        like = blocks.weights[0]
+        self.device, self.norms = like.device, blocks.norms
+        numels = [w.numel() for w in blocks.weights]
+        ends = accumulate(blocks.sizes)
+        owned = tuple(tuple(numels[end - size : end]) for size, end in zip(blocks.sizes, ends, strict=True))
+        self.fixed = _layout(owned, like.device)
+        lists = [[t.data_ptr() for t in tensors] for tensors in blocks.lists]
+        lists += [[0] * len(numels)] * (4 - len(lists))
+        table = upload(torch.tensor(lists, dtype=torch.int64).T.contiguous(), like.device)
+        self.chunks, self.each = (len(self.fixed.layout),), (len(blocks.sizes),)
         self.where = (table, self.fixed.layout, self.fixed.numels)
         self.kind = {"DTYPE": DTYPES[like.dtype], "CHUNK": CHUNK}
         self.sums = torch.empty(self.chunks[0], 3, device=like.device)
+        self.zero = torch.empty(self.each[0], dtype=torch.int8, device=like.device)
 
     def gradient_along(self) -> Tensor:
         """w.g / w.w of each block, for the first two lists."""
-        along = torch.empty(self.blocks, device=self.device)
+        along = torch.empty(self.each[0], device=self.device)
         _gradient_sums[self.chunks](*self.where, self.sums, **self.kind)
         _gradient_along[self.each](self.sums, self.fixed.blocks, along, TILE=TILE)
         return along
 
-    def coefficients(self, norms: list[Tensor], lr: float | Tensor, trust: bool) -> Tensor:
+    def coefficients(self, lr: float | Tensor, trust: bool) -> Tensor:
         """What each block keeps of w and takes of r, from the sums: [blocks, 2]."""
-        made = torch.empty(self.blocks, 2, device=self.device)
+        made = torch.empty(self.each[0], 2, device=self.device)
         full = torch.full((), float(lr), device=self.device) if not isinstance(lr, Tensor) else lr
         rate = full.to(self.device, torch.float32)
-        radii = torch.stack(norms).float()
-        _coefficients[self.each](self.sums, self.fixed.blocks, radii, rate, made, TRUST=trust, TILE=TILE)
+        radii = upload(torch.tensor(self.norms, dtype=torch.float32), self.device)
+        _coefficients[self.each](self.sums, self.fixed.blocks, radii, rate, made, self.zero, TRUST=trust, TILE=TILE)
         return made
 
 
 def step(
-    blocks: list[tuple[list[Tensor], ...]],
-    norms: list[Tensor],
-    scales: list[tuple[float, float]],
+    blocks: Blocks,
+    scales: Tensor,
     lr: float | Tensor,
     *,
     first: tuple[float, float],
@@ -221,34 +225,36 @@ def step(
     eps: float,
     adam: bool,
     trust: bool,
-) -> None:
-    """One update of all blocks, in place. A block is (weights, grads, first moments, second moments or nothing).
+) -> Tensor:
+    """One update of all blocks, in place; returns which of them are zero, and left as they are [blocks].
 
-    `first` and `second` are the factors of the old moment and of the new gradient; `scales` the bias corrections of
-    each block: of m, and of sqrt(v).
+    `first` and `second` are the factors of the old moment and of the new gradient; `scales` [2, blocks], on the host,
+    the bias corrections of m, and of sqrt(v).
     """
     on = _Launch(blocks)
-    corrections = upload(torch.tensor(scales, dtype=torch.float32), on.device)
+    corrections = upload(scales.T.float().contiguous(), on.device)
     along = on.gradient_along()
     _moments[on.chunks](
         *on.where, on.fixed.owners, along, corrections, on.sums, *first, *second, eps, ADAM=adam, **on.kind
     )
-    coefficients = on.coefficients(norms, lr, trust)
+    coefficients = on.coefficients(lr, trust)
     _move[on.chunks](*on.where, on.fixed.owners, corrections, coefficients, eps, ADAM=adam, **on.kind)
+    return on.zero
 
 
-def project(blocks: list[tuple[list[Tensor], ...]]) -> None:
-    """For the wrapper, before the base optimizer's step. A block is (weights, grads, before, projected): the weights
-    are copied to `before`, the projected gradients written to `projected`."""
+def project(blocks: Blocks) -> None:
+    """For the wrapper, before the base optimizer's step. The lists are weights, gradients, `before` and `projected`:
+    the weights are copied to `before`, the projected gradients written to `projected`."""
     on = _Launch(blocks)
     _project[on.chunks](*on.where, on.fixed.owners, on.gradient_along(), **on.kind)
 
 
-def retract(blocks: list[tuple[list[Tensor], ...]], norms: list[Tensor]) -> None:
-    """After it. A block is (weights, before): the update before - weights is projected, taken, and rescaled."""
+def retract(blocks: Blocks) -> Tensor:
+    """After it. The lists are weights and `before`: the update before - weights is projected, taken, and rescaled."""
     on = _Launch(blocks)
     _difference_sums[on.chunks](*on.where, on.sums, **on.kind)
-    _retract[on.chunks](*on.where, on.fixed.owners, on.coefficients(norms, 1.0, False), **on.kind)
+    _retract[on.chunks](*on.where, on.fixed.owners, on.coefficients(1.0, False), **on.kind)
+    return on.zero
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:

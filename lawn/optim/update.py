@@ -1,4 +1,4 @@
-"""The constrained updates, each on one block: tensors that share a norm, nearly always a single weight.
+"""The constrained updates, on blocks: tensors that share a norm, nearly always a single weight.
 
 With r the base optimizer's update made from the projected gradient, and u = r - w (w.r) / (w.w) its tangent part,
 
@@ -7,143 +7,172 @@ With r the base optimizer's update made from the projected gradient, and u = r -
 Since u is tangent, ||w - lr u||^2 = w.w + lr^2 u.u needs no pass over memory of its own, and as
 u.u = r.r - (w.r)^2 / w.w, neither does u. w.w is measured, not taken to be c^2: rounding does not pile up over steps.
 
-Plain torch operations here; native.c on the CPU and triton.py on a GPU do the same in three passes over memory. Sums
-run in float64 on the CPU, where float32 sums over millions of terms are good to five digits only.
+Plain torch operations here, a handful for all blocks; native.c on the CPU and triton.py on a GPU do the same in three
+passes over memory. Sums run in float64 on the CPU, where float32 sums over millions of terms are good to five digits
+only. A complex tensor is its real view.
 """
 
-import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lawn.optim import native
 
+CHUNK = {"cpu": 1 << 20}  # elements that the plain update works on at a time, as far as whole blocks allow
+CHUNK_ELSEWHERE = 1 << 24
+
 
 @dataclass
-class Block:
-    """Tensors that share the norm c, with their gradients and moments; `step` counts updates from 1."""
+class Blocks:
+    """Tensors, block after block, and what belongs to them; lists that an update does not need are empty."""
 
     weights: list[Tensor]
+    sizes: list[int]  # how many tensors each block has
+    norms: list[float]  # c of each block
     grads: list[Tensor]
-    first: list[Tensor]
+    first: list[Tensor]  # moments, or what an update keeps
     second: list[Tensor]
-    c: Tensor
-    step: float = 1
+
+    def __post_init__(self) -> None:
+        if any(w.is_complex() for w in self.weights):
+            self.weights, self.grads = real(self.weights), real(self.grads)
+            self.first, self.second = real(self.first), real(self.second)
 
     @property
     def lists(self) -> tuple[list[Tensor], ...]:
-        lists = (self.weights, self.grads, self.first, self.second)
-        return lists if self.second else lists[:3]
+        return tuple(filter(None, (self.weights, self.grads, self.first, self.second)))
+
+    def of_blocks(self, values: list[Tensor]) -> list[Tensor]:
+        """Of a value for each tensor, that of each block's first one."""
+        if len(self.sizes) == len(values):
+            return values
+        return [values[end - size] for size, end in zip(self.sizes, accumulate(self.sizes), strict=True)]
 
 
-def norm(tensors: list[Tensor]) -> Tensor:
-    """Frobenius norm of all tensors together, 0-dim, in float32 (float64 for float64) whatever their dtype."""
-    wide = [t.to(_wide(t)) for t in tensors]
-    return _sum([t * t for t in wide]).sqrt().to(wide[0].dtype)
+def norms(tensors: list[Tensor], sizes: list[int]) -> Tensor:
+    """Frobenius norm of each block of tensors [blocks], in float64 on the CPU, elsewhere in float32 (float64 for
+    float64)."""
+    if not tensors:
+        return torch.zeros(0)
+    found: list[Tensor] = []
+    for part, at in _chunks(Blocks(tensors, sizes, [0.0] * len(sizes), [], [], [])):
+        w = at.join(part.weights)
+        found.append(at.sums(w * w).sqrt())
+    return torch.cat(found)
 
 
 def adam(
-    blocks: list[Block],
+    blocks: Blocks,
+    steps: list[Tensor],
     *,
     lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
     trust: bool,
     fused: bool | None,
-) -> None:
-    """One step of Adam-LAWN (Algorithm 1), in place on the weights and their moments.
+) -> Tensor | None:
+    """One step of Adam-LAWN (Algorithm 1), in place on the weights and their moments. `steps` counts each tensor's
+    updates from 1, on the host.
 
-    With `trust` it is LAMB-LAWN: the trust ratio ||w|| / ||u|| multiplies the rate.
+    With `trust` it is LAMB-LAWN: the trust ratio ||w|| / ||u|| multiplies the rate. A block of zeros is left as it is.
+    Returns which blocks are zero [blocks]; None if no block is.
     """
     beta1, beta2 = betas
-    scales = [(1 / (1 - beta1**block.step), 1 / math.sqrt(1 - beta2**block.step)) for block in blocks]
-    if (gpu := gpu_kernels([b.lists for b in blocks], fused)) is not None:
+    counts = torch.stack(blocks.of_blocks(steps)).double()
+    scales = torch.stack([1 / (1 - beta1**counts), 1 / (1 - beta2**counts).sqrt()])
+    if (gpu := gpu_kernels(blocks.lists, fused)) is not None:
         factors = {"first": (beta1, 1 - beta1), "second": (beta2, 1 - beta2), "eps": eps}
-        gpu.step([b.lists for b in blocks], [b.c for b in blocks], scales, lr, adam=True, trust=trust, **factors)
-        return
-    for block, (first_scale, second_scale) in zip(blocks, scales, strict=True):
-        compiled = native.library(fused, *block.lists)
-        if compiled is not None:
-            scalars = (float(block.c), float(lr), beta1, beta2, eps, first_scale, second_scale, trust)
-            compiled.adam(*native.pointers(*block.lists), *scalars)
-            continue
-        updates = []
-        tangents = projected(block.weights, block.grads)
-        for m, v, g in zip(block.first, block.second, tangents, strict=True):
-            g = g.to(m.dtype)
-            m.lerp_(g, 1 - beta1)
-            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            wide = _wide(m)
-            updates.append(m.to(wide).mul(first_scale).div_(v.to(wide).sqrt().mul_(second_scale).add_(eps)))
-        move(block.weights, block.weights, updates, block.c, lr, trust=trust)
+        return gpu.step(blocks, scales, lr, adam=True, trust=trust, **factors)
+    if (compiled := native.library(fused, *blocks.lists)) is not None:
+        return compiled.adam(blocks.lists, blocks.sizes, blocks.norms, scales, float(lr), beta1, beta2, eps, trust)
+    zero = []
+    for part, at, scale in _chunks(blocks, scales):
+        w = at.join(part.weights)
+        ww = at.sums(w * w)
+        g = at.projected(w, ww, at.join(part.grads))
+        m = at.join(part.first).lerp_(g, 1 - beta1)
+        v = at.join(part.second).mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        at.store(part.first, m)
+        at.store(part.second, v)
+        # What is stored is what the next step reads: in half precision the update is that of the rounded moments.
+        m, v = at.join(part.first), at.join(part.second)
+        r = m.mul_(at.spread(scale[0])).div_(v.sqrt_().mul_(at.spread(scale[1])).add_(eps))
+        zero.append(at.move(part.weights, w, ww, r, part.norms, lr, trust=trust))
+    return torch.cat(zero)
 
 
-def sgd(blocks: list[Block], *, lr: float | Tensor, momentum: float, fused: bool | None) -> None:
-    """One step of SGD-LAWN with heavy-ball momentum, in place on the weights and their buffers (`first`)."""
-    if (gpu := gpu_kernels([b.lists for b in blocks], fused)) is not None:
+def sgd(blocks: Blocks, *, lr: float | Tensor, momentum: float, fused: bool | None) -> Tensor | None:
+    """One step of SGD-LAWN with heavy-ball momentum, in place on the weights and their buffers (`first`); without
+    momentum there are none. Returns which blocks are zero, as `adam` does."""
+    if (gpu := gpu_kernels(blocks.lists, fused)) is not None and blocks.first:
         factors = {"first": (momentum, 1.0), "second": (0.0, 0.0), "eps": 0.0}
-        scales = [(1.0, 1.0)] * len(blocks)
-        gpu.step([b.lists for b in blocks], [b.c for b in blocks], scales, lr, adam=False, trust=False, **factors)
-        return
-    for block in blocks:
-        compiled = native.library(fused, *block.lists)
-        if compiled is not None:
-            compiled.sgd(*native.pointers(*block.lists), float(block.c), float(lr), momentum)
-            continue
-        for b, g in zip(block.first, projected(block.weights, block.grads), strict=True):
-            b.mul_(momentum).add_(g.to(b.dtype))
-        move(block.weights, block.weights, block.first, block.c, lr)
+        return gpu.step(blocks, torch.ones(2, len(blocks.sizes)), lr, adam=False, trust=False, **factors)
+    if blocks.first and (compiled := native.library(fused, *blocks.lists)) is not None:
+        return compiled.sgd(blocks.lists, blocks.sizes, blocks.norms, float(lr), momentum)
+    zero = []
+    for part, at in _chunks(blocks):
+        w = at.join(part.weights)
+        ww = at.sums(w * w)
+        r = at.projected(w, ww, at.join(part.grads))
+        if part.first:
+            at.store(part.first, r.add_(at.join(part.first), alpha=momentum))
+            r = at.join(part.first)
+        zero.append(at.move(part.weights, w, ww, r, part.norms, lr))
+    return torch.cat(zero)
 
 
-def gpu_kernels(blocks: Sequence[tuple[list[Tensor], ...]], fused: bool | None) -> ModuleType | None:
-    """triton.py, if `fused` allows it and it can work on all blocks (lists of tensors) at once; None otherwise."""
-    like = blocks[0][0][0]
+def project(blocks: Blocks, before: list[Tensor], out: list[Tensor], fused: bool | None) -> None:
+    """For the wrapper, before the base optimizer's step: copy the weights to `before`, and write the projected
+    gradients to `out`."""
+    blocks = replace(blocks, first=real(before), second=real(out))
+    if (gpu := gpu_kernels(blocks.lists, fused)) is not None:
+        gpu.project(blocks)
+    elif (compiled := native.library(fused, *blocks.lists)) is not None:
+        compiled.project(blocks.lists, blocks.sizes)
+    else:
+        for part, at in _chunks(blocks):
+            w = at.join(part.weights)
+            at.store(part.second, at.projected(w, at.sums(w * w), at.join(part.grads)))
+            at.store(part.first, w)
+
+
+def retract(blocks: Blocks, before: list[Tensor], fused: bool | None) -> Tensor | None:
+    """After it: the update before - weights is projected at `before`, taken there, and rescaled. Returns which blocks
+    were zero, as `adam` does."""
+    blocks = replace(blocks, first=real(before))
+    if (gpu := gpu_kernels(blocks.lists, fused)) is not None:
+        return gpu.retract(blocks)
+    if (compiled := native.library(fused, *blocks.lists)) is not None:
+        return compiled.retract(blocks.lists, blocks.sizes, blocks.norms)
+    zero = []
+    for part, at in _chunks(blocks):
+        w = at.join(part.first)
+        zero.append(at.move(part.weights, w, at.sums(w * w), w - at.join(part.weights), part.norms, 1.0))
+    return torch.cat(zero)
+
+
+def gpu_kernels(lists: Sequence[list[Tensor]], fused: bool | None) -> ModuleType | None:
+    """triton.py, if `fused` allows it and it can work on all tensors at once; None otherwise."""
+    like = lists[0][0]
     if fused is False or not (like.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return None
     try:
         from lawn.optim import triton
     except ImportError:
         return None
-    fits = all(t.device == like.device and t.dtype == like.dtype and t.numel() for b in blocks for ts in b for t in ts)
-    return triton if fits and like.dtype in triton.DTYPES and all(native.alike(*b) for b in blocks) else None
+    fits = all(t.device == like.device and t.dtype == like.dtype for tensors in lists for t in tensors)
+    return triton if fits and like.dtype in triton.DTYPES and native.alike(*lists) else None
 
 
-def projected(weights: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:
-    """Tangent part of the vectors at the weights, v - w (w.v) / (w.w) (equation 3): new tensors, at least float32."""
-    ws = [w.to(_wide(w)) for w in weights]
-    vs = [v.to(_wide(v)) for v in vectors]
-    along = _dot(ws, vs) / _dot(ws, ws)
-    return [torch.addcmul(v, w, along.to(w.dtype), value=-1) for w, v in zip(ws, vs, strict=True)]
-
-
-def difference(a: Tensor, b: Tensor) -> Tensor:
-    """a - b in at least float32."""
-    return a.to(_wide(a)) - b.to(_wide(b))
-
-
-def move(
-    weights: list[Tensor],
-    at: list[Tensor],
-    updates: list[Tensor],
-    c: Tensor,
-    lr: float | Tensor,
-    *,
-    trust: bool = False,
-) -> None:
-    """weights <- at - lr u, rescaled to norm c, for the tangent part u of the updates at `at` (lines 9 to 11).
-
-    Rounded once, at the end: a factor near one, applied to a weight in bfloat16, would round back to it.
-    """
-    ws = [w.to(_wide(w)) for w in at]
-    rs = [r.to(_wide(r)) for r in updates]
-    ww, wr, rr = _dot(ws, ws), _dot(ws, rs), _dot(rs, rs)
-    keep, take = coefficients(ww, wr, rr, c, lr, trust=trust)
-    for weight, w, r in zip(weights, ws, rs, strict=True):
-        weight.copy_(torch.addcmul(w * keep.to(w.dtype), r, take.to(w.dtype), value=-1))
+def real(tensors: list[Tensor]) -> list[Tensor]:
+    """Complex tensors as real ones with a last axis of two."""
+    return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
 
 
 def coefficients(
@@ -157,15 +186,84 @@ def coefficients(
     return scale * (1 + rate * along), scale * rate
 
 
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)
+class _Joined:
+    """Tensors as one vector in at least float32, with sums over each block of them."""
+
+    def __init__(self, tensors: list[Tensor], sizes: list[int]) -> None:
+        self._numels = [t.numel() for t in tensors]
+        ends = [0, *accumulate(self._numels)]
+        at = [0, *accumulate(sizes)]
+        self._lengths = torch.tensor([ends[b] - ends[a] for a, b in pairwise(at)])
+        self._lengths = self._lengths.to(tensors[0].device)
+        self._dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+        self._precision = torch.float64 if tensors[0].device.type == "cpu" else self._dtype
+
+    def join(self, tensors: list[Tensor]) -> Tensor:
+        """A copy."""
+        return torch.cat([t.reshape(-1) for t in tensors]).to(self._dtype)
+
+    def store(self, tensors: list[Tensor], joined: Tensor) -> None:
+        pieces = joined.split(self._numels)
+        torch._foreach_copy_(tensors, [piece.view(t.shape) for piece, t in zip(pieces, tensors, strict=True)])
+
+    def sums(self, joined: Tensor) -> Tensor:
+        """[blocks]"""
+        return torch.segment_reduce(joined.to(self._precision), "sum", lengths=self._lengths, unsafe=True)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[blocks] to [elements]"""
+        values = values.to(self._lengths.device, self._dtype)
+        return values.repeat_interleave(self._lengths, output_size=sum(self._numels))
+
+    def projected(self, w: Tensor, ww: Tensor, v: Tensor) -> Tensor:
+        """Tangent part of v at w, v - w (w.v) / (w.w) (equation 3); v itself where w is zero."""
+        along = torch.where(ww == 0, 0, self.sums(w * v) / ww)
+        return torch.addcmul(v, w, self.spread(along), value=-1)
+
+    def move(
+        self,
+        weights: list[Tensor],
+        w: Tensor,
+        ww: Tensor,
+        r: Tensor,
+        norms: list[float],
+        lr: float | Tensor,
+        *,
+        trust: bool = False,
+    ) -> Tensor:
+        """weights <- w - lr u, rescaled to their norms, for the tangent part u of r at w (lines 9 to 11). Returns which
+        blocks are zero, and left as they are [blocks].
+
+        Rounded once, at the end: a factor near one, applied to a weight in bfloat16, would round back to it.
+        """
+        c = torch.tensor(norms, dtype=self._precision).to(w.device)
+        rate = lr.to(w.device, self._precision) if isinstance(lr, Tensor) else lr
+        keep, take = coefficients(ww, self.sums(w * r), self.sums(r * r), c, rate, trust=trust)
+        zero = ww == 0
+        keep, take = keep.masked_fill(zero, 0), take.masked_fill(zero, 0)
+        self.store(weights, (w * self.spread(keep)).addcmul_(r, self.spread(take), value=-1))
+        return zero
 
 
-def _dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    return _sum([x * y for x, y in zip(a, b, strict=True)])
-
-
-def _sum(tensors: list[Tensor]) -> Tensor:
-    precision = torch.float64 if tensors[0].device.type == "cpu" else tensors[0].dtype
-    sums = [t.sum(dtype=precision) for t in tensors]
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+def _chunks(blocks: Blocks, scales: Tensor | None = None) -> Iterator[tuple[Any, ...]]:
+    """Blocks, as one or in parts: the part, its tensors joined, and the columns of `scales` [..., blocks], if given."""
+    like = blocks.weights[0]
+    limit = CHUNK.get(like.device.type, CHUNK_ELSEWHERE)
+    start, at, elements = 0, 0, 0
+    numels = [w.numel() for w in blocks.weights]
+    ends = list(accumulate(blocks.sizes))
+    for block, end in enumerate(ends):
+        elements += sum(numels[end - blocks.sizes[block] : end])
+        if block + 1 == len(ends) or elements + numels[end] > limit:
+            tensors, whole = slice(at, end), slice(start, block + 1)
+            part = Blocks(
+                blocks.weights[tensors],
+                blocks.sizes[whole],
+                blocks.norms[whole],
+                blocks.grads[tensors],
+                blocks.first[tensors],
+                blocks.second[tensors],
+            )
+            joined = _Joined(part.weights, part.sizes)
+            yield (part, joined) if scales is None else (part, joined, scales[:, whole])
+            start, at, elements = block + 1, end, 0

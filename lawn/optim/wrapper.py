@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lawn.optim import native, phase, update
+from lawn.optim import phase, update
+from lawn.optim.base import LAWNOptimizer
+from lawn.optim.watch import Watch
 
 
 class LAWN:
@@ -31,20 +33,23 @@ class LAWN:
     """
 
     def __init__(self, optimizer: Optimizer, free_steps: int | None = None, *, fused: bool | None = None) -> None:
-        phase.check_free_steps(free_steps)
+        free_steps = phase.checked_steps(free_steps)
         if not hasattr(optimizer, "_optimizer_load_state_dict_post_hooks"):
             raise TypeError(
                 f"{type(optimizer).__name__} is no torch optimizer, or never initialized itself as one, and calls no "
                 "hooks; put LAWN on the optimizer inside it"
             )
-        groups = optimizer.param_groups
-        if any("target_norms" in group for group in groups):
+        hooks = optimizer._optimizer_step_pre_hooks.values()
+        if isinstance(optimizer, LAWNOptimizer) or any(isinstance(getattr(h, "__self__", None), LAWN) for h in hooks):
             raise ValueError("the optimizer is a LAWN optimizer already")
+        before = [dict(group) for group in optimizer.param_groups]
         try:
-            for index in range(len(groups)):
-                phase.prepare(groups, index, free_steps)
+            for index in range(len(before)):
+                phase.prepare(optimizer.param_groups, index, free_steps)
         except (TypeError, ValueError):
-            self._forget(groups)
+            for group, old in zip(optimizer.param_groups, before, strict=True):
+                group.clear()
+                group.update(old)
             raise
         self._attach(optimizer, free_steps, fused)
 
@@ -52,15 +57,19 @@ class LAWN:
         self.optimizer = optimizer
         self._free_steps = free_steps
         self._fused = fused
+        self._watch = Watch()
         self._before: dict[Tensor, Tensor] = {}  # weights where the step began; kept, to be used again
         self._projected: dict[Tensor, Tensor] = {}
         self._gradients: dict[Tensor, Tensor | None] = {}  # the caller's, while the optimizer sees projected ones
-        self._skipped = False
+        self._parts: list[phase.Part] | None = None  # of the step that is under way
+        self._skipped = self._dummy = False  # what that step is, if it is no update
         self._hooks = [
             optimizer.register_step_pre_hook(self._begin),
             optimizer.register_step_post_hook(self._end),
-            optimizer.register_load_state_dict_post_hook(lambda loaded: phase.restore(loaded.param_groups, free_steps)),
+            optimizer.register_load_state_dict_pre_hook(self._complete),
+            optimizer.register_load_state_dict_post_hook(self._restore),
         ]
+        phase.restore(optimizer.state)  # where an optimizer has made its state in its constructor, or has loaded it
 
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "free_steps": self._free_steps, "fused": self._fused}
@@ -70,39 +79,44 @@ class LAWN:
 
     @property
     def constrained(self) -> bool:
-        """Whether the weight norms are fixed (the second phase)."""
+        """Whether weight norms are fixed: whether a param group is in its second phase."""
         return phase.is_constrained(self.optimizer.param_groups)
 
-    def constrain(self) -> None:
+    def constrain(self, *, again: bool = False) -> None:
         """Fix the norm of every constrained weight at its present value; see `LAWNOptimizer.constrain`."""
-        phase.constrain(self.optimizer.param_groups)
+        self._prepare_added()
+        phase.constrain(self.optimizer, again=again)
 
     def detach(self) -> None:
-        """Leave the optimizer as it was before, free and without LAWN's keys."""
+        """Leave the optimizer as it was before, free and without what LAWN keeps in its groups and state."""
         for hook in self._hooks:
             hook.remove()
-        self._forget(self.optimizer.param_groups)
+        phase.forget(self.optimizer)
 
-    @staticmethod
-    def _forget(groups: list[phase.Group]) -> None:
-        for group in groups:
-            for key in phase.DEFAULTS:
-                group.pop(key, None)
+    def _complete(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        self._prepare_added()
+        return phase.completed(state_dict, optimizer.param_groups, list(phase.DEFAULTS))
 
-    def _begin(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        self._give_back()  # a step that raised may have left projected gradients
+    def _restore(self, optimizer: Optimizer) -> None:
+        self._watch = Watch()
+        phase.restore(optimizer.state)
+
+    def _prepare_added(self) -> None:
         groups = self.optimizer.param_groups
         for index, group in enumerate(groups):
-            if "target_norms" not in group:  # added since
+            if "switched" not in group:
                 phase.prepare(groups, index, self._free_steps)
+
+    @torch._disable_dynamo  # torch.compiler.disable would import the compiler at once
+    def _begin(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        self._give_back()  # a step that raised may have left projected gradients
+        self._parts = None
         # GradScaler leaves it to a fused optimizer to skip a step that has overflowed.
         found_inf = getattr(self.optimizer, "found_inf", None)
         self._skipped = found_inf is not None and bool(found_inf.item())
-        if self._skipped:
-            return None
-        if phase.is_due(groups):
-            self.constrain()
-        if not self.constrained:
+        self._dummy = phase.is_dummy(self.optimizer)
+        self._prepare_added()
+        if self._skipped or self._dummy:
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if closure is None:
@@ -119,59 +133,53 @@ class LAWN:
             return (args[0], projecting, *args[2:]), kwargs
         return args, {**kwargs, "closure": projecting}
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def _project(self) -> None:
-        for group in self.optimizer.param_groups:
-            blocks = [(params, phase.gradients(params)) for params, _ in phase.split(group)[1]]
-            if not blocks:
+        """Show the optimizer projected gradients. Each evaluation of a closure has its own; the step begins where the
+        first one is made."""
+        first = self._parts is None
+        if first:
+            self._parts = self._watch.begin(self.optimizer)
+        for part in self._parts or []:
+            if not part.params:
                 continue
-            for params, grads in blocks:
-                for p, g in zip(params, grads, strict=True):
-                    if p not in self._before:
-                        self._before[p], self._projected[p] = torch.empty_like(p), torch.empty_like(g)
-            lists = [
-                (params, grads, [self._before[p] for p in params], [self._projected[p] for p in params])
-                for params, grads in blocks
-            ]
-            if (gpu := update.gpu_kernels(lists, self._fused)) is not None:
-                gpu.project(lists)
-            else:
-                for block in lists:
-                    compiled = native.library(self._fused, *block)
-                    if compiled is not None:
-                        compiled.project(*native.pointers(*block))
-                    else:
-                        weights, gradients, before, projected = block
-                        for target, source in zip(before, weights, strict=True):
-                            target.copy_(source)
-                        for target, source in zip(projected, update.projected(weights, gradients), strict=True):
-                            target.copy_(source)
-            for params, _, _, projected in lists:
-                for p, tangent in zip(params, projected, strict=True):
-                    self._gradients[p] = p.grad
-                    p.grad = tangent
+            grads = phase.gradients(part.params)
+            before = self._scratch(self._before, part.params) if first else list(map(torch.empty_like, part.params))
+            projected = self._scratch(self._projected, grads, part.params)
+            blocks = update.Blocks(part.params, part.sizes, part.norms, grads, [], [])
+            update.project(blocks, before, projected, self._fused)
+            for p, tangent in zip(part.params, projected, strict=True):
+                self._gradients[p] = p.grad
+                p.grad = tangent
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def _end(self, *arguments: Any) -> None:
-        if self._skipped:
-            return
-        for group in self.optimizer.param_groups:
-            group["steps"] += 1
-            blocks = phase.split(group)[1] if self._gradients else []
-            lists = [(params, [self._before[p] for p in params]) for params, _ in blocks]
-            if not blocks:
-                continue
-            if (gpu := update.gpu_kernels(lists, self._fused)) is not None:
-                gpu.retract(lists, [c for _, c in blocks])
-                continue
-            for (weights, before), (_, c) in zip(lists, blocks, strict=True):
-                compiled = native.library(self._fused, weights, before)
-                if compiled is not None:
-                    compiled.retract(*native.pointers(weights, before), float(c))
-                else:
-                    updates = [update.difference(b, w) for b, w in zip(before, weights, strict=True)]
-                    update.move(weights, before, updates, c, 1.0)
+        state = self.optimizer.state
+        if self._dummy:
+            for p in (p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None):
+                state[p].setdefault(phase.NORM, 0.0)
+        parts = self._parts or []
+        zeros: list[Tensor | None] = []
+        for part in parts:
+            zeros.append(None)
+            if part.params:
+                blocks = update.Blocks(part.params, part.sizes, part.norms, [], [], [])
+                zeros[-1] = update.retract(blocks, [self._before[p] for p in part.params], self._fused)
+            part.record(state)
         self._give_back()
+        for index, (part, zero) in enumerate(zip(parts, zeros, strict=True)):
+            self._watch.look(part, index, zero)
+
+    @staticmethod
+    def _scratch(kept: dict[Tensor, Tensor], like: list[Tensor], of: list[Tensor] | None = None) -> list[Tensor]:
+        """Tensors like these, one for each parameter, used again as long as they fit."""
+        for p, t in zip(of or like, like, strict=True):
+            old = kept.get(p)
+            if old is None or old.shape != t.shape or old.dtype != t.dtype or old.device != t.device:
+                kept[p] = torch.empty_like(t)
+        return [kept[p] for p in of or like]
 
     def _give_back(self) -> None:
         for p, grad in self._gradients.items():

@@ -1,0 +1,46 @@
+"""Looks for constrained weights that have become zero, without waiting for a device."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+from lawn.optim import phase
+
+
+class Watch:
+    """What an optimizer remembers from one update to the next beside its state: what it has still to look at."""
+
+    def __init__(self) -> None:
+        self._compared = False  # whether the norms it began with, or has loaded, are known to be those of the weights
+        self._sent: list[tuple[phase.Part, int, Tensor, torch.cuda.Event]] = []
+
+    def begin(self, optimizer: "Optimizer") -> list[phase.Part]:
+        """`phase.begin`. Raises ValueError for a weight that earlier updates have found to be zero."""
+        for part, index, zero, arrived in self._sent:
+            if arrived.query():
+                refuse(part, index, zero)
+        self._sent = [sent for sent in self._sent if not sent[-1].query()]
+        parts = phase.begin(optimizer, compare=not self._compared)
+        self._compared = True
+        return parts
+
+    def look(self, part: phase.Part, index: int, zero: Tensor | None) -> None:
+        """Raise ValueError if a block is zero: now, or on a GPU in one of the next updates."""
+        if zero is None:
+            return
+        if zero.is_cuda:
+            sent = torch.empty(zero.shape, dtype=zero.dtype, pin_memory=True).copy_(zero, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._sent.append((part, index, sent, arrived))
+        else:
+            refuse(part, index, zero)
+
+
+def refuse(part: phase.Part, index: int, zero: Tensor) -> None:
+    if zero.any():
+        phase.refuse_zero(part, index, int(zero.nonzero()[0]))
