@@ -32,7 +32,7 @@ from lawn.errors import RunError
 from lawn.files import atomic, locked, write_text
 
 Row = dict[str, float | int | None]
-CHECKPOINT_VERSION = 3
+CHECKPOINT_VERSION = 4
 TIMES = ("samples_per_second", "peak_share", "seconds")  # of a result: what another run of the same config changes
 CHECKPOINTS = ("checkpoint.pt", "checkpoint_previous.pt")
 FILES = ("config.yaml", "env.json", "metrics.csv", "result.json", "timing.json", "diagnostics.png", *CHECKPOINTS)

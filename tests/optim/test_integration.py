@@ -1,5 +1,6 @@
 """The optimizers in other people's loops, where only the line that makes the optimizer is ours."""
 
+import copy
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
-from lawn import LAWN, SGDLAWN, AdamLAWN, LinearWarmupDecay
+from lawn import LAMBLAWN, LAWN, SGDLAWN, AdamLAWN, LinearWarmupDecay
 
 FREE_STEPS, STEPS = 4, 10
 Batch = tuple[Tensor, Tensor]
+ZERO = ("AdamLAWN", "SGDLAWN", "LAMBLAWN", "LAWN(AdamW)")
 
 
 def make_model(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -161,12 +163,48 @@ def construct_on_sharded_parameters() -> list[str]:
     return raised
 
 
+def resume_zero(rank: int, kind: str) -> dict[str, object]:
+    """Weights after an uninterrupted run, and after one that is saved at each owner, joined, and loaded anew."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def make(model: nn.Module) -> ZeroRedundancyOptimizer:
+        if kind == "LAWN(AdamW)":
+            zero = ZeroRedundancyOptimizer(
+                model.parameters(), optimizer_class=torch.optim.AdamW, lr=0.01, weight_decay=0.0
+            )
+            zero.lawn = LAWN(zero.optim, free_steps=FREE_STEPS)
+            return zero
+        known = {"AdamLAWN": AdamLAWN, "SGDLAWN": SGDLAWN, "LAMBLAWN": LAMBLAWN}
+        return ZeroRedundancyOptimizer(model.parameters(), optimizer_class=known[kind], lr=0.01, free_steps=FREE_STEPS)
+
+    outcomes: dict[str, object] = {}
+    for saved_after in (FREE_STEPS - 1, FREE_STEPS, FREE_STEPS + 2):
+        model, batches = make_model(), make_batches()
+        model[2].weight.data.mul_(5)
+        optimizer = make(model)
+        train(model, optimizer, batches[:saved_after])
+        optimizer.consolidate_state_dict(0)
+        box = [optimizer.state_dict() if rank == 0 else None]
+        dist.broadcast_object_list(box, 0)
+        resumed = copy.deepcopy(model)
+        again = make(resumed)
+        again.load_state_dict(copy.deepcopy(box[0]))
+        fixed = []
+        for part, stepped in ((model, optimizer), (resumed, again)):
+            train(part, stepped, batches[saved_after:FREE_STEPS])
+            fixed.append([p.detach().norm().item() for p in part.parameters() if p.ndim > 1])
+            train(part, stepped, batches[max(saved_after, FREE_STEPS) :])
+        outcomes[str(saved_after)] = [weights_of(model), weights_of(resumed), fixed[0]]
+    return outcomes
+
+
 def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
     left = {"ddp": train_in_ddp(rank), "fsdp2": construct_on_sharded_parameters()}
+    left |= {kind: resume_zero(rank, kind) for kind in ZERO}
     torch.save(left, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -188,6 +226,16 @@ def test_ddp_equals_one_process(two_processes):
     train(model, adam_lawn(model)[0], make_batches())
     assert_equal(first, second)
     assert_close(first, weights_of(model))
+
+
+@pytest.mark.parametrize("kind", ZERO)
+def test_zero_resumes_bit_for_bit(two_processes, kind):
+    """ZeRO-1: each rank steps some of the parameters; one may hold nothing that is constrained."""
+    for left in two_processes:
+        for uninterrupted, resumed, fixed in left[kind].values():
+            assert_equal(uninterrupted, resumed)
+            ended = [p.norm().item() for p in resumed if p.ndim > 1]
+            assert ended == pytest.approx(fixed, rel=1e-12)
 
 
 def test_fsdp2_is_refused(two_processes):

@@ -333,7 +333,7 @@ def test_no_whole_checkpoint_is_an_error_and_so_is_one_of_another_run(stopped_ru
     newest, previous = (tmp_path / "run" / name for name in ("checkpoint.pt", "checkpoint_previous.pt"))
     previous.write_bytes(b"")
     torch.save({"version": CHECKPOINT_VERSION, "hash": "another"}, newest)
-    with pytest.raises(RunError, match=r"format 3 and run another, not .*checkpoint_previous.pt: "):
+    with pytest.raises(RunError, match=rf"format {CHECKPOINT_VERSION} and run another, not .*checkpoint_previous.pt: "):
         train(config)
 
 

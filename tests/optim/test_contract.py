@@ -1,0 +1,857 @@
+"""What a weight's norm survives: every tool of torch that saves, regroups or steps an optimizer."""
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+from torch.distributed.optim import _apply_optimizer_in_backward
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from lawn import LAMBLAWN, LAWN, SGDLAWN, AdamLAWN
+from lawn.optim.phase import NORM
+
+NEW = (AdamLAWN, SGDLAWN, LAMBLAWN)
+FORMS = ("AdamLAWN", "SGDLAWN", "LAMBLAWN", "LAWN(AdamW)", "LAWN(SGD)")
+every_form = pytest.mark.parametrize("form", FORMS)
+own_form = pytest.mark.parametrize("form", FORMS[:3])
+wrapped_form = pytest.mark.parametrize("form", FORMS[3:])
+
+
+def base(form: str, params: Any, lr: float | Tensor = 0.05) -> Optimizer:
+    """The optimizer that the form is, or is of the kind of, without LAWN."""
+    if "SGD" in form:
+        return SGD(params, lr, momentum=0.9)
+    return AdamW(params, lr, weight_decay=0.0) if "AdamW" in form else Adam(params, lr, eps=1e-6)
+
+
+def make(form: str, params: Any, lr: float | Tensor = 0.05, **keys: Any) -> tuple[Optimizer, Any]:
+    """The optimizer that is stepped, and what knows its phase."""
+    if form.startswith("LAWN("):
+        optimizer = base(form, params, lr)
+        return optimizer, LAWN(optimizer, **keys)
+    optimizer = dict(zip(FORMS, NEW, strict=False))[form](params, lr, **keys)
+    return optimizer, optimizer
+
+
+def model(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """Two layers whose weights have norms that differ by a factor of five."""
+    torch.manual_seed(seed)
+    made = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    made[1].weight.data.mul_(5)
+    return made.to(dtype)
+
+
+def train(network: nn.Module, optimizer: Optimizer, first: int, last: int) -> None:
+    """Updates `first` to `last`, each on a batch of its own."""
+    for t in range(first, last):
+        generator = torch.Generator().manual_seed(t)
+        x = torch.randn(8, 4, generator=generator).to(next(network.parameters()).dtype)
+        optimizer.zero_grad()
+        network(x).pow(2).mean().backward()
+        optimizer.step()
+
+
+def norms(network: nn.Module) -> list[float]:
+    return [p.detach().double().norm().item() for p in network.parameters() if p.ndim > 1]
+
+
+def assert_equal(ours: nn.Module, theirs: nn.Module) -> None:
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+# Checkpoints
+
+Carry = Callable[[nn.Module, Optimizer, nn.Module, Optimizer, Any], None]
+
+
+def by_state_dict(network: nn.Module, optimizer: Optimizer, into: nn.Module, fresh: Optimizer, folder: Any) -> None:
+    torch.save({"model": network.state_dict(), "optimizer": optimizer.state_dict()}, folder / "file.pt")
+    loaded = torch.load(folder / "file.pt", weights_only=True)
+    into.load_state_dict(loaded["model"])
+    fresh.load_state_dict(loaded["optimizer"])
+
+
+def by_json(network: nn.Module, optimizer: Optimizer, into: nn.Module, fresh: Optimizer, folder: Any) -> None:
+    """Tensors in a file of their own, as safetensors keeps them, and everything else as JSON."""
+    into.load_state_dict(network.state_dict())
+    saved = copy.deepcopy(optimizer.state_dict())
+    tensors = {(p, k): v for p, kept in saved["state"].items() for k, v in kept.items() if isinstance(v, Tensor)}
+    rest = {p: {k: v for k, v in kept.items() if not isinstance(v, Tensor)} for p, kept in saved["state"].items()}
+    rest, groups = json.loads(json.dumps([list(rest.items()), saved["param_groups"]]))
+    state = {p: {**kept, **{k: v for (q, k), v in tensors.items() if q == p}} for p, kept in rest}
+    fresh.load_state_dict({"state": state, "param_groups": groups})
+
+
+def by_dcp(flat: bool, background: bool = False) -> Carry:
+    def carry(network: nn.Module, optimizer: Optimizer, into: nn.Module, fresh: Optimizer, folder: Any) -> None:
+        options = StateDictOptions(flatten_optimizer_state_dict=flat)
+        weights, state = get_state_dict(network, optimizer, options=options)
+        if background:
+            dcp.async_save({"model": weights, "optimizer": state}, checkpoint_id=folder).result()
+        else:
+            dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+        weights, state = get_state_dict(into, fresh, options=options)
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
+        set_state_dict(into, fresh, model_state_dict=weights, optim_state_dict=state, options=options)
+
+    return carry
+
+
+CARRIES = {
+    "state_dict": by_state_dict,
+    "json": by_json,
+    "dcp": by_dcp(flat=False),
+    "dcp, flattened": by_dcp(flat=True),
+    "dcp, async": by_dcp(flat=False, background=True),
+    "dcp, async, flattened": by_dcp(flat=True, background=True),
+}
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@every_form
+@pytest.mark.parametrize("carry", CARRIES.values(), ids=CARRIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+def test_a_checkpoint_goes_on_bit_for_bit(form, carry, dtype, tmp_path, one_process):
+    """Saved while free, at the switch and in the second phase; loaded into a fresh optimizer and into a constrained
+    one."""
+    for saved_after in (1, 2, 4):
+        for stepped in (0, 4):
+            network, into = model(dtype=dtype), model(1, dtype)
+            optimizer, _ = make(form, network.parameters(), free_steps=2)
+            fresh, lawn = make(form, into.parameters(), free_steps=2)
+            train(network, optimizer, 0, saved_after)
+            train(into, fresh, 0, stepped)
+            fresh.zero_grad()
+            folder = tmp_path / f"{saved_after}-{stepped}"
+            folder.mkdir()
+            carry(network, optimizer, into, fresh, folder)
+            assert lawn.constrained == (saved_after > 2)
+            train(network, optimizer, saved_after, 7)
+            train(into, fresh, saved_after, 7)
+            assert lawn.constrained
+            assert_equal(network, into)
+
+
+@every_form
+@pytest.mark.parametrize("flat", [False, True])
+def test_by_name_the_order_does_not_matter(form, flat):
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    network = model()
+    optimizer, _ = make(form, network.parameters(), free_steps=1)
+    train(network, optimizer, 0, 3)
+    saved = copy.deepcopy(get_optimizer_state_dict(network, optimizer, options=options))
+    into = copy.deepcopy(network)
+    fresh, _ = make(form, reversed(list(into.parameters())), free_steps=1)
+    into.zero_grad()
+    set_optimizer_state_dict(into, fresh, saved, options=options)
+    train(network, optimizer, 3, 6)
+    train(into, fresh, 3, 6)
+    assert_equal(network, into)
+
+
+@every_form
+def test_groups_may_be_split(form):
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    network = model()
+    optimizer, _ = make(form, network.parameters(), free_steps=1)
+    train(network, optimizer, 0, 3)
+    saved = copy.deepcopy(get_optimizer_state_dict(network, optimizer, options=options))
+    into = copy.deepcopy(network)
+    into.zero_grad()
+    fresh, _ = make(form, [{"params": layer.parameters()} for layer in into], free_steps=1)
+    set_optimizer_state_dict(into, fresh, saved, options=options)
+    train(network, optimizer, 3, 6)
+    train(into, fresh, 3, 6)
+    assert_equal(network, into)
+
+
+@every_form
+def test_by_position_a_foreign_norm_is_refused(form):
+    """torch attaches state by position: moments cannot be told apart, norms can."""
+    network = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    network[1].weight.data.mul_(5)
+    optimizer, _ = make(form, network.parameters(), free_steps=1)
+    train(network, optimizer, 0, 3)
+    before = copy.deepcopy(network)
+    fresh, lawn = make(form, reversed(list(network.parameters())), free_steps=1)
+    fresh.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"another order.*constrain\(again=True\)"):
+        train(network, fresh, 3, 4)
+    assert_equal(network, before)
+    lawn.constrain(again=True)
+    train(network, fresh, 3, 4)
+    assert norms(network) == pytest.approx(norms(before), rel=1e-5)
+
+
+@every_form
+def test_blocks_belong_to_the_order_of_the_parameters(form):
+    """A weight and its bias share a norm; loaded by name into an optimizer that has them the other way round."""
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+
+    def grouped(network: nn.Module, *order: int) -> list[dict[str, Any]]:
+        chosen = [p for i in order for p in network[i].parameters()]
+        return [{"params": chosen, "constrain": True, "blocks": [b for i in order for b in (i, i)]}]
+
+    optimizer, _ = make(form, grouped(network, 0, 1), free_steps=1)
+    train(network, optimizer, 0, 3)
+    saved = copy.deepcopy(get_optimizer_state_dict(network, optimizer))
+    into = copy.deepcopy(network)
+    into.zero_grad()
+    fresh, _ = make(form, [{**grouped(into, 1, 0)[0], "blocks": [7, 7, 5, 5]}], free_steps=1)
+    set_optimizer_state_dict(into, fresh, saved)
+    train(network, optimizer, 3, 6)
+    train(into, fresh, 3, 6)
+    assert_equal(network, into)
+
+
+@every_form
+def test_a_checkpoint_before_the_first_update_counts_for_nothing(form):
+    """torch.distributed.checkpoint calls `step` with rates and gradients of zero, to have the state made."""
+    plain, saved = model(), model()
+    (optimizer, _), (seen, lawn) = (make(form, m.parameters(), free_steps=2) for m in (plain, saved))
+    state = get_optimizer_state_dict(saved, seen)["state"]
+    assert {kept[NORM] for kept in state.values()} == {0.0}
+    assert seen.param_groups[0]["steps"] == 0
+    for t in range(4):
+        train(plain, optimizer, t, t + 1)
+        train(saved, seen, t, t + 1)
+        assert lawn.constrained == (t >= 2)
+    if not form.startswith("LAWN("):  # torch's own Adam counts the dummy step
+        assert_equal(plain, saved)
+
+
+@every_form
+def test_a_checkpoint_before_the_first_update_may_meet_zeros(form):
+    network = model()
+    nn.init.zeros_(network[0].weight)
+    optimizer, _ = make(form, network.parameters(), free_steps=0)
+    get_optimizer_state_dict(network, optimizer)
+    with pytest.raises(ValueError, match="norm is 0"):
+        train(network, optimizer, 0, 1)
+
+
+@every_form
+def test_an_update_at_a_rate_of_zero_counts(form):
+    """A warmup that begins at zero is no dummy step: there are gradients."""
+    network = model()
+    optimizer, _ = make(form, network.parameters(), lr=0.0, free_steps=2)
+    train(network, optimizer, 0, 1)
+    assert optimizer.param_groups[0]["steps"] == 1
+
+
+@every_form
+def test_state_has_the_same_keys_in_both_phases(form):
+    network = model()
+    optimizer, _ = make(form, network.parameters(), free_steps=1)
+    keys = []
+    for t in range(3):
+        train(network, optimizer, t, t + 1)
+        saved = optimizer.state_dict()
+        keys.append(([sorted(kept) for kept in saved["state"].values()], [*saved["param_groups"][0]]))
+        assert all(isinstance(kept[NORM], float) for kept in saved["state"].values())
+    assert keys[0] == keys[1] == keys[2]
+
+
+@every_form
+def test_a_norm_is_not_rounded_to_the_weights_dtype(form):
+    network = model(dtype=torch.bfloat16)
+    optimizer, _ = make(form, network.parameters(), free_steps=0)
+    train(network, optimizer, 0, 1)
+    saved = optimizer.state_dict()
+    saved["state"][0][NORM] = 1.23456789
+    optimizer.load_state_dict(saved)
+    assert optimizer.state[network[0].weight][NORM] == 1.23456789
+
+
+@every_form
+def test_warm_start_from_the_base_optimizer(form):
+    """Its checkpoint has none of LAWN's keys: they stay as they are."""
+    network = model()
+    plain = base(form, network.parameters())
+    train(network, plain, 0, 1)
+    optimizer, lawn = make(form, network.parameters(), free_steps=2)
+    optimizer.load_state_dict(plain.state_dict())
+    assert optimizer.param_groups[0]["free_steps"] == 2
+    phases = []
+    for t in range(4):
+        train(network, optimizer, t, t + 1)
+        phases.append(lawn.constrained)
+    assert phases == [False, False, True, True]
+
+
+@pytest.mark.parametrize("form", ["AdamLAWN", "LAWN(AdamW)", "LAWN(SGD)"])
+def test_the_base_optimizer_takes_a_lawn_checkpoint(form):
+    network = model()
+    optimizer, _ = make(form, network.parameters(), free_steps=1)
+    train(network, optimizer, 0, 3)
+    plain = base(form, network.parameters())
+    plain.load_state_dict(optimizer.state_dict())
+    train(network, plain, 3, 5)
+
+
+@wrapped_form
+def test_lawn_on_an_optimizer_that_has_loaded_its_checkpoint(form):
+    network = model()
+    optimizer, _ = make(form, network.parameters(), free_steps=1)
+    train(network, optimizer, 0, 3)
+    into = copy.deepcopy(network)
+    fresh = base(form, into.parameters())
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    lawn = LAWN(fresh, free_steps=1)
+    assert lawn.constrained
+    train(network, optimizer, 3, 6)
+    train(into, fresh, 3, 6)
+    assert_equal(network, into)
+    with pytest.raises(ValueError, match="already"):
+        LAWN(fresh)
+
+
+@every_form
+def test_a_checkpoint_with_decay_is_refused_when_it_is_loaded(form):
+    network = model()
+    plain = AdamW(network.parameters()) if "SGD" not in form else SGD(network.parameters(), momentum=0.9)
+    plain.param_groups[0]["weight_decay"] = 0.01
+    train(network, plain, 0, 1)
+    optimizer, _ = make(form, network.parameters(), free_steps=3)
+    with pytest.raises(ValueError, match=r"param group 0: weight_decay=0\.01"):
+        optimizer.load_state_dict(plain.state_dict())
+
+
+@every_form
+@pytest.mark.parametrize("copier", [lambda o: o.load_state_dict(o.state_dict()), copy.deepcopy])
+def test_a_group_that_comes_after_the_switch_is_copied(form, copier):
+    network, head = model(), nn.Linear(3, 2)
+    optimizer, lawn = make(form, network.parameters(), free_steps=0)
+    train(network, optimizer, 0, 2)
+    optimizer.add_param_group({"params": head.parameters()})
+    train(nn.Sequential(*network, head), optimizer, 2, 4)
+    kept = norms(head)
+    copier(optimizer)
+    copier(lawn) if lawn is not optimizer and copier is copy.deepcopy else None
+    train(nn.Sequential(*network, head), optimizer, 4, 6)
+    assert norms(head) == pytest.approx(kept, rel=1e-6)
+    assert optimizer.state[head.weight][NORM] == pytest.approx(kept[0], rel=1e-6)
+
+
+# When norms are fixed
+
+
+@every_form
+def test_an_optimizer_for_each_parameter(form):
+    """Some hold nothing that could be constrained."""
+    network = model()
+    held = [make(form, [p], free_steps=2) for p in network.parameters()]
+    for p, (optimizer, _) in zip(network.parameters(), held, strict=True):
+
+        def hook(_: Tensor, optimizer: Optimizer = optimizer) -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        p.register_post_accumulate_grad_hook(hook)
+    for t in range(5):
+        before = norms(network)
+        network(torch.randn(8, 4, generator=torch.Generator().manual_seed(t))).pow(2).mean().backward()
+        if t >= 2:
+            assert norms(network) == pytest.approx(before, rel=1e-6)
+    assert [lawn.constrained for _, lawn in held] == [True] * 4
+
+
+@pytest.mark.parametrize("kind", NEW)
+def test_in_backward(kind):
+    network = model()
+    _apply_optimizer_in_backward(kind, network.parameters(), {"free_steps": 2})
+    for _ in range(2):
+        network(torch.randn(8, 4)).pow(2).mean().backward()
+    before = norms(network)
+    network(torch.randn(8, 4)).pow(2).mean().backward()
+    assert norms(network) == pytest.approx(before, rel=1e-6)
+
+
+@every_form
+def test_fewer_free_steps_than_are_done_switch_now(form):
+    network = model()
+    optimizer, lawn = make(form, network.parameters(), free_steps=100)
+    train(network, optimizer, 0, 5)
+    optimizer.param_groups[0]["free_steps"] = 3
+    before = norms(network)
+    train(network, optimizer, 5, 6)
+    assert lawn.constrained
+    assert norms(network) == pytest.approx(before, rel=1e-6)
+
+
+@every_form
+@pytest.mark.parametrize("free_steps", [(2, 5), (5, 2), (None, 2), (2, None)])
+def test_free_steps_of_a_group(form, free_steps):
+    network = model()
+    groups: list[dict[str, Any]] = [{"params": layer.parameters()} for layer in network]
+    for group, steps in zip(groups, free_steps, strict=True):
+        if steps is not None:
+            group["free_steps"] = steps
+    optimizer, lawn = make(form, groups)
+    for t in range(7):
+        before = norms(network)
+        train(network, optimizer, t, t + 1)
+        fixed = [now == pytest.approx(then, rel=1e-6) for now, then in zip(norms(network), before, strict=True)]
+        assert fixed == [steps is not None and t >= steps for steps in free_steps]
+        assert lawn.constrained == any(fixed)
+    if None in free_steps:
+        lawn.constrain()
+        before = norms(network)
+        train(network, optimizer, 7, 9)
+        assert norms(network) == pytest.approx(before, rel=1e-6)
+    with pytest.raises(ValueError, match="already"):
+        lawn.constrain()
+
+
+@own_form
+def test_an_empty_first_group(form):
+    network = model()
+    groups = [{"params": []}, {"params": network.parameters()}]
+    optimizer, lawn = make(form, groups, free_steps=2)
+    train(network, optimizer, 0, 1)
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(network, optimizer, 1, 3)
+    assert lawn.constrained
+
+
+@every_form
+def test_a_weight_that_is_unfrozen_joins(form):
+    network = model()
+    network[0].requires_grad_(False)
+    optimizer, _ = make(form, network.parameters(), free_steps=2)
+    train(network, optimizer, 0, 4)
+    network[0].requires_grad_(True)
+    before = norms(network)
+    train(network, optimizer, 4, 20)
+    assert norms(network) == pytest.approx(before, rel=1e-5)
+
+
+@every_form
+def test_a_parameter_that_is_appended_joins(form):
+    network, late = model(), nn.Linear(3, 3, bias=False)
+    optimizer, _ = make(form, network.parameters(), free_steps=0)
+    train(network, optimizer, 0, 2)
+    optimizer.param_groups[0]["params"].append(late.weight)
+    train(network, optimizer, 2, 3)
+    before = norms(late)
+    train(nn.Sequential(*network, late), optimizer, 3, 9)
+    assert norms(late) == pytest.approx(before, rel=1e-5)
+
+
+@every_form
+def test_constrained_by_hand_before_the_first_update(form):
+    network = model()
+    optimizer, lawn = make(form, network.parameters())
+    lawn.constrain()
+    assert lawn.constrained
+    assert not optimizer.state_dict()["state"]  # part of a state would keep torch from making the rest
+    before = norms(network)
+    train(network, optimizer, 0, 5)
+    assert norms(network) == pytest.approx(before, rel=1e-5)
+
+
+@every_form
+def test_a_group_that_comes_later_with_free_steps_of_its_own(form):
+    network, head = model(), nn.Linear(3, 2)
+    optimizer, _ = make(form, network.parameters(), free_steps=1)
+    train(network, optimizer, 0, 3)
+    optimizer.add_param_group({"params": head.parameters(), "free_steps": 2})
+    moved = []
+    for t in range(3, 7):
+        before = norms(head)
+        train(nn.Sequential(*network, head), optimizer, t, t + 1)
+        moved.append(norms(head) != pytest.approx(before, rel=1e-6))
+    assert moved == [True, True, False, False]
+
+
+@every_form
+def test_other_weights_take_their_norms_anew(form):
+    network, other = model(), model(1)
+    other[0].weight.data.mul_(3)
+    optimizer, lawn = make(form, network.parameters(), free_steps=0)
+    train(network, optimizer, 0, 2)
+    before = norms(network)
+    network.load_state_dict(other.state_dict())
+    train(network, optimizer, 2, 3)
+    assert norms(network) == pytest.approx(before, rel=1e-5)  # as documented
+    network.load_state_dict(other.state_dict())
+    lawn.constrain(again=True)
+    train(network, optimizer, 3, 5)
+    assert norms(network) == pytest.approx(norms(other), rel=1e-5)
+
+
+@every_form
+def test_a_group_that_is_released_and_bound_again(form):
+    network = model()
+    optimizer, _ = make(form, network.parameters(), free_steps=0)
+    train(network, optimizer, 0, 2)
+    fixed = norms(network)
+    optimizer.param_groups[0]["constrain"] = False
+    train(network, optimizer, 2, 5)
+    free = norms(network)
+    assert free != pytest.approx(fixed, rel=1e-4)
+    optimizer.param_groups[0]["constrain"] = None
+    train(network, optimizer, 5, 8)
+    assert norms(network) == pytest.approx(free, rel=1e-5)
+
+
+# What a group may ask for
+
+
+@every_form
+def test_a_group_with_decay_is_refused_every_time(form):
+    network, head = model(), nn.Linear(3, 2)
+    optimizer, _ = make(form, network.parameters(), free_steps=0)
+    train(network, optimizer, 0, 1)
+    before = norms(head)
+
+    def attempt() -> None:
+        if len(optimizer.param_groups) == 1:
+            optimizer.add_param_group({"params": head.parameters(), "weight_decay": 0.1})
+        train(nn.Sequential(*network, head), optimizer, 1, 2)
+
+    for _ in range(3):
+        with pytest.raises(ValueError, match=r"param group 1: weight_decay=0\.1"):
+            attempt()
+    assert norms(head) == before
+    optimizer.param_groups[-1]["weight_decay"] = 0.0
+    train(network, optimizer, 1, 2)
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    with pytest.raises(ValueError, match=r"param group 0: weight_decay=0\.1"):
+        train(network, optimizer, 1, 2)
+
+
+@pytest.mark.parametrize("kind", NEW)
+def test_a_free_group_decays_as_the_class_says(kind):
+    """Of a gradient of zero: Adam's is decoupled, SGD's goes through the momentum, LAMB's through the trust ratio."""
+    free, theirs = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))
+    bound = nn.Parameter(torch.randn(4, 4))
+    decayed = {"params": [free], "constrain": False, "weight_decay": 0.5, "lr": 0.1}
+    optimizer = kind([decayed, {"params": [bound]}])
+    if kind is LAMBLAWN:
+        from lawn import LAMB
+
+        plain: Optimizer = LAMB([theirs], lr=0.1, weight_decay=0.5)
+    else:
+        how = {"lr": 0.1, "weight_decay": 0.5}
+        plain = SGD([theirs], momentum=0.9, **how) if kind is SGDLAWN else AdamW([theirs], eps=1e-6, fused=True, **how)
+    for _ in range(10):
+        free.grad, theirs.grad, bound.grad = torch.zeros(4, 4), torch.zeros(4, 4), torch.ones(4, 4)
+        optimizer.step()
+        plain.step()
+    assert free[0, 0] < 0.7
+    assert torch.equal(free, theirs)
+
+
+@pytest.mark.parametrize("kind", NEW)
+@pytest.mark.parametrize(
+    "keys",
+    [{"maximize": True}, {"amsgrad": True}, {"nesterov": True}, {"dampening": 0.1}, {"foreach": True}, {"rho": 0.9}],
+)
+def test_keys_of_other_optimizers_are_refused_by_name(kind, keys):
+    (name,) = keys
+    with pytest.raises(ValueError, match=f"param group 0: {kind.__name__} has no {name}"):
+        kind([{"params": [nn.Parameter(torch.ones(2, 2))], **keys}])
+    kind([{"params": [nn.Parameter(torch.ones(2, 2))], name: False, "name": "trunk", "lr_scale": 0.5}])
+
+
+@pytest.mark.parametrize("kind", NEW)
+@pytest.mark.parametrize(("typed", "meant"), [("constrained", "constrain"), ("free_step", "free_steps")])
+def test_a_key_that_is_nearly_one_is_refused(kind, typed, meant):
+    with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
+        kind([{"params": [nn.Parameter(torch.ones(2, 2))], typed: 1}])
+
+
+@pytest.mark.parametrize("kind", NEW)
+def test_a_checkpoint_with_keys_that_mean_something_else_is_refused(kind):
+    network = model()
+    plain = SGD(network.parameters(), lr=0.1, maximize=True, momentum=0.9)
+    train(network, plain, 0, 1)
+    with pytest.raises(ValueError, match=f"{kind.__name__} has no (maximize|momentum)"):
+        kind(network.parameters()).load_state_dict(plain.state_dict())
+
+
+@every_form
+@pytest.mark.parametrize(("value", "steps"), [(np.int64(3), 3), (0, 0), (None, None)])
+def test_numbers_of_free_steps(form, value, steps):
+    optimizer, _ = make(form, model().parameters(), free_steps=value)
+    assert optimizer.param_groups[0]["free_steps"] == steps
+    json.dumps(optimizer.state_dict()["param_groups"])
+
+
+@every_form
+@pytest.mark.parametrize("value", [True, -1, 1.5, "3", np.float64(3)])
+def test_no_numbers_of_free_steps(form, value):
+    with pytest.raises(ValueError, match="free_steps"):
+        make(form, model().parameters(), free_steps=value)
+    with pytest.raises(ValueError, match="free_steps"):
+        make(form, [{"params": model().parameters(), "free_steps": value}])
+
+
+# What cannot be constrained
+
+
+@every_form
+@pytest.mark.parametrize("named", [False, True])
+def test_messages_name_the_parameter(form, named):
+    network = model()
+    nn.init.zeros_(network[1].weight)
+    optimizer, lawn = make(form, network.named_parameters() if named else network.parameters(), free_steps=0)
+    name = "'1.weight'" if named else r"2 of param group 0 \(shape \(3, 4\)\)"
+    before = copy.deepcopy(network)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"cannot constrain parameter {name}: its norm is 0.*constrain=False"):
+            train(network, optimizer, 0, 1)
+        with pytest.raises(ValueError, match=f"cannot constrain parameter {name}"):
+            lawn.constrain()
+    assert not lawn.constrained
+    assert_equal(network, before)
+    nn.init.constant_(network[1].weight, torch.nan)
+    with pytest.raises(ValueError, match="norm is nan"):
+        lawn.constrain()
+
+
+@every_form
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_weight_that_becomes_zero_is_named(form, fused):
+    network = model()
+    optimizer, _ = make(form, network.named_parameters(), free_steps=1, fused=fused)
+    train(network, optimizer, 0, 2)
+    nn.init.zeros_(network[0].weight)
+    with pytest.raises(ValueError, match=r"parameter '0.weight' is zero"):
+        train(network, optimizer, 2, 3)
+    assert not network[0].weight.isnan().any()
+    assert not any(v.isnan().any() for v in optimizer.state[network[0].weight].values() if isinstance(v, Tensor))
+    nn.init.ones_(network[0].weight)
+    train(network, optimizer, 3, 5)
+    assert norms(network)[0] == pytest.approx(optimizer.state[network[0].weight][NORM], rel=1e-5)
+
+
+@every_form
+def test_nothing_to_constrain_is_an_error_only_by_hand(form):
+    bias = nn.Parameter(torch.ones(3))
+    optimizer, lawn = make(form, [bias], free_steps=1)
+    for _ in range(3):
+        bias.grad = torch.ones(3)
+        optimizer.step()
+    assert lawn.constrained
+    _, lawn = make(form, [bias])
+    with pytest.raises(ValueError, match="nothing to constrain"):
+        lawn.constrain()
+
+
+@every_form
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_complex_weights_are_their_real_views(form, fused, scale):
+    generator = torch.Generator().manual_seed(0)
+    values = scale * torch.randn(3, 4, 2, generator=generator, dtype=torch.float64)
+    z, r = nn.Parameter(torch.view_as_complex(values)), nn.Parameter(values.clone())
+    optimizers = [make(form, [p], free_steps=2, fused=fused)[0] for p in (z, r)]
+    for _ in range(5):
+        g = torch.randn(3, 4, 2, generator=generator, dtype=torch.float64)
+        z.grad, r.grad = torch.view_as_complex(g.clone()), g.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        assert torch.equal(torch.view_as_real(z.grad), g)
+    torch.testing.assert_close(torch.view_as_real(z.detach()), r.detach(), rtol=1e-10, atol=1e-12)
+    assert optimizers[0].state[z][NORM] == pytest.approx(z.detach().norm().item())
+
+
+@every_form
+@pytest.mark.parametrize("fused", [None, False])
+def test_weights_without_elements(form, fused):
+    network, empty = model(), nn.Parameter(torch.zeros(0, 4))
+    optimizer, lawn = make(form, [*network.parameters(), empty], free_steps=1, fused=fused)
+    for t in range(3):
+        empty.grad = torch.zeros(0, 4)
+        train(network, optimizer, t, t + 1)
+        empty.grad = torch.zeros(0, 4)
+    assert lawn.constrained
+    lawn.constrain(again=True)
+
+
+@every_form
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("to", [torch.float64, torch.bfloat16])
+def test_another_dtype_goes_on_as_without_lawn(form, fused, to):
+    """Some of torch's optimizers take it that moments stay in the old one, others do not."""
+    network, plain = model(), model()
+    theirs = base(form, plain.parameters())
+    train(plain, theirs, 0, 2)
+    plain.to(to)
+    try:
+        train(plain, theirs, 2, 4)
+    except RuntimeError:
+        pytest.skip("the base optimizer does not")
+    optimizer, _ = make(form, network.parameters(), free_steps=1, fused=fused)
+    train(network, optimizer, 0, 2)
+    before = norms(network)
+    network.to(to)
+    train(network, optimizer, 2, 4)
+    assert norms(network) == pytest.approx(before, rel=1e-6 if to == torch.float64 else 1e-2)
+
+
+# The tools of torch
+
+
+def graph_breaks(step: Callable[[], None], times: int) -> tuple[int, int]:
+    """Breaks and graphs of a training step, compiled as a whole."""
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(step, backend="aot_eager")
+    for _ in range(times):
+        compiled()
+    return sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("form", ["AdamLAWN", "LAWN(AdamW)"])
+def test_a_compiled_training_step_breaks_no_more_than_torchs(form):
+    x = torch.randn(8, 4)
+
+    def step(network: nn.Module, optimizer: Optimizer) -> Callable[[], None]:
+        def take() -> None:
+            optimizer.zero_grad()
+            network(x).pow(2).mean().backward()
+            optimizer.step()
+
+        return take
+
+    networks = [model() for _ in range(3)]
+    plain = step(networks[0], base(form, networks[0].parameters()))
+    optimizer, lawn = make(form, networks[1].parameters(), free_steps=2)
+    eager = step(networks[2], make(form, networks[2].parameters(), free_steps=2)[0])
+    allowed, _ = graph_breaks(plain, 6)
+    breaks, graphs = graph_breaks(step(networks[1], optimizer), 6)
+    assert breaks <= allowed
+    assert graphs <= 4  # none for a phase or a step of its own
+    assert lawn.constrained
+    for _ in range(6):
+        eager()
+    for p, q in zip(networks[1].parameters(), networks[2].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_model_in_a_closure_stays_compiled():
+    calls = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        return lambda *values: (calls.append(1), graph(*values))[1]
+
+    network = model()
+    compiled, optimizer = torch.compile(network, backend=backend), AdamLAWN(network.parameters(), free_steps=1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = compiled(torch.ones(8, 4)).pow(2).mean()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert len(calls) == 3
+
+
+def torchs(name: str, params: Any) -> Optimizer:
+    """An optimizer of torch.optim without weight decay."""
+    more = {"LBFGS": {"line_search_fn": "strong_wolfe", "max_iter": 4}, "SGD": {"momentum": 0.9, "lr": 0.05}}
+    decays = {} if name in ("LBFGS", "Rprop") else {"weight_decay": 0.0}
+    return getattr(torch.optim, name)(params, **decays, **more.get(name, {}))
+
+
+TORCHS = (
+    *("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "LBFGS", "Muon", "NAdam", "RAdam"),
+    *("RMSprop", "Rprop", "SGD"),
+)
+
+
+def test_every_optimizer_of_torch_is_listed():
+    kinds = {name for name, kind in vars(torch.optim).items() if isinstance(kind, type) and issubclass(kind, Optimizer)}
+    assert kinds - {"Optimizer", "SparseAdam"} == set(TORCHS)
+
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_lawn_on_every_optimizer_of_torch(name):
+    """Phase, norms and resume, with a closure where there has to be one."""
+
+    def take(network: nn.Module, optimizer: Optimizer, first: int, last: int) -> None:
+        for t in range(first, last):
+            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(t))
+
+            def closure(x: Tensor = x) -> Tensor:
+                optimizer.zero_grad()
+                loss = (network(x) - 1).pow(2).mean()
+                loss.backward()
+                return loss
+
+            if name != "LBFGS":
+                closure()
+            optimizer.step(closure if name == "LBFGS" else None)
+
+    def fresh() -> nn.Module:
+        return nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(2))) if name == "Muon" else model()
+
+    torch.manual_seed(0)
+    network = fresh()
+    optimizer = torchs(name, network.parameters())
+    lawn = LAWN(optimizer, free_steps=2)
+    take(network, optimizer, 0, 2)
+    assert not lawn.constrained
+    fixed = norms(network)
+    take(network, optimizer, 2, 5)
+    assert lawn.constrained
+    assert norms(network) == pytest.approx(fixed, rel=1e-5)
+    assert all(kept[NORM] >= 0 for kept in optimizer.state.values())
+
+    into = copy.deepcopy(network)
+    again = torchs(name, into.parameters())
+    resumed = LAWN(again, free_steps=2)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert resumed.constrained
+    take(network, optimizer, 5, 8)
+    take(into, again, 5, 8)
+    assert_equal(network, into)
+    assert norms(network) == pytest.approx(fixed, rel=1e-5)
+
+
+def test_a_closure_is_taken_to_begin_where_the_step_does():
+    """LBFGS asks for the loss several times; each gradient is projected, the whole step is rescaled."""
+    network = model()
+    optimizer = torch.optim.LBFGS(network.parameters(), max_iter=5, line_search_fn="strong_wolfe")
+    LAWN(optimizer, free_steps=0)
+    x, losses = torch.randn(16, 4, generator=torch.Generator().manual_seed(0)), []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (network(x) - 1).pow(2).mean()
+        loss.backward()
+        losses.append(loss.item())
+        return loss
+
+    for _ in range(10):
+        optimizer.step(closure)
+    assert closure().item() < 0.5 * losses[0]
