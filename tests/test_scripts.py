@@ -69,10 +69,12 @@ def test_bench_ncf_says_what_is_wrong_with_the_data(tmp_path, monkeypatch, capsy
 @pytest.mark.slow
 def test_bench_optim(tmp_path):
     run_module("bench_optim", "--results", str(tmp_path))
-    row = content(tmp_path, "optim")["torch Adam, fused"]
-    assert row["ratio"] == 1
-    size = sum(p.nbytes for p in bench_optim.parameters(torch.device("cpu")))
-    assert 0 <= row["bytes"] - 7 * size < 1000  # gradients in, weights and two moments in and out; and counters
+    for model in bench_optim.MODELS:
+        row = content(tmp_path, "optim")[f"{model}: torch Adam, fused"]
+        assert row["ratio"] == 1
+        params = bench_optim.parameters(model, torch.device("cpu"))
+        counters = 8 * len(params)
+        assert row["bytes"] - 7 * sum(p.nbytes for p in params) == counters  # gradients, weights and two moments
 
 
 @pytest.mark.slow

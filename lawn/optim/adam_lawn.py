@@ -95,8 +95,8 @@ def check_adam(betas: tuple[float, float], eps: float) -> None:
 def moments(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """First and second moments and step counters, in torch Adam's own form; made where they are missing."""
     for p in params:
-        if not optimizer.state[p]:
-            optimizer.state[p] = {
+        if "step" not in optimizer.state[p]:
+            optimizer.state[p] |= {
                 "step": torch.tensor(0.0),
                 "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
                 "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),

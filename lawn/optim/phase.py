@@ -94,7 +94,8 @@ def prepare(groups: list[Group], index: int, free_steps: int | None) -> None:
 
 def refuse(group: Group, index: int) -> None:
     """Raise ValueError or TypeError for a param group that LAWN cannot work with."""
-    if any(_is_sharded(p) for p in group["params"]):
+    module = sys.modules.get("torch.distributed.tensor")  # seconds to import, and without it there is no DTensor
+    if module is not None and any(isinstance(p, module.DTensor) for p in group["params"]):
         raise TypeError(
             f"param group {index} holds sharded parameters (DTensor): a norm over one shard is not the weight's; "
             "LAWN does not support FSDP2 or tensor parallelism yet, use DistributedDataParallel"
@@ -239,11 +240,6 @@ def refuse_zero(part: Part, index: int, block: int) -> None:
 
 def gradients(params: list[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-
-
-def _is_sharded(p: Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # seconds to import, and without it there is no DTensor
-    return module is not None and isinstance(p, module.DTensor)
 
 
 def _is_bound(group: Group, p: Tensor) -> bool:

@@ -41,16 +41,14 @@ class SGDLAWN(LAWNOptimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum}, free_steps, fused)
 
     def _state_of(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
-        """Momentum buffers; none without momentum."""
-        if not group["momentum"]:
-            return []
+        """Momentum buffers."""
         for p in params:
-            if "momentum_buffer" not in self.state[p]:
+            if self.state[p].get("momentum_buffer") is None:  # torch's SGD has None where there is no momentum
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return [self.state[p]["momentum_buffer"] for p in params]
 
     def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        buffers: list[Tensor | None] = [*self._state_of(group, params)] or [None] * len(params)
+        buffers: list[Tensor | None] = [*self._state_of(group, params)]
         sgd(
             params,
             gradients(params),

@@ -56,14 +56,13 @@ class Blocks:
 
 
 def norms(tensors: list[Tensor], sizes: list[int]) -> Tensor:
-    """Frobenius norm of each block of tensors [blocks], in float64 on the CPU, elsewhere in float32 (float64 for
-    float64)."""
+    """Frobenius norm of each block of tensors [blocks], in float32 (float64 for float64) whatever their dtype."""
     if not tensors:
         return torch.zeros(0)
     found: list[Tensor] = []
     for part, at in _chunks(Blocks(tensors, sizes, [0.0] * len(sizes), [], [], [])):
         w = at.join(part.weights)
-        found.append(at.sums(w * w).sqrt())
+        found.append(at.sums(w * w).sqrt().to(w.dtype))
     return torch.cat(found)
 
 
@@ -108,21 +107,20 @@ def adam(
 
 
 def sgd(blocks: Blocks, *, lr: float | Tensor, momentum: float, fused: bool | None) -> Tensor | None:
-    """One step of SGD-LAWN with heavy-ball momentum, in place on the weights and their buffers (`first`); without
-    momentum there are none. Returns which blocks are zero, as `adam` does."""
-    if (gpu := gpu_kernels(blocks.lists, fused)) is not None and blocks.first:
+    """One step of SGD-LAWN with heavy-ball momentum, in place on the weights and their buffers (`first`). Returns which
+    blocks are zero, as `adam` does."""
+    if (gpu := gpu_kernels(blocks.lists, fused)) is not None:
         factors = {"first": (momentum, 1.0), "second": (0.0, 0.0), "eps": 0.0}
         return gpu.step(blocks, torch.ones(2, len(blocks.sizes)), lr, adam=False, trust=False, **factors)
-    if blocks.first and (compiled := native.library(fused, *blocks.lists)) is not None:
+    if (compiled := native.library(fused, *blocks.lists)) is not None:
         return compiled.sgd(blocks.lists, blocks.sizes, blocks.norms, float(lr), momentum)
     zero = []
     for part, at in _chunks(blocks):
         w = at.join(part.weights)
         ww = at.sums(w * w)
-        r = at.projected(w, ww, at.join(part.grads))
-        if part.first:
-            at.store(part.first, r.add_(at.join(part.first), alpha=momentum))
-            r = at.join(part.first)
+        g = at.projected(w, ww, at.join(part.grads))
+        at.store(part.first, g.add_(at.join(part.first), alpha=momentum))
+        r = at.join(part.first)
         zero.append(at.move(part.weights, w, ww, r, part.norms, lr))
     return torch.cat(zero)
 
