@@ -54,6 +54,7 @@ class OptimConfig:
     nesterov: bool | None = None
     weight_decay: float | None = None  # on weights with two or more dimensions
     free_epochs: Any = None  # LAWN: E_free, a float; or auto: until the onset of loss flattening
+    warm_start_epochs: float | None = None  # adam_cpr: epochs before the norms are bounded
     scope: str | None = None  # LAWN: all weights (the default), or those of the final_homogeneous sub-network
     include_bias: bool | None = None  # LAWN: a layer's bias shares the norm of its weight
     fused: bool | None = None  # false: torch's plain step, and of LAWN too; null: a fused one where there is one

@@ -86,13 +86,18 @@ def adam_hoffer(model: nn.Module, *, lr: float, betas: list[float], eps: float, 
     return Adam(model.parameters(), lr=lr, betas=_pair(betas), eps=eps, fused=fused)
 
 
-def adam_cpr(model: nn.Module, *, lr: float, betas: list[float], eps: float) -> Optimizer:
-    """Constrained parameter regularization (Franke et al. 2024) of pytorch-cpr, which finds the bounds by itself."""
+def adam_cpr(model: nn.Module, *, lr: float, betas: list[float], eps: float, warm_start_steps: int) -> Optimizer:
+    """Constrained parameter regularization (Franke et al. 2024) of pytorch-cpr: the squared norm of each weight is
+    bounded by what it is after the warm start.
+
+    By its foreach path: the other one would never find a bound by itself (pytorch-cpr 0.3.1).
+    """
     from pytorch_cpr import AdamCPR
 
     weights, others = _by_dimensions(model)
     groups = _filled({"params": weights, "regularize": True}, {"params": others, "regularize": False})
-    return AdamCPR(groups, lr=lr, betas=_pair(betas), eps=eps)
+    bound = {"kappa_init_method": "warm_start", "kappa_init_param": max(1, warm_start_steps)}
+    return AdamCPR(groups, lr=lr, betas=_pair(betas), eps=eps, foreach=True, **bound)
 
 
 def muon(model: nn.Module, *, lr: float, betas: list[float], momentum: float, weight_decay: float) -> Optimizer:
@@ -158,14 +163,16 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "muon": muon,
     "schedule_free": with_decay(imported("schedulefree", "AdamWScheduleFree")),  # Defazio et al. 2024
 }
+IN_STEPS = {"free_epochs": "free_steps", "warm_start_epochs": "warm_start_steps"}
 PACKAGES = {"adamp": "adamp", "adam_cpr": "pytorch_cpr", "schedule_free": "schedulefree"}  # of the extra `baselines`
 
 
 def optimizer_arguments(config: Config) -> dict[str, Any]:
-    """What the chosen builder is given beside the model; `free_steps` is still in epochs. Raises ConfigError."""
+    """What the chosen builder is given beside the model; what it takes in steps (`IN_STEPS`) is still in epochs. Raises
+    ConfigError."""
     name = config.optim.name
     if name not in OPTIMIZERS:
         raise ConfigError(f"optim={name}: no such optimizer; choose from {', '.join(OPTIMIZERS)}")
     if name in PACKAGES and find_spec(PACKAGES[name]) is None:
         raise ConfigError(f"optim={name}: the package {PACKAGES[name]} is not installed; pip install '.[baselines]'")
-    return arguments("optim", config.optim, OPTIMIZERS[name], {"free_epochs": "free_steps"})
+    return arguments("optim", config.optim, OPTIMIZERS[name], IN_STEPS)

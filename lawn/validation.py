@@ -91,6 +91,7 @@ def _problems(c: Config) -> Iterator[str]:
         "optim.momentum": (0, True),
         "optim.weight_decay": (0, True),
         "optim.free_epochs": (0, True),
+        "optim.warm_start_epochs": (0, False),
         "loss.smoothing": (0, True),
         "loss.gamma": (0, True),
         "loss.level": (0, True),
@@ -135,11 +136,10 @@ def _problems(c: Config) -> Iterator[str]:
         yield f"optim.betas={c.optim.betas}: must be two numbers in [0, 1)"
     if c.model.widths is not None and not all(width > 0 for width in c.model.widths):
         yield f"model.widths={c.model.widths}: must be positive"
-    if isinstance(c.optim.free_epochs, float) and c.optim.free_epochs >= c.train.epochs:
-        yield (
-            f"optim.free_epochs={c.optim.free_epochs:g}: must be below train.epochs={c.train.epochs}, "
-            "or the constrained phase never begins"
-        )
+    for key, what in (("free_epochs", "the constrained phase never begins"), ("warm_start_epochs", "no bound is set")):
+        epochs = getattr(c.optim, key)
+        if isinstance(epochs, float) and epochs >= c.train.epochs:
+            yield f"optim.{key}={epochs:g}: must be below train.epochs={c.train.epochs}, or {what}"
     if c.train.logit_scale is not None and not 1e-6 <= c.train.logit_scale <= 1:
         yield f"train.logit_scale={c.train.logit_scale:g}: must be from 1e-6 to 1"
     if c.train.logit_scale is not None and c.optim.free_epochs is None:

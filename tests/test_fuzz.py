@@ -84,6 +84,8 @@ def fits(key: str, value: Any) -> bool:
         return is_number(value) and 0 < value < 1
     if key == "optim.free_epochs":
         return value == "auto" or (is_number(value) and value >= 0)
+    if key == "optim.warm_start_epochs":
+        return is_number(value) and value > 0
     if key == "diagnostics.samples":
         return type(value) is int and 1 < value < 2**63
     if key == "optim.lr":
@@ -111,6 +113,8 @@ def check_whole(config: Config) -> None:
     assert config.train.logit_scale is None or config.optim.free_epochs != "auto"
     assert config.schedule.warmup_epochs < config.train.epochs
     assert (config.train.devices or 1) <= config.train.batch_size
+    assert (config.optim.name == "adam_cpr") == (config.optim.warm_start_epochs is not None)
+    assert (config.optim.warm_start_epochs or 0) < config.train.epochs
     assert ("lawn" in config.optim.name) == (config.optim.free_epochs is not None)
     assert not ("lawn" in config.optim.name and config.optim.weight_decay)
     assert config.train.logit_scale is None or config.optim.free_epochs is not None

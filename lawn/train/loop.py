@@ -16,7 +16,7 @@ from lawn.data.batching import Batching
 from lawn.diagnostics import FlatteningOnset, weight_norm
 from lawn.errors import RunError
 from lawn.optim import LAWNOptimizer, LinearWarmup, LinearWarmupDecay, NonFiniteError, attenuate_logits
-from lawn.optimizers import OPTIMIZERS, optimizer_arguments
+from lawn.optimizers import IN_STEPS, OPTIMIZERS, optimizer_arguments
 from lawn.task import Task
 from lawn.train.execution import Execution
 from lawn.train.left import Left, resumed
@@ -43,9 +43,10 @@ class Run:
         self.execution = Execution.choose(config.train, task.model, self.device, total)
         self.execution.prepare(task.model, self.device)
         chosen = optimizer_arguments(config)
-        if "free_steps" in chosen:
-            epochs = chosen["free_steps"]
-            chosen["free_steps"] = None if epochs == "auto" else _steps(epochs, self._updates, total)
+        for key in IN_STEPS.values():
+            if key in chosen:
+                epochs = chosen[key]
+                chosen[key] = None if epochs == "auto" else _steps(epochs, self._updates, total)
         warmup = _steps(config.schedule.warmup_epochs, self._updates, total)
         self.optimizer = OPTIMIZERS[config.optim.name](task.model, **chosen)
         self.onset = FlatteningOnset(self._updates) if config.optim.free_epochs == "auto" else None
