@@ -1,0 +1,148 @@
+"""Statistics against SciPy, closed forms and enumeration; their error rates by simulation."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from experiments.statistics import Comparison, best_of, compare_paired, holm
+
+
+def hits(rng: np.random.Generator, seeds: int, users: np.ndarray, spread: float, shift: float = 0.0) -> np.ndarray:
+    """HR@10 of runs, in percent: users have a taste, runs have a level."""
+    level = rng.normal(shift, spread, (seeds, 1))
+    return 100.0 * (rng.normal(size=(seeds, len(users))) < users + level)
+
+
+def test_standard_error_is_that_of_the_closed_form():
+    """The estimate of two crossed factors: between users, and between seeds less what the luck of users in runs is."""
+    rng = np.random.default_rng(0)
+    ours, theirs = (hits(rng, seeds, np.zeros(200), 0.3) for seeds in (6, 4))
+    found = compare_paired(ours, theirs, resamples=40_000)
+    users = ours.shape[1]
+    expected = (ours.mean(0) - theirs.mean(0)).var() / users
+    for arm in (ours, theirs):
+        seeds = len(arm)
+        luck = arm - arm.mean(0) - arm.mean(1, keepdims=True) + arm.mean()
+        luck_variance = (luck**2).sum() / (seeds - 1) / (users - 1)
+        expected += (arm.mean(1).var(ddof=1) - luck_variance / users) / seeds
+    assert found.difference == pytest.approx(ours.mean() - theirs.mean())
+    assert found.error**2 == pytest.approx(expected, rel=0.03)
+
+
+def test_two_runs_of_two_users_each_may_be_told_apart():
+    ours = np.array([[1.0, 2.0], [1.0, 2.0]])
+    found = compare_paired(ours, ours - 1)
+    assert (found.difference, found.error, found.p) == (1, 0, 0)
+    assert compare_paired(ours, ours).p == 1
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [((1, 9), (3, 9)), ((3, 9), (3, 8)), ((3, 1), (3, 1)), ((9,), (9,))])
+def test_too_little_to_compare(ours, theirs):
+    with pytest.raises(ValueError, match="need"):
+        compare_paired(np.zeros(ours), np.zeros(theirs))
+
+
+@pytest.mark.parametrize("runs", [100, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("spread", [0.0, 0.06, 0.4])
+def test_null_data_give_five_percent_of_false_positives(spread, runs):
+    """Runs that differ as their users' luck explains, more, and mostly for other reasons."""
+    rng = np.random.default_rng(1)
+    wrong = 0
+    for _ in range(runs):
+        users = rng.normal(0.4, 1.0, 300)
+        wrong += compare_paired(*(hits(rng, 8, users, spread) for _ in range(2)), resamples=200).p < 0.05
+    assert wrong / runs <= 0.055 + 2.5 * math.sqrt(0.05 * 0.95 / runs)
+    assert wrong / runs >= (0.005 if spread == 0 else 0.045 - 2.5 * math.sqrt(0.05 * 0.95 / runs))
+
+
+@pytest.mark.parametrize("runs", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_intervals_hold_the_difference(runs):
+    rng = np.random.default_rng(2)
+    held, found = 0, 0
+    for _ in range(runs):
+        users = rng.normal(0.4, 1.0, 300)
+        arms = hits(rng, 8, users, 0.06, shift=0.2), hits(rng, 8, users, 0.06)
+        likely = [stats.norm.cdf((0.4 + shift) / math.sqrt(2 + 0.06**2)) for shift in (0.2, 0.0)]
+        low, high = compare_paired(*arms, resamples=200).interval()
+        held += low <= 100 * (likely[0] - likely[1]) <= high
+        found += low > 0
+    assert 0.95 - 2.5 * math.sqrt(0.05 * 0.95 / runs) <= held / runs
+    assert found / runs > 0.5
+
+
+@given(st.floats(-5, 5), st.floats(0.01, 3), st.floats(2, 200))
+def test_p_and_interval_agree(difference, error, df):
+    found = Comparison(difference, error, df)
+    assume(found.p > 1e-6)
+    low, high = found.interval(1 - found.p)
+    assert min(abs(low), abs(high)) < 1e-6
+
+
+def test_p_is_scipys():
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(size=8), rng.normal(size=6)
+    theirs = stats.ttest_ind(a, b, equal_var=False)
+    error = math.sqrt(a.var(ddof=1) / 8 + b.var(ddof=1) / 6)
+    ours = Comparison(a.mean() - b.mean(), error, theirs.df)
+    assert ours.p == pytest.approx(theirs.pvalue)
+    assert ours.interval() == pytest.approx(tuple(theirs.confidence_interval()))
+
+
+@pytest.mark.parametrize("df", [6.0, 14.0, 1e6])
+def test_detectable_difference_is_found_with_its_power(df):
+    shift = Comparison(0.0, 2.0, df).detectable(0.8)
+    if df == 1e6:
+        assert shift == pytest.approx(2.0 * (stats.norm.ppf(0.975) + stats.norm.ppf(0.8)), rel=1e-4)
+    rng = np.random.default_rng(4)
+    t = (rng.normal(shift / 2.0, 1, 40_000)) / np.sqrt(rng.chisquare(df, 40_000) / df)
+    assert (np.abs(t) > stats.t.ppf(0.975, df)).mean() == pytest.approx(0.8, abs=0.01)
+
+
+def test_holm_by_hand():
+    """Holm (1979): 4 x 0.005, 3 x 0.01, 2 x 0.03, then the largest so far."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_rejects_what_its_step_down_rejects(p):
+    adjusted = holm(p)
+    assert all(a >= q for a, q in zip(adjusted, p, strict=True))
+    for level in (0.01, 0.05, 0.5):
+        rejected = set()
+        for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+            if p[i] > level / (len(p) - rank) * (1 + 1e-12):
+                break
+            rejected.add(i)
+        assert rejected == {i for i, a in enumerate(adjusted) if a <= level * (1 + 1e-12)}
+
+
+def test_holm_errs_at_all_in_five_percent():
+    rng = np.random.default_rng(5)
+    assert np.mean([min(holm(list(rng.uniform(size=12)))) < 0.05 for _ in range(4000)]) == pytest.approx(
+        0.05, abs=0.011
+    )
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(-5, 5), min_size=1, max_size=7))
+def test_best_of_k_is_the_mean_over_all_draws(scores):
+    found = best_of(scores)
+    for k in range(1, len(scores) + 1):
+        best = sorted(max(drawn) for drawn in itertools.combinations(scores, k))
+        assert found.mean[k - 1] == pytest.approx(np.mean(best), abs=1e-9)
+        for end, share in ((found.low, 0.1), (found.high, 0.9)):
+            assert end[k - 1] == best[max(0, math.ceil(share * len(best) - 1e-9) - 1)]
+    assert found.mean[-1] == max(scores)
+
+
+def test_best_of_trials_that_diverged():
+    found = best_of([60.0, -math.inf, 70.0])
+    assert found.mean.tolist() == [-math.inf, pytest.approx(200 / 3), 70]
+    with pytest.raises(ValueError, match="no scores"):
+        best_of([])
