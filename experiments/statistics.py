@@ -46,8 +46,8 @@ def compare_paired(ours: Array, theirs: Array, resamples: int = RESAMPLES, seed:
     """The mean of `ours` minus that of `theirs`, each [seeds, users], over the same users and seeds of their own.
 
     The standard error is that of a bootstrap over users, who are the same in both arms, and over seeds, which are not.
-    A user's mean over seeds has some of the luck of a user in a run, and so has a seed's mean over users; to draw both as
-    they are would count it more than once. So users are drawn with their means, which have it, and seeds with theirs
+    A user's mean over seeds has some of the luck of a user in a run, and so has a seed's mean over users; to draw both
+    as they are would count it more than once. So users are drawn with their means, which have it, and seeds with theirs
     shrunk by as much of their variance as it explains (Davison & Hinkley 1997, section 3.8). The degrees of freedom are
     Satterthwaite's, of the variance between users and of what is left of that between seeds.
 

@@ -12,6 +12,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lawn.optim import LAMB, LAMBLAWN, SGDLAWN, AdamLAWN, LAMBPlus
 from lawn.optim.joint import RULES, JointStep
+from lawn.optim.phase import NORM
+from tests.optim.helpers import fixed_norms
 
 # What members of one class may differ in; the third has the defaults.
 NUMBERS: dict[type[Optimizer], list[dict[str, Any]]] = {
@@ -81,7 +83,10 @@ def test_the_joint_step_is_the_steps_of_all(kind, seed, steps, resumed):
     for one, other in zip(joint.optimizers, alone.optimizers, strict=True):
         for mine, expected in zip(one.param_groups, other.param_groups, strict=True):
             assert mine.get("steps") == expected.get("steps")
-            torch.testing.assert_close(mine.get("target_norms"), expected.get("target_norms"), rtol=1e-9, atol=0)
+            assert mine.get("switched") == expected.get("switched")
+        assert fixed_norms(one) == pytest.approx(fixed_norms(other), rel=1e-9)
+        kept, needed = one.state_dict()["state"], other.state_dict()["state"]
+        assert {p for p in kept if NORM in kept[p]} == {p for p in needed if NORM in needed[p]}
     joint.alone(gradient_of(seed, 99))
     alone.alone(gradient_of(seed, 99))
     check(joint, alone)

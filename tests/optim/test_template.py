@@ -1,0 +1,499 @@
+"""One template for every optimizer of the package: what any torch optimizer is expected to do."""
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+
+from lawn import LAMB, LAMBLAWN, LAWN, SGDLAWN, AdamLAWN, LAMBPlus
+from lawn.optim import native, phase
+from tests.optim.helpers import Maker, fixed_norms, wrapped
+
+OWN: dict[str, Maker] = {"AdamLAWN": AdamLAWN, "SGDLAWN": SGDLAWN, "LAMBLAWN": LAMBLAWN}
+WRAPPED = {
+    "LAWN(Adam)": wrapped(Adam),
+    "LAWN(AdamW)": wrapped(AdamW, weight_decay=0.0),
+    "LAWN(SGD)": wrapped(SGD, momentum=0.9),
+    "LAWN(RMSprop)": wrapped(RMSprop),
+}
+PLAIN: dict[str, Maker] = {"LAMB": LAMB, "LAMBPlus": LAMBPlus}
+
+
+def each(makers: dict[str, Maker]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("make", makers.values(), ids=makers)
+
+
+every_optimizer = each(OWN | WRAPPED | PLAIN)
+every_lawn = each(OWN | WRAPPED)
+both_copiers = pytest.mark.parametrize(
+    "copier", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"]
+)
+
+
+def switching(make: Maker, free_steps: int) -> dict[str, int]:
+    """The argument `free_steps`, for those that have it."""
+    return {} if make in PLAIN.values() else {"free_steps": free_steps}
+
+
+def quadratic(optimizer: Optimizer, weight: nn.Parameter, bias: nn.Parameter, steps: int) -> list[float]:
+    """Least squares with a fixed batch; the losses before each step."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20, weight.shape[1], generator=generator, dtype=torch.float64)
+    y = torch.randn(20, weight.shape[0], generator=generator, dtype=torch.float64)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = (x.to(weight.dtype) @ weight.T + bias - y.to(weight.dtype)).float().square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    return losses
+
+
+def layer(dtype: torch.dtype = torch.float32) -> tuple[nn.Parameter, nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(3, 5, generator=generator).to(dtype)
+    return nn.Parameter(weight), nn.Parameter(torch.ones(3, dtype=dtype))
+
+
+def norm(weight: Tensor) -> float:
+    return weight.detach().double().norm().item()
+
+
+# Minima
+
+
+@every_optimizer
+@pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2)], ids=["float", "tensor"])
+def test_goes_down(make, lr):
+    weight, bias = layer()
+    losses = quadratic(make([weight, bias], lr=lr), weight, bias, 60)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@every_lawn
+def test_goes_down_when_constrained(make):
+    weight, bias = layer()
+    c = norm(weight)
+    losses = quadratic(make([weight, bias], lr=1e-2, free_steps=0), weight, bias, 60)
+    assert losses[-1] < 0.9 * losses[0]
+    assert norm(weight) == pytest.approx(c, rel=1e-6)
+
+
+@every_optimizer
+def test_rosenbrock(make):
+    """From (-2, 2) towards the minimum at (1, 1), freely; LAMB's rate is relative to the parameter."""
+    point = nn.Parameter(torch.tensor([-2.0, 2.0], dtype=torch.float64))
+    optimizer = make([point], lr=1e-4 if make in (SGDLAWN, WRAPPED["LAWN(SGD)"]) else 2e-3)
+
+    def value() -> Tensor:
+        x, y = point
+        return (1 - x) ** 2 + 100 * (y - x**2) ** 2
+
+    start = value().item()
+    for _ in range(200):
+        optimizer.zero_grad()
+        value().backward()
+        optimizer.step()
+    assert value().item() < 0.5 * start
+
+
+@every_lawn
+def test_finds_the_nearest_point_of_the_sphere(make):
+    """By a closure, at a rate that is a tensor, across the switch."""
+    point, target = nn.Parameter(layer(torch.float64)[0].detach()[:, :3].clone()), torch.eye(3, dtype=torch.float64)
+    optimizer = make([point], lr=torch.tensor(0.02), free_steps=10)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (point - target).square().sum()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(250)]
+    assert losses[-1] < losses[0]
+    (c,) = fixed_norms(optimizer)
+    assert c == pytest.approx(norm(point), rel=1e-6)
+    torch.testing.assert_close(point.detach(), target * c / target.norm(), rtol=0, atol=0.05)
+
+
+# Groups
+
+
+@every_optimizer
+def test_group_options(make):
+    """A group's own lr is used, and 0 leaves its parameters alone."""
+    moving, still = layer()[0], layer()[0]
+    optimizer = make([{"params": [moving]}, {"params": [still], "lr": 0.0}], lr=1e-2)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 0.0]
+    before = still.detach().clone()
+    for p in (moving, still):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert torch.equal(still, before)
+    assert not torch.equal(moving, before)
+
+
+@every_lawn
+def test_groups_with_and_without_constraint(make):
+    """The group's key stands above the rule that constrains what has two or more dimensions."""
+    matrix, vector, free = layer()[0], nn.Parameter(torch.arange(1.0, 4.0)), layer()[0]
+    groups = [{"params": [matrix, vector], "constrain": True}, {"params": [free], "constrain": False}]
+    optimizer = make(groups, lr=1e-2, free_steps=1)
+    after = []
+    for _ in range(5):
+        for p in (matrix, vector, free):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        after.append([norm(matrix), norm(vector), norm(free)])
+    assert after[-1][:2] == pytest.approx(after[0][:2], rel=1e-6)
+    assert after[-1][2] != pytest.approx(after[0][2], rel=1e-3)
+    assert fixed_norms(optimizer) == pytest.approx([*after[0][:2], 0.0], rel=1e-6)
+
+
+@every_lawn
+@pytest.mark.parametrize("stepped", [False, True])
+def test_a_group_that_comes_later_is_in_the_phase_of_the_others(make, stepped):
+    first, second = layer()[0], layer()[0]
+    optimizer = make([first], lr=1e-2, free_steps=0)
+    first.grad, second.grad = torch.ones_like(first), torch.ones_like(second)
+    if stepped:
+        optimizer.step()
+    optimizer.add_param_group({"params": [second]})
+    c = norm(second)
+    optimizer.step()
+    assert norm(second) == pytest.approx(c, rel=1e-6)
+    assert fixed_norms(optimizer)[1] == pytest.approx(c, rel=1e-6)
+
+
+@every_lawn
+def test_a_failed_switch_changes_nothing(make):
+    matrix, zero = layer()[0], nn.Parameter(torch.zeros(2, 2))
+    before = matrix.detach().clone()
+    optimizer = make([{"params": [matrix]}, {"params": [zero]}], lr=1e-2, free_steps=0)
+    matrix.grad, zero.grad = torch.ones_like(matrix), torch.ones_like(zero)
+    for attempt in (optimizer.step, lambda: phase.constrain(optimizer, again=False)):
+        with pytest.raises(ValueError, match="norm is 0"):
+            attempt()
+        assert not phase.is_constrained(optimizer.param_groups)
+        assert [group["steps"] for group in optimizer.param_groups] == [0, 0]
+        assert not any(optimizer.state.values())
+        assert torch.equal(matrix, before)
+
+
+# State
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_dict_round_trip_is_exact(make, dtype):
+    """Three steps, through a file into a new optimizer, three more on both: bit-identical."""
+    weight, bias = layer(dtype)
+    optimizer = make([weight, bias], lr=1e-2, **switching(make, 2))
+    quadratic(optimizer, weight, bias, 3)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    twin_weight, twin_bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
+    twin = make([twin_weight, twin_bias], lr=1.0, **switching(make, 5))
+    file.seek(0)
+    twin.load_state_dict(torch.load(file, weights_only=True))
+    assert quadratic(optimizer, weight, bias, 3) == quadratic(twin, twin_weight, twin_bias, 3)
+    assert torch.equal(weight, twin_weight)
+    assert torch.equal(bias, twin_bias)
+
+
+@each(OWN | {"LAWN(Adam)": WRAPPED["LAWN(Adam)"]})
+def test_a_checkpoint_with_norms_by_position_is_refused(make):
+    weight, bias = layer()
+    optimizer = make([weight, bias], lr=1e-2)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["target_norms"] = [norm(weight), None]
+    with pytest.raises(ValueError, match="earlier version"):
+        optimizer.load_state_dict(saved)
+
+
+@each(OWN | PLAIN)
+@both_copiers
+def test_copies_go_on_alike(make, copier):
+    weight, bias = layer()
+    optimizer = make([weight, bias], lr=1e-2, **switching(make, 2))
+    quadratic(optimizer, weight, bias, 3)
+    twin = copier(optimizer)
+    twin_weight, twin_bias = twin.param_groups[0]["params"]
+    before = weight.detach().clone()
+    losses = quadratic(twin, twin_weight, twin_bias, 3)
+    assert torch.equal(weight, before)
+    assert quadratic(optimizer, weight, bias, 3) == losses
+    assert torch.equal(weight, twin_weight)
+    assert make in PLAIN.values() or twin.constrained
+    twin.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@both_copiers
+def test_copies_of_a_wrapper_go_on_alike_with_their_own_optimizer(steps, copier):
+    weight, bias = layer()
+    lawn = LAWN(Adam([weight, bias], lr=1e-2), free_steps=2)
+    quadratic(lawn.optimizer, weight, bias, steps)
+    twin = copier(lawn)
+    twin_weight, twin_bias = twin.optimizer.param_groups[0]["params"]
+    assert twin_weight is not weight
+    assert quadratic(lawn.optimizer, weight, bias, 3) == quadratic(twin.optimizer, twin_weight, twin_bias, 3)
+    assert torch.equal(weight, twin_weight)
+    assert twin.constrained
+    assert twin.optimizer.param_groups[0]["steps"] == steps + 3
+    twin.detach()
+    assert lawn.constrained
+
+
+# Gradients
+
+
+@every_optimizer
+def test_none_gradients_and_a_closure(make):
+    """A parameter without a gradient is left alone, in both phases."""
+    weight, bias = layer()
+    unused = nn.Parameter(torch.ones(2, 2))
+    optimizer = make([weight, bias, unused], lr=1e-2, **switching(make, 3))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (weight.sum() + bias.sum()).square()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(20)]
+    assert losses[-1] < losses[0]
+    assert torch.equal(unused, torch.ones(2, 2))
+    assert make in PLAIN.values() or phase.is_constrained(optimizer.param_groups)
+
+
+@every_lawn
+def test_gradients_are_given_back(make):
+    weight, bias = layer()
+    optimizer = make([weight, bias], lr=1e-2, free_steps=0)
+    for _ in range(3):
+        gradient = torch.randn_like(weight)
+        weight.grad = gradient
+        expected = gradient.clone()
+        optimizer.step()
+        assert weight.grad is gradient
+        assert torch.equal(gradient, expected)
+
+
+@every_lawn
+def test_a_closure_sees_its_own_gradients(make):
+    weight, bias = layer()
+    optimizer = make([weight, bias], lr=1e-2, free_steps=0)
+    c = norm(weight)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (weight - 1).square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        before = weight.detach().clone()
+        optimizer.step(closure)
+        torch.testing.assert_close(weight.grad, 2 * (before - 1))
+        assert norm(weight) == pytest.approx(c, rel=1e-6)
+
+
+@every_optimizer
+def test_sparse_gradients_are_refused(make):
+    embedding = nn.Embedding(4, 3, sparse=True)
+    optimizer = make(embedding.parameters(), lr=1e-2)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(TypeError, match="sparse"):
+        optimizer.step()
+
+
+@every_lawn
+def test_channels_last_and_strided_weights(make):
+    images = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    plain = nn.Parameter(images.clone())
+    last = nn.Parameter(images.clone(memory_format=torch.channels_last))
+    gaps = nn.Parameter(torch.zeros(4, 3, 3, 6)[..., ::2])
+    gaps.data.copy_(images)
+    for p in (plain, last, gaps):
+        optimizer = make([p], lr=1e-2, free_steps=1)
+        for t in range(4):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(t))
+            optimizer.step()
+    torch.testing.assert_close(last, plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gaps, plain, rtol=1e-5, atol=1e-6)
+
+
+# What is refused when an optimizer is made
+
+
+@pytest.mark.parametrize(
+    ("make", "keys"),
+    [
+        *((make, {"lr": -1}) for make in (*OWN.values(), *PLAIN.values())),
+        (AdamLAWN, {"betas": (0.9, 1.0)}),
+        (AdamLAWN, {"eps": -1e-8}),
+        (LAMBLAWN, {"betas": (0.9, 0.99, 0.999)}),
+        (SGDLAWN, {"momentum": 1.0}),
+        (LAMB, {"betas": (-0.1, 0.999)}),
+        (LAMB, {"eps": -1e-8}),
+        (LAMB, {"weight_decay": -0.1}),
+    ],
+)
+def test_bad_hyperparameters(make, keys):
+    with pytest.raises(ValueError, match=next(iter(keys))):
+        make([layer()[0]], **keys)
+
+
+@every_optimizer
+def test_an_empty_list_is_refused(make):
+    with pytest.raises(ValueError, match="empty parameter list"):
+        make([], lr=1e-2)
+
+
+@each(OWN)
+def test_decay_of_constrained_weights_is_refused(make):
+    weight, bias = layer()
+    with pytest.raises(ValueError, match="param group 1: weight_decay"):
+        make([{"params": [bias]}, {"params": [weight], "weight_decay": 0.1}])
+
+
+def test_wrapper_refuses_decay_and_leaves_no_trace():
+    weight, bias = layer()
+    base = AdamW([{"params": [weight], "weight_decay": 0.0}, {"params": [bias, layer()[0]], "weight_decay": 0.1}])
+    before = [dict(group) for group in base.param_groups]
+    with pytest.raises(ValueError, match="param group 1: weight_decay"):
+        LAWN(base)
+    assert [dict(group) for group in base.param_groups] == before
+    base.param_groups[1]["constrain"] = False
+    handle = LAWN(base)
+    base.param_groups[0]["weight_decay"] = 0.1
+    with pytest.raises(ValueError, match="param group 0: weight_decay"):
+        handle.constrain()
+    assert not handle.constrained
+
+
+@every_lawn
+def test_wrapper_refuses_what_is_lawn_already(make):
+    with pytest.raises(ValueError, match="already"):
+        LAWN(make([layer()[0]], lr=1e-2))
+
+
+# The wrapper
+
+
+def test_wrapper_detaches_without_a_trace():
+    weight, bias = layer()
+    base = Adam([weight, bias], lr=1e-2)
+    before = set(base.param_groups[0])
+    handle = LAWN(base)
+    handle.constrain()
+    quadratic(base, weight, bias, 2)
+    c = norm(weight)
+    handle.detach()
+    assert set(base.param_groups[0]) == before
+    assert all(set(state) == {"step", "exp_avg", "exp_avg_sq"} for state in base.state.values())
+    quadratic(base, weight, bias, 5)
+    assert abs(norm(weight) / c - 1) > 1e-4
+    LAWN(base).constrain()
+
+
+@pytest.mark.parametrize("name", ["Lamb", "Lion"])
+def test_wrapper_on_timms(name):
+    optim = pytest.importorskip("timm.optim")
+    goes_down_on_the_sphere(getattr(optim, name), layer(), free_steps=2)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_wrapper_on_muon():
+    goes_down_on_the_sphere(torch.optim.Muon, layer()[:1], free_steps=0)
+
+
+def goes_down_on_the_sphere(base: Maker, params: tuple[nn.Parameter, ...], free_steps: int) -> None:
+    """A weight, and a bias unless the base optimizer takes matrices only."""
+    weight, bias = params if len(params) == 2 else (*params, layer()[1])
+    optimizer = wrapped(base, weight_decay=0.0)(params, lr=1e-2, free_steps=free_steps)
+    quadratic(optimizer, weight, bias, free_steps)
+    c = norm(weight)
+    losses = quadratic(optimizer, weight, bias, 40)
+    assert norm(weight) == pytest.approx(c, rel=1e-6)
+    assert losses[-1] < losses[0]
+
+
+def test_wrapper_on_schedule_free():
+    """In train mode the weights are on the sphere; the average that eval() swaps in is inside it."""
+    schedulefree = pytest.importorskip("schedulefree")
+    weight, bias = layer()
+    base: Any = wrapped(schedulefree.AdamWScheduleFree)([weight, bias], lr=1e-2, free_steps=2)
+    base.train()
+    quadratic(base, weight, bias, 2)
+    c = norm(weight)
+    quadratic(base, weight, bias, 40)
+    assert norm(weight) == pytest.approx(c, rel=1e-6)
+    base.eval()
+    assert norm(weight) < c
+
+
+# LAMB by hand
+
+
+def test_lamb_by_hand():
+    """First step: m_hat / sqrt(v_hat) = sign(g), so r = sign(g) + decay w, and the step is lr ||w|| / ||r|| r."""
+    w = nn.Parameter(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
+    w.grad = torch.tensor([[0.5, -0.5]], dtype=torch.float64)
+    before = w.detach().clone()
+    LAMB([w], lr=0.1, eps=0.0, weight_decay=0.1).step()
+    r = torch.tensor([[1.3, -0.6]], dtype=torch.float64)
+    torch.testing.assert_close(w.detach(), before - 0.1 * 5 / r.norm() * r)
+
+
+def test_lamb_plus_by_hand():
+    """The ratio 50 / sqrt(2) is cut to 10; a bias has none."""
+    w, b = (nn.Parameter(torch.tensor(t, dtype=torch.float64)) for t in ([[30.0, 40.0]], [30.0, 40.0]))
+    for p in (w, b):
+        p.grad = torch.full_like(p, 0.5)
+    LAMBPlus([w, b], lr=0.1, eps=0.0).step()
+    torch.testing.assert_close(w.detach(), torch.tensor([[29.0, 39.0]], dtype=torch.float64))
+    torch.testing.assert_close(b.detach(), torch.tensor([29.9, 39.9], dtype=torch.float64))
+
+
+def test_lamb_with_a_weight_of_zero_moves():
+    w = nn.Parameter(torch.zeros(2, 2))
+    w.grad = torch.ones(2, 2)
+    LAMB([w], lr=0.1).step()
+    torch.testing.assert_close(w.detach(), torch.full((2, 2), -0.1), rtol=1e-4, atol=0)
+
+
+# Without compiled code
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_without_a_compiler(monkeypatch, fused, recwarn):
+    monkeypatch.setattr(native, "_build", lambda dtype: None)
+    weight, bias = layer()
+    if fused:
+        with pytest.warns(UserWarning, match="no C compiler"):
+            quadratic(AdamLAWN([weight, bias], lr=1e-2, free_steps=0, fused=fused), weight, bias, 2)
+    else:
+        quadratic(AdamLAWN([weight, bias], lr=1e-2, free_steps=0, fused=fused), weight, bias, 2)
+        assert not recwarn
+
+
+def test_a_compiler_that_fails(monkeypatch, tmp_path):
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native._build.cache_clear()
+    try:
+        assert native._build(torch.float32) is None
+        assert list(tmp_path.rglob("*.so")) == []
+    finally:
+        native._build.cache_clear()
