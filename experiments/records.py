@@ -1,8 +1,8 @@
 """Records: what remains of a finished run in results/runs/, one JSON file named like its run directory.
 
-A record holds the run's identity and hash, the command that gives the same run, its environment, its result, and its
-metrics.csv as columns. Records of the runs that chose hyperparameters lie in the folder tuning/ below, without the
-last.
+A record holds the run's identity and hash, the command that gives the same run, its environment, its result (with what
+came out for each evaluation sample), and its metrics.csv as columns. Records of the runs that chose hyperparameters lie
+in the folder tuning/ below, without the last two.
 """
 
 import json
@@ -13,12 +13,14 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from lawn.config import Config, identity, identity_hash, run_name
 from lawn.errors import RunError
 from lawn.files import write_text
-from lawn.train.record import RunDirectory
+from lawn.train.record import RunDirectory, unpacked
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,12 @@ class Record:
         name = f"{self.result['split']}_{self.result['headline']}" if key == "headline" else key
         value = None if self.diverged else self.result["last"][name]
         return nan if value is None else float(value)
+
+    @property
+    def outcomes(self) -> NDArray[np.int64] | None:
+        """Of each evaluation sample, as `Task.outcomes` has it [samples]; None in records of before they were kept."""
+        text = self.result.get("outcomes")
+        return None if text is None else unpacked(text)
 
     @property
     def code(self) -> str:
@@ -100,7 +108,9 @@ class Store:
             "environment": environment,
             "result": directory.result(),
         }
-        if not tuning:
+        if tuning:
+            content["result"].pop("outcomes", None)
+        else:
             try:
                 history = pd.read_csv(directory.path / "metrics.csv")
             except (OSError, ValueError) as error:

@@ -90,6 +90,11 @@ class Task(ABC):
     def metrics(rows: Tensor, /) -> dict[str, float]:
         """The metrics of the evaluation split from the rows of all its samples."""
 
+    @staticmethod
+    @abstractmethod
+    def outcomes(rows: Tensor, /) -> Tensor:
+        """A whole number for each sample, by which runs can be compared sample by sample."""
+
 
 class Classification(Task):
     headline = "accuracy"
@@ -112,6 +117,11 @@ class Classification(Task):
 
     margins = staticmethod(multiclass_margin)
     metrics = staticmethod(metrics.classification_metrics)
+
+    @staticmethod
+    def outcomes(rows: Tensor, /) -> Tensor:
+        """Whether the answer is right, 0 or 1."""
+        return rows[:, 1]
 
 
 class Recommendation(Task):
@@ -136,6 +146,11 @@ class Recommendation(Task):
 
     margins = staticmethod(binary_margin)
     metrics = staticmethod(metrics.ranking_metrics)
+
+    @staticmethod
+    def outcomes(rows: Tensor, /) -> Tensor:
+        """The rank of the held-out item, from 0."""
+        return rows
 
 
 TASKS: tuple[type[Task], ...] = (Classification, Recommendation)

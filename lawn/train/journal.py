@@ -7,7 +7,7 @@ from lawn.config import Config
 from lawn.train.logger import Logger
 from lawn.train.loop import Run
 from lawn.train.progress import Progress
-from lawn.train.record import RunDirectory
+from lawn.train.record import RunDirectory, packed
 from lawn.train.throughput import peak_flops
 
 
@@ -69,6 +69,7 @@ def outcome(run: Run) -> dict[str, Any]:
         "last": run.rows[-1],
         "best": best and {"epoch": best["epoch"], name: best[key]},
         "divergence": run.divergence,
+        "outcomes": None if run.outcomes is None else packed(run.outcomes),
         "parameters": sum(p.numel() for p in run.task.model.parameters()),
         "samples_per_second": round(rate, 1),
         "peak_share": round(rate * run.flops / (run.ranks.world * peak), 4) if run.flops else None,

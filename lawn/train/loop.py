@@ -68,6 +68,7 @@ class Run:
         self.left: Left | None = None  # of the epoch that it is in the middle of
         self.gradients: Tensor | None = None  # `Left.gradients`, at the end of the epoch before
         self.divergence: dict[str, Any] | None = None
+        self.outcomes: Tensor | None = None  # of each evaluation sample, at the end of the run
 
     @property
     def status(self) -> str:
@@ -234,7 +235,10 @@ class Run:
         rows = [self.task.rows(self.execution.lay_out(batch)) for batch in batches]
         if not rows:
             raise RunError(f"rank {self.ranks.rank}: nothing to evaluate; there are more ranks than evaluation samples")
-        return self.task.metrics(self.ranks.joined(torch.cat(rows)))
+        joined = self.ranks.joined(torch.cat(rows))
+        if self.epoch == self.config.train.epochs:
+            self.outcomes = self.task.outcomes(joined).long().cpu()
+        return self.task.metrics(joined)
 
     def _switch_weights(self, mode: str) -> None:
         """A schedule-free optimizer has other weights for training than for evaluation."""
@@ -255,6 +259,7 @@ class Run:
             "epoch": self.epoch,
             "left": None if self.left is None else self.ranks.everyone(self.left.state(self.task.model, self.device)),
             "divergence": self.divergence,
+            "outcomes": self.outcomes,
             "step": self.step,
             "gradients": self.gradients,
             "onset": self.onset and self.onset.state_dict(),
@@ -270,6 +275,7 @@ class Run:
         self.epoch, self.step = state["epoch"], state["step"]
         self.gradients = None if state["gradients"] is None else state["gradients"].to(self.device)
         self.rows, self.seconds, self.divergence = state["rows"], state["seconds"], state["divergence"]
+        self.outcomes = state["outcomes"]
         self.task.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for p, moments in self.optimizer.state.items():  # as the weights lie in memory now: fused steps rely on it

@@ -7,6 +7,7 @@ checkpoint_previous.pt  the one before it   DONE         empty; the run is finis
 .lock          held while a process is at work
 """
 
+import base64
 import csv
 import io
 import json
@@ -14,6 +15,7 @@ import os
 import platform
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -176,6 +179,20 @@ class RunDirectory:
         except Exception as error:  # the system's, YAML's or OmegaConf's, of several lines
             reason = str(error).partition("\n")[0]
             raise RunError(f"run_dir={self.path}: its config.yaml cannot be read ({reason}); choose another") from error
+
+
+def packed(outcomes: Tensor) -> str:
+    """Whole numbers from 0 as text: 16 bits each, the first byte the lower one, compressed; see `unpacked`."""
+    data = outcomes.clamp(0, 2**15 - 1).numpy().astype("<i2").tobytes()
+    return base64.b64encode(zlib.compress(data, 9)).decode()
+
+
+def unpacked(text: str) -> np.ndarray:
+    """The numbers that `packed` was given [samples]. Raises ValueError for a text that it has not made."""
+    try:
+        return np.frombuffer(zlib.decompress(base64.b64decode(text, validate=True)), dtype="<i2").astype(np.int64)
+    except zlib.error as error:
+        raise ValueError(f"damaged outcomes ({error})") from error
 
 
 def _own(value: Any) -> Any:

@@ -93,9 +93,11 @@ def test_the_best_setting_on_validation_fills_the_cell(tmp_path):
     assert all(record.path.parent.name == "runs" for record in records)
     for job, record in [*zip(study.tuning, map(store.read, (j.config for j in study.tuning)), strict=True)]:
         assert record.path.parent.name == "tuning"
+        assert record.outcomes is None
         assert command_of(record) == job.hash
     for record in records:
         assert command_of(record) == record.hash
+        assert 100 * record.outcomes.mean() == pytest.approx(record.value("headline"))
 
 
 def command_of(record: Record) -> str:

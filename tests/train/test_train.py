@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lawn.config import config_hash
 from lawn.data.batching import Batching
@@ -16,9 +18,9 @@ from lawn.task import build
 from lawn.train import train
 from lawn.train.loop import Run, epoch_seed
 from lawn.train.ranks import Ranks
-from lawn.train.record import RunDirectory
+from lawn.train.record import RunDirectory, packed, unpacked
 from lawn.train.throughput import flops_per_sample
-from tests.helpers import compose, synthetic_ratings, write_ratings
+from tests.helpers import RECOMMENDERS, compose, synthetic_ratings, write_ratings
 
 CPU = torch.device("cpu")
 
@@ -45,12 +47,33 @@ def test_run_directory(tiny):
     assert result["status"] == "done"
     assert result["last"]["epoch"] == 4
     assert result["best"]["accuracy"] == max(float(row["test_accuracy"]) for row in rows(config))
+    assert 100 * unpacked(result["outcomes"]).mean() == pytest.approx(result["last"]["test_accuracy"])
     assert [row["constrained"] for row in rows(config)] == ["0", "0", "1", "1"]
     norms = [float(row["weight_norm"]) for row in rows(config)]
     assert norms[2] == pytest.approx(norms[1], rel=1e-6)
     assert norms[0] != pytest.approx(norms[1], rel=1e-6)
     assert f"hash: {config_hash(config)}" in (path / "config.yaml").read_text()
     assert json.loads((path / "env.json").read_text())["packages"]["torch"] == version("torch")
+
+
+def test_the_rank_of_every_test_user_is_kept(tiny_data, tmp_path):
+    places = (f"data_dir={tiny_data}", f"runs_dir={tmp_path}", "device=cpu", "train.epochs=2")
+    result = train(compose("dataset=movielens100k", "optim=adam_lawn", *places, *RECOMMENDERS))
+    ranks = unpacked(result["outcomes"])
+    assert len(ranks) == 30
+    for k in (5, 10, 20):
+        assert 100 * (ranks < k).mean() == pytest.approx(result["last"][f"test_hr{k}"])
+
+
+@given(st.lists(st.integers(0, 2**15 - 1)))
+def test_outcomes_come_back(numbers):
+    assert unpacked(packed(torch.tensor(numbers, dtype=torch.long))).tolist() == numbers
+
+
+@pytest.mark.parametrize("text", ["", "AAAA", "not base64", "eJwDAAAAAAE"])
+def test_damaged_outcomes(text):
+    with pytest.raises(ValueError, match=r"."):
+        unpacked(text)
 
 
 def test_done_runs_are_not_run_again(tiny, capsys):
