@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from lawn.optim import native, update
-from lawn.optim.base import LAWNOptimizer
-from lawn.optim.phase import Part, gradients
+from lawn.optim.base import LAWNOptimizer, counter
+from lawn.optim.phase import Part, fitting, gradients
 
 
 class AdamLAWN(LAWNOptimizer):
@@ -44,7 +44,7 @@ class AdamLAWN(LAWNOptimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, free_steps, fused)
 
     def _state_of(self, group: dict[str, Any], params: list[Tensor]) -> Any:
-        return moments(self, params)
+        return moments(self, params, group)
 
     def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         first, second, steps = self._state_of(group, params)
@@ -79,7 +79,7 @@ class AdamLAWN(LAWNOptimizer):
         """The constrained update of Adam-LAWN, and with `trust` of LAMB-LAWN."""
         group = part.group
         first, second, steps = self._state_of(group, part.params)
-        torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)  # on a CPU several times as fast as to add a number
+        torch._foreach_add_(steps, counter(1.0), alpha=1.0)  # on a CPU several times as fast as to add a number
         blocks = update.Blocks(part.params, part.sizes, part.norms, gradients(part.params), first, second)
         how = {"lr": group["lr"], "betas": group["betas"], "eps": group["eps"], "fused": group["fused"]}
         return update.adam(blocks, steps, trust=trust, **how)
@@ -92,14 +92,17 @@ def check_adam(betas: tuple[float, float], eps: float) -> None:
         raise ValueError(f"eps must not be negative, got {eps}")
 
 
-def moments(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def moments(
+    optimizer: torch.optim.Optimizer, params: list[Tensor], group: dict[str, Any]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """First and second moments and step counters, in torch Adam's own form; made where they are missing."""
     for p in params:
         if "step" not in optimizer.state[p]:
             optimizer.state[p] |= {
-                "step": torch.tensor(0.0),
+                "step": counter(0.0),
                 "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
                 "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
             }
     states = [optimizer.state[p] for p in params]
-    return [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [s["step"] for s in states]
+    first, second = ([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq"))
+    return fitting(group, params, first), fitting(group, params, second), [s["step"] for s in states]

@@ -40,7 +40,7 @@ class LAWNOptimizer(Optimizer, ABC):
         for kept in self.state.values():
             if "step" in kept:  # on the host, where reading it waits for nothing
                 step = kept["step"]
-                kept["step"] = step.cpu() if isinstance(step, Tensor) else torch.tensor(float(step))
+                kept["step"] = step.cpu() if isinstance(step, Tensor) else counter(float(step))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` has returned, of this optimizer or of the one it is in the free phase.
@@ -109,12 +109,15 @@ class LAWNOptimizer(Optimizer, ABC):
         if phase.is_dummy(self):
             self._make_state()
             return
+        phase.refuse_capture()
+        seen = []
         for index, part in enumerate(self._watch.begin(self)):
             if part.free:
                 self._free_update(part.group, part.free)
-            zero = self._constrained_update(part) if part.params else None
+            seen += [(kind, index, self._constrained_update(kind)) for kind in part.kinds()]
             part.record(self.state)
-            self._watch.look(part, index, zero)
+        for kind, index, zero in seen:
+            self._watch.look(kind, index, zero)
 
     def _make_state(self) -> None:
         """What an update would have made."""
@@ -129,8 +132,8 @@ class LAWNOptimizer(Optimizer, ABC):
         for key, value in group.items():
             if key in self._foreign() and value:
                 raise ValueError(f"param group {index}: {type(self).__name__} has no {key}, got {key}={value!r}")
-            close = get_close_matches(key, self._keys(), n=1, cutoff=0.85)
-            if close and key not in {*close, "params", "param_names", "initial_lr"}:
+            close = get_close_matches(key, ("constrain", "free_steps"), n=1, cutoff=0.85)
+            if close and key not in close:
                 raise ValueError(f"param group {index}: unknown key {key!r}; did you mean {close[0]!r}?")
 
     def _keys(self) -> list[str]:
@@ -150,6 +153,12 @@ class LAWNOptimizer(Optimizer, ABC):
     @abstractmethod
     def _constrained_update(self, part: phase.Part) -> Tensor | None:
         """Update the constrained parameters, each on the sphere of its norm; which blocks are zero, as in `update`."""
+
+
+def counter(steps: float) -> Tensor:
+    """A step counter as torch's Adam has it: whatever the default dtype, one that counts on."""
+    wide = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return torch.tensor(steps, dtype=wide, device="cpu")
 
 
 @cache

@@ -95,7 +95,7 @@ def lamb(
     trust_vectors: bool,
 ) -> None:
     """One step of LAMB on parameters that have a gradient."""
-    first, second, steps = moments(optimizer, params)
+    first, second, steps = moments(optimizer, params, group)
     ndims = [p.ndim for p in params]
     first, second, grads, params = map(real, (first, second, gradients(params), params))
     beta1, beta2 = group["betas"]

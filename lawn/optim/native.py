@@ -103,6 +103,8 @@ def library(fused: bool | None, *lists: list[Tensor]) -> Native | None:
 def alike(*lists: list[Tensor]) -> bool:
     """Whether tensors without gaps lie in memory alike at each position, so that addresses can be counted through."""
     for first, *others in zip(*lists, strict=True):
+        if any(t.shape != first.shape for t in others):
+            return False
         if first.is_contiguous():
             if all(t.is_contiguous() for t in others):
                 continue

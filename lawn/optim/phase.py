@@ -21,6 +21,7 @@ import operator
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -50,6 +51,23 @@ class Part:
     sizes: list[int]  # how many of `params` each block has
     norms: list[float]  # c of each block; 0.0 where it is not fixed yet
 
+    def kinds(self) -> list["Part"]:
+        """The blocks in parts of one device and dtype each, which an update can work on at once."""
+        if len({(p.device, p.dtype) for p in self.params}) < 2:
+            return [self] if self.params else []
+        kinds: dict[tuple[torch.device, torch.dtype], Part] = {}
+        for block, c in zip(self.blocks(), self.norms, strict=True):
+            key = block[0].device, block[0].dtype
+            part = kinds.setdefault(key, Part(self.group, [], [], [], []))
+            part.params += block
+            part.sizes.append(len(block))
+            part.norms.append(c)
+        return list(kinds.values())
+
+    def blocks(self) -> list[list[Tensor]]:
+        ends = accumulate(self.sizes)
+        return [self.params[end - size : end] for size, end in zip(self.sizes, ends, strict=True)]
+
     def owned_norms(self) -> list[float]:
         """c for each of `params`."""
         if len(self.sizes) == len(self.params):
@@ -59,9 +77,11 @@ class Part:
     def record(self, state: State) -> None:
         """After the step: the norms into the state, for parameters whose state has come into being; count the step."""
         for p in self.free:
-            state[p].setdefault(NORM, 0.0)
+            if state.get(p) or not _keeps_state(state):
+                state[p].setdefault(NORM, 0.0)
         for p, c in zip(self.params, self.owned_norms(), strict=True):
-            state[p][NORM] = c
+            if state.get(p) or not _keeps_state(state):
+                state[p][NORM] = c
         self.group["steps"] += 1
 
 
@@ -99,6 +119,12 @@ def refuse(group: Group, index: int) -> None:
         raise TypeError(
             f"param group {index} holds sharded parameters (DTensor): a norm over one shard is not the weight's; "
             "LAWN does not support FSDP2 or tensor parallelism yet, use DistributedDataParallel"
+        )
+    flat = [p for p in group["params"] if getattr(p, "_fsdp_flattened", False)]
+    if flat and group.get("constrain") is not False and all(p.ndim < 2 for p in group["params"]):
+        raise TypeError(
+            f"param group {index} holds the flat parameters of FullyShardedDataParallel: a norm over one shard is not "
+            "the weight's; LAWN does not support FSDP yet, use DistributedDataParallel"
         )
     blocks = group.get("blocks")
     if blocks is not None and len(blocks) != len(group["params"]):
@@ -160,9 +186,10 @@ def is_dummy(optimizer: Optimizer) -> bool:
     return bool(gradients) and not any(g.is_sparse or bool(g.any()) for g in gradients)
 
 
-def begin(optimizer: Optimizer, *, compare: bool) -> list[Part]:
+def begin(optimizer: Optimizer, known: set[tuple[Tensor, ...]]) -> list[Part]:
     """What a step works on, with the norms it needs: those of weights that are constrained for the first time are
-    measured now. With `compare` known norms are compared to the weights', which waits for a device.
+    measured now. Norms of blocks that are not among the `known` ones, to which they are added, were loaded: they are
+    compared to the weights', which waits for a device.
 
     Raises ValueError, having changed nothing, when a norm is zero, not finite or another weight's.
     """
@@ -174,11 +201,16 @@ def begin(optimizer: Optimizer, *, compare: bool) -> list[Part]:
         if 0.0 in part.norms:
             measured = _measured(part, index)
             part.norms = [c or now for c, now in zip(part.norms, measured, strict=True)]
-        if compare and part.norms:
-            _compare(part, index)
+        _compare(part, index, known)
     for part in parts:
         part.group["switched"] = is_due(part.group) or any(part.norms)
     return parts
+
+
+def refuse_capture() -> None:
+    """Raise RuntimeError while a CUDA graph is captured: it would replay phase and bias corrections of this step."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a step of LAWN cannot be captured in a CUDA graph")
 
 
 @torch.no_grad()
@@ -206,9 +238,10 @@ def switch(optimizer: Optimizer, chosen: list[int]) -> None:
         parts.append(part)
     for part in parts:
         part.group["switched"] = True
-        for p, c in zip(part.params, part.owned_norms(), strict=True):
-            if optimizer.state.get(p):  # else its norm is fixed with its first update
-                optimizer.state[p][NORM] = c
+        norms = dict(zip(part.params, part.owned_norms(), strict=True))
+        for p in part.group["params"]:
+            if optimizer.state.get(p):  # else, and where it is frozen, its norm is fixed with its next update
+                optimizer.state[p][NORM] = norms.get(p, 0.0)
 
 
 def forget(optimizer: Optimizer) -> None:
@@ -239,7 +272,24 @@ def refuse_zero(part: Part, index: int, block: int) -> None:
 
 
 def gradients(params: list[Tensor]) -> list[Tensor]:
-    return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    """Zeros where there is none. Raises TypeError for a sparse one."""
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    if any(g.is_sparse for g in found):
+        raise TypeError("LAWN does not support sparse gradients")
+    return [g.resolve_neg() if g.is_neg() else g for g in found]
+
+
+def fitting(group: Group, params: list[Tensor], kept: list[Tensor]) -> list[Tensor]:
+    """`kept`, one tensor of the state for each parameter. Raises RuntimeError where they differ in shape."""
+    for p, t in zip(params, kept, strict=True):
+        if t.shape != p.shape:
+            position = next(i for i, q in enumerate(group["params"]) if q is p)
+            name = (group.get("param_names") or {position: position})[position]
+            raise RuntimeError(
+                f"parameter {name!r} has the shape {tuple(p.shape)}, but its state {tuple(t.shape)}: the state is of "
+                "another parameter, or the parameter was replaced"
+            )
+    return kept
 
 
 def _is_bound(group: Group, p: Tensor) -> bool:
@@ -255,7 +305,7 @@ def _split(group: Group, state: State) -> Part:
     for p in group["params"]:
         if p.grad is None:
             continue
-        if p.grad.is_sparse:
+        if p.grad.is_sparse and _is_bound(group, p):
             raise TypeError("LAWN does not support sparse gradients")
         kept = state.get(p)
         c = kept.get(NORM, 0.0) if kept else 0.0
@@ -271,7 +321,7 @@ def _split(group: Group, state: State) -> Part:
     if group["blocks"] is None:
         return Part(group, free, bound, [1] * len(bound), norms)
     whole = _blocks(group, bound)
-    joint = [max((state.get(p) or {}).get(NORM, 0.0) for p in block) for block in whole]
+    joint = [min((state.get(p) or {}).get(NORM, 0.0) for p in block) for block in whole]  # 0.0: one has joined
     return Part(group, free, [p for block in whole for p in block], [len(block) for block in whole], joint)
 
 
@@ -282,14 +332,14 @@ def _blocks(group: Group, bound: list[Tensor]) -> list[list[Tensor]]:
     needed = set(bound)
     members: dict[int, list[Tensor]] = {}
     for key, p in zip(group["blocks"], group["params"], strict=True):
-        if _is_bound(group, p):
+        if p.requires_grad and _is_bound(group, p):
             members.setdefault(key, []).append(p)
     return [block for block in members.values() if needed.intersection(block)]
 
 
 def _measured(part: Part, index: int) -> list[float]:
     """The present norms of a part's blocks. Raises ValueError for one that cannot be fixed."""
-    norms: list[float] = update.norms(part.params, part.sizes).tolist()
+    norms = _present(part)
     for block, c in enumerate(norms):
         if 0 < c < float("inf"):
             continue
@@ -300,14 +350,32 @@ def _measured(part: Part, index: int) -> list[float]:
     return norms
 
 
-def _compare(part: Part, index: int) -> None:
-    """Raise ValueError for a norm that was loaded with the state of another weight."""
-    for block, (c, now) in enumerate(zip(part.norms, update.norms(part.params, part.sizes).tolist(), strict=True)):
-        p = part.params[sum(part.sizes[:block])]
-        tolerance = 0.02 if p.dtype.itemsize < 4 else 1e-3
-        if now > 0 and abs(now / c - 1) > tolerance:
+def _present(part: Part) -> list[float]:
+    """The present norm of each block."""
+    kinds = part.kinds()
+    found = [update.norms(kind.params, kind.sizes).tolist() for kind in kinds]
+    if len(kinds) < 2:
+        return found[0] if found else []
+    of_block = {kind.blocks()[i][0]: c for kind, norms in zip(kinds, found, strict=True) for i, c in enumerate(norms)}
+    return [of_block[block[0]] for block in part.blocks()]
+
+
+def _compare(part: Part, index: int, known: set[tuple[Tensor, ...]]) -> None:
+    """Raise ValueError for a norm that was loaded with the state of another weight, or was that of another block."""
+    blocks = list(map(tuple, part.blocks()))
+    if known.issuperset(blocks):
+        return
+    for block, c, now in zip(blocks, part.norms, _present(part), strict=True):
+        tolerance = 0.02 if block[0].dtype.itemsize < 4 else 1e-3
+        if block not in known and now > 0 and abs(now / c - 1) > tolerance:
             raise ValueError(
-                f"{named(part.group, index, p)} has the norm {now:.6g}, but the state that was loaded for it {c:.6g}: "
-                "parameters may be in another order than when it was saved, or the weights are others; load by name, "
-                "or take the present norms with constrain(again=True)"
+                f"{named(part.group, index, block[0])} has the norm {now:.6g}, but its state says {c:.6g}: parameters "
+                "may be in another order than when it was saved, in other blocks, or the weights are others; load by "
+                "name, or take the present norms with constrain(again=True)"
             )
+    known.update(blocks)
+
+
+def _keeps_state(state: State) -> bool:
+    """Whether an optimizer has state of its own. Where it has, a parameter without was not updated by it."""
+    return any(kept and set(kept) != {NORM} for kept in state.values())

@@ -8,7 +8,7 @@ from torch.optim.sgd import sgd
 
 from lawn.optim import update
 from lawn.optim.base import LAWNOptimizer
-from lawn.optim.phase import Part, gradients
+from lawn.optim.phase import Part, fitting, gradients
 
 
 class SGDLAWN(LAWNOptimizer):
@@ -45,7 +45,7 @@ class SGDLAWN(LAWNOptimizer):
         for p in params:
             if self.state[p].get("momentum_buffer") is None:  # torch's SGD has None where there is no momentum
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        return [self.state[p]["momentum_buffer"] for p in params]
+        return fitting(group, params, [self.state[p]["momentum_buffer"] for p in params])
 
     def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         buffers: list[Tensor | None] = [*self._state_of(group, params)]

@@ -5,9 +5,12 @@ chunk and are added up by one program for each block, always in the same order: 
 read back by the host.
 """
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from itertools import accumulate
+from typing import Any
 
 import torch
 import triton
@@ -191,7 +194,7 @@ class _Launch:
         self.fixed = _layout(owned, like.device)
         lists = [[t.data_ptr() for t in tensors] for tensors in blocks.lists]
         lists += [[0] * len(numels)] * (4 - len(lists))
-        table = upload(torch.tensor(lists, dtype=torch.int64).T.contiguous(), like.device)
+        table = upload(torch.tensor(lists, dtype=torch.int64, device="cpu").T.contiguous(), like.device)
         self.chunks, self.each = (len(self.fixed.layout),), (len(blocks.sizes),)
         self.where = (table, self.fixed.layout, self.fixed.numels)
         self.kind = {"DTYPE": DTYPES[like.dtype], "CHUNK": CHUNK}
@@ -210,11 +213,24 @@ class _Launch:
         made = torch.empty(self.each[0], 2, device=self.device)
         full = torch.full((), float(lr), device=self.device) if not isinstance(lr, Tensor) else lr
         rate = full.to(self.device, torch.float32)
-        radii = upload(torch.tensor(self.norms, dtype=torch.float32), self.device)
+        radii = upload(torch.tensor(self.norms, dtype=torch.float32, device="cpu"), self.device)
         _coefficients[self.each](self.sums, self.fixed.blocks, radii, rate, made, self.zero, TRUST=trust, TILE=TILE)
         return made
 
 
+def _where_they_are(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Launch on the device of the blocks, which need not be the current one."""
+
+    @wraps(function)
+    def launched(blocks: Blocks, *arguments: Any, **keys: Any) -> Any:
+        device = blocks.weights[0].device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return function(blocks, *arguments, **keys)
+
+    return launched
+
+
+@_where_they_are
 def step(
     blocks: Blocks,
     scales: Tensor,
@@ -242,6 +258,7 @@ def step(
     return on.zero
 
 
+@_where_they_are
 def project(blocks: Blocks) -> None:
     """For the wrapper, before the base optimizer's step. The lists are weights, gradients, `before` and `projected`:
     the weights are copied to `before`, the projected gradients written to `projected`."""
@@ -249,6 +266,7 @@ def project(blocks: Blocks) -> None:
     _project[on.chunks](*on.where, on.fixed.owners, on.gradient_along(), **on.kind)
 
 
+@_where_they_are
 def retract(blocks: Blocks) -> Tensor:
     """After it. The lists are weights and `before`: the update before - weights is projected, taken, and rescaled."""
     on = _Launch(blocks)

@@ -58,7 +58,7 @@ class Blocks:
 def norms(tensors: list[Tensor], sizes: list[int]) -> Tensor:
     """Frobenius norm of each block of tensors [blocks], in float32 (float64 for float64) whatever their dtype."""
     if not tensors:
-        return torch.zeros(0)
+        return torch.zeros(0, device="cpu")
     found: list[Tensor] = []
     for part, at in _chunks(Blocks(tensors, sizes, [0.0] * len(sizes), [], [], [])):
         w = at.join(part.weights)
@@ -111,7 +111,7 @@ def sgd(blocks: Blocks, *, lr: float | Tensor, momentum: float, fused: bool | No
     blocks are zero, as `adam` does."""
     if (gpu := gpu_kernels(blocks.lists, fused)) is not None:
         factors = {"first": (momentum, 1.0), "second": (0.0, 0.0), "eps": 0.0}
-        return gpu.step(blocks, torch.ones(2, len(blocks.sizes)), lr, adam=False, trust=False, **factors)
+        return gpu.step(blocks, torch.ones(2, len(blocks.sizes), device="cpu"), lr, adam=False, trust=False, **factors)
     if (compiled := native.library(fused, *blocks.lists)) is not None:
         return compiled.sgd(blocks.lists, blocks.sizes, blocks.norms, float(lr), momentum)
     zero = []
@@ -169,8 +169,15 @@ def gpu_kernels(lists: Sequence[list[Tensor]], fused: bool | None) -> ModuleType
 
 
 def real(tensors: list[Tensor]) -> list[Tensor]:
-    """Complex tensors as real ones with a last axis of two."""
-    return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
+    """Complex tensors as real ones with a last axis of two: views, so that they can be written to; a gradient that is a
+    lazy conjugate is copied. Raises TypeError for a parameter that is one."""
+    if any(t.is_conj() and not t.requires_grad for t in tensors):
+        tensors = [t.resolve_conj() if not t.requires_grad else t for t in tensors]
+    if any(t.is_conj() for t in tensors):
+        raise TypeError(
+            "a parameter is the lazy conjugate of another tensor, which cannot be updated: resolve_conj() it"
+        )
+    return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
 
 
 def coefficients(
@@ -191,13 +198,16 @@ class _Joined:
         self._numels = [t.numel() for t in tensors]
         ends = [0, *accumulate(self._numels)]
         at = [0, *accumulate(sizes)]
-        self._lengths = torch.tensor([ends[b] - ends[a] for a, b in pairwise(at)])
-        self._lengths = self._lengths.to(tensors[0].device)
+        lengths = torch.tensor([ends[b] - ends[a] for a, b in pairwise(at)], device="cpu")
+        self._lengths = lengths.to(tensors[0].device)
+        self._alone = len(sizes) == 1
         self._dtype = torch.promote_types(tensors[0].dtype, torch.float32)
         self._precision = torch.float64 if tensors[0].device.type == "cpu" else self._dtype
 
     def join(self, tensors: list[Tensor]) -> Tensor:
         """A copy."""
+        if len(tensors) == 1:
+            return tensors[0].reshape(-1).to(self._dtype, copy=True)
         return torch.cat([t.reshape(-1) for t in tensors]).to(self._dtype)
 
     def store(self, tensors: list[Tensor], joined: Tensor) -> None:
@@ -206,11 +216,15 @@ class _Joined:
 
     def sums(self, joined: Tensor) -> Tensor:
         """[blocks]"""
+        if self._alone:
+            return joined.sum(dtype=self._precision)[None]
         return torch.segment_reduce(joined.to(self._precision), "sum", lengths=self._lengths, unsafe=True)
 
     def spread(self, values: Tensor) -> Tensor:
-        """[blocks] to [elements]"""
+        """[blocks] to what goes with [elements]"""
         values = values.to(self._lengths.device, self._dtype)
+        if self._alone:
+            return values
         return values.repeat_interleave(self._lengths, output_size=sum(self._numels))
 
     def projected(self, w: Tensor, ww: Tensor, v: Tensor) -> Tensor:
@@ -234,7 +248,7 @@ class _Joined:
 
         Rounded once, at the end: a factor near one, applied to a weight in bfloat16, would round back to it.
         """
-        c = torch.tensor(norms, dtype=self._precision).to(w.device)
+        c = torch.tensor(norms, dtype=self._precision, device="cpu").to(w.device)
         rate = lr.to(w.device, self._precision) if isinstance(lr, Tensor) else lr
         keep, take = coefficients(ww, self.sums(w * r), self.sums(r * r), c, rate, trust=trust)
         zero = ww == 0

@@ -15,7 +15,7 @@ class Watch:
     """What an optimizer remembers from one update to the next beside its state: what it has still to look at."""
 
     def __init__(self) -> None:
-        self._compared = False  # whether the norms it began with, or has loaded, are known to be those of the weights
+        self._known: set[tuple[Tensor, ...]] = set()  # blocks whose norms are known to be theirs
         self._sent: list[tuple[phase.Part, int, Tensor, torch.cuda.Event]] = []
 
     def begin(self, optimizer: "Optimizer") -> list[phase.Part]:
@@ -24,18 +24,17 @@ class Watch:
             if arrived.query():
                 refuse(part, index, zero)
         self._sent = [sent for sent in self._sent if not sent[-1].query()]
-        parts = phase.begin(optimizer, compare=not self._compared)
-        self._compared = True
-        return parts
+        return phase.begin(optimizer, self._known)
 
     def look(self, part: phase.Part, index: int, zero: Tensor | None) -> None:
         """Raise ValueError if a block is zero: now, or on a GPU in one of the next updates."""
         if zero is None:
             return
         if zero.is_cuda:
-            sent = torch.empty(zero.shape, dtype=zero.dtype, pin_memory=True).copy_(zero, non_blocking=True)
+            sent = torch.empty(zero.shape, dtype=zero.dtype, device="cpu", pin_memory=True)
+            sent.copy_(zero, non_blocking=True)
             arrived = torch.cuda.Event()
-            arrived.record()
+            arrived.record(torch.cuda.current_stream(zero.device))
             self._sent.append((part, index, sent, arrived))
         else:
             refuse(part, index, zero)

@@ -1,5 +1,7 @@
 """LAWN stacked on any optimizer, through its step hooks."""
 
+import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -9,6 +11,8 @@ from torch.optim import Optimizer
 from lawn.optim import phase, update
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.watch import Watch
+
+HOOKED = sys.modules[Optimizer.__module__].__file__
 
 
 class LAWN:
@@ -39,6 +43,9 @@ class LAWN:
                 f"{type(optimizer).__name__} is no torch optimizer, or never initialized itself as one, and calls no "
                 "hooks; put LAWN on the optimizer inside it"
             )
+        zero = sys.modules.get("torch.distributed.optim")
+        if zero is not None and isinstance(optimizer, getattr(zero, "ZeroRedundancyOptimizer", ())):
+            raise TypeError("put LAWN on the optimizer inside ZeroRedundancyOptimizer, its `optim`")
         hooks = optimizer._optimizer_step_pre_hooks.values()
         if isinstance(optimizer, LAWNOptimizer) or any(isinstance(getattr(h, "__self__", None), LAWN) for h in hooks):
             raise ValueError("the optimizer is a LAWN optimizer already")
@@ -63,12 +70,18 @@ class LAWN:
         self._gradients: dict[Tensor, Tensor | None] = {}  # the caller's, while the optimizer sees projected ones
         self._parts: list[phase.Part] | None = None  # of the step that is under way
         self._skipped = self._dummy = False  # what that step is, if it is no update
+        self._step: FrameType | None = None  # the call of `step` that it is
+        self._inner = 0  # calls of parents' steps inside it
         self._hooks = [
             optimizer.register_step_pre_hook(self._begin),
             optimizer.register_step_post_hook(self._end),
+            optimizer.register_state_dict_pre_hook(lambda _: self._prepare_added()),
             optimizer.register_load_state_dict_pre_hook(self._complete),
             optimizer.register_load_state_dict_post_hook(self._restore),
         ]
+        # What others do after a step finds the caller's gradients, and may clear them.
+        after: Any = optimizer._optimizer_step_post_hooks
+        after.move_to_end(self._hooks[1].id, last=False)
         phase.restore(optimizer.state)  # where an optimizer has made its state in its constructor, or has loaded it
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,6 +97,8 @@ class LAWN:
 
     def constrain(self, *, again: bool = False) -> None:
         """Fix the norm of every constrained weight at its present value; see `LAWNOptimizer.constrain`."""
+        if not self._hooks:
+            raise ValueError("LAWN was detached from the optimizer")
         self._prepare_added()
         phase.constrain(self.optimizer, again=again)
 
@@ -91,6 +106,7 @@ class LAWN:
         """Leave the optimizer as it was before, free and without what LAWN keeps in its groups and state."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
         phase.forget(self.optimizer)
 
     def _complete(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -109,12 +125,16 @@ class LAWN:
 
     @torch._disable_dynamo  # torch.compiler.disable would import the compiler at once
     def _begin(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if self._is_inner():
+            self._inner += 1
+            return None
         self._give_back()  # a step that raised may have left projected gradients
         self._parts = None
         # GradScaler leaves it to a fused optimizer to skip a step that has overflowed.
         found_inf = getattr(self.optimizer, "found_inf", None)
         self._skipped = found_inf is not None and bool(found_inf.item())
         self._dummy = phase.is_dummy(self.optimizer)
+        phase.refuse_capture()
         self._prepare_added()
         if self._skipped or self._dummy:
             return None
@@ -141,9 +161,7 @@ class LAWN:
         first = self._parts is None
         if first:
             self._parts = self._watch.begin(self.optimizer)
-        for part in self._parts or []:
-            if not part.params:
-                continue
+        for part in [kind for whole in self._parts or [] for kind in whole.kinds()]:
             grads = phase.gradients(part.params)
             before = self._scratch(self._before, part.params) if first else list(map(torch.empty_like, part.params))
             projected = self._scratch(self._projected, grads, part.params)
@@ -156,21 +174,35 @@ class LAWN:
     @torch._disable_dynamo
     @torch.no_grad()
     def _end(self, *arguments: Any) -> None:
+        if self._inner:
+            self._inner -= 1
+            return
+        self._step = None
         state = self.optimizer.state
         if self._dummy:
             for p in (p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None):
                 state[p].setdefault(phase.NORM, 0.0)
-        parts = self._parts or []
-        zeros: list[Tensor | None] = []
-        for part in parts:
-            zeros.append(None)
-            if part.params:
-                blocks = update.Blocks(part.params, part.sizes, part.norms, [], [], [])
-                zeros[-1] = update.retract(blocks, [self._before[p] for p in part.params], self._fused)
+        seen = []
+        for index, part in enumerate(self._parts or []):
+            for kind in part.kinds():
+                blocks = update.Blocks(kind.params, kind.sizes, kind.norms, [], [], [])
+                before = [self._before[p] for p in kind.params]
+                seen.append((kind, index, update.retract(blocks, before, self._fused)))
             part.record(state)
         self._give_back()
-        for index, (part, zero) in enumerate(zip(parts, zeros, strict=True)):
-            self._watch.look(part, index, zero)
+        for kind, index, zero in seen:
+            self._watch.look(kind, index, zero)
+
+    def _is_inner(self) -> bool:
+        """Whether this is the `step` of a parent class, which torch hooks as well, called by the one that is under way.
+        One that has raised is no longer under way."""
+        call, frame = _call_of_step(), sys._getframe()
+        while self._step is not None and frame is not None:
+            if frame is self._step and frame is not call:
+                return True
+            frame = frame.f_back  # type: ignore[assignment]  # None at the end
+        self._step, self._inner = call, 0
+        return False
 
     @staticmethod
     def _scratch(kept: dict[Tensor, Tensor], like: list[Tensor], of: list[Tensor] | None = None) -> list[Tensor]:
@@ -183,5 +215,14 @@ class LAWN:
 
     def _give_back(self) -> None:
         for p, grad in self._gradients.items():
-            p.grad = grad
+            if p.grad is self._projected.get(p):  # else the caller has put another there since
+                p.grad = grad
         self._gradients.clear()
+
+
+def _call_of_step() -> FrameType | None:
+    """The call of torch's that runs the hooks of a step, this one of them."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != HOOKED:
+        frame = frame.f_back
+    return frame

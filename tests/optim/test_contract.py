@@ -722,6 +722,211 @@ def test_another_dtype_goes_on_as_without_lawn(form, fused, to):
     assert norms(network) == pytest.approx(before, rel=1e-6 if to == torch.float64 else 1e-2)
 
 
+# What is put together from parts of others
+
+
+def stepped(optimizer: Optimizer, *params: Tensor, seed: int = 0) -> None:
+    """An update by random gradients of these parameters alone."""
+    generator = torch.Generator().manual_seed(seed)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = None
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+    optimizer.step()
+
+
+@own_form
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("shape", [(2, 2), (6, 4)])
+def test_state_of_another_shape_is_refused(form, fused, shape):
+    """By position, or where a parameter has grown; compiled code would write beyond it."""
+    small, large = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(4, 6))
+    optimizer, _ = make(form, [small, large], fused=fused)
+    stepped(optimizer, small, large)
+    other, _ = make(form, [large, small], fused=fused)
+    other.load_state_dict(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match=r"parameter 0 has the shape \(4, 6\), but its state"):
+        stepped(other, large)
+
+
+@wrapped_form
+def test_a_step_that_calls_its_parents_counts_once(form):
+    kind = AdamW if "AdamW" in form else SGD
+    kind([nn.Parameter(torch.ones(1))])  # from here on torch hooks the parent's step, too
+
+    class Mine(kind):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    network, plain = model(), model()
+    optimizer = Mine(network.parameters(), lr=0.05, weight_decay=0.0)
+    lawn = LAWN(optimizer, free_steps=2)
+    theirs = kind(plain.parameters(), lr=0.05, weight_decay=0.0)
+    LAWN(theirs, free_steps=2)
+    for t in range(5):
+        train(network, optimizer, t, t + 1)
+        train(plain, theirs, t, t + 1)
+        assert optimizer.param_groups[0]["steps"] == t + 1
+        assert lawn.constrained == (t >= 2)
+    assert_equal(network, plain)
+
+
+@wrapped_form
+def test_after_a_step_that_raised_the_next_is_by_its_own_gradient(form):
+    network = model()
+    optimizer, _ = make(form, network.parameters(), free_steps=0)
+    train(network, optimizer, 0, 1)
+    fail = {"now": True}
+    hook = optimizer.register_step_pre_hook(lambda *_: 1 / 0 if fail["now"] else None)
+    with pytest.raises(ZeroDivisionError):
+        train(network, optimizer, 1, 2)
+    hook.remove()
+    p = network[0].weight
+    mine = torch.ones_like(p)
+    p.grad = mine
+    optimizer.step()
+    assert p.grad is mine
+    assert torch.equal(mine, torch.ones_like(p))
+
+
+@wrapped_form
+@pytest.mark.parametrize("to_none", [True, False])
+def test_a_hook_after_the_step_may_clear_gradients(form, to_none):
+    network = model()
+    optimizer = base(form, network.parameters())
+    optimizer.register_step_post_hook(lambda o, *_: o.zero_grad(set_to_none=to_none))
+    LAWN(optimizer, free_steps=0)
+    train(network, optimizer, 0, 2)
+    assert all(p.grad is None or not p.grad.any() for p in network.parameters())
+
+
+@every_form
+def test_a_foreign_norm_is_refused_whenever_its_weight_comes(form):
+    """A weight without gradient in the first update after the load."""
+    small, large = (nn.Parameter(scale * torch.eye(3)) for scale in (1.0, 5.0))
+    optimizer, _ = make(form, [small, large], free_steps=0)
+    stepped(optimizer, small, large)
+    bias = nn.Parameter(torch.ones(3))
+    other, _ = make(form, [{"params": [large, small]}], free_steps=0)
+    other.load_state_dict(optimizer.state_dict())
+    other.add_param_group({"params": [bias]})
+    stepped(other, bias)
+    with pytest.raises(ValueError, match="another order"):
+        stepped(other, large)
+
+
+@every_form
+def test_a_block_that_changes_is_not_rescaled(form):
+    weight, bias, late = nn.Parameter(torch.eye(3)), nn.Parameter(5 * torch.ones(3)), nn.Parameter(torch.eye(3))
+    group = {"params": [weight, bias], "constrain": True, "blocks": [0, 0]}
+    optimizer, lawn = make(form, [group], free_steps=0)
+    stepped(optimizer, weight, bias)
+    group = optimizer.param_groups[0]
+    group["params"].append(late)
+    group["blocks"].append(0)
+    before = late.detach().norm().item()
+    stepped(optimizer, weight, bias, late)
+    assert late.detach().norm().item() == pytest.approx(before, rel=0.2)  # joins, and the block is measured anew
+    group["constrain"] = None  # the bias leaves
+    with pytest.raises(ValueError, match="other blocks"):
+        stepped(optimizer, weight, bias, late)
+    lawn.constrain(again=True)
+    stepped(optimizer, weight, bias, late)
+
+
+@every_form
+def test_a_frozen_member_of_a_block_stays(form):
+    weight, bias = nn.Parameter(torch.eye(3), requires_grad=False), nn.Parameter(torch.ones(3))
+    optimizer, _ = make(form, [{"params": [weight, bias], "constrain": True, "blocks": [0, 0]}], free_steps=0)
+    for t in range(3):
+        stepped(optimizer, bias, seed=t)
+    assert torch.equal(weight, torch.eye(3))
+    assert bias.detach().norm().item() == pytest.approx(3**0.5, rel=1e-5)
+
+
+@every_form
+def test_norms_are_taken_anew_of_frozen_weights_too(form):
+    network = model()
+    optimizer, lawn = make(form, network.parameters(), free_steps=0)
+    train(network, optimizer, 0, 2)
+    network[0].requires_grad_(False)
+    network[0].weight.data.mul_(7)
+    lawn.constrain(again=True)
+    network[0].requires_grad_(True)
+    before = norms(network)
+    train(network, optimizer, 2, 4)
+    assert norms(network) == pytest.approx(before, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [AdamLAWN, LAMBLAWN])
+def test_counters_count_on_in_any_default_dtype(kind):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        p = nn.Parameter(torch.ones(2, 2, dtype=torch.float32))
+        optimizer = kind([p], free_steps=150)
+        for t in range(300):
+            stepped(optimizer, p, seed=t)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer.state[p]["step"].item() == 300
+
+
+@every_form
+@pytest.mark.parametrize("fused", [None, False])
+def test_dtypes_beside_each_other(form, fused):
+    """Each is computed in its own precision."""
+    start = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ends = []
+    for others in ([], [torch.float32, torch.bfloat16]):
+        p, *rest = (nn.Parameter(start.to(dtype)) for dtype in (torch.float64, *others))
+        optimizer, _ = make(form, [*rest, p], free_steps=1, fused=fused)
+        for t in range(4):
+            stepped(optimizer, p, *rest, seed=t)
+        ends.append(p.detach())
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-13)
+
+
+@wrapped_form
+def test_detached_it_says_so(form):
+    _, lawn = make(form, model().parameters())
+    lawn.detach()
+    with pytest.raises(ValueError, match="detached"):
+        lawn.constrain()
+
+
+@every_form
+def test_a_group_that_is_saved_before_its_first_update(form):
+    network, head = model(), nn.Linear(3, 2)
+    optimizer, _ = make(form, network.parameters(), free_steps=1)
+    train(network, optimizer, 0, 3)
+    optimizer.add_param_group({"params": head.parameters()})
+    saved = copy.deepcopy(optimizer.state_dict())
+    fresh, _ = make(form, [{"params": network.parameters()}, {"params": head.parameters()}], free_steps=9)
+    fresh.load_state_dict(saved)
+    before = norms(head)
+    train(nn.Sequential(*network, head), fresh, 3, 5)
+    assert norms(head) == pytest.approx(before, rel=1e-5)
+
+
+@every_form
+def test_flat_parameters_are_refused(form):
+    """As FullyShardedDataParallel marks what it has flattened."""
+    flat = nn.Parameter(torch.ones(12))
+    flat._fsdp_flattened = True
+    with pytest.raises(TypeError, match="FullyShardedDataParallel"):
+        make(form, [flat])
+
+
+@every_form
+def test_a_parameter_that_is_a_lazy_conjugate_is_refused(form):
+    p = nn.Parameter(torch.randn(2, 2, dtype=torch.complex64).conj())
+    optimizer, _ = make(form, [p], free_steps=0)
+    p.grad = torch.ones(2, 2, dtype=torch.complex64)
+    with pytest.raises((TypeError, RuntimeError), match="conj"):
+        optimizer.step()
+
+
 # The tools of torch
 
 

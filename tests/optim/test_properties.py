@@ -226,8 +226,10 @@ def test_the_plain_update_in_chunks_is_that_of_the_whole(kind, sizes, seed, limi
     whole, norms = run()
     with mock.patch.dict(update.CHUNK, cpu=limit):
         parts, others = run()
-    assert norms == others
-    assert all(torch.equal(p, q) for p, q in zip(whole, parts, strict=True))
+    exact = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05}[dtype]  # sums are added in another order
+    assert norms == pytest.approx(others, rel=1e-12 if dtype == torch.float64 else 1e-6)
+    for p, q in zip(whole, parts, strict=True):
+        torch.testing.assert_close(p, q, rtol=exact, atol=exact)
 
 
 @every_kind
