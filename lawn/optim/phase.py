@@ -112,26 +112,26 @@ def prepare(groups: list[Group], index: int, free_steps: int | None) -> None:
     group.update({**known, "free_steps": checked_steps(known["free_steps"])})
 
 
-def refuse(group: Group, index: int) -> None:
+def refuse(group: Group, index: int, what: str = "param group") -> None:
     """Raise ValueError or TypeError for a param group that LAWN cannot work with."""
     module = sys.modules.get("torch.distributed.tensor")  # seconds to import, and without it there is no DTensor
     if module is not None and any(isinstance(p, module.DTensor) for p in group["params"]):
         raise TypeError(
-            f"param group {index} holds sharded parameters (DTensor): a norm over one shard is not the weight's; "
+            f"{what} {index} holds sharded parameters (DTensor): a norm over one shard is not the weight's; "
             "LAWN does not support FSDP2 or tensor parallelism yet, use DistributedDataParallel"
         )
     flat = [p for p in group["params"] if getattr(p, "_fsdp_flattened", False)]
     if flat and group.get("constrain") is not False and all(p.ndim < 2 for p in group["params"]):
         raise TypeError(
-            f"param group {index} holds the flat parameters of FullyShardedDataParallel: a norm over one shard is not "
+            f"{what} {index} holds the flat parameters of FullyShardedDataParallel: a norm over one shard is not "
             "the weight's; LAWN does not support FSDP yet, use DistributedDataParallel"
         )
     blocks = group.get("blocks")
     if blocks is not None and len(blocks) != len(group["params"]):
-        raise ValueError(f"param group {index}: blocks must have an int for each of {len(group['params'])} parameters")
+        raise ValueError(f"{what} {index}: blocks must have an int for each of {len(group['params'])} parameters")
     if group.get("weight_decay") and any(_is_bound(group, p) for p in group["params"]):
         raise ValueError(
-            f"param group {index}: weight_decay={group['weight_decay']}, but LAWN replaces weight decay: "
+            f"{what} {index}: weight_decay={group['weight_decay']}, but LAWN replaces weight decay: "
             "set it to 0 there, or constrain=False to leave the group free"
         )
 
@@ -150,7 +150,7 @@ def completed(saved: dict[str, Any], groups: list[Group], keys: list[str]) -> di
         if "target_norms" in loaded:
             raise ValueError("this checkpoint is of an earlier version of LAWN, which kept norms by position")
         merged = {**{key: group[key] for key in keys if key in group}, **loaded, "blocks": group.get("blocks")}
-        refuse({**merged, "params": group["params"]}, index)
+        refuse({**merged, "params": group["params"]}, index, "the loaded param group")
         made.append({**merged, "free_steps": checked_steps(merged["free_steps"])})
     return {**saved, "param_groups": made}
 

@@ -90,6 +90,9 @@ class LAWN:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._attach(**state)
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"LAWN has no {name!r}: it is no optimizer, but works on one; step, save and pass that")
+
     @property
     def constrained(self) -> bool:
         """Whether weight norms are fixed: whether a param group is in its second phase."""

@@ -343,7 +343,7 @@ def test_a_checkpoint_with_decay_is_refused_when_it_is_loaded(form):
     plain.param_groups[0]["weight_decay"] = 0.01
     train(network, plain, 0, 1)
     optimizer, _ = make(form, network.parameters(), free_steps=3)
-    with pytest.raises(ValueError, match=r"param group 0: weight_decay=0\.01"):
+    with pytest.raises(ValueError, match=r"the loaded param group 0: weight_decay=0\.01"):
         optimizer.load_state_dict(plain.state_dict())
 
 
@@ -885,6 +885,14 @@ def test_dtypes_beside_each_other(form, fused):
             stepped(optimizer, p, *rest, seed=t)
         ends.append(p.detach())
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-13)
+
+
+@wrapped_form
+def test_it_says_that_it_is_no_optimizer(form):
+    _, lawn = make(form, model().parameters())
+    with pytest.raises(AttributeError, match="no optimizer, but works on one"):
+        lawn.step()
+    assert not hasattr(lawn, "param_groups")
 
 
 @wrapped_form
