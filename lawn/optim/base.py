@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lawn.optim import phase
+from lawn.optim import keys, phase
 from lawn.optim.watch import Watch
 
 # Keys of torch's optimizers that do not say what an update is, or say what it is here anyway.
@@ -21,7 +21,7 @@ IMPLEMENTATION = {"foreach", "capturable", "differentiable", "decoupled_weight_d
 class LAWNOptimizer(Optimizer, ABC):
     """Trains freely for `free_steps` updates, then on the product of spheres ||w_l|| = c_l (paper section 3).
 
-    A subclass supplies the update of each phase. `lawn.optim.phase` documents the keys that the param groups have for
+    A subclass supplies the update of each phase. `lawn.optim.keys` documents the keys that the param groups have for
     it, and where the norms are. Two more keys: `fused`, whether updates run in compiled code (None: where that is
     possible), and `weight_decay`, which must be 0 in a group that has constrained parameters, in either phase.
     """
@@ -29,14 +29,14 @@ class LAWNOptimizer(Optimizer, ABC):
     def __init__(self, params: Any, defaults: dict[str, Any], free_steps: int | None, fused: bool | None) -> None:
         if defaults["lr"] < 0:
             raise ValueError(f"lr must not be negative, got {defaults['lr']}")
-        free_steps = phase.checked_steps(free_steps)
+        free_steps = keys.checked_steps(free_steps)
         self._watch = Watch()
         super().__init__(params, {**defaults, "weight_decay": 0.0, "free_steps": free_steps, "fused": fused})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._watch = Watch()
-        phase.restore(self.state)
+        keys.restore(self.state)
         for kept in self.state.values():
             if "step" in kept:  # on the host, where reading it waits for nothing
                 step = kept["step"]
@@ -54,7 +54,7 @@ class LAWNOptimizer(Optimizer, ABC):
             self._refuse(known, index)
             groups.append({key: value for key, value in known.items() if key not in self._foreign()})
         state_dict = {**state_dict, "param_groups": groups}
-        super().load_state_dict(phase.completed(state_dict, self.param_groups, self._keys()))
+        super().load_state_dict(keys.completed(state_dict, self.param_groups, self._keys()))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         given = "free_steps" in param_group
@@ -65,7 +65,7 @@ class LAWNOptimizer(Optimizer, ABC):
         if not given:
             del added["free_steps"]
         try:
-            phase.prepare(self.param_groups, index, self.defaults["free_steps"])
+            keys.prepare(self.param_groups, index, self.defaults["free_steps"])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -73,7 +73,7 @@ class LAWNOptimizer(Optimizer, ABC):
     @property
     def constrained(self) -> bool:
         """Whether weight norms are fixed: whether a param group is in its second phase."""
-        return phase.is_constrained(self.param_groups)
+        return keys.is_constrained(self.param_groups)
 
     def constrain(self, *, again: bool = False) -> None:
         """Fix the norm of every constrained weight at its present value (equation 1).
@@ -125,7 +125,7 @@ class LAWNOptimizer(Optimizer, ABC):
             params = [p for p in group["params"] if p.grad is not None]
             self._state_of(group, params)
             for p in params:
-                self.state[p].setdefault(phase.NORM, 0.0)
+                self.state[p].setdefault(keys.NORM, 0.0)
 
     def _refuse(self, group: dict[str, Any], index: int) -> None:
         """Raise ValueError for a key of a param group that is set, and means nothing here."""
@@ -137,7 +137,7 @@ class LAWNOptimizer(Optimizer, ABC):
                 raise ValueError(f"param group {index}: unknown key {key!r}; did you mean {close[0]!r}?")
 
     def _keys(self) -> list[str]:
-        return [*dict.fromkeys((*self.defaults, *phase.DEFAULTS))]
+        return [*dict.fromkeys((*self.defaults, *keys.DEFAULTS))]
 
     def _foreign(self) -> set[str]:
         return torchs_keys() - set(self._keys())

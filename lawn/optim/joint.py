@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from lawn.optim import phase, update
+from lawn.optim import keys, phase, update
 from lawn.optim.adam_lawn import AdamLAWN
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.lamb import LAMB, LAMBLAWN, LAMBPlus
@@ -64,13 +64,13 @@ class _Weight:
             self.first = self._state("momentum_buffer", w)
         for optimizer, p in zip(optimizers, slices, strict=True):
             if isinstance(optimizer, LAWNOptimizer):
-                optimizer.state[p].setdefault(phase.NORM, 0.0)
+                optimizer.state[p].setdefault(keys.NORM, 0.0)
         self.read_norms()
 
     def read_norms(self) -> None:
         """The norms that the optimizers have fixed, infinite where they have not; None where none has."""
         states = [optimizer.state[p] for optimizer, p in zip(self.optimizers, self.slices, strict=True)]
-        found = [state.get(phase.NORM) or math.inf for state in states]
+        found = [state.get(keys.NORM) or math.inf for state in states]
         self.norm = self._column(found) if any(math.isfinite(c) for c in found) else None
 
     def _column(self, numbers: Sequence[float]) -> Tensor:
@@ -138,7 +138,7 @@ class JointStep:
             if not isinstance(optimizer, LAWNOptimizer):
                 continue
             groups = enumerate(optimizer.param_groups)
-            if due := [index for index, group in groups if phase.is_due(group) and not group["switched"]]:
+            if due := [index for index, group in groups if keys.is_due(group) and not group["switched"]]:
                 try:
                     phase.switch(optimizer, due)
                     switched = True

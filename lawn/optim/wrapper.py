@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lawn.optim import phase, update
+from lawn.optim import keys, phase, update
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.watch import Watch
 
@@ -37,7 +37,7 @@ class LAWN:
     """
 
     def __init__(self, optimizer: Optimizer, free_steps: int | None = None, *, fused: bool | None = None) -> None:
-        free_steps = phase.checked_steps(free_steps)
+        free_steps = keys.checked_steps(free_steps)
         if not hasattr(optimizer, "_optimizer_load_state_dict_post_hooks"):
             raise TypeError(
                 f"{type(optimizer).__name__} is no torch optimizer, or never initialized itself as one, and calls no "
@@ -52,7 +52,7 @@ class LAWN:
         before = [dict(group) for group in optimizer.param_groups]
         try:
             for index in range(len(before)):
-                phase.prepare(optimizer.param_groups, index, free_steps)
+                keys.prepare(optimizer.param_groups, index, free_steps)
         except (TypeError, ValueError):
             for group, old in zip(optimizer.param_groups, before, strict=True):
                 group.clear()
@@ -82,7 +82,7 @@ class LAWN:
         # What others do after a step finds the caller's gradients, and may clear them.
         after: Any = optimizer._optimizer_step_post_hooks
         after.move_to_end(self._hooks[1].id, last=False)
-        phase.restore(optimizer.state)  # where an optimizer has made its state in its constructor, or has loaded it
+        keys.restore(optimizer.state)  # where an optimizer has made its state in its constructor, or has loaded it
 
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "free_steps": self._free_steps, "fused": self._fused}
@@ -96,7 +96,7 @@ class LAWN:
     @property
     def constrained(self) -> bool:
         """Whether weight norms are fixed: whether a param group is in its second phase."""
-        return phase.is_constrained(self.optimizer.param_groups)
+        return keys.is_constrained(self.optimizer.param_groups)
 
     def constrain(self, *, again: bool = False) -> None:
         """Fix the norm of every constrained weight at its present value; see `LAWNOptimizer.constrain`."""
@@ -110,21 +110,21 @@ class LAWN:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        phase.forget(self.optimizer)
+        keys.forget(self.optimizer)
 
     def _complete(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._prepare_added()
-        return phase.completed(state_dict, optimizer.param_groups, list(phase.DEFAULTS))
+        return keys.completed(state_dict, optimizer.param_groups, list(keys.DEFAULTS))
 
     def _restore(self, optimizer: Optimizer) -> None:
         self._watch = Watch()
-        phase.restore(optimizer.state)
+        keys.restore(optimizer.state)
 
     def _prepare_added(self) -> None:
         groups = self.optimizer.param_groups
         for index, group in enumerate(groups):
             if "switched" not in group:
-                phase.prepare(groups, index, self._free_steps)
+                keys.prepare(groups, index, self._free_steps)
 
     @torch._disable_dynamo  # torch.compiler.disable would import the compiler at once
     def _begin(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -184,7 +184,7 @@ class LAWN:
         state = self.optimizer.state
         if self._dummy:
             for p in (p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None):
-                state[p].setdefault(phase.NORM, 0.0)
+                state[p].setdefault(keys.NORM, 0.0)
         seen = []
         for index, part in enumerate(self._parts or []):
             for kind in part.kinds():

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lawn import LAWN
-from lawn.optim.phase import NORM
+from lawn.optim.keys import NORM
 
 Maker = Callable[..., Optimizer]
 

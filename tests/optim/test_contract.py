@@ -22,7 +22,7 @@ from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lawn import LAMBLAWN, LAWN, SGDLAWN, AdamLAWN
-from lawn.optim.phase import NORM
+from lawn.optim.keys import NORM
 
 NEW = (AdamLAWN, SGDLAWN, LAMBLAWN)
 FORMS = ("AdamLAWN", "SGDLAWN", "LAMBLAWN", "LAWN(AdamW)", "LAWN(SGD)")
@@ -156,6 +156,8 @@ def test_a_checkpoint_goes_on_bit_for_bit(form, carry, dtype, tmp_path, one_proc
         folder.mkdir()
         carry(network, optimizer, into, fresh, folder)
         assert lawn.constrained == (saved_after > 2)
+        pairs = zip(network.parameters(), into.parameters(), strict=True)
+        assert all(optimizer.state[p][NORM] == fresh.state[q][NORM] for p, q in pairs)
         train(network, optimizer, saved_after, 7)
         train(into, fresh, saved_after, 7)
         assert lawn.constrained

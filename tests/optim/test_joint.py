@@ -12,7 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lawn.optim import LAMB, LAMBLAWN, SGDLAWN, AdamLAWN, LAMBPlus
 from lawn.optim.joint import RULES, JointStep
-from lawn.optim.phase import NORM
+from lawn.optim.keys import NORM
 from tests.optim.helpers import fixed_norms
 
 # What members of one class may differ in; the third has the defaults.

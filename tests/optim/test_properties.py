@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from lawn import LAMB, LAMBLAWN, SGDLAWN, AdamLAWN
 from lawn.optim import native, update
-from lawn.optim.phase import is_constrained
+from lawn.optim.keys import is_constrained
 from lawn.optim.reference import ReferenceLAWN
 from tests.optim.helpers import Maker, fixed_norms, wrapped
 
@@ -128,26 +128,32 @@ def test_gradient_along_the_weight_has_no_effect(kind, seed, scale):
 @every_kind
 @pytest.mark.parametrize(
     ("dtype", "steps", "tolerance"),
-    [(torch.float32, 600, 1e-6), (torch.bfloat16, 200, 1e-3)],
+    [(torch.float32, 300, 1e-6), (torch.bfloat16, 150, 1e-3)],
     ids=["float32", "bfloat16"],
 )
 def test_norms_stay(kind, dtype, steps, tolerance):
-    """Those that the weights had at the switch, over many steps; vectors have none."""
-    params = random_weights([(32, 16), (8, 4, 3, 3), (16,)], 0, dtype)
-    optimizer = kind(params, lr=0.05, free_steps=3)
+    """Those that weights, and blocks of them, had at the switch, over many steps; vectors have none."""
+    params = random_weights([(32, 16), (8, 4, 3, 3), (16,), (12, 8), (12,)], 0, dtype)
+    blocks = [params[:1], params[1:2], params[3:]]
+    joined = {"params": params[3:], "constrain": True, "blocks": [0, 0]}
+    optimizer = kind([{"params": params[:3]}, joined], lr=0.05, free_steps=3)
     generator = torch.Generator().manual_seed(0)
+
+    def norms() -> list[float]:
+        return [torch.cat([p.detach().double().flatten() for p in block]).norm().item() for block in blocks]
+
     expected: list[float] = []
     for t in range(steps):
         if t == 3:
-            expected = [p.detach().double().norm().item() for p in params[:2]]
+            expected = norms()
         for p in params:
             p.grad = torch.randn(p.shape, generator=generator).to(dtype)
         optimizer.step()
-    assert fixed_norms(optimizer) == pytest.approx([*expected, 0.0], rel=1e-6)
+    first, second, joint = expected
+    assert fixed_norms(optimizer) == pytest.approx([first, second, 0.0, joint, joint], rel=1e-6)
     if dtype == torch.bfloat16 and kind in (wrapped_adam, wrapped_sgd):
         tolerance = 4e-3  # the base optimizer rounds the weight before LAWN sees it: see the wrapper's docstring
-    for p, c in zip(params[:2], expected, strict=True):
-        assert abs(p.detach().float().norm() / c - 1) < tolerance
+    assert norms() == pytest.approx(expected, rel=tolerance)
 
 
 @every_kind
@@ -241,13 +247,16 @@ def test_the_plain_update_in_chunks_is_that_of_the_whole(kind, sizes, seed, limi
     free_steps=st.integers(0, 4),
     saved_after=st.integers(0, 7),
     gaps=st.booleans(),
+    joined=st.booleans(),
 )
 @settings(max_examples=15, deadline=None)
-def test_resume_is_exact(kind, sizes, seed, dtype, fused, free_steps, saved_after, gaps):
+def test_resume_is_exact(kind, sizes, seed, dtype, fused, free_steps, saved_after, gaps, joined):
     """From any point, also into an optimizer that was made without `free_steps`."""
-    optimizer = kind(random_weights(sizes, seed, dtype), lr=0.05, free_steps=free_steps, fused=fused)
+    keys = {"blocks": [i // 2 for i in range(len(sizes))] if joined else None}
+    params = random_weights(sizes, seed, dtype)
+    optimizer = kind([{"params": params, **keys}], lr=0.05, free_steps=free_steps, fused=fused)
     saved = [nn.Parameter(p.clone()) for p in advance(optimizer, seed, 0, saved_after, gaps=gaps)]
-    again = kind(saved, lr=0.05, fused=fused)
+    again = kind([{"params": saved, **keys}], lr=0.05, fused=fused)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert is_constrained(again.param_groups) == (saved_after > free_steps)
     through, resumed = (advance(stepped, seed, saved_after, 9, gaps=gaps) for stepped in (optimizer, again))

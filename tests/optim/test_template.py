@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from lawn import LAMB, LAMBLAWN, LAWN, SGDLAWN, AdamLAWN, LAMBPlus
-from lawn.optim import native, phase
+from lawn.optim import keys, native, phase
 from tests.optim.helpers import Maker, fixed_norms, wrapped
 
 OWN: dict[str, Maker] = {"AdamLAWN": AdamLAWN, "SGDLAWN": SGDLAWN, "LAMBLAWN": LAMBLAWN}
@@ -157,11 +157,14 @@ def test_groups_with_and_without_constraint(make):
 
 
 @every_lawn
+@pytest.mark.parametrize("by_hand", [False, True])
 @pytest.mark.parametrize("stepped", [False, True])
-def test_a_group_that_comes_later_is_in_the_phase_of_the_others(make, stepped):
+def test_a_group_that_comes_later_is_in_the_phase_of_the_others(make, stepped, by_hand):
     first, second = layer()[0], layer()[0]
-    optimizer = make([first], lr=1e-2, free_steps=0)
+    optimizer = make([first], lr=1e-2, free_steps=None if by_hand else 0)
     first.grad, second.grad = torch.ones_like(first), torch.ones_like(second)
+    if by_hand:
+        phase.constrain(optimizer, again=False)
     if stepped:
         optimizer.step()
     optimizer.add_param_group({"params": [second]})
@@ -180,7 +183,7 @@ def test_a_failed_switch_changes_nothing(make):
     for attempt in (optimizer.step, lambda: phase.constrain(optimizer, again=False)):
         with pytest.raises(ValueError, match="norm is 0"):
             attempt()
-        assert not phase.is_constrained(optimizer.param_groups)
+        assert not keys.is_constrained(optimizer.param_groups)
         assert [group["steps"] for group in optimizer.param_groups] == [0, 0]
         assert not any(optimizer.state.values())
         assert torch.equal(matrix, before)
@@ -270,7 +273,7 @@ def test_none_gradients_and_a_closure(make):
     losses = [optimizer.step(closure).item() for _ in range(20)]
     assert losses[-1] < losses[0]
     assert torch.equal(unused, torch.ones(2, 2))
-    assert make in PLAIN.values() or phase.is_constrained(optimizer.param_groups)
+    assert make in PLAIN.values() or keys.is_constrained(optimizer.param_groups)
 
 
 @every_lawn
@@ -303,6 +306,32 @@ def test_a_closure_sees_its_own_gradients(make):
         optimizer.step(closure)
         torch.testing.assert_close(weight.grad, 2 * (before - 1))
         assert norm(weight) == pytest.approx(c, rel=1e-6)
+
+
+def test_every_evaluation_of_a_closure_is_projected():
+    """On the tangent space where the step began."""
+    weight, _ = layer()
+    seen: list[Tensor] = []
+
+    class Twice(SGD):
+        def step(self, closure: Any = None) -> Any:
+            before = weight.detach().clone()
+            for _ in range(2):
+                closure()
+                seen.append((weight.grad * before).sum() / weight.grad.norm())
+            return super().step()
+
+    optimizer = wrapped(Twice)([weight], lr=1e-2, free_steps=0)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (weight - 1).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert len(seen) == 2
+    assert torch.stack(seen).abs().max() < 1e-5
 
 
 @every_optimizer
