@@ -264,9 +264,10 @@ def _chunks(blocks: Blocks, scales: Tensor | None = None) -> Iterator[tuple[Any,
     start, at, elements = 0, 0, 0
     numels = [w.numel() for w in blocks.weights]
     ends = list(accumulate(blocks.sizes))
+    counts = [sum(numels[end - size : end]) for size, end in zip(blocks.sizes, ends, strict=True)]
     for block, end in enumerate(ends):
-        elements += sum(numels[end - blocks.sizes[block] : end])
-        if block + 1 == len(ends) or elements + numels[end] > limit:
+        elements += counts[block]
+        if block + 1 == len(ends) or elements + counts[block + 1] > limit:
             tensors, whole = slice(at, end), slice(start, block + 1)
             part = Blocks(
                 blocks.weights[tensors],

@@ -423,7 +423,8 @@ def test_what_an_older_version_left(stopped_run, tmp_path, age):
         for name in ("checkpoint.pt", "checkpoint_previous.pt"):
             state = torch.load(tmp_path / "run" / name, weights_only=True)
             torch.save({**state, "version": 2}, tmp_path / "run" / name)
-        problem = rf"checkpoint.pt: is of format 2 and run (\w+), not {CHECKPOINT_VERSION} and \1.*; delete .* to start over"
+        formats = rf"of format 2 and run (\w+), not {CHECKPOINT_VERSION} and \1"
+        problem = rf"checkpoint.pt: is {formats}.*; delete .* to start over"
     else:
         path = tmp_path / "run" / "config.yaml"
         written = path.read_text().splitlines()
