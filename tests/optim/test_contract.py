@@ -131,7 +131,7 @@ def one_process(tmp_path):
 
 def by_every_way() -> list[Any]:
     """All ways with all dtypes; those that say little more are for the slow suite."""
-    fast = {torch.float32: ("state_dict", "json", "dcp", "dcp, async, flattened"), torch.bfloat16: ("state_dict",)}
+    fast = {torch.float32: ("state_dict", "json", "dcp, flattened"), torch.bfloat16: ("state_dict",)}
     return [
         pytest.param(carry, dtype, id=f"{name}, {dtype}", marks=() if name in few else pytest.mark.slow)
         for dtype, few in fast.items()
@@ -950,7 +950,8 @@ def graph_breaks(step: Callable[[], None], times: int) -> tuple[int, int]:
     return sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("form", ["AdamLAWN", pytest.param("LAWN(AdamW)", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["AdamLAWN", "LAWN(AdamW)"])
 def test_a_compiled_training_step_breaks_no_more_than_torchs(form):
     x = torch.randn(8, 4)
 

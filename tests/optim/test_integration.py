@@ -302,7 +302,8 @@ def test_lightning(tmp_path, make_optimizer):
     assert_close(weights_of(module), weights_of(model))
 
 
-@pytest.mark.parametrize("base", [None, pytest.param("lion", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("base", [None, "lion"])
 def test_timms_loop(base):
     """What its training script does for a batch: autocast, loss scaler with clipping, accumulation, schedule, EMA."""
     timm = pytest.importorskip("timm")
