@@ -199,11 +199,12 @@ class LAWN:
     def _is_inner(self) -> bool:
         """Whether this is the `step` of a parent class, which torch hooks as well, called by the one that is under way.
         One that has raised is no longer under way."""
-        call, frame = _call_of_step(), sys._getframe()
+        call = _call_of_step()
+        frame: FrameType | None = sys._getframe()
         while self._step is not None and frame is not None:
             if frame is self._step and frame is not call:
                 return True
-            frame = frame.f_back  # type: ignore[assignment]  # None at the end
+            frame = frame.f_back
         self._step, self._inner = call, 0
         return False
 
