@@ -18,6 +18,7 @@ import torch
 
 from experiments import report
 from experiments.automatic import AUTOMATIC
+from experiments.curves import TUNING_CURVES
 from experiments.demo import DEMO
 from experiments.figures import FIGURE1, FIGURE2, FLATTENING_DIGITS, FLATTENING_MOVIELENS100K
 from experiments.pool import Ended
@@ -27,12 +28,11 @@ from experiments.simulation import Simulation, SimulationPage
 from experiments.smd_page import SMD_RAYLEIGH
 from experiments.study import PLACES, SELECTIONS, Study, studies
 from experiments.tables import TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6
-from lawn.config import run_name
 from lawn.errors import ConfigError, UserError
 from lawn.train import Stopped
 
 _TABLES = (TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6, FIGURE1, FIGURE2)
-_BEYOND = (AUTOMATIC, FLATTENING_DIGITS, FLATTENING_MOVIELENS100K)
+_BEYOND = (TUNING_CURVES, AUTOMATIC, FLATTENING_DIGITS, FLATTENING_MOVIELENS100K)
 EXPERIMENTS = {e.name: e for e in (DEMO, *_TABLES, *_BEYOND)}
 SIMULATIONS = {s.name: s for s in (SMD_RAYLEIGH,)}
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -52,22 +52,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 def plan(given: argparse.Namespace) -> int:
     """Print what would run."""
-    store = Store(given.results / "runs")
+    store = Store(given.results)
     pace = Pace(store)
     rows, configs, total = [], [], 0
     for study in _studies(given):
-        to_do = missing(study, store, given.seeds)
-        jobs = [] if study.problem else study.tuning
-        tuning = sum(store.has(job.config) for job in jobs)
-        filled = sum(store.has(job.config) for job in islice(study.filling(store), given.seeds))
+        to_do = missing(study, store)
+        tuning = study.tuning(store)
+        tried = sum(store.has(job.name) for job in tuning.jobs)
+        filled = sum(store.has(job.name) for job in islice(study.filling(store), study.seeds))
         configs += to_do
-        total += 0 if study.problem else len(jobs) + given.seeds
+        total += 0 if study.problem else len(tuning.jobs) + tuning.unknown + study.seeds
         rows.append(
             {
                 "cell": study.cell.name,
                 "epochs": study.budget or "",
-                "tuning": f"{tuning}/{len(jobs)}" if jobs else "",
-                "seeds": f"{filled}/{given.seeds}",
+                "tuning": f"{tried}/{len(tuning.jobs) + tuning.unknown}" if tuning.jobs else "",
+                "seeds": f"{filled}/{study.seeds}" if study.seeds else "",
                 "time": study.problem or duration(pace.seconds(to_do)),
             }
         )
@@ -91,10 +91,10 @@ def plan(given: argparse.Namespace) -> int:
 
 def execute(given: argparse.Namespace) -> int:
     """Run what is missing, then report."""
-    store = Store(given.results / "runs")
+    store = Store(given.results)
     slots = _slots(given.devices, given.jobs)
     to_run, simulations = _studies(given), _simulations(given)
-    unwell = run(to_run, store, slots, given.seeds, given.budget, given.vectorize) if to_run else []
+    unwell = run(to_run, store, slots, given.budget, given.vectorize) if to_run else []
     try:
         for simulation in simulations:
             if simulation.record(given.results, given.short) is None:
@@ -110,9 +110,9 @@ def _tell(studies: list[Study], unwell: list[Ended], store: Store) -> bool:
     """Name what could not be run, failed or diverged, with the reason; whether anything has failed."""
     failed = {shlex.join(study.cell.overrides): study.problem for study in studies if study.problem}
     for ended in unwell:
-        name = f"{run_name(ended.job.config)} ({shlex.join(ended.job.overrides)})"
+        name = f"{ended.job.name} ({shlex.join(ended.job.overrides)})"
         if ended.diverged:
-            print(f"diverged: {name}{_where(store.read(ended.job.config))}", file=sys.stderr)
+            print(f"diverged: {name}{_where(store.read(ended.job.name))}", file=sys.stderr)
         else:
             failed[name] = str(ended.failure)
     for name, reason in failed.items():
@@ -135,11 +135,11 @@ def write(given: argparse.Namespace) -> int:
     for name in given.names:
         _known(name)
     own = given.results.resolve() == report.RESULTS and given.selection == "val"
-    store = Store(given.results / "runs")
+    store = Store(given.results)
     pages = [
         SimulationPage(SIMULATIONS[name], given.results)
         if name in SIMULATIONS
-        else report.Page(EXPERIMENTS[name], store, given.selection)
+        else report.of(EXPERIMENTS[name], store, given.selection)
         for name in ([*EXPERIMENTS, *SIMULATIONS] if own or not given.names else given.names)
     ]
     for page in pages:
@@ -178,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--short", action="store_true", help="the short budget of epochs, not the paper's; simulations: seconds"
         )
-        sub.add_argument("--seeds", type=_positive, default=3, metavar="N", help="runs that fill a cell (default: 3)")
+        sub.add_argument("--seeds", type=_positive, metavar="N", help="runs that fill a cell (default: the table's)")
         sub.add_argument(
             "--set",
             nargs="+",
@@ -207,9 +207,9 @@ def _studies(given: argparse.Namespace) -> list[Study]:
     for name in given.names:
         _known(name)
     chosen = [EXPERIMENTS[name].only(given.only) for name in given.names if name in EXPERIMENTS]
-    budget = -1 if given.short else 0
-    found = [s for experiment in chosen for s in studies(experiment, budget, given.selection, tuple(given.set))]
-    return list({(study.cell.overrides, study.cell.sweep, study.budget): study for study in found}.values())
+    how = (-1 if given.short else 0, given.selection, tuple(given.set), given.seeds)
+    found = [study for experiment in chosen for study in studies(experiment, *how)]
+    return list({(s.cell.overrides, s.cell.sweep, s.cell.whole, s.budget): s for s in found}.values())
 
 
 def _simulations(given: argparse.Namespace) -> list[Simulation]:

@@ -12,8 +12,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from experiments.outcomes import Outcome, mean_and_error, paper
+from experiments.curves import curve
+from experiments.outcomes import Outcome, paper, places
 from experiments.spec import Experiment
+from experiments.statistics import mean_and_error
 from lawn.diagnostics import figure as diagnostics
 from lawn.files import atomic
 
@@ -91,4 +93,40 @@ def of_diagnostics(_: Experiment, found: list[Outcome]) -> Figure:
     return diagnostics.draw({outcome.cell.row: outcome.records[0].history for outcome in found if outcome.records})
 
 
-FIGURES = {"epochs": over_epochs, "batch": over_batch_size, "diagnostics": of_diagnostics}
+def over_trials(experiment: Experiment, found: list[Outcome]) -> Figure:
+    """The expected best of k settings and the interval around it: a row of panels for each LAWN variant and the rows
+    that it is compared with, a column for each batch size and schedule.
+    """
+    families = {rival: [base for base, other in experiment.pairs if other == rival] for _, rival in experiment.pairs}
+    columns = places(found)
+    complete = {
+        (o.cell.panel, o.cell.column, o.cell.row): o for o in found if o.tried and len(o.tried) == len(o.tuning.full)
+    }
+    size = (2.1 * len(columns), 2.0 * len(families) + 0.4)
+    figure, grid = plt.subplots(len(families), len(columns), figsize=size, layout="constrained", squeeze=False)
+    for axes, (rival, bases) in zip(grid, families.items(), strict=True):
+        for axis, (panel, column) in zip(axes, columns, strict=True):
+            for row, color in zip((*bases, rival), (*["C0", "C2"][: len(bases)], "C1"), strict=True):
+                outcome = complete.get((panel, column, row))
+                if outcome is None:
+                    continue
+                best = curve(outcome)
+                k = np.arange(1, len(best.mean) + 1)
+                axis.plot(k, best.mean, color=color, label=row)
+                axis.fill_between(k, best.low, best.high, alpha=0.15, color=color, linewidth=0)
+            if not axis.lines:
+                axis.set_axis_off()
+                continue
+            axis.set(xscale="log", xlim=(1, None), ylim=(max(0.0, axis.lines[0].get_ydata()[0] - 5), None))
+            axis.set_xticks([1, 5, 10, 48], ["1", "5", "10", "48"])
+            axis.minorticks_off()
+            epochs = next(o.epochs for o in found if (o.cell.panel, o.cell.column) == (panel, column))
+            axis.set_title(f"{column}, {epochs} epochs", fontsize="small")
+        axes[0].set_ylabel(f"{experiment.measures[0].title}")
+        axes[0].legend(frameon=False, fontsize="x-small", loc="lower right")
+    for axis in grid[-1]:
+        axis.set_xlabel("settings tried")
+    return figure
+
+
+FIGURES = {"tuning": over_trials, "epochs": over_epochs, "batch": over_batch_size, "diagnostics": of_diagnostics}

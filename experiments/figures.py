@@ -86,7 +86,7 @@ FIGURE2 = Experiment(
         for table in (TABLE3, TABLE4, TABLE1)
         for panel in PANELS
         for cell in table.cells
-        if panel in _SHOWN and cell.value("dataset") == panel and cell.row in ("Adam", "Adam-LAWN")
+        if panel in _SHOWN and cell.value("dataset") == panel and cell.row in ("Adam, eps 1e-8", "Adam-LAWN")
     ),
     (HEADLINE,),
     figure="batch",

@@ -1,18 +1,21 @@
 """What the records say of an experiment: a number for each cell, and how it stands to the paper's and its rivals'."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import inf, isnan, nan
 
 import numpy as np
-from scipy.stats import ttest_ind
 
+from experiments import search
+from experiments.grid import Job
 from experiments.records import Record, Store
 from experiments.spec import Cell, Experiment, Measure
-from experiments.study import Study
+from experiments.statistics import Comparison, compare, compare_paired, holm, mean_and_error
+from experiments.study import Study, Tuning
 
 LEVEL = 0.05  # of significance
+WIDE = 2.0  # points: a larger standard error of the headline metric needs an explanation
 _study = cache(Study)  # a figure shows cells of the tables
 
 
@@ -23,8 +26,8 @@ class Outcome:
     cell: Cell
     study: Study | None  # None: nothing on this dataset has been recorded, or the cell cannot be run
     records: list[Record]
-    tuning: list[tuple[tuple[str, ...], Record]]  # the settings that have been run, in the order of the grid
-    setting: tuple[str, ...]  # the hyperparameters that were chosen
+    tuning: Tuning
+    tried: list[tuple[Job, Record]]  # of the tuning, what has been run
 
     @property
     def failed(self) -> bool:
@@ -33,10 +36,16 @@ class Outcome:
     @property
     def epochs(self) -> int | None:
         """What the runs had, or would have in the paper; None where nothing was run and the dataset says it."""
-        runs = self.records or [record for _, record in self.tuning]
-        if runs:
-            return int(runs[0].config["train"]["epochs"])
+        if self.records:
+            return int(self.records[0].config["train"]["epochs"])
         return self.cell.epochs[0] if self.cell.epochs else None
+
+    @property
+    def setting(self) -> tuple[str, ...]:
+        """The hyperparameters that were chosen; none where nothing is tuned, or the tuning has not ended."""
+        chosen = self.tuning.chosen
+        job = None if self.study is None or chosen is None else self.study.grid.job(chosen)
+        return () if job is None else job.setting
 
     def values(self, measure: Measure) -> list[float]:
         """One for each seed; none of a cell that failed."""
@@ -58,15 +67,17 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Of two rows in one column: a method, and its rival with LAWN."""
+class Pair:
+    """Two rows in one column: a method, and its rival with LAWN."""
 
     panel: str
     column: str
     base: str
     rival: str
-    gain: float  # of the rival's mean over the base's; negative where it is worse
-    p: float  # Welch's test, two-sided; NaN with one seed, or without any spread
+    gain: Comparison  # of the rival's mean over the base's; negative where it is worse
+    seeds: tuple[int, int]  # of the base and of the rival
+    paired: bool  # over the same samples of the test split; else over seeds alone
+    adjusted: float  # p after Holm's correction over the table; NaN where there is no p
     paper: float  # the paper's gain; NaN where it has none
 
     @property
@@ -76,36 +87,33 @@ class Comparison:
     @property
     def turned(self) -> bool:
         """Whether the paper has the opposite sign."""
-        return not isnan(self.paper) and (self.gain > 0) != (self.paper > 0)
+        return not isnan(self.paper) and (self.gain.difference > 0) != (self.paper > 0)
 
 
 def outcomes(experiment: Experiment, store: Store, selection: str = "val") -> list[Outcome]:
     """An outcome for each cell: the longest of its budgets that is filled, else that has any run."""
-    return [_outcome(cell, store, selection, experiment.seeds) for cell in experiment.cells]
+    return [_outcome(cell, store, selection, cell.seeds or experiment.seeds) for cell in experiment.cells]
 
 
 def _outcome(cell: Cell, store: Store, selection: str, seeds: int) -> Outcome:
+    nothing = Outcome(cell, None, [], Tuning(), [])
     if not store.any_of(cell.value("dataset")):
-        return Outcome(cell, None, [], [], ())
+        return nothing
     found = []
-    for budget in cell.epochs or (None,):
-        study = _study(cell, budget, selection)
+    for budgets in [cell.epochs[k:] for k in range(len(cell.epochs))] or [()]:
+        study = _study(cell, budgets, seeds, selection)
         if study.problem:
             continue
-        recorded = [store.read(job.config) for job in study.tuning]
-        tuning = [(s, record) for s, record in zip(study.settings, recorded, strict=True) if record is not None]
-        index = study.chosen(store)
-        setting = () if index is None else study.settings[index]
-        found.append(Outcome(cell, study, study.results(store, seeds), tuning, setting))
-    nothing = Outcome(cell, None, [], [], ())
+        tuning = study.tuning(store)
+        tried = [(job, record) for job in tuning.jobs if (record := store.read(job.name)) is not None]
+        found.append(Outcome(cell, study, study.results(store), tuning, tried))
     # The first of equals.
-    return max(found, key=lambda o: (min(len(o.records), seeds), bool(o.tuning)), default=nothing)
+    return max(found, key=lambda o: (min(len(o.records), seeds), bool(o.tried)), default=nothing)
 
 
-def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Comparison]:
+def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Pair]:
     """Every pair of rows in every column where both have numbers, after the same number of epochs."""
     measure = experiment.measures[0]
-    sign = -1 if measure.smaller_is_better else 1
     at = {(o.cell.panel, o.cell.column, o.cell.row): o for o in found if o.values(measure)}
     compared = []
     for panel, column in places(found):
@@ -115,10 +123,25 @@ def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Comparison
             a, b = at[panel, column, base], at[panel, column, rival]
             if a.epochs != b.epochs:
                 continue
-            gain = sign * (b.mean(measure) - a.mean(measure))
-            p = welch(a.values(measure), b.values(measure))
-            compared.append(Comparison(panel, column, base, rival, gain, p, sign * (paper(b.cell) - paper(a.cell))))
-    return compared
+            gain, paired = _gain(a, b, measure)
+            sign = -1 if measure.smaller_is_better else 1
+            papers = sign * (paper(b.cell) - paper(a.cell))
+            seeds = len(a.records), len(b.records)
+            compared.append(Pair(panel, column, base, rival, gain, seeds, paired, nan, papers))
+    tested = [pair for pair in compared if not isnan(pair.gain.p)]
+    corrected = iter(holm([pair.gain.p for pair in tested]))
+    return [replace(pair, adjusted=next(corrected)) if pair in tested else pair for pair in compared]
+
+
+def _gain(base: Outcome, rival: Outcome, measure: Measure) -> tuple[Comparison, bool]:
+    """How much better the rival is; over the test samples and the seeds, where records have what came out for each."""
+    sign = -1 if measure.smaller_is_better else 1
+    arms = [[record.scores for record in outcome.records] for outcome in (rival, base)]
+    known = measure.key == "headline" and all(scores is not None for arm in arms for scores in arm)
+    if known and min(map(len, arms)) > 1:
+        ours, theirs = (np.stack([scores for scores in arm if scores is not None]) for arm in arms)
+        return compare_paired(ours, theirs), True
+    return compare(*(sign * np.asarray(outcome.values(measure)) for outcome in (rival, base))), False
 
 
 def against_the_best(experiment: Experiment, found: list[Outcome]) -> list[str]:
@@ -136,11 +159,11 @@ def against_the_best(experiment: Experiment, found: list[Outcome]) -> list[str]:
         (mean, error), (top, spread) = (mean_and_error(o.values(measure)) for o in (rival, best))
         gain = sign * (mean - top)
         within = "no standard error is known" if isnan(spread) else "within the latter's standard error"
-        how = within if isnan(spread) or abs(gain) <= spread else "above it" if gain > 0 else "below it by more"
+        standing = within if isnan(spread) or abs(gain) <= spread else "above it" if gain > 0 else "below it by more"
         switched = sorted(r.result["last"]["free_epochs"] for r in rival.records if "free_epochs" in r.result["last"])
         lines.append(
             f"{rival.cell.row} at {place(panel, column)}: {mean:.2f} ({error:.2f}), the best of the others, "
-            f"{best.cell.row}, {top:.2f} ({spread:.2f}): {how}."
+            f"{best.cell.row}, {top:.2f} ({spread:.2f}): {standing}."
             + (f" Norms were fixed after {switched[0]:.2f} to {switched[-1]:.2f} epochs." if switched else "")
         )
     return lines
@@ -154,18 +177,24 @@ def verdict(experiment: Experiment, found: list[Outcome]) -> list[str]:
     lines = []
     if len(pairs) == 1:
         (c,) = pairs
-        lines.append(f"{c.rival} against {c.base}: {c.gain:+.3g} (Welch's test over seeds: p = {c.p:.2g}).")
+        low, high = c.gain.interval()
+        lines.append(
+            f"{c.rival} against {c.base}: {c.gain.difference:+.3g} "
+            f"(95 % interval {low:+.3g} to {high:+.3g}, p = {c.gain.p:.2g}, {how([c])})."
+        )
     elif pairs:
-        ahead, behind = [c for c in pairs if c.gain > 0], [c for c in pairs if c.gain < 0]
+        ahead = [c for c in pairs if c.gain.difference > 0]
+        behind = [c for c in pairs if c.gain.difference < 0]
         lines.append(
             f"With LAWN the number is better in {len(ahead)} of {len(pairs)} comparisons "
-            f"(p < {LEVEL} in {sum(c.p < LEVEL for c in ahead)}) and worse in {len(behind)} "
-            f"(p < {LEVEL} in {sum(c.p < LEVEL for c in behind)}); "
-            "Welch's test over seeds, not corrected for their number."
+            f"(p < {LEVEL} in {sum(c.adjusted < LEVEL for c in ahead)}) and worse in {len(behind)} "
+            f"(p < {LEVEL} in {sum(c.adjusted < LEVEL for c in behind)}); "
+            f"{how(pairs)}, p after Holm's correction for {len(pairs)} comparisons."
         )
         printed = [c for c in pairs if not isnan(c.paper)]
         turned = "; ".join(
-            f"{c.rival} against {c.base} at {c.place} (here {c.gain:+.3g}, p = {c.p:.2g}, paper {c.paper:+.3g})"
+            f"{c.rival} against {c.base} at {c.place} "
+            f"(here {c.gain.difference:+.3g}, p = {c.adjusted:.2g}, paper {c.paper:+.3g})"
             for c in printed
             if c.turned
         )
@@ -175,7 +204,32 @@ def verdict(experiment: Experiment, found: list[Outcome]) -> list[str]:
                 f"The sign is the paper's in {agree} of the {len(printed)} comparisons that it has"
                 + (f"; opposite are: {turned}." if turned else ".")
             )
-    return lines + _rankings(experiment, found)
+    return lines + _rankings(experiment, found) + _spread(experiment, found)
+
+
+def how(pairs: list[Pair]) -> str:
+    """What was compared over what."""
+    paired = "paired bootstrap over test samples and seeds"
+    welch = "Welch's test over seeds"
+    kinds = dict.fromkeys(paired if pair.paired else welch for pair in pairs)
+    return " or, where records have no outcomes of samples, ".join(sorted(kinds, reverse=True))
+
+
+def _spread(experiment: Experiment, found: list[Outcome]) -> list[str]:
+    """Why a mean is uncertain, a sentence for each that is by more than WIDE points."""
+    lines = []
+    for outcome in found:
+        values = sorted(record.value("headline") for record in outcome.records if not outcome.failed)
+        error = mean_and_error(values)[1]
+        if experiment.measures[0].key != "headline" or not error > WIDE:
+            continue
+        low = [f"{value:.2f}" for value in values if value < search.COLLAPSED * values[-1]]
+        why = f"{len(low)} of {len(values)} seeds collapsed, to {', '.join(low)}" if low else "no seed collapsed"
+        lines.append(
+            f"The standard error of {outcome.cell.name} is {error:.2f} points: its seeds give {values[0]:.2f} to "
+            f"{values[-1]:.2f}; {why}."
+        )
+    return lines
 
 
 def _rankings(experiment: Experiment, found: list[Outcome]) -> list[str]:
@@ -210,17 +264,3 @@ def place(panel: str, column: str) -> str:
 def paper(cell: Cell) -> float:
     """The paper's number; NaN where it has none or prints "Fail"."""
     return nan if cell.paper is None or cell.paper.value is None else cell.paper.value
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and standard error of the mean; NaN where there are too few values."""
-    array = np.asarray(values, float)
-    mean = float(array.mean()) if len(array) else nan
-    return mean, float(array.std(ddof=1) / np.sqrt(len(array))) if len(array) > 1 else nan
-
-
-def welch(a: list[float], b: list[float]) -> float:
-    """Two-sided p of Welch's test for a difference of means; NaN with a single value or without any spread."""
-    if len(a) < 2 or len(b) < 2 or (np.ptp(a) == 0 and np.ptp(b) == 0):
-        return nan
-    return float(ttest_ind(a, b, equal_var=False).pvalue)

@@ -2,54 +2,24 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import isnan
 
 import pandas as pd
 
-from experiments.outcomes import Comparison, Outcome, comparisons, mean_and_error, outcomes, place, verdict
+from experiments import tuned
+from experiments.layout import Entry, Panel, Table, form, show, signed
+from experiments.outcomes import Outcome, Pair, comparisons, how, outcomes, paper, verdict
 from experiments.records import Record, Store
 from experiments.spec import Experiment, Measure
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What stands in one place of a table, as text."""
-
-    ours: str  # "mean (standard error, n)", "Fail", or nothing
-    paper: str  # the paper's number, "Fail", or nothing
-    difference: str
-    marked: bool
-    records: list[Record]
-
-
-@dataclass(frozen=True)
-class Panel:
-    title: str
-    columns: list[str]
-    rows: list[tuple[str, list[Entry]]]
-
-    @property
-    def filled(self) -> bool:
-        return any(entry.ours for _, entries in self.rows for entry in entries)
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """How a cell's hyperparameters were chosen."""
-
-    place: str
-    row: str
-    chosen: str
-    value: str  # of the headline metric on the split of the selection; the best, then the median of those that ended
-    runs: str
-    edge: str  # hyperparameters whose chosen value is the last of the grid
+from experiments.statistics import mean_and_error
 
 
 class Page:
     """Everything that is shown of an experiment."""
 
-    source: str | None = None  # numbers link to records of their own
+    source: str | None = None  # where all numbers are from; None: they link to records of their own
+    source_title = "The record."
 
     def __init__(self, experiment: Experiment, store: Store, selection: str = "val") -> None:
         self.experiment = experiment
@@ -89,8 +59,52 @@ class Page:
         return shown
 
     @property
-    def comparisons(self) -> list[Comparison]:
-        return comparisons(self.experiment, self.found)
+    def frame(self) -> pd.DataFrame:
+        """The experiment as tidy data: a row for each cell and measure."""
+        rows = []
+        for outcome in self.found:
+            for measure in self.experiment.measures:
+                values = outcome.values(measure)
+                mean, error = mean_and_error(values)
+                printed = outcome.cell.paper
+                rows.append(
+                    {
+                        "panel": outcome.cell.panel,
+                        "column": outcome.cell.column,
+                        "row": outcome.cell.row,
+                        "measure": measure.title,
+                        "status": "fail" if outcome.failed else "done" if values else "not run",
+                        "epochs": outcome.epochs,
+                        "paper_epochs": outcome.cell.epochs[0] if outcome.cell.epochs else None,
+                        "n": len(values),
+                        "mean": mean,
+                        "standard_error": error,
+                        "paper": paper(outcome.cell),
+                        "paper_fails": printed is not None and printed.value is None,
+                        "paper_standard_error": printed.error if printed else None,
+                        "difference": outcome.difference(measure),
+                        "exceeds_both_errors": outcome.marked(measure),
+                        "setting": " ".join(outcome.setting),
+                        "records": " ".join(record.name for record in outcome.records),
+                        "code": "; ".join(dict.fromkeys(record.code for record in outcome.records)),
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    @property
+    def comparisons(self) -> Table | None:
+        """With LAWN and without, a row for each column that has both."""
+        pairs = comparisons(self.experiment, self.found)
+        return Table(COMPARED, [_compared(pair) for pair in pairs]) if pairs else None
+
+    @property
+    def compared(self) -> str:
+        """What the comparisons are, in a sentence or two."""
+        return (
+            f"By {how(comparisons(self.experiment, self.found))}. An interval holds the true difference with 95 % "
+            "probability, by itself; Holm's correction is over this table. Detectable is the true difference that as "
+            "many seeds show with 80 % probability, without a correction."
+        )
 
     @property
     def verdict(self) -> list[str]:
@@ -102,15 +116,8 @@ class Page:
         measures = self.experiment.measures
         shown = f"{measures[0].title}: mean" if len(measures) == 1 else "Mean"
         shown = f"{shown[0].upper()}{shown[1:]} (standard error, number of seeds) at the last epoch{self._budget}"
-        if not any(cell.sweep for cell in self.experiment.cells):
-            return f"{shown}."
-        chosen = (
-            "chosen on the validation split (the best of a grid, one run with seed 0 for each setting)"
-            if self.selection == "val"
-            else "chosen on the TEST split (the best of a grid, one run with seed 0 for each setting), as the paper "
-            "most likely did: the numbers are biased upwards"
-        )
-        return f"{shown}; hyperparameters {chosen}."
+        chosen = tuned.protocol(self.selection) if any(cell.sweep for cell in self.experiment.cells) else ""
+        return f"{shown}. {chosen}".rstrip()
 
     @property
     def _budget(self) -> str:
@@ -132,21 +139,16 @@ class Page:
         return "Below ours stand the paper's number and the difference, with * where it exceeds both standard errors."
 
     @property
-    def tuned(self) -> list[Tuned]:
-        return [_tuned(outcome) for outcome in self.found if outcome.setting]
+    def tuned(self) -> Table | None:
+        return tuned.table(self.found)
 
     @property
     def grids(self) -> list[str]:
-        """The settings that were tried, a line for each preset."""
-        lines = {}
-        for outcome in self.found:
-            if outcome.tuning and outcome.study is not None:
-                axes = {axis: ", ".join(map(_plain, values)) for axis, values in outcome.study.axes.items()}
-                key = (outcome.cell.sweep, outcome.epochs)
-                lines[key] = f"`sweep={outcome.cell.sweep}`, {outcome.epochs} epochs: " + "; ".join(
-                    f"{axis} {values}" for axis, values in axes.items()
-                )
-        return list(lines.values())
+        return tuned.grids(self.found)
+
+    @property
+    def tuning(self) -> pd.DataFrame:
+        return tuned.frame(self.found)
 
     @property
     def records(self) -> list[Record]:
@@ -163,7 +165,12 @@ class Page:
 
     @property
     def provenance(self) -> str:
-        return provenance(self.records, [record for outcome in self.found for _, record in outcome.tuning])
+        return provenance(self.records, [record for outcome in self.found for _, record in outcome.tried])
+
+    @property
+    def shown(self) -> bool:
+        """Whether there is anything to show."""
+        return bool(self.records)
 
     @property
     def figured(self) -> bool:
@@ -184,27 +191,34 @@ def provenance(records: list[Record], tuning: Sequence[Record] = ()) -> str:
 
 def entry(outcome: Outcome, measure: Measure) -> Entry:
     printed = outcome.cell.paper
-    form = _form(measure.digits)
+    text = form(measure.digits)
     difference = outcome.difference(measure)
     return Entry(
         ours="Fail" if outcome.failed else show(outcome.values(measure), measure.digits),
-        paper="" if printed is None else "Fail" if printed.value is None else f"{printed.value:{form}}",
-        difference="" if isnan(difference) else f"{difference:+{form}}",
+        paper="" if printed is None else "Fail" if printed.value is None else f"{printed.value:{text}}",
+        difference="" if isnan(difference) else f"{difference:+{text}}",
         marked=outcome.marked(measure),
         records=outcome.records,
     )
 
 
-def show(values: list[float], digits: int) -> str:
-    """'mean (standard error, n)', or 'mean (n=1)' of a single value, or '' of none."""
-    if not values:
-        return ""
-    (mean, error), form = mean_and_error(values), _form(digits)
-    return f"{mean:{form}} (n=1)" if isnan(error) else f"{mean:{form}} ({error:{form}}, n={len(values)})"
+COMPARED = ("", "", "gain with LAWN", "95 % interval", "p", "p, Holm", "detectable", "seeds", "the paper's gain")
 
 
-def _form(digits: int) -> str:
-    return f".{digits}f" if digits >= 0 else f".{-digits - 1}e"
+def _compared(pair: Pair) -> list[str]:
+    low, high = pair.gain.interval()
+    known = not isnan(pair.gain.p)
+    return [
+        pair.place,
+        f"{pair.base} → {pair.rival}",
+        signed(pair.gain.difference),
+        f"{signed(low)} to {signed(high)}" if known else "",
+        f"{pair.gain.p:.2g}" if known else "",
+        f"{pair.adjusted:.2g}" if known else "",
+        f"{pair.gain.detectable():.2g}" if known else "",
+        f"{pair.seeds[0]}, {pair.seeds[1]}",
+        signed(pair.paper),
+    ]
 
 
 def _epochs(cells: list[Outcome], column: str) -> str:
@@ -221,24 +235,3 @@ def _code(records: Sequence[Record]) -> str:
     if len(versions) == 1:
         return f"code {versions[0][0]}"
     return "code " + ", ".join(f"{version} ({count})" for version, count in versions)
-
-
-def _tuned(outcome: Outcome) -> Tuned:
-    assert outcome.study is not None
-    scores = pd.Series([record.value("headline") for _, record in outcome.tuning])
-    axes = outcome.study.axes
-    chosen = dict(override.split("=", 1) for override in outcome.setting)
-    edge = [key for key, value in chosen.items() if len(axes[key]) > 1 and value in (axes[key][0], axes[key][-1])]
-    diverged = int(scores.isna().sum())
-    return Tuned(
-        place=place(outcome.cell.panel, outcome.cell.column),
-        row=outcome.cell.row,
-        chosen=", ".join(f"{key.split('.')[1]} {_plain(value)}" for key, value in chosen.items()),
-        value="" if scores.isna().all() else f"{scores.max():.2f}; {scores.median():.2f}",
-        runs=f"{len(scores)}" + (f", {diverged} diverged" if diverged else ""),
-        edge=", ".join(key.split(".")[1] for key in edge),
-    )
-
-
-def _plain(number: str) -> str:
-    return f"{float(number):g}"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.study import Job
+from experiments.grid import Job
 from lawn.config import Config, run_name
 from lawn.errors import UserError
 from lawn.train import Stopped, train, train_together

@@ -1,12 +1,13 @@
 """Records: what remains of a finished run in results/runs/, one JSON file named like its run directory.
 
 A record holds the run's identity and hash, the command that gives the same run, its environment, its result (with what
-came out for each evaluation sample), and its metrics.csv as columns. Records of the runs that chose hyperparameters lie
-in the folder tuning/ below, without the last two.
+came out for each evaluation sample), and its metrics.csv as columns. Records of the runs that chose an experiment's
+hyperparameters are lines of results/tuning/EXPERIMENT.jsonl, in the order of their names, without the last two.
 """
 
 import json
 import shlex
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import nan
@@ -19,22 +20,19 @@ from numpy.typing import NDArray
 
 from lawn.config import Config, identity, identity_hash, run_name
 from lawn.errors import RunError
-from lawn.files import write_text
+from lawn.files import locked, write_text
 from lawn.train.record import RunDirectory, unpacked
 
 
 @dataclass(frozen=True)
 class Record:
-    path: Path
+    path: Path  # of the file that it lies in
+    name: str  # of its run
     hash: str
     config: dict[str, Any]
     environment: dict[str, Any]
     result: dict[str, Any]
     history: pd.DataFrame  # a row for each epoch, the columns of metrics.csv
-
-    @property
-    def name(self) -> str:
-        return self.path.stem
 
     @property
     def diverged(self) -> bool:
@@ -54,6 +52,15 @@ class Record:
         return None if text is None else unpacked(text)
 
     @property
+    def scores(self) -> NDArray[np.float64] | None:
+        """What each evaluation sample adds to the headline metric, which is the mean of these, in percent [samples]."""
+        outcomes, headline = self.outcomes, self.result["headline"]
+        if outcomes is None:
+            return None
+        right = outcomes < int(headline.removeprefix("hr")) if headline.startswith("hr") else outcomes
+        return 100.0 * right.astype(np.float64)
+
+    @property
     def code(self) -> str:
         """The version of the code that it was run with; several where it went on with another."""
         return " then ".join(dict.fromkeys(map(_version, self.environments)))
@@ -65,36 +72,42 @@ class Record:
 
 
 class Store:
-    """The records below a folder. What is read is kept, since files of finished runs do not change."""
+    """The records below results/, by the names of their runs. What is read is kept, since finished runs do not change;
+    what others add meanwhile is seen.
+    """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, results: Path) -> None:
+        self.runs, self.tuning = results / "runs", results / "tuning"
         self._read: dict[str, Record] = {}
+        self._seen: dict[Path, tuple[int, int]] = {}  # the tuning files that have been read, with time and size
 
     def any_of(self, dataset: str) -> bool:
         """Whether a run on this dataset has been recorded."""
-        return any(self.folder.glob(f"**/{dataset}-*.json"))
+        self._refresh()
+        return any(self.runs.glob(f"{dataset}-*.json")) or any(name.startswith(f"{dataset}-") for name in self._read)
 
-    def has(self, config: Config) -> bool:
-        return self._path(config) is not None
+    def has(self, name: str) -> bool:
+        return self.read(name) is not None
 
-    def read(self, config: Config) -> Record | None:
-        """The record of `config`, None where there is none. Raises RunError when it is not what its name says."""
-        name = run_name(config)
+    def read(self, name: str) -> Record | None:
+        """The record of a run, None where there is none. Raises RunError when it is not what its name says."""
         if name not in self._read:
-            path = self._path(config)
-            if path is None:
-                return None
-            self._read[name] = read_record(path)
-        return self._read[name]
+            self._refresh()
+            path = self.runs / f"{name}.json"
+            if path.exists():
+                self._read[name] = read_record(path)
+        return self._read.get(name)
 
     def all(self) -> Iterator[Record]:
         """Every record there is."""
-        for path in sorted(self.folder.glob("**/[!.]*.json")):
-            yield read_record(path)
+        self._refresh()
+        for path in sorted(self.runs.glob("[!.]*.json")):
+            self.read(path.stem)
+        yield from (self._read[name] for name in sorted(self._read))
 
-    def write(self, config: Config, overrides: tuple[str, ...], tuning: bool) -> Record:
-        """Record the finished run of `config`. Raises RunError when it has not finished."""
+    def write(self, config: Config, overrides: tuple[str, ...], tunes: str | None = None) -> Record:
+        """Record the finished run of `config`, among those that tune the experiment `tunes` if it does. Raises RunError
+        when it has not finished."""
         directory = RunDirectory(config)
         if not directory.done:
             raise RunError(f"{directory.path}: not finished, so it cannot be recorded")
@@ -108,20 +121,55 @@ class Store:
             "environment": environment,
             "result": directory.result(),
         }
-        if tuning:
+        name = run_name(config)
+        if tunes is not None:
             content["result"].pop("outcomes", None)
-        else:
-            try:
-                history = pd.read_csv(directory.path / "metrics.csv")
-            except (OSError, ValueError) as error:
-                raise RunError(f"{directory.path / 'metrics.csv'}: cannot be read ({error})") from error
-            content["history"] = {column: [_short(v) for v in history[column]] for column in history}
-        path = self.folder / ("tuning" if tuning else "") / f"{run_name(config)}.json"
-        return save(path, content)
+            path = self.tuning / f"{tunes}.jsonl"
+            _insert(path, name, content)
+            self._read[name] = _record(path, name, content)
+            return self._read[name]
+        try:
+            history = pd.read_csv(directory.path / "metrics.csv")
+        except (OSError, ValueError) as error:
+            raise RunError(f"{directory.path / 'metrics.csv'}: cannot be read ({error})") from error
+        content["history"] = {column: [_short(v) for v in history[column]] for column in history}
+        self._read[name] = save(self.runs / f"{name}.json", content)
+        return self._read[name]
 
-    def _path(self, config: Config) -> Path | None:
-        name = f"{run_name(config)}.json"
-        return next((path for path in (self.folder / name, self.folder / "tuning" / name) if path.exists()), None)
+    def _refresh(self) -> None:
+        """Read the tuning files that have changed."""
+        for path in self.tuning.glob("[!.]*.jsonl"):
+            stat = path.stat()
+            now = stat.st_mtime_ns, stat.st_size
+            if self._seen.get(path) != now:
+                self._read |= _lines(path)
+                self._seen[path] = now
+
+
+def _lines(path: Path) -> dict[str, Record]:
+    """Raises RunError with the number of a line that is damaged, or not what its name says."""
+    found = {}
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            content = json.loads(line)
+            record = _record(path, content.pop("name"), content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"{path}, line {number}: damaged record ({error}); delete the line and run again") from error
+        found[record.name] = record
+    return found
+
+
+def _insert(path: Path, name: str, content: dict[str, Any]) -> None:
+    """Add a line to a tuning file, or replace the one of that name; others that do so wait."""
+    while True:
+        with locked(path.with_name(f".{path.name}.lock")) as held:
+            if held:
+                lines = path.read_text().splitlines() if path.exists() else []
+                by_name = {json.loads(line)["name"]: line for line in lines}
+                by_name[name] = json.dumps({"name": name, **content})
+                write_text(path, "".join(f"{by_name[key]}\n" for key in sorted(by_name)))
+                return
+        time.sleep(0.01)
 
 
 def save(path: Path, content: dict[str, Any]) -> Record:
@@ -134,19 +182,24 @@ def save(path: Path, content: dict[str, Any]) -> Record:
 def read_record(path: Path) -> Record:
     """Raises RunError when it is damaged, or not what its name says."""
     try:
-        content = json.loads(path.read_text())
-        if not identity_hash(content["config"]) == content["hash"] == path.stem.rpartition("-")[2]:
-            raise RunError(f"{path}: its config is not the one that its name stands for; delete it and run again")
-        return Record(
-            path=path,
-            hash=content["hash"],
-            config=content["config"],
-            environment=content["environment"],
-            result=content["result"],
-            history=pd.DataFrame(content.get("history", {})),
-        )
+        return _record(path, path.stem, json.loads(path.read_text()))
     except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: damaged record ({error})") from error
+        raise RunError(f"{path}: damaged record ({error}); delete it and run again") from error
+
+
+def _record(path: Path, name: str, content: dict[str, Any]) -> Record:
+    """Raises ValueError, KeyError or TypeError when the content is not what its name says."""
+    if not identity_hash(content["config"]) == content["hash"] == name.rpartition("-")[2]:
+        raise ValueError("its config is not the one that its name stands for")
+    return Record(
+        path=path,
+        name=name,
+        hash=content["hash"],
+        config=content["config"],
+        environment=content["environment"],
+        result=content["result"],
+        history=pd.DataFrame(content.get("history", {})),
+    )
 
 
 def _version(environment: dict[str, Any]) -> str:

@@ -7,10 +7,13 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from experiments.curves import CurvesPage
 from experiments.drawing import draw, save
-from experiments.outcomes import mean_and_error, paper
-from experiments.page import Entry, Page, Panel
+from experiments.layout import Entry, Panel
+from experiments.page import Page
+from experiments.records import Store
 from experiments.simulation import SimulationPage
+from experiments.spec import Experiment
 from lawn.files import write_text
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -25,60 +28,9 @@ TEMPLATES = Environment(
 AnyPage = Page | SimulationPage
 
 
-def frame(page: AnyPage) -> pd.DataFrame:
-    """The experiment as tidy data: a row for each cell and measure, of a simulation as it says itself."""
-    if isinstance(page, SimulationPage):
-        return pd.DataFrame() if page.shown is None else page.shown.frame
-    rows = []
-    for outcome in page.found:
-        for measure in page.experiment.measures:
-            values = outcome.values(measure)
-            mean, error = mean_and_error(values)
-            printed = outcome.cell.paper
-            rows.append(
-                {
-                    "panel": outcome.cell.panel,
-                    "column": outcome.cell.column,
-                    "row": outcome.cell.row,
-                    "measure": measure.title,
-                    "status": "fail" if outcome.failed else "done" if values else "not run",
-                    "epochs": outcome.epochs,
-                    "paper_epochs": outcome.cell.epochs[0] if outcome.cell.epochs else None,
-                    "n": len(values),
-                    "mean": mean,
-                    "standard_error": error,
-                    "paper": paper(outcome.cell),
-                    "paper_fails": printed is not None and printed.value is None,
-                    "paper_standard_error": printed.error if printed else None,
-                    "difference": outcome.difference(measure),
-                    "exceeds_both_errors": outcome.marked(measure),
-                    "setting": " ".join(outcome.setting),
-                    "records": " ".join(record.name for record in outcome.records),
-                    "code": "; ".join(dict.fromkeys(record.code for record in outcome.records)),
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def tuning_frame(page: AnyPage) -> pd.DataFrame:
-    """Every run that chose hyperparameters: a row each."""
-    return pd.DataFrame(
-        {
-            "panel": outcome.cell.panel,
-            "column": outcome.cell.column,
-            "row": outcome.cell.row,
-            "epochs": record.config["train"]["epochs"],
-            "seed": record.config["seed"],
-            **dict(override.split("=", 1) for override in setting),
-            "status": record.result["status"],
-            f"{record.result['split']}_{record.result['headline']}": record.value("headline"),
-            "train_loss": record.result["last"]["train_loss"],
-            "chosen": setting == outcome.setting,
-            "record": record.name,
-        }
-        for outcome in page.found
-        for setting, record in outcome.tuning
-    )
+def of(experiment: Experiment, store: Store, selection: str = "val") -> Page:
+    """The page of an experiment."""
+    return (CurvesPage if experiment.figure == "tuning" else Page)(experiment, store, selection)
 
 
 def latex(page: AnyPage) -> str:
@@ -110,11 +62,10 @@ def _grid(panel: Panel, text: Callable[[Entry], str]) -> pd.DataFrame:
 def write(page: AnyPage, results: Path = RESULTS) -> None:
     """Write results/NAME.md, .csv and .tex, the list of the tuning runs, and the figure."""
     write_text(results / f"{page.name}.md", render("experiment.md", page=page, root="") + "\n")
-    write_text(results / f"{page.name}.csv", frame(page).to_csv(index=False, float_format="%.6g"))
+    write_text(results / f"{page.name}.csv", page.frame.to_csv(index=False, float_format="%.6g"))
     write_text(results / f"{page.name}.tex", latex(page))
-    tuning = tuning_frame(page)
-    if not tuning.empty:
-        write_text(results / "tuning" / f"{page.name}.csv", tuning.to_csv(index=False, float_format="%.6g"))
+    if isinstance(page, Page) and not page.tuning.empty:
+        write_text(results / "tuning" / f"{page.name}.csv", page.tuning.to_csv(index=False, float_format="%.6g"))
     if isinstance(page, Page) and page.figured:
         draw(page.experiment, page.found, results / page.name)
     if isinstance(page, SimulationPage) and page.figured:

@@ -9,10 +9,11 @@ from statistics import median
 
 from tqdm import tqdm
 
+from experiments.grid import Job
 from experiments.pool import Ended, Pool
 from experiments.records import Record, Store
-from experiments.study import Job, Study
-from lawn.config import Config, run_name
+from experiments.study import Study
+from lawn.config import Config
 from lawn.errors import UserError
 from lawn.train import check
 from lawn.train.together import kin
@@ -50,15 +51,16 @@ class Pace:
         return total
 
 
-def missing(study: Study, store: Store, seeds: int) -> list[Config]:
-    """The runs that a study still needs. Before its hyperparameters are chosen the runs that fill the cell are not
-    known; the first setting stands for them.
+def missing(study: Study, store: Store) -> list[Config]:
+    """The runs that a study still needs. Those that are not known before others have ended are counted as far as they
+    can be foreseen, as runs of the cell at no point of its grid.
     """
     if study.problem:
         return []
-    outstanding = [job.config for job in study.outstanding(store, seeds)]
-    unknown = study.tuning and study.chosen(store) is None
-    return outstanding + ([study.tuning[0].config] * seeds if unknown else [])
+    tuning = study.tuning(store)
+    outstanding = [job.config for job in study.outstanding(store)]
+    to_be_chosen = study.seeds if study.grid.points and tuning.chosen is None else 0
+    return outstanding + [study.grid.config] * (tuning.unknown + to_be_chosen)
 
 
 def duration(seconds: float | None) -> str:
@@ -70,7 +72,7 @@ def with_kin(job: Job, ready: Iterable[Job], slots: int, together: int) -> list[
     family = kin(job.config)
     if family is None or not _sound(job):
         return [job]
-    jobs = {other.hash: other for other in ready if kin(other.config) == family and _sound(other)}
+    jobs = {other.name: other for other in ready if kin(other.config) == family and _sound(other)}
     return list(jobs.values())[: min(together, ceil(len(jobs) / slots))]
 
 
@@ -87,7 +89,6 @@ def run(
     studies: Sequence[Study],
     store: Store,
     slots: Sequence[str],
-    seeds: int,
     budget: float | None = None,
     together: int = TOGETHER,
 ) -> list[Ended]:
@@ -106,15 +107,15 @@ def run(
 
     def ready() -> Iterator[Job]:
         for study in studies:
-            yield from (job for job in study.outstanding(store, seeds) if job.hash not in tried)
+            yield from (job for job in study.outstanding(store) if job.name not in tried)
 
-    total = sum(len(missing(study, store, seeds)) for study in studies)
+    total = sum(len(missing(study, store)) for study in studies)
     with Pool(slots) as pool, tqdm(total=total, unit="run", disable=None) as bar:
         while True:
             while (job := next(ready(), None)) is not None and pool.takes(job):
-                others = (other for other in ready() if other.hash not in alone)
-                jobs = [job] if job.hash in alone else with_kin(job, others, pool.free, together)
-                tried |= {job.hash for job in jobs}
+                others = (other for other in ready() if other.name not in alone)
+                jobs = [job] if job.name in alone else with_kin(job, others, pool.free, together)
+                tried |= {job.name for job in jobs}
                 pool.start(jobs)
             left = float("inf") if budget is None else budget - (time.monotonic() - start)
             if left <= 0:
@@ -126,7 +127,7 @@ def run(
                 record = None
                 if outcome is None:
                     try:
-                        record = store.write(job.config, job.overrides, job.tuning)
+                        record = store.write(job.config, job.overrides, job.tunes)
                     except UserError as error:
                         ended = replace(ended, failure=str(error), together=1)
                         outcome = ended.failure
@@ -136,16 +137,16 @@ def run(
                     if record.diverged:
                         diverged.append(replace(ended, diverged=True))
                 elif ended.together > 1:
-                    tried.remove(job.hash)
-                    alone.add(job.hash)
+                    tried.remove(job.name)
+                    alone.add(job.name)
                     outcome = f"{outcome}; once more, alone"
                 else:
                     failed.append(ended)
-                to_do = [config for study in studies for config in missing(study, store, seeds)]
+                to_do = [config for study in studies for config in missing(study, store)]
                 done, left_over = total - len(to_do), pace.seconds(to_do)
                 bar.update(done - bar.n)
                 tqdm.write(
-                    f"{run_name(job.config)}: {outcome} ({duration(ended.seconds)}); {done} of {total} done, "
+                    f"{job.name}: {outcome} ({duration(ended.seconds)}); {done} of {total} done, "
                     f"{pool.running} running, {len(failed)} failed, "
                     f"{duration(left_over and left_over / len(slots))} left"
                 )

@@ -14,8 +14,9 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from experiments.outcomes import Comparison, Outcome
-from experiments.page import Panel, Tuned, provenance
+from experiments.layout import Panel
+from experiments.outcomes import Outcome
+from experiments.page import provenance
 from experiments.records import Record, read_record, save
 from lawn.config import identity_hash
 from lawn.errors import RunError
@@ -73,9 +74,9 @@ class SimulationPage:
     """What is shown of a simulation: of its full record, else of the short one. It has what `page.Page` has."""
 
     marks = ""
+    source_title = "The record."
     found: list[Outcome] = []
-    comparisons: list[Comparison] = []
-    tuned: list[Tuned] = []
+    comparisons = tuned = None
     grids: list[str] = []
     warnings: dict[str, list[str]] = {}
 
@@ -102,6 +103,10 @@ class SimulationPage:
         assert self.shown is not None
         with _reading(self.records[0]):
             return self.shown.figure()
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        return pd.DataFrame() if self.shown is None else self.shown.frame
 
     @property
     def panels(self) -> list[Panel]:

@@ -7,11 +7,11 @@ from typing import Any
 import pandas as pd
 
 from experiments import smd_rayleigh as smd
-from experiments.outcomes import mean_and_error
-from experiments.page import Entry, Panel, show
+from experiments.layout import Entry, Panel, show
 from experiments.records import Record
 from experiments.simulation import Shown, Simulation
 from experiments.smd_figure import draw
+from experiments.statistics import mean_and_error
 from lawn.diagnostics import equilibrium_angle, equilibrium_norm
 
 SMALL = 0.1  # of an angle times sqrt((1 + a) / (1 - a))

@@ -25,6 +25,8 @@ class Cell:
     epochs: tuple[int, ...] = ()  # budgets: the paper's, then a shorter one; empty: the dataset's own
     sweep: str | None = None  # preset below conf/sweep which its hyperparameters are chosen from; None: all are given
     paper: Paper | None = None  # None: the paper has no such cell
+    seeds: int | None = None  # runs that fill it; None: as many as the experiment says
+    whole: bool = False  # every point of the grid is run once, and that is all
 
     @property
     def name(self) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan, nan, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +10,13 @@ from scipy import optimize, stats
 from scipy.special import gammaln
 
 Array = NDArray[np.float64]
-RESAMPLES = 10_000
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error of the mean; NaN where there are too few values."""
+    array = np.asarray(values, float)
+    mean = float(array.mean()) if len(array) else nan
+    return mean, float(array.std(ddof=1) / np.sqrt(len(array))) if len(array) > 1 else nan
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class Comparison:
 
     def detectable(self, power: float = 0.8, level: float = 0.95) -> float:
         """The smallest true difference that a test with this standard error finds with probability `power`."""
+        if isnan(self.error):
+            return nan
         bound = float(stats.t.ppf((1 + level) / 2, self.df))
 
         def missing(shift: float) -> float:
@@ -42,14 +51,15 @@ class Comparison:
         return self.error * float(optimize.brentq(missing, 0.0, 1.5 * bound + 3.0))
 
 
-def compare_paired(ours: Array, theirs: Array, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
+def compare_paired(ours: Array, theirs: Array) -> Comparison:
     """The mean of `ours` minus that of `theirs`, each [seeds, users], over the same users and seeds of their own.
 
-    The standard error is that of a bootstrap over users, who are the same in both arms, and over seeds, which are not.
-    A user's mean over seeds has some of the luck of a user in a run, and so has a seed's mean over users; to draw both
-    as they are would count it more than once. So users are drawn with their means, which have it, and seeds with theirs
-    shrunk by as much of their variance as it explains (Davison & Hinkley 1997, section 3.8). The degrees of freedom are
-    Satterthwaite's, of the variance between users and of what is left of that between seeds.
+    The standard error is that of a bootstrap over users, who are the same in both arms, and over seeds, which are not,
+    in closed form: the mean of a resample has the variance of what is drawn, over its number. A user's mean over seeds
+    has some of the luck of a user in a run, and so has a seed's mean over users; to draw both as they are would count
+    it more than once. So users are drawn with their means, which have it, and seeds with theirs shrunk by as much of
+    their variance as it explains (Davison & Hinkley 1997, section 3.8). The degrees of freedom are Satterthwaite's, of
+    the variance between users and of what is left of that between seeds.
 
     Raises ValueError for fewer than two seeds or users, and for users that are not the same in number.
     """
@@ -58,27 +68,35 @@ def compare_paired(ours: Array, theirs: Array, resamples: int = RESAMPLES, seed:
     if min(*ours.shape, *theirs.shape) < 2:
         raise ValueError(f"need at least two seeds and two users, got {ours.shape} and {theirs.shape}")
     users = ours.shape[1]
-    rng = np.random.default_rng(seed)
     differences = ours.mean(0) - theirs.mean(0)  # [users]
-    drawn = rng.multinomial(users, np.full(users, 1 / users), size=resamples) @ differences / users
-    parts = [(differences.var(ddof=1) / users, users - 1)]
-    for arm, sign in ((ours, 1), (theirs, -1)):
-        levels = _levels(arm)
-        drawn += sign * rng.choice(levels, (resamples, len(arm))).mean(1)
-        parts.append((levels.var() / len(arm), len(arm) - 1))
+    parts = [(float(differences.var(ddof=1)) / users, users - 1)]
+    parts += [(_between(arm) / len(arm), len(arm) - 1) for arm in (ours, theirs)]
+    return _comparison(float(differences.mean()), parts)
+
+
+def compare(ours: Array, theirs: Array) -> Comparison:
+    """The mean of `ours` minus that of `theirs`, a value for each seed: Welch's test. The error is NaN where one of
+    them is a single value, or neither has any spread."""
+    difference = float(ours.mean() - theirs.mean())
+    if min(len(ours), len(theirs)) < 2 or (np.ptp(ours) == 0 and np.ptp(theirs) == 0):
+        return Comparison(difference, nan, nan)
+    return _comparison(difference, [(float(arm.var(ddof=1)) / len(arm), len(arm) - 1) for arm in (ours, theirs)])
+
+
+def _comparison(difference: float, parts: list[tuple[float, int]]) -> Comparison:
+    """From independent estimates of variances, and the degrees of freedom of each."""
     total = sum(part for part, _ in parts)
-    df = total**2 / sum(part**2 / free for part, free in parts) if total > 0 else float(users - 1)
-    return Comparison(float(differences.mean()), float(drawn.std(ddof=1)), float(df))
+    df = total**2 / sum(part**2 / free for part, free in parts) if total > 0 else float(max(free for _, free in parts))
+    return Comparison(difference, sqrt(total), df)
 
 
-def _levels(arm: Array) -> Array:
-    """Deviations of seeds, whose variance is what seeds alone explain [seeds]."""
+def _between(arm: Array) -> float:
+    """The variance of runs that seeds alone explain."""
     seeds, users = arm.shape
     means = arm.mean(1) - arm.mean()
     luck = arm - arm.mean(0) - means[:, None]
     explained = (luck**2).sum() / ((seeds - 1) * (users - 1)) / users
-    between = means.var(ddof=1)
-    return means * np.sqrt(seeds / (seeds - 1) * max(0.0, 1 - explained / between)) if between > 0 else means
+    return max(0.0, float(means.var(ddof=1) - explained))
 
 
 def holm(p: Sequence[float]) -> list[float]:

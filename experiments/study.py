@@ -1,31 +1,23 @@
 """A study: a cell at a budget of epochs, expanded into the runs that choose its hyperparameters and those that fill it.
 
-Choosing: every setting of the cell's sweep preset is run once, with seed 0; the best headline metric at the last
-epoch wins, a diverged run loses, the first of equals is kept. Filling: the chosen setting with every seed, on test.
+Choosing follows `search`, on the validation split. Filling: the chosen setting with every seed, on test. What to run
+next follows from the records alone.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
-from itertools import count, islice, product
-from math import inf, isnan
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from itertools import count, islice
 
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, flag_override
-from omegaconf.errors import OmegaConfBaseException
-
+from experiments import search
+from experiments.grid import Grid, Job, compose_all
 from experiments.records import Record, Store
+from experiments.search import Point
 from experiments.spec import Cell, Experiment
-from lawn.config import Config, EvalConfig, config_hash, register
+from lawn.config import EvalConfig
 from lawn.errors import ConfigError
-from lawn.validation import explain, validate
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
 SELECTIONS = ("val", "test")
+CONFIRMING = search.BEST * len(search.CONFIRMING_SEEDS)  # runs, if none of the best loses
 PLACES = (  # what --set may say: where and how fast, nothing that names another run
     *("data_dir", "runs_dir", "logger", "logger.project", "logger.mode", "dataset.shards", "dataset.workers"),
     *("train.channels_last", "train.checkpoint_seconds", "train.compile", "train.deterministic", "optim.fused"),
@@ -33,126 +25,126 @@ PLACES = (  # what --set may say: where and how fast, nothing that names another
 
 
 @dataclass(frozen=True)
-class Job:
-    """One run of a study; `overrides` are what run.py is given for the same run."""
+class Tuning:
+    """The choice of a study's hyperparameters, as far as it has come."""
 
-    config: Config
-    overrides: tuple[str, ...]
-    tuning: bool
-
-    @cached_property
-    def hash(self) -> str:
-        return config_hash(self.config)
+    short: list[Job] = field(default_factory=list)  # the grid for a shorter budget
+    full: list[Job] = field(default_factory=list)  # for the whole budget, in the order of the search, with seed 0
+    confirming: list[Job] = field(default_factory=list)  # the best of these with other seeds
+    unknown: int = 0  # about how many more runs of the whole budget are not known yet
+    chosen: Point | None = None
 
     @property
-    def wide(self) -> bool:
-        """Whether it takes all devices at once: on one of them it would take days."""
-        return self.config.dataset.name == "imagenet"
+    def jobs(self) -> list[Job]:
+        return [*self.short, *self.full, *self.confirming]
 
 
 class Study:
-    """`budget` None: the dataset's own number of epochs. `extra` overrides say where and how to run."""
+    """`budgets`: epochs, and those of a shorter schedule to search in, if there is one; none: the dataset's own number.
+    `extra` overrides say where and how to run; `experiment` is whose tuning it is.
+    """
 
-    def __init__(self, cell: Cell, budget: int | None, selection: str = "val", extra: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        cell: Cell,
+        budgets: tuple[int, ...] = (),
+        seeds: int = 3,
+        selection: str = "val",
+        extra: tuple[str, ...] = (),
+        experiment: str = "",
+    ) -> None:
         self.cell = cell
-        self.budget = budget
-        self.selection = selection
-        self._overrides = cell.overrides if budget is None else (*cell.overrides, f"train.epochs={budget}")
-        self._extra = extra
+        self.budget = budgets[0] if budgets else None
+        self.seeds = 0 if cell.whole else seeds
+        epochs = () if self.budget is None else (f"train.epochs={self.budget}",)
+        self.grid = Grid((*cell.overrides, *epochs), cell.sweep, selection, extra, experiment)
+        self.shorter: Grid | None = None
+        if len(budgets) > 1 and cell.sweep is not None and not cell.whole:
+            overrides = (*cell.overrides, f"train.epochs={budgets[-1]}")
+            self.shorter = Grid(overrides, cell.sweep, selection, extra, experiment)
 
-    @cached_property
+    @property
     def problem(self) -> str | None:
-        """Why there is no run of it: a key or a value that cannot be; None where there is no such."""
-        try:
-            runs = [self._config, *(job.config for job in self.tuning)]  # all of them are composed and checked
-            if self.cell.sweep and len(runs) == 1:
-                return f"sweep={self.cell.sweep}: no such sweep, or an empty one"
-        except (ConfigError, HydraException, OmegaConfBaseException) as error:
-            return explain(error)
-        return None
+        """Why there is no run of it; None where there is no such."""
+        return self.grid.problem or (self.shorter.problem if self.shorter is not None else None)
 
-    @cached_property
-    def _composition(self) -> tuple[DictConfig, dict[str, str]]:
-        sweep = () if self.cell.sweep is None else (f"sweep={self.cell.sweep}",)
-        return _compose((*self._overrides, *sweep, *self._extra))
+    def tuning(self, store: Store) -> Tuning:
+        """What has to be run to choose the hyperparameters, as far as it follows from what is recorded."""
+        if self.problem or not self.grid.points:
+            return Tuning()
+        if self.cell.whole:
+            return Tuning(full=self.grid.jobs())
+        start, short, limit = self.grid.points, [], None
+        if self.shorter is not None:
+            shorter, short, limit = self.shorter, self.shorter.jobs(), search.trials(self.grid.shape)
+            if not all(store.has(job.name) for job in short):
+                return Tuning(short, unknown=limit + CONFIRMING)
+            start = search.ranked(start, lambda point: shorter.score(store, point))
+        return replace(self._search(store, start, limit), short=short)
 
-    @cached_property
-    def _config(self) -> Config:
-        """The cell as it is, at no point of its grid."""
-        return validate(self._composition[0])
+    def _search(self, store: Store, start: list[Point], limit: int | None) -> Tuning:
+        """Of at most `limit` points, beginning with the first of `start`; see `search.explore`."""
 
-    @cached_property
-    def axes(self) -> dict[str, list[str]]:
-        """The values of each hyperparameter of the sweep preset; none where nothing is tuned."""
-        swept = self._composition[1].items() if self.cell.sweep else ()
-        parsed = [_parsed(f"{key}={values}") for key, values in swept]
-        return {axis.key_or_group: list(axis.sweep_string_iterator()) for axis in parsed}
+        def score(point: Point) -> float | None:
+            return self.grid.score(store, point)
 
-    @cached_property
-    def settings(self) -> list[tuple[str, ...]]:
-        """The points of the grid, as overrides."""
-        if not self.axes:
-            return []
-        return list(product(*([f"{key}={value}" for value in values] for key, values in self.axes.items())))
+        def scores(point: Point) -> list[float | None]:
+            return [self.grid.score(store, point, seed) for seed in (0, *search.CONFIRMING_SEEDS)]
 
-    @cached_property
-    def tuning(self) -> list[Job]:
-        changed = self._composition[0].copy()  # one for all settings, since each has a value for the same keys
-        jobs = []
-        for setting in self.settings:
-            point = (*setting, f"eval.split={self.selection}")
-            for override in map(_parsed, point):
-                # Far faster than to compose the config with them.
-                OmegaConf.update(changed, override.key_or_group, override.value())
-            overrides = (*self._overrides, f"sweep={self.cell.sweep}", *point)
-            jobs.append(Job(validate(changed), overrides, tuning=True))
-        return jobs
+        def known(point: Point) -> list[float]:
+            return [value for value in scores(point) if value is not None]
 
-    def chosen(self, store: Store) -> int | None:
-        """The index of the setting that won; None while a run is missing, or where nothing is tuned."""
-        found = [store.read(job.config) for job in self.tuning]
-        values = [record.value("headline") for record in found if record is not None]
-        scores = [-inf if isnan(value) else value for value in values]
-        return scores.index(max(scores)) if scores and len(scores) == len(found) else None
+        tried = search.explore(self.grid.shape, start, limit, score, lambda point: self.grid.job(point) is not None)
+        full = self.grid.jobs(tried)
+        if any(score(point) is None for point in tried):
+            return Tuning(full=full, unknown=max(0, (limit or len(start)) - len(full)) + CONFIRMING)
+        confirmed = search.confirm(search.ranked(tried, score), scores)
+        confirming = self.grid.jobs(confirmed, search.CONFIRMING_SEEDS)
+        done = all(None not in scores(point) for point in confirmed)
+        return Tuning([], full, confirming, 0, search.choose(confirmed, known) if done else None)
 
     def filling(self, store: Store) -> Iterator[Job]:
         """The runs that fill the cell, seed after seed without end; none before its hyperparameters are chosen."""
-        if self.problem:
+        if self.problem or self.cell.whole:
             return
         setting: tuple[str, ...] = ()
-        config = self._config
+        config = self.grid.config
         if self.cell.sweep is not None:
-            index = self.chosen(store)
-            if index is None:
+            chosen = self.tuning(store).chosen
+            job = None if chosen is None else self.grid.job(chosen)
+            if job is None:
                 return
-            setting = self.settings[index]
-            config = replace(self.tuning[index].config, eval=EvalConfig())
+            setting = job.setting
+            config = replace(job.config, eval=EvalConfig())
         for seed in count():
-            yield Job(replace(config, seed=seed), (*self._overrides, *setting, f"seed={seed}"), tuning=False)
+            yield Job(replace(config, seed=seed), (*self.grid.overrides, *setting, f"seed={seed}"), setting)
 
-    def outstanding(self, store: Store, seeds: int) -> list[Job]:
+    def outstanding(self, store: Store) -> list[Job]:
         """What can be run now: the missing runs of the tuning, and after it the missing runs of the cell."""
-        if self.problem:
-            return []
-        tuning = [job for job in self.tuning if not store.has(job.config)]
-        return tuning or [job for job in islice(self.filling(store), seeds) if not store.has(job.config)]
+        tuning = [job for job in self.tuning(store).jobs if not store.has(job.name)]
+        return tuning or [job for job in islice(self.filling(store), self.seeds) if not store.has(job.name)]
 
-    def results(self, store: Store, seeds: int) -> list[Record]:
-        """The records that fill the cell: those of the first `seeds` seeds, and more as far as they go on."""
+    def results(self, store: Store) -> list[Record]:
+        """The records that fill the cell: those of its seeds, and more as far as they go on."""
         found = []
         for seed, job in enumerate(self.filling(store)):
-            record = store.read(job.config)
+            record = store.read(job.name)
             if record is not None:
                 found.append(record)
-            elif seed >= seeds:
+            elif seed >= self.seeds:
                 break
         return found
 
 
 def studies(
-    experiment: Experiment, budget: int = 0, selection: str = "val", extra: tuple[str, ...] = ()
+    experiment: Experiment,
+    budget: int = 0,
+    selection: str = "val",
+    extra: tuple[str, ...] = (),
+    seeds: int | None = None,
 ) -> list[Study]:
-    """A study for each cell; `budget` counts in the cell's own, 0 the paper's and -1 the shortest.
+    """A study for each cell; `budget` counts in the cell's own, 0 the paper's and -1 the shortest; `seeds` None: as
+    many as the cell is to have.
 
     Raises ConfigError when `extra` says anything but where and how to run.
     """
@@ -160,30 +152,14 @@ def studies(
         if override.partition("=")[0] not in PLACES:
             raise ConfigError(f"{override}: only where and how to run can be set: {', '.join(PLACES)}")
     compose_all([extra])  # what is wrong with these is said once, not of every cell
-    return [Study(cell, cell.epochs[budget] if cell.epochs else None, selection, extra) for cell in experiment.cells]
-
-
-def compose_all(jobs: list[tuple[str, ...]]) -> list[Config]:
-    """Compose each job's overrides as `run.py` would. Raises ConfigError."""
-    return [validate(_compose(overrides)[0]) for overrides in jobs]
-
-
-@cache  # the settings of a grid are made of few values
-def _parsed(override: str) -> Override:
-    return OverridesParser.create().parse_override(override)
-
-
-def _compose(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
-    """The composed config, not validated yet, and what Hydra's sweeper would sweep over."""
-    register()
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = compose("config", list(overrides), return_hydra_config=True)
-        axes = OmegaConf.to_container(composed.hydra.sweeper.params or OmegaConf.create(), resolve=True)
-    except HydraException as error:
-        raise ConfigError(explain(error)) from error
-    assert isinstance(axes, dict)
-    swept = {str(key): str(values) for key, values in axes.items()}
-    with flag_override(composed, ["struct", "readonly"], False):
-        del composed["hydra"]
-    return composed, swept
+    return [
+        Study(
+            cell,
+            cell.epochs[budget:] if cell.epochs else (),
+            seeds or cell.seeds or experiment.seeds,
+            selection,
+            extra,
+            experiment.name,
+        )
+        for cell in experiment.cells
+    ]

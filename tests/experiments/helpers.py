@@ -33,10 +33,10 @@ TUNED = Experiment("tuned", "Tuned", (Cell("Adam", (*SHORT, "optim=adam"), sweep
 
 
 def fill(experiment: Experiment, folder: Path, seeds: int = 2, budget: int = 0, *extra: str) -> list[Ended]:
-    """Run all of an experiment on one device slot, with runs in folder/runs and records in folder/results/runs; what
+    """Run all of an experiment on one device slot, with runs in folder/runs and records in folder/results; what
     failed."""
     placed = (f"runs_dir={folder}/runs", *extra)
-    unwell = run(studies(experiment, budget, extra=placed), Store(folder / "results" / "runs"), ["cpu"], seeds)
+    unwell = run(studies(experiment, budget, extra=placed, seeds=seeds), Store(folder / "results"), ["cpu"])
     return [ended for ended in unwell if not ended.diverged]
 
 

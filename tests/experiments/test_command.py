@@ -29,19 +29,19 @@ def call(monkeypatch, tmp_path, capsys):
 def test_plan_run_plan_report(call, tmp_path):
     code, out, _ = call("plan", "tuned", "--seeds", "2")
     assert code == 0
-    assert "0/6" in out
+    assert "0/12" in out
     assert "0/2" in out
-    assert out.endswith("0 done; the others one after the other at the pace of those recorded: 0:00:00, and 8 runs of "
+    assert out.endswith("0 done; the others one after the other at the pace of those recorded: 0:00:00, and 14 runs of "
                         "which nothing like them was recorded\n")  # fmt: skip
     assert not (tmp_path / "results").exists()
     code, out, err = call("run", "tuned", "--seeds", "2", "--devices", "cpu", "--set", f"runs_dir={tmp_path}/runs")
     assert (code, err) == (0, "")
-    assert "8 of 8 done" in out
+    assert " 0 running, 0 failed, 0:00:00 left" in out
     assert f"{tmp_path}/results/tuned.md" in out
     code, out, _ = call("plan", "tuned", "--seeds", "3")
-    assert "6/6" in out
-    assert "2/3" in out
-    assert "1 cells, 9 runs, 8 done" in out
+    (tried, all_of_them), (filled, seeds) = (map(int, pair) for pair in re.findall(r"(\d+)/(\d+)", out))
+    assert (tried, filled, seeds) == (all_of_them, 2, 3)
+    assert f"1 cells, {tried + 3} runs, {tried + 2} done" in out
     assert "0:00:0" in out.splitlines()[-1]
     page = (tmp_path / "results" / "tuned.md").read_text()
     (tmp_path / "results" / "tuned.md").unlink()

@@ -3,24 +3,29 @@
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import isnan, sqrt
 
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
+import torch
 
 from experiments import report
 from experiments.__main__ import EXPERIMENTS, SIMULATIONS
-from experiments.outcomes import Outcome, comparisons, mean_and_error, verdict, welch
-from experiments.page import entry, show
+from experiments.grid import compose_all
+from experiments.layout import show
+from experiments.outcomes import Outcome, comparisons, verdict
+from experiments.page import entry
 from experiments.records import Record, Store
 from experiments.simulation import SimulationPage
 from experiments.spec import Cell, Experiment, Measure, Paper
-from experiments.study import compose_all, studies
+from experiments.statistics import compare, compare_paired, holm, mean_and_error
+from experiments.study import Tuning, studies
 from lawn.config import run_name
 from lawn.errors import RunError
+from lawn.train.record import packed
 from tests.experiments.helpers import ACCURACY, MINI, TUNED, fill
 from tests.helpers import RECOMMENDERS, ROOT
 
@@ -41,7 +46,8 @@ def results(filled, tmp_path):
 def made_up(cell: Cell, *values: float, status: str = "done", epochs: int = 300) -> Outcome:
     records = [
         Record(
-            path=ROOT / f"{cell.row}-{seed}.json",
+            path=ROOT / "none.json",
+            name=f"{cell.row}-{seed}",
             hash="",
             config={"seed": seed, "train": {"epochs": epochs}},
             environment={},
@@ -50,11 +56,11 @@ def made_up(cell: Cell, *values: float, status: str = "done", epochs: int = 300)
         )
         for seed, value in enumerate(values)
     ]
-    return Outcome(cell, None, records, [], ())
+    return Outcome(cell, None, records, Tuning(), [])
 
 
 def test_pages_from_records_alone(results):
-    page = report.Page(MINI, Store(results / "runs"))
+    page = report.Page(MINI, Store(results))
     report.write(page, results)
     adam, fails, absent = page.found
     accuracy = [record.result["last"]["test_accuracy"] for record in adam.records]
@@ -80,7 +86,7 @@ def test_pages_from_records_alone(results):
 
 
 def test_the_index_stands_alone(results):
-    pages = [report.Page(experiment, Store(results / "runs")) for experiment in (MINI, EXPERIMENTS["table4"])]
+    pages = [report.Page(experiment, Store(results)) for experiment in (MINI, EXPERIMENTS["table4"])]
     for page in pages:
         report.write(page, results)
     report.write_index(pages, results)
@@ -97,7 +103,7 @@ def test_the_index_stands_alone(results):
 
 
 def test_a_figure_without_anything_to_draw(results):
-    page = report.Page(replace(MINI, cells=MINI.cells[1:]), Store(results / "runs"))
+    page = report.Page(replace(MINI, cells=MINI.cells[1:]), Store(results))
     report.write(page, results)
     assert (results / "mini.png").exists()
 
@@ -109,23 +115,23 @@ def test_records_that_were_tampered_with_are_refused(results):
     content["config"]["optim"]["lr"] = 0.5
     path.write_text(json.dumps(content))
     with pytest.raises(RunError, match="its config is not the one"):
-        report.Page(MINI, Store(results / "runs"))
+        report.Page(MINI, Store(results))
     path.write_text("{")
-    with pytest.raises(RunError, match="damaged record"):
-        report.Page(MINI, Store(results / "runs"))
+    with pytest.raises(RunError, match=r"damaged record \("):
+        report.Page(MINI, Store(results))
 
 
 def test_unfinished_runs_are_not_recorded(tmp_path):
     (config,) = compose_all([(*MINI.cells[0].overrides, f"runs_dir={tmp_path}")])
     with pytest.raises(RunError, match="not finished"):
-        Store(tmp_path).write(config, (), tuning=False)
+        Store(tmp_path).write(config, ())
 
 
 def test_warnings_of_the_runs_stand_below_the_table(tmp_path, tiny_data):
     cell = Cell("SGD", ("dataset=movielens100k", "optim=sgd", *RECOMMENDERS, "train.epochs=1"))
     small = Experiment("small", "A small one", (cell,), (Measure("test_hr10", "HR@10", 1),), seeds=2)
     assert fill(small, tmp_path, 2, 0, f"data_dir={tiny_data}") == []
-    page = report.Page(small, Store(tmp_path / "results" / "runs"))
+    page = report.Page(small, Store(tmp_path / "results"))
     report.write(page, tmp_path / "results")
     text = (tmp_path / "results" / "small.md").read_text()
     assert text.count("- ml-100k: 30 users, published are 943 (SGD)") == 1
@@ -159,14 +165,6 @@ def test_the_difference_is_marked_where_it_exceeds_both_errors():
     assert (blank.ours, blank.paper, blank.difference, blank.marked) == ("", "70.00", "", False)
 
 
-def test_welch_by_hand():
-    """Means 2 and 5, variances 1 and 4, n = 3: t = 3 / sqrt(5/3), 50/17 degrees of freedom."""
-    p = welch([1.0, 2.0, 3.0], [3.0, 5.0, 7.0])
-    assert p == pytest.approx(2 * stats.t.sf(3 / sqrt(5 / 3), 50 / 17))
-    assert isnan(welch([1.0], [2.0, 3.0]))
-    assert isnan(welch([1.0, 1.0], [2.0, 2.0]))
-
-
 def table(smaller_is_better: bool = False) -> tuple[Experiment, list[Outcome]]:
     cells = [
         Cell("SGD", (), column="1k", paper=Paper(60.0)),
@@ -189,12 +187,12 @@ def table(smaller_is_better: bool = False) -> tuple[Experiment, list[Outcome]]:
 def test_the_verdict_names_what_differs_from_the_paper():
     experiment, found = table()
     first, second = comparisons(experiment, found)
-    assert (first.gain, first.paper, first.turned) == (-2.0, 2.0, True)
-    assert (second.gain, second.paper, second.turned) == (6.0, 2.0, False)
+    assert (first.gain.difference, first.paper, first.turned) == (-2.0, 2.0, True)
+    assert (second.gain.difference, second.paper, second.turned) == (6.0, 2.0, False)
     lines = verdict(experiment, found)
     assert lines[0] == (
         "With LAWN the number is better in 1 of 2 comparisons (p < 0.05 in 1) and worse in 1 (p < 0.05 in 0); "
-        "Welch's test over seeds, not corrected for their number."
+        "Welch's test over seeds, p after Holm's correction for 2 comparisons."
     )
     assert lines[1].startswith("The sign is the paper's in 1 of the 2 comparisons that it has; opposite are: ")
     assert "Adam-LAWN against Adam at 1k (here -2, p = 0.07, paper +2)." in lines[1]
@@ -212,7 +210,7 @@ def test_different_budgets_are_not_compared():
 
 def test_an_error_is_better_when_it_is_smaller():
     experiment, found = table(smaller_is_better=True)
-    assert [c.gain for c in comparisons(experiment, found)] == [2.0, -6.0]
+    assert [c.gain.difference for c in comparisons(experiment, found)] == [2.0, -6.0]
     assert "Order at 1k: SGD > Adam-LAWN > Adam; in the paper SGD > Adam > Adam-LAWN." in verdict(experiment, found)
 
 
@@ -229,7 +227,7 @@ def test_the_longest_budget_that_is_filled_is_shown(tmp_path):
         (one, 2, 0, 4, "128; 2 and 4 of 4 epochs"),
     ):
         assert fill(run, tmp_path, seeds, budget) == []
-        page = report.Page(experiment, Store(tmp_path / "results" / "runs"))
+        page = report.Page(experiment, Store(tmp_path / "results"))
         assert page.found[0].epochs == epochs
         assert page.panels[0].columns == [head]
     assert [row[0].ours.partition(" after ")[2] for _, row in page.panels[0].rows] == ["4 epochs", "2 epochs"]
@@ -238,16 +236,51 @@ def test_the_longest_budget_that_is_filled_is_shown(tmp_path):
 def test_a_grid_with_holes_keeps_its_settings(tmp_path):
     """Records of a tuning that is not complete stand beside the settings that they are of."""
     fill(TUNED, tmp_path, 1)
-    store = Store(tmp_path / "results" / "runs")
+    store = Store(tmp_path / "results")
     (study,) = studies(TUNED)
-    store.read(study.tuning[1].config).path.unlink()
-    page = report.Page(TUNED, Store(store.folder))
-    listed = report.tuning_frame(page)
-    assert list(listed["optim.lr"].astype(float)) == [1e-4, 1e-3, 3e-3, 1e-2, 3e-2]
-    for name, rate in zip(listed["record"], listed["optim.lr"], strict=True):
-        content = json.loads((store.folder / "tuning" / f"{name}.json").read_text())
-        assert content["config"]["optim"]["lr"] == float(rate)
+    path = tmp_path / "results" / "tuning" / "tuned.jsonl"
+    hole = study.grid.jobs()[1].name
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if hole not in line))
+    page = report.Page(TUNED, Store(tmp_path / "results"))
+    assert list(page.tuning["optim.lr"].astype(float)) == [1e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+    for name, rate in zip(page.tuning["record"], page.tuning["optim.lr"], strict=True):
+        assert store.read(name).config["optim"]["lr"] == float(rate)
     assert page.found[0].setting == ()
+    assert page.tuned is None
+
+
+def test_lines_of_tuning_files_are_in_the_order_of_their_names(tmp_path):
+    fill(TUNED, tmp_path, 1)
+    path = tmp_path / "results" / "tuning" / "tuned.jsonl"
+    names = [json.loads(line)["name"] for line in path.read_text().splitlines()]
+    assert names == sorted(set(names))
+    assert len(names) >= 12
+
+
+def test_a_damaged_line_of_a_tuning_file_is_named(tmp_path):
+    fill(TUNED, tmp_path, 1)
+    path = tmp_path / "results" / "tuning" / "tuned.jsonl"
+    lines = path.read_text().splitlines()
+    for damaged in (lines[1][:-9], "[]", lines[1].replace('"lr": ', '"lr": 1'), lines[1].replace(' "hash"', ' "hush"')):
+        path.write_text("\n".join([lines[0], damaged, *lines[2:]]))
+        with pytest.raises(
+            RunError, match=r"tuned.jsonl, line 2: damaged record \(.*\); delete the line and run again"
+        ):
+            report.Page(TUNED, Store(tmp_path / "results"))
+
+
+def test_two_runners_record_into_one_file(tmp_path):
+    """What one adds the other sees, and neither loses a line."""
+    fill(TUNED, tmp_path, 1)
+    (study,) = studies(TUNED, extra=(f"runs_dir={tmp_path}/runs",))
+    first, second = Store(tmp_path / "new"), Store(tmp_path / "new")
+    jobs = study.tuning(Store(tmp_path / "results")).jobs
+    with ThreadPoolExecutor(4) as pool:
+        for store, job in zip((first, second) * len(jobs), jobs, strict=False):
+            pool.submit(store.write, job.config, job.overrides, job.tunes)
+    assert all(store.has(job.name) for store in (first, second) for job in jobs)
+    merged, alone = (folder / "tuning" / "tuned.jsonl" for folder in (tmp_path / "new", tmp_path / "results"))
+    assert merged.read_text() == alone.read_text()
 
 
 def test_dirty_and_different_versions_of_the_code_are_shown(tmp_path):
@@ -266,7 +299,7 @@ def test_dirty_and_different_versions_of_the_code_are_shown(tmp_path):
         resumed = [{**content["environment"], **again} for again in change.pop("resumed", [])]
         content["environment"] |= {**change, "resumed": resumed}
         path.write_text(json.dumps(content))
-    page = report.Page(replace(MINI, cells=MINI.cells[:2]), Store(folder))
+    page = report.Page(replace(MINI, cells=MINI.cells[:2]), Store(folder.parent))
     a, b = "a" * 10, "b" * 10
     assert page.provenance.startswith(
         f"4 runs, code {a} (1), {a} with uncommitted changes (1), no git (1), {a} then {b} (1); torch "
@@ -288,12 +321,14 @@ def test_a_record_that_is_not_what_it_says_is_refused(tmp_path, part):
     path.write_text(json.dumps(content))
     if part == "name":
         path.rename(path.with_stem(f"{path.stem[:-12]}{'0' * 12}"))
-    store = Store(path.parent)
-    with pytest.raises(RunError, match=r"its config is not the one that its name stands for; delete it and run again"):
+    store = Store(path.parent.parent)
+    with pytest.raises(
+        RunError, match=r"its config is not the one that its name stands for\); delete it and run again"
+    ):
         list(store.all())
     if part != "name":  # else there is none of the run
         with pytest.raises(RunError, match="its config is not the one"):
-            report.Page(one, Store(path.parent))
+            report.Page(one, Store(path.parent.parent))
 
 
 @pytest.mark.parametrize("name", [*EXPERIMENTS, *SIMULATIONS])
@@ -304,11 +339,11 @@ def test_committed_results_are_those_of_the_records(name, tmp_path, monkeypatch)
     page: report.AnyPage = (
         SimulationPage(SIMULATIONS[name], ROOT / "results")
         if name in SIMULATIONS
-        else report.Page(EXPERIMENTS[name], Store(ROOT / "results" / "runs"))
+        else report.of(EXPERIMENTS[name], Store(ROOT / "results"))
     )
     report.write(page, tmp_path)
     written = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.suffix in (".md", ".csv", ".tex")]
-    assert len(written) == 3 + bool(page.tuned)
+    assert len(written) == 3 + (ROOT / "results" / "tuning" / f"{name}.csv").exists()
     for path in written:
         assert (tmp_path / path).read_text() == (ROOT / "results" / path).read_text()
     assert page.figured == (ROOT / "results" / f"{name}.svg").exists()
@@ -323,6 +358,66 @@ def test_every_record_is_shown():
     shown = set(re.findall(r"[\w.-]+", " ".join(pages)))
     for path in (ROOT / "results").rglob("*.json"):
         assert {path.stem, path.name} & shown, path
+    for path in (ROOT / "results" / "tuning").glob("*.jsonl"):
+        names = {json.loads(line)["name"] for line in path.read_text().splitlines()}
+        assert names <= shown, path
+
+
+def test_a_wide_error_is_explained():
+    """No mean of a committed page is uncertain by more than two points without a sentence that says why."""
+    for experiment in EXPERIMENTS.values():
+        page = report.of(experiment, Store(ROOT / "results"))
+        for outcome in page.found:
+            error = mean_and_error([record.value("headline") for record in outcome.records if not record.diverged])[1]
+            if error > 2 and experiment.measures[0].key == "headline":
+                assert any(f"standard error of {outcome.cell.name} is" in line for line in page.verdict)
+
+
+def test_collapsed_seeds_are_told():
+    cell = Cell("SGD", (), panel="MovieLens", column="batch 1k")
+    experiment = Experiment("t", "T", (cell,), (ACCURACY,))
+    (line,) = verdict(experiment, [made_up(cell, 60.0, 0.5, 58.0, 59.0)])
+    assert line == (
+        "The standard error of MovieLens, batch 1k, SGD is 14.63 points: its seeds give 0.50 to 60.00; 1 of 4 seeds "
+        "collapsed, to 0.50."
+    )
+    (line,) = verdict(experiment, [made_up(cell, 40.0, 50.0, 60.0)])
+    assert line.endswith("its seeds give 40.00 to 60.00; no seed collapsed.")
+    assert verdict(experiment, [made_up(cell, 59.0, 60.0, 61.0)]) == []
+
+
+def with_outcomes(outcome: Outcome, ranks: np.ndarray) -> Outcome:
+    """With ranks of test users [seeds, users] for the records' HR@10."""
+    records = []
+    for record, row in zip(outcome.records, ranks, strict=True):
+        last = {"test_hr10": 100.0 * (row < 10).mean()}
+        result = {**record.result, "headline": "hr10", "last": last, "outcomes": packed(torch.tensor(row))}
+        records.append(replace(record, result=result))
+    return replace(outcome, records=records)
+
+
+def test_comparisons_are_paired_over_users_where_records_have_ranks():
+    rng = np.random.default_rng(0)
+    taste = rng.integers(0, 25, 400)  # users whose item is easy or hard to find for any model
+    ranks = [np.clip(taste + rng.integers(-2, 3, (8, 400)) - shift, 0, 99) for shift in (0, 1)]
+    experiment, found = table()
+    found = [with_outcomes(made_up(cell.cell, *range(8)), rank) for cell, rank in zip(found[1:3], ranks, strict=True)]
+    (pair,) = comparisons(experiment, found)
+    hits = [100.0 * (rank < 10) for rank in ranks]
+    assert pair.paired
+    assert pair.gain == compare_paired(hits[1], hits[0])
+    assert pair.gain.p < 1e-4 < 0.1 < compare(hits[1].mean(1), hits[0].mean(1)).p * 1e9
+    assert pair.adjusted == pair.gain.p
+    (unpaired,) = comparisons(experiment, [found[0], made_up(found[1].cell, *range(8))])
+    assert not unpaired.paired
+
+
+def test_holm_is_over_the_table():
+    experiment, found = table()
+    pairs = comparisons(experiment, found)
+    assert [pair.adjusted for pair in pairs] == holm([pair.gain.p for pair in pairs])
+    single = [replace(o, records=o.records[:1]) for o in found]
+    assert all(isnan(pair.adjusted) and isnan(pair.gain.p) for pair in comparisons(experiment, single))
 
 
 def test_the_readme_shows_these_tables():
@@ -333,10 +428,10 @@ def test_the_readme_shows_these_tables():
 def test_every_number_of_the_readmes_tables_links_to_its_records():
     text = (ROOT / "README.md").read_text()
     for block in re.findall(r"<!-- table \w+ -->\n(.*?)<!-- end -->", text, flags=re.DOTALL):
-        rows = [line for line in block.splitlines() if line.startswith("| ") and "n=3)" in line]
+        rows = [line for line in block.splitlines() if line.startswith("| ") and "n=" in line]
         assert rows
         for row in rows:
-            (first, *_), links = re.findall(r"n=\d\)( <sup>.*?</sup>)?", row), re.findall(r"\]\(([^)]*)\)", row)
+            (first, *_), links = re.findall(r"n=\d+\)( <sup>.*?</sup>)?", row), re.findall(r"\]\(([^)]*)\)", row)
             assert first
             assert links
             assert all((ROOT / link).exists() for link in links)

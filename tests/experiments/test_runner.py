@@ -14,12 +14,13 @@ import pytest
 
 from experiments import report
 from experiments.__main__ import EXPERIMENTS
+from experiments.grid import compose_all
 from experiments.pool import Pool, visible_gpus
 from experiments.records import Record, Store
 from experiments.runner import Pace, duration, missing, run
 from experiments.spec import Cell, Experiment
-from experiments.study import Study, compose_all, studies
-from lawn.config import config_hash, run_name
+from experiments.study import Study, studies
+from lawn.config import config_hash
 from tests.experiments.helpers import ACCURACY, MINI, SHORT, TUNED, fill, miniature
 from tests.helpers import FIXTURES, ROOT
 
@@ -36,12 +37,13 @@ def test_a_miniature_of_each_table(experiment, tmp_path, tiny_data):
     tuned = experiment.name == "table4"
     small = miniature(experiment, tuned)
     assert fill(small, tmp_path, 1, -1, f"data_dir={tiny_data}") == []
-    page = report.Page(small, Store(tmp_path / "results" / "runs"))
+    page = report.Page(small, Store(tmp_path / "results"))
     for outcome in page.found:
         assert outcome.records, outcome.cell.name
         assert outcome.epochs == 1
         assert outcome.failed or len(outcome.values(experiment.measures[0])) == 1
-    assert len(page.found[0].tuning) == (6 if tuned else 0)
+    parts = page.found[0].tuning
+    assert (len(parts.short), len(parts.full) > 6, len(parts.confirming)) == ((0, True, 6) if tuned else (0, False, 0))
     assert bool(page.found[0].setting) == tuned
     report.write(page, tmp_path / "results")
     report.write_index([page], tmp_path / "results")
@@ -61,8 +63,8 @@ def test_a_run_on_imagenet_takes_all_devices(tmp_path, tiny_data):
     small = Cell("One", (*SHORT, "train.epochs=300"))
     large = Cell("All", ("dataset=imagenet", *FIXTURES["imagenet"], "model=mlp", "model.widths=[8]", "train.epochs=1"))
     (one,), (all_of_them,) = (
-        study.outstanding(Store(tmp_path), 1)
-        for study in studies(Experiment("x", "X", (small, large), ()), extra=places)
+        study.outstanding(Store(tmp_path))
+        for study in studies(Experiment("x", "X", (small, large), (), seeds=1), extra=places)
     )
     with Pool(["cpu", "cpu"]) as pool:
         pool.start([one])
@@ -82,27 +84,38 @@ def test_ranks_see_the_gpus_of_their_job(present, visible):
 
 def test_the_best_setting_on_validation_fills_the_cell(tmp_path):
     assert fill(TUNED, tmp_path) == []
-    store = Store(tmp_path / "results" / "runs")
+    store = Store(tmp_path / "results")
     (study,) = studies(TUNED)
-    values = [store.read(job.config).result["last"]["val_accuracy"] for job in study.tuning]
-    best = study.settings[values.index(max(values))]
-    records = study.results(store, 2)
+    tuning = study.tuning(store)
+    values: dict[float, list[float]] = {}
+    for job in (*tuning.full, *tuning.confirming):
+        record = store.read(job.name)
+        values.setdefault(record.config["optim"]["lr"], []).append(record.result["last"]["val_accuracy"])
+    confirmed = {rate: sum(found) / 3 for rate, found in values.items() if len(found) == 3}
+    assert len(confirmed) == 3
+    assert min(values[rate][0] for rate in confirmed) >= max(values[r][0] for r in values if r not in confirmed)
+    records = study.results(store)
     assert [record.config["seed"] for record in records] == [0, 1]
-    assert {f"optim.lr={record.config['optim']['lr']}" for record in records} == set(best)
+    assert {record.config["optim"]["lr"] for record in records} <= {
+        rate for rate in confirmed if confirmed[rate] == max(confirmed.values())
+    }
     assert all(record.result["split"] == "test" for record in records)
     assert all(record.path.parent.name == "runs" for record in records)
-    for job, record in [*zip(study.tuning, map(store.read, (j.config for j in study.tuning)), strict=True)]:
-        assert record.path.parent.name == "tuning"
+    for job in tuning.jobs:
+        record = store.read(job.name)
+        assert record.path == tmp_path / "results" / "tuning" / "tuned.jsonl"
         assert record.outcomes is None
-        assert command_of(record) == job.hash
+        assert command_of(record) == record.hash == job.name[-12:]
     for record in records:
         assert command_of(record) == record.hash
-        assert 100 * record.outcomes.mean() == pytest.approx(record.value("headline"))
+        assert record.scores.mean() == pytest.approx(record.value("headline"))
 
 
 def command_of(record: Record) -> str:
     """The hash of the run that the command on a record starts."""
-    python, script, *overrides = shlex.split(json.loads(record.path.read_text())["command"])
+    lines = record.path.read_text().splitlines() if record.path.suffix == ".jsonl" else [record.path.read_text()]
+    (content,) = [content for content in map(json.loads, lines) if content["hash"] == record.hash]
+    python, script, *overrides = shlex.split(content["command"])
     assert (python, script) == ("python", "run.py")
     return config_hash(compose_all([tuple(overrides)])[0])
 
@@ -110,26 +123,28 @@ def command_of(record: Record) -> str:
 def test_the_command_of_figure_1_is_quoted(tmp_path, tiny_data):
     figure = miniature(EXPERIMENTS["figure1"])
     assert fill(figure, tmp_path, 1, -1, f"data_dir={tiny_data}") == []
-    for record in Store(tmp_path / "results" / "runs").all():
+    for record in Store(tmp_path / "results").all():
         assert command_of(record) == record.hash
 
 
 def test_what_a_killed_writer_leaves_is_no_record(tmp_path):
     fill(replace(MINI, cells=MINI.cells[:1]), tmp_path, 1)
-    store = Store(tmp_path / "results" / "runs")
+    store = Store(tmp_path / "results")
     (record,) = store.all()
-    (store.folder / f".{record.name}.json.abc.json").write_text('{"hash"')
+    (store.runs / f".{record.name}.json.abc.json").write_text('{"hash"')
+    store.tuning.mkdir()
+    (store.tuning / ".mini.jsonl.abc.jsonl").write_text('{"hash"')
     assert [other.name for other in store.all()] == [record.name]
 
 
 def test_selection_on_test_is_another_study_and_says_so(tmp_path):
     extra = (f"runs_dir={tmp_path}/runs",)
-    store = Store(tmp_path / "results" / "runs")
-    assert run(studies(TUNED, selection="test", extra=extra), store, ["cpu"], 1) == []
+    store = Store(tmp_path / "results")
+    assert run(studies(TUNED, selection="test", extra=extra, seeds=1), store, ["cpu"]) == []
     page = report.Page(TUNED, store, "test")
     assert page.name == "tuned-selected-on-test"
     assert "chosen on the TEST split" in page.measured
-    assert all(record.result["split"] == "test" for _, record in page.found[0].tuning)
+    assert all(record.result["split"] == "test" for _, record in page.found[0].tried)
     assert report.Page(TUNED, store).found[0].records == []
     assert "validation" in report.Page(TUNED, store).measured
 
@@ -141,8 +156,8 @@ def test_a_job_that_dies_or_is_refused_does_not_keep_the_others(tmp_path, monkey
     experiment = Experiment("three", "Three", (long, absent, MINI.cells[0]), (ACCURACY,))
     extra = (f"runs_dir={tmp_path}/runs", f"data_dir={tmp_path}/nowhere")
     killer = subprocess.Popen([sys.executable, "-c", KILL, str(tmp_path / "runs"), "digits-mlp-adam-"])
-    store = Store(tmp_path / "results" / "runs")
-    failed = run(studies(experiment, extra=extra), store, ["cpu", "cpu"], 1)
+    store = Store(tmp_path / "results")
+    failed = run(studies(experiment, extra=extra, seeds=1), store, ["cpu", "cpu"])
     assert killer.wait(10) == 0
     reasons = {ended.job.config.dataset.name: ended.failure for ended in failed}
     assert reasons["digits"] == "killed by SIGKILL"
@@ -155,7 +170,7 @@ def test_a_job_that_dies_or_is_refused_does_not_keep_the_others(tmp_path, monkey
 def test_a_damaged_run_directory_is_that_runs_failure_alone(tmp_path):
     experiment = replace(MINI, cells=(MINI.cells[0], MINI.cells[2]))
     (study, _) = studies(experiment, extra=(f"runs_dir={tmp_path}/runs",))
-    folder = tmp_path / "runs" / run_name(study.outstanding(Store(tmp_path), 1)[0].config)
+    folder = tmp_path / "runs" / study.outstanding(Store(tmp_path))[0].name
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("hash: [")
     (failed,) = fill(experiment, tmp_path, 1)
@@ -174,11 +189,11 @@ def test_a_damaged_run_directory_is_that_runs_failure_alone(tmp_path):
     ],
 )
 def test_a_cell_that_cannot_be_composed_says_why(sweep, overrides, problem):
-    study = Study(Cell("bad", (*SHORT, *overrides), sweep=sweep), None)
+    study = Study(Cell("bad", (*SHORT, *overrides), sweep=sweep))
     assert study.problem is not None
     assert study.problem.startswith(problem)
     assert "\n" not in study.problem
-    assert study.outstanding(Store(Path("nowhere")), 3) == []
+    assert study.outstanding(Store(Path("nowhere"))) == []
     assert list(study.filling(Store(Path("nowhere")))) == []
 
 
@@ -251,17 +266,16 @@ def driver(experiment: str, folder: Path, *arguments: str) -> subprocess.Popen[s
 def test_killed_and_started_again(tmp_path, capsys):
     with driver("KILLED", tmp_path, "--seeds", "2") as first:
         assert first.stdout is not None
-        assert any(" 3 of 10 done" in line for line in first.stdout)
+        assert any(" 3 of 16 done" in line for line in first.stdout)
         first.send_signal(signal.SIGKILL)
-    recorded = {path: path.stat().st_mtime_ns for path in (tmp_path / "results" / "runs").glob("**/*.json")}
+    recorded = [record.name for record in Store(tmp_path / "results").all()]
     assert len(recorded) >= 3
     _wait_until_nobody_writes(tmp_path / "runs")
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/DONE")}
     assert fill(KILLED, tmp_path) == []
-    assert capsys.readouterr().out.count(" done, ") == 10 - len(recorded)
-    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "results" / "runs").glob("**/*.json")}
-    assert len(after) == 10
-    assert recorded.items() <= after.items()
+    after = [record.name for record in Store(tmp_path / "results").all()]
+    assert capsys.readouterr().out.count(" done, ") == len(after) - len(recorded)
+    assert set(recorded) < set(after)
     assert finished.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/DONE")}.items()
     assert fill(KILLED, tmp_path) == []
     assert " done, " not in capsys.readouterr().out
@@ -285,32 +299,33 @@ def _writes_below(process: Path, folder: Path) -> bool:
 
 def test_the_budget_of_time(tmp_path, capsys):
     long = Experiment("long", "Long", (Cell("Adam", ("dataset=digits", "train.epochs=100000")),), (ACCURACY,))
-    store = Store(tmp_path / "results" / "runs")
+    store = Store(tmp_path / "results")
     start = time.monotonic()
-    assert run(studies(long, extra=(f"runs_dir={tmp_path}/runs",)), store, ["cpu"], 1, budget=3) == []
+    assert run(studies(long, extra=(f"runs_dir={tmp_path}/runs",), seeds=1), store, ["cpu"], budget=3) == []
     assert 3 <= time.monotonic() - start < 60
     assert "the time is up" in capsys.readouterr().out
     _wait_until_nobody_writes(tmp_path / "runs")
 
 
 def test_what_is_missing_and_how_long_it_takes(tmp_path):
-    store = Store(tmp_path / "results" / "runs")
-    (study,) = studies(TUNED)
-    assert len(missing(study, store, 3)) == 6 + 3
-    assert Pace(store).seconds([study.tuning[0].config]) is None
+    store = Store(tmp_path / "results")
+    (study,), (more,) = studies(TUNED), studies(TUNED, seeds=3)
+    assert len(missing(study, store)) == 6 + 6 + 2
+    assert len(missing(more, store)) == 6 + 6 + 3
+    assert Pace(store).seconds([study.grid.config]) is None
     assert duration(None) == "unknown"
     fill(replace(MINI, cells=MINI.cells[:1]), tmp_path)
     pace = Pace(store)
     records = list(store.all())
     each = sorted(sum(r.result["seconds"].values()) for r in records)
     expected = (each[0] + each[1]) / 2
-    config = study.tuning[0].config
+    config = study.grid.config
     assert pace.seconds([config]) == pytest.approx(expected)
     twice = replace(config, train=replace(config.train, epochs=6, batch_size=1000))
     assert pace.seconds([config, twice]) == pytest.approx(3 * expected)
     fill(TUNED, tmp_path)
-    assert missing(study, store, 2) == []
-    assert len(missing(study, store, 3)) == 1
+    assert missing(study, store) == []
+    assert len(missing(more, store)) == 1
     assert duration(3661.4) == "1:01:01"
 
 

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from experiments.statistics import Comparison, best_of, compare_paired, holm
+from experiments.statistics import Comparison, best_of, compare, compare_paired, holm
 
 
 def hits(rng: np.random.Generator, seeds: int, users: np.ndarray, spread: float, shift: float = 0.0) -> np.ndarray:
@@ -18,20 +18,23 @@ def hits(rng: np.random.Generator, seeds: int, users: np.ndarray, spread: float,
     return 100.0 * (rng.normal(size=(seeds, len(users))) < users + level)
 
 
-def test_standard_error_is_that_of_the_closed_form():
-    """The estimate of two crossed factors: between users, and between seeds less what the luck of users in runs is."""
+def test_standard_error_is_that_of_a_bootstrap():
+    """Drawn literally: users with their means, and seeds with theirs less what the luck of users in runs is."""
     rng = np.random.default_rng(0)
     ours, theirs = (hits(rng, seeds, np.zeros(200), 0.3) for seeds in (6, 4))
-    found = compare_paired(ours, theirs, resamples=40_000)
+    found = compare_paired(ours, theirs)
     users = ours.shape[1]
-    expected = (ours.mean(0) - theirs.mean(0)).var() / users
-    for arm in (ours, theirs):
+    differences = ours.mean(0) - theirs.mean(0)
+    drawn = np.stack([rng.choice(differences, users).mean() for _ in range(20_000)])
+    for arm, sign in ((ours, 1), (theirs, -1)):
         seeds = len(arm)
         luck = arm - arm.mean(0) - arm.mean(1, keepdims=True) + arm.mean()
-        luck_variance = (luck**2).sum() / (seeds - 1) / (users - 1)
-        expected += (arm.mean(1).var(ddof=1) - luck_variance / users) / seeds
+        explained = (luck**2).sum() / (seeds - 1) / (users - 1) / users
+        means = arm.mean(1) - arm.mean()
+        levels = means * np.sqrt((means.var(ddof=1) - explained) / means.var())
+        drawn += sign * rng.choice(levels, (len(drawn), seeds)).mean(1)
     assert found.difference == pytest.approx(ours.mean() - theirs.mean())
-    assert found.error**2 == pytest.approx(expected, rel=0.03)
+    assert found.error == pytest.approx(drawn.std(), rel=0.02)
 
 
 def test_two_runs_of_two_users_each_may_be_told_apart():
@@ -55,7 +58,7 @@ def test_null_data_give_five_percent_of_false_positives(spread, runs):
     wrong = 0
     for _ in range(runs):
         users = rng.normal(0.4, 1.0, 300)
-        wrong += compare_paired(*(hits(rng, 8, users, spread) for _ in range(2)), resamples=200).p < 0.05
+        wrong += compare_paired(*(hits(rng, 8, users, spread) for _ in range(2))).p < 0.05
     assert wrong / runs <= 0.055 + 2.5 * math.sqrt(0.05 * 0.95 / runs)
     assert wrong / runs >= (0.005 if spread == 0 else 0.045 - 2.5 * math.sqrt(0.05 * 0.95 / runs))
 
@@ -68,7 +71,7 @@ def test_intervals_hold_the_difference(runs):
         users = rng.normal(0.4, 1.0, 300)
         arms = hits(rng, 8, users, 0.06, shift=0.2), hits(rng, 8, users, 0.06)
         likely = [stats.norm.cdf((0.4 + shift) / math.sqrt(2 + 0.06**2)) for shift in (0.2, 0.0)]
-        low, high = compare_paired(*arms, resamples=200).interval()
+        low, high = compare_paired(*arms).interval()
         held += low <= 100 * (likely[0] - likely[1]) <= high
         found += low > 0
     assert 0.95 - 2.5 * math.sqrt(0.05 * 0.95 / runs) <= held / runs
@@ -83,14 +86,28 @@ def test_p_and_interval_agree(difference, error, df):
     assert min(abs(low), abs(high)) < 1e-6
 
 
-def test_p_is_scipys():
+def test_welchs_test_is_scipys():
     rng = np.random.default_rng(3)
     a, b = rng.normal(size=8), rng.normal(size=6)
     theirs = stats.ttest_ind(a, b, equal_var=False)
-    error = math.sqrt(a.var(ddof=1) / 8 + b.var(ddof=1) / 6)
-    ours = Comparison(a.mean() - b.mean(), error, theirs.df)
+    ours = compare(a, b)
+    assert (ours.difference, ours.df) == (pytest.approx(a.mean() - b.mean()), pytest.approx(theirs.df))
     assert ours.p == pytest.approx(theirs.pvalue)
     assert ours.interval() == pytest.approx(tuple(theirs.confidence_interval()))
+
+
+def test_welchs_test_by_hand():
+    """Means 2 and 5, variances 1 and 4, n = 3: t = 3 / sqrt(5/3), 50/17 degrees of freedom."""
+    found = compare(np.array([1.0, 2.0, 3.0]), np.array([3.0, 5.0, 7.0]))
+    assert (found.difference, found.df) == (-3, pytest.approx(50 / 17))
+    assert found.p == pytest.approx(2 * stats.t.sf(3 / math.sqrt(5 / 3), 50 / 17))
+
+
+@pytest.mark.parametrize(("a", "b"), [([1.0], [2.0, 3.0]), ([1.0, 1.0], [2.0, 2.0])])
+def test_nothing_is_known_without_spread(a, b):
+    found = compare(np.array(a), np.array(b))
+    assert found.difference < 0
+    assert all(map(math.isnan, (found.error, found.p, *found.interval(), found.detectable())))
 
 
 @pytest.mark.parametrize("df", [6.0, 14.0, 1e6])

@@ -8,8 +8,9 @@ import torch
 from omegaconf import OmegaConf
 
 from experiments.__main__ import EXPERIMENTS
-from experiments.study import Study, compose_all, studies
-from lawn.config import arguments, config_hash
+from experiments.grid import compose_all
+from experiments.study import Study, studies
+from lawn.config import arguments, run_name
 from lawn.models.mlp import mlp
 from lawn.optimizers import OPTIMIZERS, optimizer_arguments
 from lawn.task import TASKS, build
@@ -25,10 +26,11 @@ def test_the_papers_cells(name, cells):
 
 def test_cells_beyond_the_paper():
     beyond = {e.name: {c.row for c in e.cells if c.paper is None} for e in EXPERIMENTS.values()}
-    assert beyond["table4"] == {"SGD-LAWN"}
-    assert len(EXPERIMENTS["table4"].cells) == 72
+    assert beyond["table4"] == {"SGD-LAWN", "Adam, eps tuned"}
+    assert beyond["table1"] == beyond["table3"] == {"Adam, eps tuned"}
+    assert len(EXPERIMENTS["table4"].cells) == 84
     assert len(EXPERIMENTS["figure1"].cells) == 2
-    assert all(not rows for name, rows in beyond.items() if name.startswith("table") and name != "table4")
+    assert all(not rows for name, rows in beyond.items() if name in ("table2", "table5", "table6"))
     for experiment in EXPERIMENTS.values():
         assert len({cell.name for cell in experiment.cells}) == len(experiment.cells)
         if experiment.pairs:
@@ -47,10 +49,10 @@ def test_paper_values_by_hand():
     assert printed("table3", "CIFAR-100", "batch 10k", "LAMB-LAWN") == (69.16, 0.45)
     assert printed("table4", "MovieLens-100k", "batch 400k", "LAMB") == (62.57, 0.25)
     assert printed("table4", "Pinterest", "batch 1M", "SGD") == (None, 0.25)
-    assert printed("table5", "CIFAR-10", "focal 5", "Adam, batch smaller") == (87.88, None)
+    assert printed("table5", "CIFAR-10", "focal 5", "Adam, eps 1e-8, batch smaller") == (87.88, None)
     assert printed("table5", "CIFAR-100", "cross entropy", "Adam-LAWN, batch larger") == (72.97, None)
-    assert printed("table6", "CIFAR-100", "batch 256", "Adam") == (0.292, None)
-    assert printed("figure2", "ImageNet", "batch 256", "Adam") == (71.16, 0.05)
+    assert printed("table6", "CIFAR-100", "batch 256", "Adam, eps 1e-8") == (0.292, None)
+    assert printed("figure2", "ImageNet", "batch 256", "Adam, eps 1e-8") == (71.16, 0.05)
 
 
 def test_the_papers_numbers_are_the_transcribed_ones():
@@ -97,8 +99,8 @@ def test_settings_of_a_grid_are_different_runs(step):
     by_sweep = {c.sweep: c for e in EXPERIMENTS.values() for c in e.cells if c.sweep}
     assert len(by_sweep) > 15
     for cell in list(by_sweep.values())[::step]:
-        study = Study(cell, cell.epochs[0])
-        assert len({job.hash for job in study.tuning}) == len(study.settings) >= 8
+        grid = Study(cell, cell.epochs).grid
+        assert len({job.name for job in grid.jobs()}) == len(grid.points) >= 8
 
 
 def test_the_figures_cells_are_those_of_the_tables():
@@ -122,9 +124,10 @@ def test_a_study_runs_what_the_command_line_runs(name):
     """The fast way to the config of a setting gives the run of the overrides that stand in its record."""
     experiment = EXPERIMENTS[name]
     for study in studies(experiment.only([experiment.cells[-1].overrides[0]]), -1)[::5]:
-        for job in (study.tuning[0], study.tuning[-1]):
+        beyond = (-1, *study.grid.points[0][1:])
+        for job in (*study.grid.jobs()[:: len(study.grid.points) - 1], study.grid.job(beyond, 2)):
             (composed,) = compose_all([job.overrides])
-            assert config_hash(composed) == job.hash
+            assert run_name(composed) == job.name
             assert composed.eval.split == "val"
             assert composed.eval.every == composed.train.epochs
 

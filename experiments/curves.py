@@ -1,0 +1,180 @@
+"""Tuning curves: how good the best of k random settings is, for every optimizer and batch size of table 4."""
+
+from dataclasses import replace
+from functools import cached_property
+
+import pandas as pd
+from scipy.stats import spearmanr
+
+from experiments import search
+from experiments.layout import Entry
+from experiments.outcomes import Outcome, place, places
+from experiments.page import Page, provenance
+from experiments.records import Record
+from experiments.spec import Cell, Experiment, Measure
+from experiments.statistics import BestOf, best_of
+from experiments.tables import PANELS, TABLE4
+
+K = 5  # trials that a user may afford
+SHORT, FULL = (f"{PANELS['movielens100k']}, {schedule}" for schedule in ("short schedules", "the paper's schedules"))
+CHECKED = ("Adam, eps 1e-8", "Adam-LAWN"), "batch 10k"  # cells whose grid is run for the whole schedule, too
+
+
+def _whole(cell: Cell, panel: str, epochs: int) -> Cell:
+    return replace(cell, panel=panel, epochs=(epochs,), paper=None, seeds=None, whole=True)
+
+
+_CELLS = [cell for cell in TABLE4.cells if cell.panel == PANELS["movielens100k"]]
+TUNING_CURVES = Experiment(
+    "tuning_curves",
+    "Tuning curves: the best of k random settings",
+    (
+        *(_whole(cell, SHORT, cell.epochs[-1]) for cell in _CELLS),
+        *(
+            _whole(cell, FULL, cell.epochs[0])
+            for cell in _CELLS
+            if cell.row in CHECKED[0] and cell.column == CHECKED[1]
+        ),
+    ),
+    (Measure("headline", "validation HR@10, %"),),
+    figure="tuning",
+    pairs=TABLE4.pairs,
+    notes=(
+        "The grids are those of table 4, of 48 settings each; eps tuned has 144. Short schedules have a tenth of the "
+        "paper's epochs, 75 where it has 500.",
+    ),
+)
+
+
+class CurvesPage(Page):
+    """What the grids say, and not what fills a cell."""
+
+    source, source_title = "tuning/tuning_curves.csv", "Every run."
+
+    @property
+    def curves(self) -> list[tuple[Outcome, BestOf]]:
+        """Of the grids that are complete."""
+        complete = [o for o in self.found if o.tried and len(o.tried) == len(o.tuning.full)]
+        return [(outcome, curve(outcome)) for outcome in complete]
+
+    @cached_property
+    def _best(self) -> dict[tuple[str, str, str], BestOf]:
+        return {(o.cell.panel, o.cell.column, o.cell.row): found for o, found in self.curves}
+
+    @property
+    def shown(self) -> bool:
+        return bool(self.curves)
+
+    def _entry(self, outcome: Outcome, measure: Measure, cells: list[Outcome]) -> Entry:
+        found = self._best.get((outcome.cell.panel, outcome.cell.column, outcome.cell.row))
+        return Entry("" if found is None else _written(found), "", "", False, [])
+
+    @property
+    def measured(self) -> str:
+        return (
+            f"The best validation HR@10, %, that {K} random settings of a grid are expected to find, and in brackets "
+            "the interval that holds it with 80 % probability, over the draw of settings: in closed form, from one run "
+            "with seed 0 of every setting of the grid. A setting that diverged counts as 0."
+        )
+
+    @property
+    def provenance(self) -> str:
+        return provenance([record for outcome in self.found for _, record in outcome.tried])
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        return pd.DataFrame(
+            {
+                "panel": outcome.cell.panel,
+                "column": outcome.cell.column,
+                "row": outcome.cell.row,
+                "epochs": outcome.epochs,
+                "k": k + 1,
+                "mean": found.mean[k],
+                "low": found.low[k],
+                "high": found.high[k],
+            }
+            for outcome, found in self.curves
+            for k in range(len(found.mean))
+        )
+
+    @property
+    def verdict(self) -> list[str]:
+        return [*self._easier(), *self._winners(), *self._filter()]
+
+    def _winners(self) -> list[str]:
+        """Who leads with K trials, a sentence for each column."""
+        lines = []
+        for panel, column in places(self.found):
+            here = {row: found for (p, c, row), found in self._best.items() if (p, c) == (panel, column)}
+            if len(here) > 1:
+                order = sorted(here, key=lambda row: -here[row].mean[K - 1])
+                listed = " > ".join(f"{row} {here[row].mean[K - 1]:.2f}" for row in order)
+                lines.append(f"Best of {K} at {place(panel, column)}: {listed}.")
+        return lines
+
+    def _easier(self) -> list[str]:
+        """Whether E_free is easier to tune than decay."""
+        lines = []
+        for base, rival in self.experiment.pairs:
+            both = [
+                (self._best[panel, column, base], self._best[panel, column, rival])
+                for panel, column in places(self.found)
+                if {(panel, column, base), (panel, column, rival)} <= set(self._best)
+            ]
+            if both:
+                few = sum(b.mean[K - 1] > a.mean[K - 1] for a, b in both)
+                many = sum(b.mean[-1] > a.mean[-1] for a, b in both)
+                missed = [sum(pair[i].mean[-1] - pair[i].mean[K - 1] for pair in both) / len(both) for i in (0, 1)]
+                lines.append(
+                    f"{rival} against {base}: better with {K} trials in {few} of {len(both)} columns, with the whole "
+                    f"grid in {many}. With {K} trials {rival} misses {missed[1]:.2f} points of its best on average, "
+                    f"{base} {missed[0]:.2f}."
+                )
+        return lines
+
+    def _filter(self) -> list[str]:
+        """What the short schedule says of the whole one, where the whole grid was run for both."""
+        complete = {(o.cell.panel, o.cell.column, o.cell.row): o for o, _ in self.curves}
+        lines = []
+        for (panel, column, row), full in complete.items():
+            short = complete.get((SHORT, column, row))
+            if panel == FULL and short is not None:
+                lines.append(_filtered(full, short))
+        return lines
+
+
+def curve(outcome: Outcome) -> BestOf:
+    return best_of([_score(record) for _, record in outcome.tried])
+
+
+def _score(record: Record) -> float:
+    """Of a setting that diverged: 0, as of a model that recommends nothing."""
+    return 0.0 if record.diverged else record.value("headline")
+
+
+def _written(found: BestOf) -> str:
+    k = K - 1
+    return f"{found.mean[k]:.2f} ({found.low[k]:.2f} to {found.high[k]:.2f})"
+
+
+def _filtered(full: Outcome, short: Outcome) -> str:
+    """How good a filter the short schedule is, in a sentence or two."""
+    assert full.study is not None
+    points = full.study.grid.points
+    ours, theirs = (
+        {point: _score(record) for point, (_, record) in zip(points, outcome.tried, strict=True)}
+        for outcome in (full, short)
+    )
+    by_full, by_short = search.ranked(points, ours.get), search.ranked(points, theirs.get)
+    limit = search.trials(full.study.grid.shape)
+    tried = search.explore(full.study.grid.shape, by_short, limit, ours.get, ours.__contains__)
+    found = search.ranked(tried, ours.get)[0]
+    correlation = spearmanr([ours[point] for point in points], [theirs[point] for point in points]).statistic
+    return (
+        f"{full.cell.row} at {full.cell.column}: of {len(points)} settings the best after {full.epochs} epochs "
+        f"({ours[by_full[0]]:.2f}) stood at place {by_short.index(by_full[0]) + 1} after {short.epochs}, and the best "
+        f"after {short.epochs} gets {ours[by_short[0]]:.2f} after {full.epochs} (place "
+        f"{by_full.index(by_short[0]) + 1}; rank correlation {correlation:.2f}). The search that starts from the short "
+        f"order finds place {by_full.index(found) + 1} ({ours[found]:.2f}) with {len(tried)} runs."
+    )

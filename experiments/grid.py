@@ -1,0 +1,165 @@
+"""The runs of a grid: what a sweep preset expands to, one run for each point, and for some beyond its ends."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments import search
+from experiments.records import Store
+from experiments.search import Point
+from lawn.config import Config, register, run_name
+from lawn.errors import ConfigError
+from lawn.validation import explain, validate
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study; `overrides` are what run.py is given for the same run."""
+
+    config: Config
+    overrides: tuple[str, ...]
+    setting: tuple[str, ...] = ()  # the hyperparameters that the study has chosen or tries, as overrides
+    tunes: str | None = None  # the experiment whose hyperparameters it helps to choose; None: it fills a cell
+
+    @cached_property
+    def name(self) -> str:
+        return run_name(self.config)
+
+    @property
+    def wide(self) -> bool:
+        """Whether it takes all devices at once: on one of them it would take days."""
+        return self.config.dataset.name == "imagenet"
+
+
+@cache  # studies of several budgets search in the same short grid
+class Grid:
+    """`overrides` of run.py and a sweep preset, whose points they are run at; None: there is one point, as it is.
+
+    `tunes` names the experiment whose hyperparameters it helps to choose, `extra` overrides say where and how to run.
+    """
+
+    def __init__(
+        self, overrides: tuple[str, ...], sweep: str | None, selection: str, extra: tuple[str, ...], tunes: str
+    ) -> None:
+        self.overrides = overrides
+        self._sweep = sweep
+        self._selection = selection
+        self._extra = extra
+        self._tunes = tunes
+        self._jobs: dict[tuple[Point, int], Job | None] = {}
+
+    @cached_property
+    def problem(self) -> str | None:
+        """Why there is no run of it: a key or a value that cannot be; None where there is no such."""
+        try:
+            _ = self.config, [self._job(point, 0) for point in self.points]  # all of them are composed and checked
+            if self._sweep and not self.points:
+                return f"sweep={self._sweep}: no such sweep, or an empty one"
+        except (ConfigError, HydraException, OmegaConfBaseException) as error:
+            return explain(error)
+        return None
+
+    @cached_property
+    def _composition(self) -> tuple[DictConfig, dict[str, str]]:
+        sweep = () if self._sweep is None else (f"sweep={self._sweep}",)
+        return _compose((*self.overrides, *sweep, *self._extra))
+
+    @cached_property
+    def _changed(self) -> DictConfig:
+        """One for all jobs, since each has a value for the same keys."""
+        return self._composition[0].copy()
+
+    @cached_property
+    def config(self) -> Config:
+        """The cell as it is, at no point of its grid."""
+        return validate(self._composition[0])
+
+    @cached_property
+    def axes(self) -> dict[str, list[str]]:
+        """The values of each hyperparameter of the sweep preset; none where nothing is tuned."""
+        swept = self._composition[1].items() if self._sweep else ()
+        parsed = [_parsed(f"{key}={values}") for key, values in swept]
+        return {axis.key_or_group: list(axis.sweep_string_iterator()) for axis in parsed}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(map(len, self.axes.values()))
+
+    @cached_property
+    def points(self) -> list[Point]:
+        return search.grid(self.shape) if self.axes else []
+
+    @cached_property
+    def _extended(self) -> dict[str, list[str | None]]:
+        """The axes with a value more at both ends, where there is one."""
+        ends = {key: search.beyond(values) for key, values in self.axes.items()}
+        return {key: [*values, ends[key][1], ends[key][0]] for key, values in self.axes.items()}  # index -1 is the last
+
+    def _job(self, point: Point, seed: int) -> Job:
+        """Raises ConfigError where there is no such run."""
+        values = [values[index] for values, index in zip(self._extended.values(), point, strict=True)]
+        setting = tuple(f"{key}={value}" for key, value in zip(self.axes, values, strict=True))
+        if None in values:
+            raise ConfigError(f"{setting}: beyond the grid")
+        chosen = (*setting, f"eval.split={self._selection}", f"seed={seed}")
+        for override in map(_parsed, chosen):
+            # Far faster than to compose the config with them.
+            OmegaConf.update(self._changed, override.key_or_group, override.value())
+        overrides = (*self.overrides, f"sweep={self._sweep}", *chosen)
+        return Job(validate(self._changed), overrides, setting, self._tunes)
+
+    def job(self, point: Point, seed: int = 0) -> Job | None:
+        """The run that tries a point of the grid, or one beyond its ends; None where it cannot be run."""
+        if (point, seed) not in self._jobs:
+            try:
+                self._jobs[point, seed] = self._job(point, seed)
+            except (ConfigError, OmegaConfBaseException):
+                self._jobs[point, seed] = None
+        return self._jobs[point, seed]
+
+    def jobs(self, points: Iterable[Point] | None = None, seeds: Iterable[int] = (0,)) -> list[Job]:
+        """Of these points, or of the whole grid, with each of the seeds."""
+        asked = [(point, seed) for point in (self.points if points is None else points) for seed in seeds]
+        return [job for point, seed in asked if (job := self.job(point, seed)) is not None]
+
+    def score(self, store: Store, point: Point, seed: int = 0) -> float | None:
+        """The headline metric of a point at the end of its run; None while there is no record."""
+        job = self.job(point, seed)
+        record = None if job is None else store.read(job.name)
+        return None if record is None else record.value("headline")
+
+
+def compose_all(jobs: list[tuple[str, ...]]) -> list[Config]:
+    """Compose each job's overrides as `run.py` would. Raises ConfigError."""
+    return [validate(_compose(overrides)[0]) for overrides in jobs]
+
+
+@cache  # the settings of a grid are made of few values
+def _parsed(override: str) -> Override:
+    return OverridesParser.create().parse_override(override)
+
+
+def _compose(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
+    """The composed config, not validated yet, and what Hydra's sweeper would sweep over."""
+    register()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose("config", list(overrides), return_hydra_config=True)
+        axes = OmegaConf.to_container(composed.hydra.sweeper.params or OmegaConf.create(), resolve=True)
+    except HydraException as error:
+        raise ConfigError(explain(error)) from error
+    assert isinstance(axes, dict)
+    swept = {str(key): str(values) for key, values in axes.items()}
+    with flag_override(composed, ["struct", "readonly"], False):
+        del composed["hydra"]
+    return composed, swept

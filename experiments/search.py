@@ -1,0 +1,118 @@
+"""How hyperparameters are chosen from a grid: which points to try next, from the scores of those that were tried.
+
+1. Every point of the grid for a short budget, a complete schedule each.
+2. As many trials for the whole budget as the BEST have neighbours, 6 for each axis: first the BEST of the short ones,
+   then again and again the neighbours of the BEST so far. They may lie one value beyond an end of the grid. Where no
+   neighbour is left, the next best of the short ones follow. Without a shorter budget all points are tried, then the
+   neighbours beyond the ends.
+3. The BEST of these once more with other seeds. A point that diverges or collapses for one of them loses, and the next
+   best takes its place; of those that remain the best mean wins.
+
+The same for every optimizer. Nothing here is random, and a step depends on scores alone, so that what was killed goes
+on from what is recorded.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from math import inf, isnan, prod
+
+Point = tuple[int, ...]  # the index of each axis' value; -1 and the length of an axis are beyond its ends
+Score = Callable[[Point], float | None]  # the larger the better, NaN of a diverged run; None: not known yet
+
+BEST = 3
+CONFIRMING_SEEDS = (1, 2)  # beside 0, which all trials have
+COLLAPSED = 0.5  # of a point's best seed: a lower score is another outcome, not a little worse
+
+
+def grid(shape: Sequence[int]) -> list[Point]:
+    return list(product(*map(range, shape)))
+
+
+def neighbours(point: Point, shape: Sequence[int]) -> list[Point]:
+    """One step along one axis, to at most one beyond its ends."""
+    moved = [(k, i + step) for k, i in enumerate(point) for step in (-1, 1)]
+    return [(*point[:k], i, *point[k + 1 :]) for k, i in moved if -1 <= i <= shape[k]]
+
+
+def trials(shape: Sequence[int]) -> int:
+    """How many points are tried for the whole budget, where there is a shorter one."""
+    return min(2 * BEST * len(shape), prod(shape))
+
+
+def explore(
+    shape: Sequence[int],
+    start: Sequence[Point],
+    limit: int | None,
+    score: Score,
+    possible: Callable[[Point], bool] = lambda _: True,
+) -> list[Point]:
+    """The points to try for the whole budget, as many as follow from the scores that are known; not `possible` are some
+    beyond the ends.
+
+    `start`: the points of the grid, in the order of a shorter budget, the best first; at most `limit` points are tried.
+    Without a limit all of the grid are, in one step.
+    """
+    tried: list[Point] = []
+    new = list(start[: min(BEST, limit)] if limit else start)
+    while new:
+        tried += new
+        if any(score(point) is None for point in tried):
+            break
+        near = [near for point in ranked(tried, score)[:BEST] for near in neighbours(point, shape)]
+        new = [point for point in dict.fromkeys(near) if point not in tried and possible(point)]
+        if limit:
+            new = (new or [point for point in start if point not in tried][:BEST])[: limit - len(tried)]
+    return tried
+
+
+def ranked(points: Sequence[Point], score: Score) -> list[Point]:
+    """The best first; those that have diverged last, equals as they were."""
+    return sorted(points, key=lambda point: -_finite(score(point)))
+
+
+def confirm(best: Sequence[Point], scores: Callable[[Point], list[float | None]]) -> list[Point]:
+    """Which of these, best first, to run with all seeds, as many as follow from the scores that are known: until BEST
+    of them stand, and at most twice as many."""
+    asked: list[Point] = []
+    standing = 0
+    for point in best[: 2 * BEST]:
+        if standing == BEST:
+            break
+        asked.append(point)
+        standing += None in scores(point) or stands([value for value in scores(point) if value is not None])
+    return asked
+
+
+def stands(scores: Sequence[float]) -> bool:
+    """Whether no seed has diverged or collapsed."""
+    return not any(map(isnan, scores)) and min(scores) >= COLLAPSED * max(scores)
+
+
+def choose(confirmed: Sequence[Point], scores: Callable[[Point], list[float]]) -> Point:
+    """The best mean of those that stand, or of all where none does."""
+    return max(confirmed, key=lambda point: (stands(scores(point)), mean(scores(point))))
+
+
+def mean(scores: Sequence[float]) -> float:
+    return sum(map(_finite, scores)) / len(scores)
+
+
+def _finite(score: float | None) -> float:
+    """A diverged run is worse than any other."""
+    return -inf if score is None or isnan(score) else score
+
+
+def beyond(values: Sequence[str]) -> tuple[str | None, str | None]:
+    """The values one step before and after those of an axis, in the ratio of its last two; None: there is none, as
+    beyond 0, or of an axis that is not of numbers."""
+    try:
+        numbers = [float(value) for value in values]
+    except ValueError:
+        return None, None
+    return _next(numbers[::-1]), _next(numbers)
+
+
+def _next(numbers: Sequence[float]) -> str | None:
+    if len(numbers) < 2 or not all(0 < number < inf for number in numbers[-2:]):
+        return None
+    return f"{numbers[-1] ** 2 / numbers[-2]:.6g}"

@@ -1,0 +1,197 @@
+"""The search for hyperparameters: on made-up scores, and a miniature of a table from the first rung to the report."""
+
+from dataclasses import replace
+from math import inf, nan, prod
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments import report, search
+from experiments.records import Store
+from experiments.spec import Cell, Experiment
+from experiments.study import studies
+from tests.experiments.helpers import ACCURACY, fill
+
+SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3)
+
+
+@given(SHAPES)
+def test_neighbours_are_one_step_away(shape):
+    points = search.grid(shape)
+    assert len(points) == prod(shape)
+    for point in points:
+        near = search.neighbours(point, shape)
+        assert len(near) == len(set(near)) == 2 * len(shape)
+        assert all(sum(abs(a - b) for a, b in zip(point, other, strict=True)) == 1 for other in near)
+    assert search.neighbours((-1, *[0] * (len(shape) - 1)), shape)[0][0] == 0  # no second step beyond an end
+
+
+@settings(deadline=None)
+@given(SHAPES, st.data())
+def test_the_search_follows_from_scores_alone(shape, data):
+    """Whatever finishes first, the same points are tried, at most as many as are allowed, none twice; with some of the
+    scores it is a beginning of the same search."""
+    points = search.grid(shape)
+    scores = {point: float(data.draw(st.integers(0, 9))) for point in points}
+    start = data.draw(st.permutations(points))
+    limit = search.trials(shape)
+    tried = search.explore(shape, start, limit, lambda p: scores.get(p, nan), scores.__contains__)
+    assert len(set(tried)) == len(tried) == limit
+    assert set(start[: min(search.BEST, limit)]) <= set(tried)
+    known = data.draw(st.sets(st.sampled_from(points)))
+    partly = search.explore(shape, start, limit, lambda p: scores[p] if p in known else None, scores.__contains__)
+    assert tried[: len(partly)] == partly
+    assert partly == tried or not set(partly) <= known
+
+
+@given(st.integers(-1, 6), st.integers(-1, 4), st.permutations(search.grid((6, 4))))
+def test_the_search_climbs_a_hill(x, y, start):
+    """From anywhere, with one peak that may lie a step beyond the grid, and trials enough."""
+
+    def height(point: search.Point) -> float:
+        return -abs(point[0] - x) - abs(point[1] - y)
+
+    tried = search.explore((6, 4), start, 48, height)
+    assert (x, y) in tried
+
+
+def test_without_a_shorter_budget_the_whole_grid_is_tried_and_what_lies_beyond():
+    tried = search.explore((3, 4), search.grid((3, 4)), None, lambda point: float(point[0]))
+    assert tried[:12] == search.grid((3, 4))
+    assert {(3, k) for k in range(-1, 4)} <= set(tried)  # where the scores are best, and no further
+    assert not any(point[0] == -1 for point in tried)
+    assert search.explore((3,), search.grid((3,)), None, lambda _: 1.0, lambda point: point[0] < 3)[-1] == (-1,)
+
+
+def test_a_diverged_point_is_worse_than_any():
+    scores = {(0,): nan, (1,): 0.0, (2,): 5.0}
+    assert search.ranked(list(scores), scores.get) == [(2,), (1,), (0,)]
+
+
+def test_who_loses_a_seed_makes_room_for_the_next():
+    best = [(i,) for i in range(9)]
+    scores: dict[search.Point, list[float | None]] = {point: [70.0 - point[0], None, None] for point in best}
+    assert search.confirm(best, scores.__getitem__) == best[:3]
+    scores[0,] = [70.0, nan, 70.0]  # diverged
+    scores[1,] = [69.0, 69.0, 34.0]  # collapsed
+    scores[2,] = [68.0, 67.0, 66.0]
+    assert search.confirm(best, scores.__getitem__) == best[:5]
+    for point in best[3:]:
+        scores[point] = [60.0, 0.0, 60.0]
+    asked = search.confirm(best, scores.__getitem__)
+    assert asked == best[:6]
+    known = {point: [value for value in found if value is not None] for point, found in scores.items()}
+    assert search.choose(asked, known.__getitem__) == (2,)
+    known[2,] = [68.0, nan, nan]
+    assert search.choose(asked, known.__getitem__) == (1,)  # none stands: the best mean, and none that diverged
+
+
+def test_the_mean_chooses():
+    known = {(0,): [71.0, 65.0, 65.0], (1,): [70.0, 69.0, 69.0], (2,): [69.0, 69.0, 69.0]}
+    assert search.choose(list(known), known.__getitem__) == (1,)
+    assert search.mean([1.0, nan]) == -inf
+
+
+@pytest.mark.parametrize(
+    ("values", "ends"),
+    [
+        (["1e-3", "3e-3", "1e-2"], ("0.000333333", "0.0333333")),
+        (["0", "1e-6", "1e-5"], (None, "0.0001")),
+        (["1e-2", "1e-3"], ("0.1", "0.0001")),
+        (["1"], (None, None)),
+        (["adam", "sgd"], (None, None)),
+        (["-1", "1"], (None, None)),
+    ],
+)
+def test_one_value_beyond_the_ends(values, ends):
+    assert search.beyond(values) == ends
+
+
+SMALL = ("dataset=digits", "model.widths=[8]", "dataset.limit=100")
+RUNGS = Experiment(
+    "rungs",
+    "Rungs",
+    (
+        Cell("Adam", (*SMALL, "optim=adam"), column="x", epochs=(6, 2), sweep="cifar/adam"),  # 4 rates, 3 warmups
+        Cell("Adam-LAWN", (*SMALL, "optim=adam_lawn", "optim.free_epochs=${scaled:1,2}"), column="x", epochs=(6, 2)),
+    ),
+    (ACCURACY,),
+    pairs=(("Adam", "Adam-LAWN"),),
+    seeds=2,
+)
+
+
+@pytest.fixture(scope="module")
+def climbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rungs")
+    assert fill(RUNGS, folder) == []
+    return folder
+
+
+def test_a_miniature_goes_through_rungs_confirmation_filling_and_report(climbed):
+    store = Store(climbed / "results")
+    study = studies(RUNGS)[0]
+    tuning = study.tuning(store)
+    points = study.grid.points
+    assert (len(points), len(tuning.short), len(tuning.full), len(tuning.confirming)) == (12, 12, 12, 6)
+    assert {job.config.train.epochs for job in tuning.short} == {2}
+    assert {job.config.train.epochs for job in tuning.full + tuning.confirming} == {6}
+    first = sorted(points, key=lambda point: -study.shorter.score(store, point))[:3]
+    assert tuning.full[:3] == study.grid.jobs(first)
+    page = report.Page(RUNGS, store)
+    adam, lawn = page.found
+    assert adam.epochs == lawn.epochs == 6
+    means = {
+        setting: sum(r.value("headline") for j, r in adam.tried if j.setting == setting and j not in tuning.short) / 3
+        for setting in {job.setting for job in tuning.confirming}
+    }
+    assert means[adam.setting] == max(means.values())
+    for record in adam.records:
+        assert record.result["split"] == "test"
+        assert float(adam.setting[0].removeprefix("optim.lr=")) == record.config["optim"]["lr"]
+    (row,) = page.tuned.rows
+    assert row[5:7] == ["12 + 12 + 6", f"{12 * 2 + 18 * 6}"]
+    assert len(page.comparisons.rows) == 1
+    report.write(page, climbed / "results")
+    text = (climbed / "results" / "rungs.md").read_text()
+    assert "| Adam → Adam-LAWN |" in text
+    assert "then, for the whole schedule, 6 runs for each hyperparameter" in text
+    assert len(page.tuning) == 30
+    assert set(page.tuning["part"]) == {"short", "full", "seeds"}
+
+
+SLOW = [pytest.param(recorded, marks=pytest.mark.slow) for recorded in (12, 31)]
+
+
+@pytest.mark.parametrize("recorded", [5, 16, 25, *SLOW])
+def test_killed_in_and_between_rungs_nothing_is_lost(climbed, tmp_path, monkeypatch, recorded):
+    """After so many records: in the first rung, after it, in the second, in the confirmation, while filling."""
+    write = Store.write
+    written = []
+
+    def stop(self, *arguments):
+        if len(written) == recorded:
+            raise KeyboardInterrupt
+        written.append(write(self, *arguments).name)
+        return self.read(written[-1])
+
+    monkeypatch.setattr(Store, "write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fill(RUNGS, tmp_path)
+    monkeypatch.setattr(Store, "write", write)
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/DONE")}
+    assert set(written) <= {path.parent.name for path in done}
+    assert fill(RUNGS, tmp_path) == []
+    assert done.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/DONE")}.items()
+    names = [[record.name for record in Store(folder / "results").all()] for folder in (climbed, tmp_path)]
+    assert names[0] == names[1]
+
+
+def test_a_setting_that_cannot_be_stops_only_its_cell(tmp_path):
+    """Nothing can be chosen for it; the other cell is filled."""
+    bad = replace(RUNGS.cells[0], overrides=(*RUNGS.cells[0].overrides, "hydra.sweeper.params={optim.lr: '-1,1'}"))
+    both = replace(RUNGS, cells=(bad, RUNGS.cells[1]))
+    assert fill(both, tmp_path) == []
+    page = report.Page(both, Store(tmp_path / "results"))
+    assert [len(outcome.records) for outcome in page.found] == [0, 2]
