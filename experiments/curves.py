@@ -49,7 +49,7 @@ TUNING_CURVES = Experiment(
 class CurvesPage(Page):
     """What the grids say, and not what fills a cell."""
 
-    source, source_title = "tuning/tuning_curves.csv", "Every run."
+    source, source_title = "tuning/tuning_curves.csv", "Every run"
 
     @property
     def curves(self) -> list[tuple[Outcome, BestOf]]:

@@ -19,7 +19,7 @@ class Page:
     """Everything that is shown of an experiment."""
 
     source: str | None = None  # where all numbers are from; None: they link to records of their own
-    source_title = "The record."
+    source_title = "The record"
 
     def __init__(self, experiment: Experiment, store: Store, selection: str = "val") -> None:
         self.experiment = experiment

@@ -74,7 +74,7 @@ class SimulationPage:
     """What is shown of a simulation: of its full record, else of the short one. It has what `page.Page` has."""
 
     marks = ""
-    source_title = "The record."
+    source_title = "The record"
     found: list[Outcome] = []
     comparisons = tuned = None
     grids: list[str] = []

@@ -304,7 +304,7 @@ def test_dirty_and_different_versions_of_the_code_are_shown(tmp_path):
     assert page.provenance.startswith(
         f"4 runs, code {a} (1), {a} with uncommitted changes (1), no git (1), {a} then {b} (1); torch "
     )
-    assert list(report.frame(page)["code"])[::3] == [f"{a}; {a} with uncommitted changes", f"no git; {a} then {b}"]
+    assert list(page.frame["code"])[::3] == [f"{a}; {a} with uncommitted changes", f"no git; {a} then {b}"]
 
 
 @pytest.mark.parametrize("part", ["config", "hash", "name"])

@@ -1,0 +1,65 @@
+"""Tuning curves: a miniature from runs to page, and the words about made-up grids."""
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments import report
+from experiments.curves import FULL, SHORT, TUNING_CURVES, CurvesPage
+from experiments.records import Store
+from experiments.runner import missing
+from experiments.study import studies
+from tests.experiments.helpers import ACCURACY, fill
+
+SMALL = ("dataset=digits", "model.widths=[8]", "dataset.limit=100", "optim=adam")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """One optimizer, whose grid is run for a short and a whole schedule."""
+    cell = replace(TUNING_CURVES.cells[0], row="Adam-LAWN", overrides=SMALL, sweep="cifar/adam")
+    cells = (replace(cell, panel=SHORT, epochs=(2,)), replace(cell, panel=FULL, epochs=(6,)))
+    experiment = replace(TUNING_CURVES, cells=cells, measures=(ACCURACY,))
+    folder = tmp_path_factory.mktemp("curves")
+    assert fill(experiment, folder) == []
+    return experiment, folder / "results"
+
+
+def test_every_setting_is_run_once_and_no_more(small):
+    experiment, results = small
+    store = Store(results)
+    assert len(list(store.all())) == 24
+    assert all(missing(study, store) == [] for study in studies(experiment))
+    assert not (results / "runs").exists()
+
+
+def test_the_page_of_a_miniature(small):
+    experiment, results = small
+    page = report.of(experiment, Store(results))
+    assert isinstance(page, CurvesPage)
+    report.write(page, results)
+    text = (results / "tuning_curves.md").read_text()
+    scores = sorted(record.value("headline") for _, record in page.found[0].tried)
+    draws = [max(draw) for draw in product(scores, repeat=1)]
+    listed = pd.read_csv(results / "tuning_curves.csv")
+    assert listed["mean"].iloc[0] == pytest.approx(np.mean(draws), rel=1e-5)
+    assert listed["mean"].iloc[11] == pytest.approx(scores[-1], rel=1e-5)
+    assert list(listed["k"]) == [*range(1, 13), *range(1, 13)]
+    assert f"| Adam-LAWN | {listed['mean'].iloc[4]:.2f} (" in text
+    assert "of 12 settings the best after 6 epochs" in text
+    assert "with 12 runs." in text
+    assert (results / "tuning_curves.svg").exists()
+
+
+def test_a_grid_with_holes_has_no_curve(small, tmp_path):
+    experiment, results = small
+    lines = (results / "tuning" / "tuning_curves.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "tuning").mkdir()
+    (tmp_path / "tuning" / "tuning_curves.jsonl").write_text("".join(lines[1:]))
+    page = report.of(experiment, Store(tmp_path))
+    assert len(page.curves) == 1
+    assert not any("stood at place" in line for line in page.verdict)
+    assert report.of(experiment, Store(tmp_path / "nothing")).verdict == []
