@@ -5,7 +5,7 @@ DATA_DIR ?= data
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-TABLES := table1 table2 table3 table4 table5 table6 figure1 figure2 automatic flattening_digits flattening_movielens100k
+TABLES := table1 table2 table3 table4 table5 table6 figure1 figure2 tuning_curves automatic flattening_digits flattening_movielens100k
 SIMULATIONS := smd_rayleigh
 .PHONY: help setup demo data report $(TABLES) $(SIMULATIONS) test test-all lint format bench bench-ncf bench-sweep bench-optim bench-images bench-diagnostics audit clean
 

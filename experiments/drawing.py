@@ -117,13 +117,15 @@ def over_trials(experiment: Experiment, found: list[Outcome]) -> Figure:
             if not axis.lines:
                 axis.set_axis_off()
                 continue
-            axis.set(xscale="log", xlim=(1, None), ylim=(max(0.0, axis.lines[0].get_ydata()[0] - 5), None))
+            low = min(float(np.min(line.get_ydata())) for line in axis.lines)
+            axis.set(xscale="log", xlim=(1, None), ylim=(max(0.0, low - 2), None))
             axis.set_xticks([1, 5, 10, 48], ["1", "5", "10", "48"])
             axis.minorticks_off()
             epochs = next(o.epochs for o in found if (o.cell.panel, o.cell.column) == (panel, column))
             axis.set_title(f"{column}, {epochs} epochs", fontsize="small")
         axes[0].set_ylabel(f"{experiment.measures[0].title}")
-        axes[0].legend(frameon=False, fontsize="x-small", loc="lower right")
+        if axes[0].lines:
+            axes[0].legend(frameon=False, fontsize="x-small", loc="lower right")
     for axis in grid[-1]:
         axis.set_xlabel("settings tried")
     return figure
