@@ -429,7 +429,7 @@ def test_every_number_of_the_readmes_tables_links_to_its_records():
     text = (ROOT / "README.md").read_text()
     for block in re.findall(r"<!-- table \w+ -->\n(.*?)<!-- end -->", text, flags=re.DOTALL):
         rows = [line for line in block.splitlines() if line.startswith("| ") and "n=" in line]
-        assert rows
+        assert rows or "Nothing of it has been run." in block
         for row in rows:
             (first, *_), links = re.findall(r"n=\d+\)( <sup>.*?</sup>)?", row), re.findall(r"\]\(([^)]*)\)", row)
             assert first
