@@ -50,11 +50,11 @@ def test_too_little_to_compare(ours, theirs):
         compare_paired(np.zeros(ours), np.zeros(theirs))
 
 
-@pytest.mark.parametrize("runs", [100, pytest.param(1500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("spread", [0.0, 0.06, 0.4])
-def test_null_data_give_five_percent_of_false_positives(spread, runs):
+def test_null_data_give_five_percent_of_false_positives(spread):
     """Runs that differ as their users' luck explains, more, and mostly for other reasons."""
     rng = np.random.default_rng(1)
+    runs = 1500
     wrong = 0
     for _ in range(runs):
         users = rng.normal(0.4, 1.0, 300)
@@ -63,9 +63,9 @@ def test_null_data_give_five_percent_of_false_positives(spread, runs):
     assert wrong / runs >= (0.005 if spread == 0 else 0.045 - 2.5 * math.sqrt(0.05 * 0.95 / runs))
 
 
-@pytest.mark.parametrize("runs", [100, pytest.param(1000, marks=pytest.mark.slow)])
-def test_intervals_hold_the_difference(runs):
+def test_intervals_hold_the_difference():
     rng = np.random.default_rng(2)
+    runs = 1000
     held, found = 0, 0
     for _ in range(runs):
         users = rng.normal(0.4, 1.0, 300)
