@@ -103,15 +103,18 @@ class CurvesPage(Page):
         return [*self._easier(), *self._winners(), *self._filter()]
 
     def _winners(self) -> list[str]:
-        """Who leads with K trials, a sentence for each column."""
-        lines = []
+        """Who leads with K trials in each column, in a sentence."""
+        parts = []
         for panel, column in places(self.found):
             here = {row: found for (p, c, row), found in self._best.items() if (p, c) == (panel, column)}
             if len(here) > 1:
-                order = sorted(here, key=lambda row: -here[row].mean[K - 1])
-                listed = " > ".join(f"{row} {here[row].mean[K - 1]:.2f}" for row in order)
-                lines.append(f"Best of {K} at {place(panel, column)}: {listed}.")
-        return lines
+                first, second, *_ = sorted(here, key=lambda row: -here[row].mean[K - 1])
+                schedule = "" if panel == SHORT else f", {panel.partition(', ')[2]}"
+                parts.append(
+                    f"{column}{schedule}: {first}, {here[first].mean[K - 1]:.2f}, before {second}, "
+                    f"{here[second].mean[K - 1]:.2f}"
+                )
+        return [f"Ahead with {K} trials: {'; '.join(parts)}."] if parts else []
 
     def _easier(self) -> list[str]:
         """Whether E_free is easier to tune than decay."""
