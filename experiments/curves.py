@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 
 from experiments import search
 from experiments.layout import Entry
-from experiments.outcomes import Outcome, place, places
+from experiments.outcomes import Outcome, places
 from experiments.page import Page, provenance
 from experiments.records import Record
 from experiments.spec import Cell, Experiment, Measure
