@@ -5,12 +5,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
 
 from experiments.curves import curve
 from experiments.outcomes import Outcome, paper, places
@@ -18,6 +13,7 @@ from experiments.spec import Experiment
 from experiments.statistics import mean_and_error
 from lawn.diagnostics import figure as diagnostics
 from lawn.files import atomic
+from lawn.plotting import Figure, rc_context
 
 STYLE: dict[Any, Any] = {**diagnostics.STYLE, "svg.hashsalt": "lawn"}
 
@@ -29,12 +25,11 @@ def draw(experiment: Experiment, found: list[Outcome], path: Path) -> None:
 
 def save(make: Callable[[], Figure], path: Path) -> None:
     """Write a figure as .png and .svg, made in the style of all."""
-    with plt.rc_context(STYLE):
+    with rc_context(STYLE):
         figure = make()
         for suffix in (".png", ".svg"):
             with atomic(path.with_suffix(suffix)) as temporary:
                 figure.savefig(temporary, dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
-        plt.close(figure)
 
 
 def over_epochs(experiment: Experiment, found: list[Outcome]) -> Figure:
@@ -42,7 +37,8 @@ def over_epochs(experiment: Experiment, found: list[Outcome]) -> Figure:
     norms. A cell with a diverged run is left out, as "Fail" in the table says.
     """
     measures = [measure for measure in experiment.measures if measure.curve]
-    figure, axes = plt.subplots(1, len(measures), figsize=(3.6 * len(measures), 3.1), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(measures), 3.1), layout="constrained")
+    axes = figure.subplots(1, len(measures), squeeze=False)[0]
     for outcome, style in zip(found, cycle(("-", "--"))):
         if not outcome.records or outcome.failed:
             continue
@@ -67,7 +63,8 @@ def over_batch_size(experiment: Experiment, found: list[Outcome]) -> Figure:
     """A panel for each dataset: mean and standard error over the batch size, beside them the paper's numbers."""
     panels = list(dict.fromkeys(outcome.cell.panel for outcome in found))
     rows = list(dict.fromkeys(outcome.cell.row for outcome in found))
-    figure, axes = plt.subplots(1, len(panels), figsize=(2.6 * len(panels), 3.1), layout="constrained")
+    figure = Figure(figsize=(2.6 * len(panels), 3.1), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
     measure = experiment.measures[0]
     for axis, panel in zip(axes, panels, strict=True):
         labels: dict[int, str] = {}
@@ -103,7 +100,8 @@ def over_trials(experiment: Experiment, found: list[Outcome]) -> Figure:
         (o.cell.panel, o.cell.column, o.cell.row): o for o in found if o.tried and len(o.tried) == len(o.tuning.full)
     }
     size = (2.1 * len(columns), 2.0 * len(families) + 0.4)
-    figure, grid = plt.subplots(len(families), len(columns), figsize=size, layout="constrained", squeeze=False)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(families), len(columns), squeeze=False)
     for axes, (rival, bases) in zip(grid, families.items(), strict=True):
         for axis, (panel, column) in zip(axes, columns, strict=True):
             for row, color in zip((*bases, rival), (*["C0", "C2"][: len(bases)], "C1"), strict=True):

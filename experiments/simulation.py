@@ -12,7 +12,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 
 from experiments.layout import Panel
 from experiments.outcomes import Outcome
@@ -20,6 +19,7 @@ from experiments.page import provenance
 from experiments.records import Record, read_record, save
 from lawn.config import identity_hash
 from lawn.errors import RunError
+from lawn.plotting import Figure
 from lawn.train.record import environment
 
 FOLDER = "simulations"  # beside runs/

@@ -3,15 +3,12 @@
 from typing import Any
 
 import numpy as np
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from experiments import smd_rayleigh as smd
 from experiments.outcomes import mean_and_error
 from experiments.records import Record
 from lawn.diagnostics import equilibrium_angle, equilibrium_norm
+from lawn.plotting import Axes, Figure, Line2D
 
 COLORS = {0.0: "C0", 0.5: "C2", 0.9: "C1"}  # by momentum
 MARKERS = {0.0: "o", 0.5: "s", 0.9: "^"}
@@ -19,7 +16,8 @@ DECAY, LAWN = "C0", "C3"
 
 
 def draw(record: Record) -> Figure:
-    figure, axes = plt.subplots(2, 3, figsize=(10.8, 6.6), layout="constrained")
+    figure = Figure(figsize=(10.8, 6.6), layout="constrained")
+    axes = figure.subplots(2, 3)
     _equilibrium(axes[0, 0], axes[1, 0], record.result["equilibrium"])
     _angles(axes[0, 1], axes[1, 1], record)
     _drop(axes[0, 2], axes[1, 2], record)

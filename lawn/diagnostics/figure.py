@@ -6,11 +6,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from cycler import cycler
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from lawn.errors import RunError
+from lawn.plotting import Axes, Figure, rc_context
 
 PANELS = (  # a column of metrics.csv, or QUANTITY/ for those of every weight; what it is; the scale of its axis
     ("train_loss", "training loss, nats", "log"),

@@ -45,9 +45,9 @@ class Journal:
         self._progress.close()
         result = outcome(run)
         self._directory.write_metrics(run.rows)
-        self._directory.finish(result)
-        if run.observer:
+        if run.observer:  # before the marker: a figure that failed is drawn by the next call
             self._directory.draw()
+        self._directory.finish(result)
         self._logger.finish(result)
         print(summary(result), flush=True)
         return result

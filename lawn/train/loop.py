@@ -18,6 +18,7 @@ from lawn.errors import RunError
 from lawn.optim import LAWNOptimizer, LinearWarmup, LinearWarmupDecay, NonFiniteError, attenuate_logits
 from lawn.optimizers import IN_STEPS, OPTIMIZERS, optimizer_arguments
 from lawn.task import Task
+from lawn.train.batchnorm import refuse_single_values
 from lawn.train.execution import Execution
 from lawn.train.left import Left, resumed
 from lawn.train.observer import Observer
@@ -166,6 +167,7 @@ class Run:
         for part, batch in task.dataset.train_batches(batching, generator):
             batch = self.execution.lay_out(batch)
             if not self.flops:
+                refuse_single_values(task, batch, self.batching)
                 self.flops = flops_per_sample(task, batch)
             if part.first:
                 self.before_update()

@@ -205,10 +205,10 @@ def _own(value: Any) -> Any:
 
 
 def environment(device: torch.device, code: Sequence[str] = ("lawn", "conf", "run.py")) -> dict[str, Any]:
-    """Code version, packages and hardware of this process; `dirty`: what it runs, `code`, has uncommitted changes."""
+    """Code version, packages and hardware of this process; `dirty`: what it runs, `code`, has uncommitted changes, None
+    where there is no git to say so."""
     return {
-        "git": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", *code)),
+        **_version(code),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES if find_spec(name.replace("-", "_"))},
         "system": platform.platform(terse=True),
@@ -219,11 +219,22 @@ def environment(device: torch.device, code: Sequence[str] = ("lawn", "conf", "ru
     }
 
 
-def _git(*arguments: str) -> str | None:
-    """Output of a git command in the project's checkout; None where there is no git or no checkout."""
+def _version(code: Sequence[str]) -> dict[str, str | bool | None]:
+    """The commit of the project's own checkout: not that of a repository which a copy of it lies in."""
+    root = Path(__file__).resolve().parents[2]
+    top = _git(root, "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != root:
+        return {"git": None, "dirty": None}
+    changed = _git(root, "status", "--porcelain", "--", *code)
+    return {"git": _git(root, "rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """Output of a git command there; None where there is no git, or no checkout."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of another one
+    command = ["git", "-C", str(root), *arguments]
     try:
-        root = Path(__file__).resolve().parents[2]
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=30)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -1,15 +1,18 @@
 import copy
 import json
+import re
 
 import pytest
 import torch
 
 from lawn.config import TrainConfig, config_hash
+from lawn.data.batching import Batching
 from lawn.errors import ConfigError
 from lawn.models.ncf import NCFMLP
 from lawn.models.vgg import VGG19
 from lawn.task import build
 from lawn.train import train
+from lawn.train.batchnorm import refuse_single_values
 from lawn.train.execution import Execution
 from lawn.train.loop import Run
 from lawn.train.ranks import Ranks, joined_on_one_machine
@@ -170,3 +173,31 @@ def test_every_network_has_deterministic_operations(tiny_data, tmp_path, kind):
 def test_deterministic_runs_are_not_compiled():
     with pytest.raises(ConfigError, match=r"train.compile=default: does not go with train.deterministic; choose off"):
         compose("train.compile=default", "train.deterministic=true")
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        (("train.batch_size=1",), "train.batch_size=1: one of the 9 samples"),
+        (
+            ("train.batch_size=4", "train.micro_batch_size=1"),
+            "train.batch_size=4, train.micro_batch_size=1: one of the",
+        ),
+        (("train.batch_size=4",), "train.batch_size=4: one of the 9 samples of an epoch is left alone"),
+    ],
+)
+def test_a_sample_alone_is_refused_where_batch_norm_sees_single_values(tiny_data, tmp_path, keys, told):
+    """ResNet-50 makes 1 x 1 maps of 32 x 32 pixels."""
+    dataset = ("dataset=imagenet", *FIXTURES["imagenet"], "dataset.limit=9", f"data_dir={tiny_data}", "device=cpu")
+    config = compose(*dataset, *keys, "train.epochs=1", f"runs_dir={tmp_path}")
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        train(config)
+
+
+def test_a_sample_alone_is_fine_elsewhere(tiny_data):
+    """Where its maps are larger, or there is no batch norm."""
+    for name, keys in (("imagenet", ("dataset.image_size=64",)), ("imagenet", ("model=mlp", "model.widths=[8]"))):
+        config = compose(f"dataset={name}", *FIXTURES[name], *keys, "dataset.limit=9", f"data_dir={tiny_data}")
+        task = build(config)(torch.device("cpu"))
+        (_, batch), *_ = task.dataset.train_batches(Batching(4), torch.Generator().manual_seed(0))
+        refuse_single_values(task, batch, Batching(4))

@@ -1,7 +1,10 @@
 """diagnostics=on and optim.free_epochs=auto, in whole runs."""
 
 import csv
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +19,7 @@ from lawn.errors import ConfigError
 from lawn.train import train, train_many
 from lawn.train.loop import Run
 from lawn.train.record import RunDirectory
-from tests.helpers import compose
+from tests.helpers import ROOT, compose
 
 AUTO = ("optim.free_epochs=auto", "optim.lr=1e-2", "train.batch_size=50")
 
@@ -170,6 +173,39 @@ def test_the_figure_at_the_end_and_of_several_runs(tiny, tmp_path, capsys):
     assert list(thick.get_ydata()) == pytest.approx([value**0.5 for value in expected])
     assert len([line for line in angles.lines if line.get_linestyle() == ":"]) == 1  # the switch, of LAWN alone
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "backend",
+    ["module://not_installed.backend_inline", *(pytest.param(b, marks=pytest.mark.slow) for b in ("x", "TkAgg"))],
+)
+def test_no_display_and_no_backend_is_needed(tmp_path, backend):
+    """MPLBACKEND as a notebook leaves it to what it starts."""
+    keys = ["dataset=digits", "dataset.limit=100", "model.widths=[8]", "train.epochs=1", "diagnostics=on"]
+    environment = {**os.environ, "MPLBACKEND": backend, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "run.py", *keys, f"run_dir={tmp_path}/run"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_figure_that_failed_is_drawn_by_the_next_call(tiny, monkeypatch):
+    config = tiny("diagnostics=on", "train.epochs=2")
+    path = RunDirectory(config).path
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no font")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(figure, "save", fail)
+        with pytest.raises(RuntimeError, match="no font"):
+            train(config)
+    assert not (path / "DONE").exists()
+    before = rows(config)
+    train(config)
+    assert (path / "DONE").exists()
+    assert (path / "diagnostics.png").exists()
+    assert rows(config) == before
 
 
 def test_what_cannot_be_drawn_is_one_line(tiny, tmp_path, capsys):

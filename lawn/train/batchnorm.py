@@ -1,0 +1,28 @@
+"""Batch norm needs more than one value of a channel."""
+
+from lawn.data.batching import Batching
+from lawn.errors import ConfigError
+from lawn.task import Batch, Task
+from lawn.train.throughput import on_meta
+
+
+def refuse_single_values(task: Task, batch: Batch, batching: Batching) -> None:
+    """Raises ConfigError where a part of the epoch is one sample and the model cannot be trained on that: a batch norm
+    of it sees maps of 1 x 1. `batch` is any of the epoch, for the shapes; nothing is computed.
+    """
+    samples = task.dataset.num_train
+    if min(part.stop - part.start for part in batching.parts(samples)) > 1:
+        return
+    shadow = on_meta(task)
+    shadow.model.train()
+    try:
+        shadow.loss_and_margins(tuple(t[:1].to("meta") for t in batch))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        cut = batching.micro_batch_size is not None and batching.micro_batch_size < batching.batch_size
+        micro = f", train.micro_batch_size={batching.micro_batch_size}" if cut else ""
+        raise ConfigError(
+            f"train.batch_size={batching.batch_size}{micro}: one of the {samples:,} samples of an epoch is left alone, "
+            "and a batch norm that sees maps of 1 x 1 needs two; choose another, or a larger dataset.image_size"
+        ) from error
