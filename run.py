@@ -5,34 +5,51 @@ import sys
 from pathlib import Path
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lawn.config import Config, register
-from lawn.errors import UserError
+from lawn.errors import ConfigError, UserError
+from lawn.explain import explain, of_hydra
 from lawn.train import check, started_by_torchrun, train, train_many
-from lawn.validation import explain, of_hydra, validate
+from lawn.validation import validate
 
 register()
 PROCESS, DEBUG = os.getpid(), os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's own switch for tracebacks
-failures: list[int] = []  # exit codes of this process's jobs: one that fails does not keep a multirun from the others
+jobs: list[str] = []  # of this process
+failures: list[int] = []  # exit codes of those that failed: one does not keep a multirun from the others
 waiting: list[Config] = []  # runs that train.vectorize asks to train together
 
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="config")
 def run(composed: DictConfig) -> None:
+    job = HydraConfig.get()
+    jobs.append(" ".join(job.overrides.task))
     try:
+        if job.mode == RunMode.RUN:
+            refuse_sweeps(job)
         config = validate(composed)
         waiting.append(check(config)) if config.train.vectorize and os.getpid() == PROCESS else train(config)
     except (UserError, OSError) as error:  # the system's own: a full disk, a path that cannot be
-        job = HydraConfig.get()
         of = f"in the job {' '.join(job.overrides.task)}: " if job.mode == RunMode.MULTIRUN else ""
         if os.getpid() != PROCESS:  # a launcher's, which hands the error to the process that waits for it
             raise (type(error) if isinstance(error, UserError) else UserError)(f"{of}{error}") from error
         if started_by_torchrun() or DEBUG:  # other ranks may be in the middle of this job: all end
             raise
         fail(error, of)
+
+
+def refuse_sweeps(job: HydraConf) -> None:
+    """A sweep preset makes a grid of a multirun; one run has to be a point of it. Raises ConfigError."""
+    given = {override.partition("=")[0].lstrip("+") for override in job.overrides.task}
+    for key, values in (job.sweeper.params or {}).items():
+        if key not in given:
+            raise ConfigError(
+                f"sweep={job.runtime.choices['sweep']}: {key} has the values {values}; add -m to run all of "
+                f"them, or choose one: {key}=..."
+            )
 
 
 def fail(error: Exception, of: str = "") -> None:
@@ -42,10 +59,12 @@ def fail(error: Exception, of: str = "") -> None:
 
 def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra prints several lines and exits; here it raises
-    failures[:], waiting[:] = [], []
+    failures[:], waiting[:], jobs[:] = [], [], []
     try:
         run()
         list(map(fail, train_many(waiting)))
+        if not jobs and {"-m", "--multirun"} & set(sys.argv) and not any("hydra/launcher=" in a for a in sys.argv):
+            raise ConfigError(f"{' '.join(sys.argv[1:])}: expands to no job")
     except Exception as error:
         if DEBUG or not (of_hydra(error) or isinstance(error, UserError | OSError)):
             raise

@@ -17,7 +17,8 @@ from experiments.records import Store
 from experiments.search import Point
 from lawn.config import Config, register, run_name
 from lawn.errors import ConfigError
-from lawn.validation import explain, validate
+from lawn.explain import explain
+from lawn.validation import validate
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 

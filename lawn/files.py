@@ -1,12 +1,19 @@
 """Files that are either whole or not there."""
 
-import fcntl
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+try:
+    import fcntl
+except ImportError:
+    sys.exit(
+        "error: training needs Linux or macOS (WSL on Windows); the optimizers, `from lawn import AdamLAWN`, do not"
+    )
 
 
 @contextmanager

@@ -1,20 +1,21 @@
 """A composed config is checked once, here: the first thing that is wrong with it is one line that names the key."""
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
-from traceback import walk_tb
 from typing import Any, get_args
 
-from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from lawn.config import Config
-from lawn.errors import ConfigError, UserError
+from lawn.errors import ConfigError
+from lawn.explain import explain, takes
 
+PATHS = ("data_dir", "runs_dir", "run_dir", "dataset.shards")
 LIMITS = {  # of whole numbers, beyond which nothing is meant; 2**63 for all others
     **dict.fromkeys(("dataset.workers", "train.devices"), 2**10),
     **dict.fromkeys(("dataset.image_size", "model.widths", "model.factors"), 2**16),
@@ -32,9 +33,37 @@ def validate(composed: DictConfig) -> Config:
         raise ConfigError(explain(error)) from error
     assert isinstance(config, Config)
     config.optim.free_epochs = _free_epochs(config.optim.free_epochs)
+    _without_signed_zeros(config)
+    for key in PATHS:
+        owner, _, name = key.rpartition(".")
+        section = getattr(config, owner) if owner else config
+        setattr(section, name, _expanded(key, getattr(section, name)))
     for problem in _problems(config):
         raise ConfigError(problem)
     return config
+
+
+def _without_signed_zeros(section: Any) -> None:
+    """-0.0 is 0.0, and a run with it no other run."""
+    for field in fields(section):
+        value = getattr(section, field.name)
+        if is_dataclass(value):
+            _without_signed_zeros(value)
+        elif value == 0 and isinstance(value, float):
+            setattr(section, field.name, 0.0)
+        elif isinstance(value, list):
+            setattr(section, field.name, [0.0 if item == 0 and isinstance(item, float) else item for item in value])
+
+
+def _expanded(key: str, path: str | None) -> str | None:
+    """A path with ~ and variables of the environment in it, as a shell reads them; addresses and commands as they are.
+    Raises ConfigError."""
+    if path is None or re.match(r"\w+:", path):
+        return path
+    expanded = os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111 (pathlib drops a ~ that it cannot expand)
+    if "$" in expanded and (unknown := re.search(r"\$(\w+|\{\w+\})", expanded)):
+        raise ConfigError(f"{key}={path}: the environment has no variable {unknown[1].strip('{}')}")
+    return expanded
 
 
 def _free_epochs(value: Any) -> float | str | None:
@@ -53,17 +82,9 @@ def _refuse_unknown_keys(node: DictConfig, schema: type, prefix: str) -> None:
     for key in map(str, node):
         section = next((f for f in fields(schema) if f.name == key), None)
         if section is None:
-            raise ConfigError(f"{prefix}{key}: no such key; {_takes(prefix.rstrip('.'))}")
+            raise ConfigError(f"{prefix}{key}: no such key; {takes(prefix.rstrip('.'))}")
         if is_dataclass(section.default_factory):
             _refuse_unknown_keys(node[key], section.default_factory, f"{key}.")
-
-
-def _takes(section: str) -> str:
-    """The keys of a section of the config; of the config itself for any other word."""
-    default = Config()
-    owner = getattr(default, section, None)
-    name, owner = (section, owner) if is_dataclass(owner) else ("the config", default)
-    return f"{name} takes {', '.join(vars(owner))}"
 
 
 def _problems(c: Config) -> Iterator[str]:
@@ -186,30 +207,3 @@ def _get(config: Config, key: str) -> Any:
     for part in key.split("."):
         value = getattr(value, part)
     return value
-
-
-def of_hydra(error: BaseException) -> bool:
-    """Whether Hydra or what it rests on has raised this, of whatever type: the config cannot be composed."""
-    packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in walk_tb(error.__traceback__)]
-    while packages and packages[-1] not in ("hydra", "omegaconf", "lawn", "run", "__main__"):
-        packages.pop()
-    if isinstance(error, OSError) and not isinstance(error, HydraException):
-        return False  # a path that cannot be
-    return bool(packages) and packages[-1] in ("hydra", "omegaconf")
-
-
-def explain(error: BaseException) -> str:
-    """One line for an exception. Of Hydra's and OmegaConf's: the key first, then what is allowed there."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        group, _, member = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={member}: no such {group}; choose from {', '.join(sorted(error.options))}"
-    if isinstance(error.__cause__, OmegaConfBaseException) and not isinstance(error, UserError):
-        error = error.__cause__
-    key = str(getattr(error, "full_key", None) or "")
-    if isinstance(error, (ConfigAttributeError, ConfigKeyError)) and key:
-        return f"{key}: no such key; {_takes(key.rpartition('.')[0])}"
-    if isinstance(error, MissingMandatoryValue):
-        return f"{key}: needs a value"
-    text = " ".join(line.strip() for line in str(error).splitlines())
-    text = text.split(" full_key:")[0].split(" See https:")[0] or type(error).__name__
-    return f"{key}: {text}" if key else text

@@ -55,12 +55,38 @@ def test_a_failing_job_does_not_keep_the_others(tmp_path, main):
             "optim=adm: no such optim; choose from adam, adam_cpr, adam_hoffer, adam_lawn, adamp, adamw, lamb",
         ),
         (["optim.lrr=1"], 2, "optim.lrr: no such key; optim takes name, lr"),
+        (
+            ["optim.lr=a=b"],
+            2,
+            """optim.lr=a=b: cannot be read; quote the value, once for Hydra and once for the shell: \
+'optim.lr="a=b"'""",
+        ),
+        (["data_dir=~/x"], 2, """once for the shell: 'data_dir="~/x"'"""),
+        (["data_dir=/tmp/ü"], 2, """once for the shell: 'data_dir="/tmp/ü"'"""),
+        (["data_dir=it's"], 2, """once for the shell: data_dir="it's\""""),
+        (["data_dir=50%=x"], 2, """once for the shell: 'data_dir="50%=x"'"""),
+        (["optim.lr=[1"], 2, "optim.lr=[1: cannot be read; a list is [a,b]"),
+        (["train.epochs=", "3"], 2, "3: must be key=value, without spaces around the sign"),
+        (["optim.lr"], 2, "optim.lr: must be key=value"),
+        (["dataset=null"], 2, "dataset=null: must be the name of a member of the group"),
+        (["optim=3"], 2, "optim=3: must be the name of a member of the group"),
+        (["device=mps"], 2, "device=mps: cannot be used (training is for CPUs and CUDA's GPUs); choose auto, cpu"),
+        (
+            ["sweep=peak_lr"],
+            2,
+            "sweep=peak_lr: optim.lr has the values 1e-4,3e-4,1e-3,3e-3,1e-2,3e-2; add -m to run all",
+        ),
+        (
+            ['data_dir="$NO_SUCH_VARIABLE/x"'],
+            2,
+            "data_dir=$NO_SUCH_VARIABLE/x: the environment has no variable NO_SUCH",
+        ),
         (["+optim.lrr=1"], 2, "optim.lrr: no such key; optim takes name, lr"),
         (["optim.free_epochs=400", "train.epochs=300"], 2, "must be below train.epochs=300"),
         (["optim.lr=fast"], 2, "optim.lr: Value 'fast' of type 'str' could not be converted to Float"),
         (["dataset=imagenet", "data_dir={tmp}"], 1, "put its images into"),
         (["dataset=movielens100k", "data_dir={tmp}/cut"], 1, "u.data, line 3: want user, item, rating (1 or more)"),
-        (["optim.lr=="], 2, "Error parsing override"),
+        (["optim.lr=="], 2, "optim.lr==: cannot be read; quote the value"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, main, arguments, code, words):
@@ -72,6 +98,43 @@ def test_bad_input_is_one_line(tmp_path, main, arguments, code, words):
     assert err.startswith("error: ")
     assert words in err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("nothing", ["seed=range(0)", "optim=glob(zzz*)"])
+def test_a_multirun_of_nothing_says_so(tmp_path, main, nothing):
+    code, out, err = main("-m", *SHORT, f"runs_dir={tmp_path}/runs", nothing)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.endswith(f"{nothing}: expands to no job\n")
+
+
+def test_a_point_of_a_sweep_is_one_run(tmp_path, main):
+    code, out, err = main(*SHORT, "sweep=peak_lr", "optim.lr=0.01", f"runs_dir={tmp_path}/runs")
+    assert (code, err) == (0, "")
+    assert out.count("done after epoch 2") == 1
+
+
+def test_all_spellings_of_a_number_are_one_run(tmp_path, main):
+    keys = (*SHORT, "optim=adam_lawn", f"runs_dir={tmp_path}/runs")
+    assert main(*keys, "optim.lr=1e-3", "optim.free_epochs=0")[0] == 0
+    for rate in ("0.001", "1.0e-03", '"1e-3"', ".001", "1E-3", "+0.001", "1_0e-4"):
+        for free in ("0.0", "-0.0", '"0"'):
+            code, out, err = main(*keys, f"optim.lr={rate}", f"optim.free_epochs={free}")
+            assert (code, err) == (0, ""), rate
+            assert "done already" in out, (rate, free)
+
+
+def test_paths_are_expanded(tmp_path, main, monkeypatch):
+    """~ and variables, quoted for Hydra."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "a b"))
+    monkeypatch.chdir(tmp_path)
+    assert main(*SHORT, 'runs_dir="~/x"', "seed=1")[0] == 0
+    assert main(*SHORT, 'runs_dir="$SCRATCH/x"', "seed=2")[0] == 0
+    assert main(*SHORT, 'run_dir="${SCRATCH}/y"'.replace("${", "\\${"), "seed=3")[0] == 0
+    assert len(list((tmp_path / "home" / "x").iterdir())) == 1
+    assert len(list((tmp_path / "a b" / "x").iterdir())) == 1
+    assert (tmp_path / "a b" / "y" / "DONE").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"home", "a b"}
 
 
 def test_offline_is_one_line(tmp_path, main, monkeypatch):

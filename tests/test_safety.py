@@ -3,6 +3,8 @@
 import ast
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -76,3 +78,11 @@ def test_arrays_of_objects_are_not_loaded(tmp_path):
     with pytest.raises(DataError, match=r"train.npz: damaged \(Object arrays cannot be loaded"):
         cifar10(tmp_path, "test", seed=0, val_fraction=0.1)
     assert not (tmp_path / "run by it").exists()
+
+
+def test_without_fcntl():
+    """As on Windows: one line, and the optimizers all the same."""
+    code = "import sys; sys.modules['fcntl'] = None; from lawn import AdamLAWN; import run"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith("error: training needs Linux or macOS")

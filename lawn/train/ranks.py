@@ -153,6 +153,8 @@ def local_device(name: str, local_rank: int = 0, local_world: int = 1) -> torch.
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):  # mps has no float64, which losses are added up in
+            raise RuntimeError("training is for CPUs and CUDA's GPUs")
         if local_world == 1:  # of several, the launcher must not occupy the first one's GPU
             torch.Generator(device)
             torch.empty(0, device=device)

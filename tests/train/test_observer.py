@@ -175,10 +175,11 @@ def test_the_figure_at_the_end_and_of_several_runs(tiny, tmp_path, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.parametrize(
-    "backend",
-    ["module://not_installed.backend_inline", *(pytest.param(b, marks=pytest.mark.slow) for b in ("x", "TkAgg"))],
-)
+LACKING = "module://not_installed.backend_inline"
+OTHERS = [pytest.param(backend, marks=pytest.mark.slow) for backend in ("nonsense", "TkAgg")]
+
+
+@pytest.mark.parametrize("backend", [LACKING, *OTHERS])
 def test_no_display_and_no_backend_is_needed(tmp_path, backend):
     """MPLBACKEND as a notebook leaves it to what it starts."""
     keys = ["dataset=digits", "dataset.limit=100", "model.widths=[8]", "train.epochs=1", "diagnostics=on"]

@@ -1,0 +1,72 @@
+"""One line for what Hydra and OmegaConf raise."""
+
+import re
+from dataclasses import is_dataclass
+from traceback import walk_tb
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from lawn.config import Config
+from lawn.errors import UserError
+
+
+def takes(section: str) -> str:
+    """The keys of a section of the config; of the config itself for any other word."""
+    default = Config()
+    owner = getattr(default, section, None)
+    name, owner = (section, owner) if is_dataclass(owner) else ("the config", default)
+    return f"{name} takes {', '.join(vars(owner))}"
+
+
+def of_hydra(error: BaseException) -> bool:
+    """Whether Hydra or what it rests on has raised this, of whatever type: the config cannot be composed."""
+    packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in walk_tb(error.__traceback__)]
+    while packages and packages[-1] not in ("hydra", "omegaconf", "lawn", "run", "__main__"):
+        packages.pop()
+    if isinstance(error, OSError) and not isinstance(error, HydraException):
+        return False  # a path that cannot be
+    return bool(packages) and packages[-1] in ("hydra", "omegaconf")
+
+
+def explain(error: BaseException) -> str:
+    """One line for an exception. Of Hydra's and OmegaConf's: the key first, then what is allowed there."""
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error.override)
+    if "Config group override must be" in str(error):
+        return f"{_override(error)}: must be the name of a member of the group"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, member = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={member}: no such {group}; choose from {', '.join(sorted(error.options))}"
+    if isinstance(error.__cause__, OmegaConfBaseException) and not isinstance(error, UserError):
+        error = error.__cause__
+    key = str(getattr(error, "full_key", None) or "")
+    if isinstance(error, (ConfigAttributeError, ConfigKeyError)) and key:
+        return f"{key}: no such key; {takes(key.rpartition('.')[0])}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key}: needs a value"
+    text = " ".join(line.strip() for line in str(error).splitlines())
+    text = text.split(" full_key:")[0].split(" See https:")[0] or type(error).__name__
+    return f"{key}: {text}" if key else text
+
+
+def _unreadable(override: str) -> str:
+    """What is wrong with an override that is not of Hydra's grammar, and how to write it."""
+    key, equals, value = override.partition("=")
+    if not equals or not re.fullmatch(r"(\+\+?|~)?[\w.@/]+", key):
+        return f"{override}: must be key=value, without spaces around the sign"
+    if value[:1] in ("[", "{", "(") or re.fullmatch(r"\w+\(.*", value):
+        return f"{override}: cannot be read; a list is [a,b], what opens has to be closed"
+    inner = "'" if '"' in value else '"'
+    outer = "'" if inner == '"' else '"'
+    quoted = f"{key}={inner}{value}{inner}"
+    whole = quoted if outer in value else f"{outer}{quoted}{outer}"  # else the shell's quotes are the user's to find
+    return f"{override}: cannot be read; quote the value, once for Hydra and once for the shell: {whole}"
+
+
+def _override(error: BaseException) -> str:
+    """The override that Hydra was at when it raised this."""
+    found = [frame.f_locals.get("override") for frame, _ in walk_tb(error.__traceback__)]
+    return next(
+        (line for override in reversed(found) if (line := getattr(override, "input_line", None))), "an override"
+    )
