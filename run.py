@@ -1,8 +1,24 @@
 """Train one run, or a Hydra multirun of many: python run.py -m dataset=digits optim=adam,adam_lawn seed=0,1,2"""
 
 import os
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
+
+
+def leave(number: int, _: FrameType | None) -> None:
+    """What a signal does while the modules below are imported, which takes seconds."""
+    with suppress(OSError):
+        os.write(2, f"{signal.Signals(number).name}: stopped before anything was begun\n".encode())
+    os._exit(75)
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):  # lawn.signals is not imported yet
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, leave)
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -12,6 +28,8 @@ from omegaconf import DictConfig
 from lawn.config import Config, register
 from lawn.errors import UserError
 from lawn.train import check, started_by_torchrun, train, train_many
+from lawn.train.notice import stoppable
+from lawn.train.progress import say
 from lawn.validation import explain, of_hydra, validate
 
 register()
@@ -37,21 +55,22 @@ def run(composed: DictConfig) -> None:
 
 def fail(error: Exception, of: str = "") -> None:
     failures.append(getattr(error, "exit_code", 2 if of_hydra(error) else UserError.exit_code))
-    print(f"error: {of}{explain(error)}", file=sys.stderr, flush=True)
+    say(f"error: {of}{explain(error)}", sys.stderr)
 
 
 def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra prints several lines and exits; here it raises
     failures[:], waiting[:] = [], []
     try:
-        run()
-        list(map(fail, train_many(waiting)))
+        with stoppable():
+            run()
+            list(map(fail, train_many(waiting)))
     except Exception as error:
         if DEBUG or not (of_hydra(error) or isinstance(error, UserError | OSError)):
             raise
         fail(error)
     except KeyboardInterrupt as stop:  # a Stopped among them
-        print(stop if stop.args else "interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        say(str(stop) or "interrupted; the same command goes on from the last checkpoint", sys.stderr)
         failures.append(getattr(stop, "exit_code", 130))
     return max(failures, default=0)
 

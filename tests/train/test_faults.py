@@ -487,7 +487,7 @@ from lawn.files import locked
 with locked(Path(sys.argv[1])) as free:
     child = os.fork()
     if child:
-        print(free, child, flush=True)
+        print(free is not None, child, flush=True)
     time.sleep(60)
 """
     command = [sys.executable, "-c", code, str(tmp_path / "lock")]

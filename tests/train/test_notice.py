@@ -1,0 +1,170 @@
+"""Signals, sent as terminals and Slurm send them: to all processes of a run."""
+
+import fcntl
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from lawn.train.notice import Stopped, noticed, stoppable
+from lawn.train.record import RunDirectory
+from tests.helpers import ROOT, Paused, compose
+
+PLACES = {
+    "import": "lawn.config",
+    "data": "lawn.data.imagenet:listed",
+    "training": "lawn.train.loop:Run.after_update",
+    "evaluation": "lawn.task:Classification.rows",
+    "figure": "lawn.train.record:RunDirectory.draw",
+    "finish": "lawn.train.record:RunDirectory.finish",
+}
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+IMAGES = ("dataset=imagenet", "dataset.image_size=32", "model=mlp", "model.widths=[8]", "device=cpu")
+IMAGES = (*IMAGES, "train.batch_size=4", "train.epochs=2", "diagnostics=on")  # 3 updates an epoch
+
+
+@pytest.fixture
+def images(tiny_data, tmp_path):
+    return (*IMAGES, f"data_dir={tiny_data}", f"run_dir={tmp_path}/run")
+
+
+def check_stopped(keys: tuple[str, ...], phase: str, said: str, name: str) -> None:
+    """What is left of a run that a signal has come to in this phase."""
+    config = compose(*keys)
+    directory = RunDirectory(config)
+    assert said.splitlines()[-1].startswith(f"{name}: ")
+    assert "Traceback" not in said
+    if phase in ("import", "data"):
+        assert not directory.path.exists() or directory.load() is None
+        return
+    state = directory.load()
+    assert state is not None
+    if phase in ("figure", "finish"):
+        assert directory.result()["status"] == "done"
+        assert (directory.path / "diagnostics.png").exists()
+        return
+    assert f"has stopped in epoch 1, after {state['step']} updates; the same command goes on from there" in said
+    assert (state["epoch"], state["step"]) == ((1, 1) if phase == "training" else (1, 3))
+    assert len(state["rows"]) == (phase == "evaluation")
+
+
+def check_signal(phase: str, number: signal.Signals, workers: int, devices: int, folder: Path, keys) -> None:
+    keys = (*keys, f"dataset.workers={workers}", f"train.devices={devices}")
+    paused = Paused(folder / "pause", PLACES[phase], *keys)
+    paused.reached(devices if phase in ("training", "evaluation") else 1)
+    paused.send(number)
+    code, out, err = paused.go()
+    assert code == Stopped.exit_code, (out, err)
+    assert err.count("\n") == 1
+    check_stopped(keys, phase, err, number.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("phase", PLACES)
+def test_every_signal_in_every_phase(images, tmp_path, phase, number, workers, devices):
+    check_signal(phase, number, workers, devices, tmp_path, images)
+
+
+@pytest.mark.parametrize(
+    ("phase", "number", "workers"),
+    [("import", signal.SIGTERM, 0), ("training", signal.SIGINT, 2), ("evaluation", signal.SIGTERM, 2)],
+)
+def test_some_signals_in_some_phases(images, tmp_path, phase, number, workers):
+    check_signal(phase, number, workers, 1, tmp_path, images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_ctrl_c_at_a_terminal(images, tmp_path, devices):
+    """The terminal itself sends the signal, to the group in its foreground."""
+    keys = (*images, "dataset.workers=2", f"train.devices={devices}")
+    ours, theirs = pty.openpty()
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    controlled = partial(fcntl.ioctl, 0, termios.TIOCSCTTY, 0)
+    paused = Paused(tmp_path / "pause", PLACES["training"], *keys, preexec_fn=controlled, **streams)
+    os.close(theirs)
+    paused.reached(devices)
+    os.write(ours, b"\x03")
+    code, *_ = paused.go()
+    said = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert code == Stopped.exit_code, said
+    check_stopped(keys, "training", said[said.index("SIGINT: ") :], "SIGINT")
+
+
+@pytest.mark.parametrize("ignored", [signal.SIGHUP, signal.SIGINT])
+def test_what_was_ignored_at_the_start_stays_ignored(ignored):
+    """SIGHUP by nohup, SIGINT by a script's &; SIGTERM is taken still."""
+    before = signal.signal(ignored, signal.SIG_IGN)
+    try:
+        for take in (noticed, stoppable):
+            with take() as notice:
+                signal.raise_signal(ignored)
+            assert notice is None or notice.signal is None
+        with pytest.raises(Stopped, match=r"^SIGTERM: stopped; "), stoppable():
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(ignored, before)
+
+
+@pytest.mark.slow
+def test_a_run_in_the_background_of_a_script_does_not_take_its_ctrl_c(images, tmp_path):
+    keys = (*images, "dataset.workers=2")
+    paused = Paused(
+        tmp_path / "pause",
+        PLACES["training"],
+        *keys,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    paused.reached()
+    paused.send(signal.SIGINT)
+    code, _, err = paused.go()
+    assert (code, err) == (0, "")
+    assert RunDirectory(compose(*keys)).done
+
+
+def test_a_signal_interrupts_once():
+    """Where a run is not at work the first one raises; of more only a second SIGINT does."""
+    with pytest.raises(Stopped, match="^SIGUSR1: "), stoppable():
+        try:
+            signal.raise_signal(signal.SIGUSR1)
+        finally:
+            for number in SIGNALS:
+                signal.raise_signal(number)
+    with pytest.raises(KeyboardInterrupt) as caught, stoppable():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+    assert not isinstance(caught.value, Stopped)
+
+
+def test_torchrun_hands_on_the_interrupt_that_a_rank_has_had_already(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    with pytest.raises(Stopped, match="^SIGINT: "), stoppable(), noticed():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("broken", ["nobody reads", "full"])
+def test_output_that_breaks_does_not_end_a_run(tiny, tmp_path, broken):
+    """As | head -1 does it, and a full disk."""
+    config = tiny()
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as closed, Path("/dev/full").open("w") as full:
+        output = full if broken == "full" else closed
+        keys = ["train.epochs=4", "model.widths=[16]", "dataset.limit=200", f"runs_dir={tmp_path}/runs", "device=cpu"]
+        done = subprocess.run([sys.executable, "run.py", *keys], cwd=ROOT, stdout=output, stderr=output, timeout=120)
+    assert done.returncode == 0
+    assert RunDirectory(config).done
