@@ -17,10 +17,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 def sheltered(method: str) -> Iterator[None]:
     """Processes that are started inside, by this method of multiprocessing, have the signals blocked: a terminal and
     Slurm send them to all processes of a run, and it is for the first of them to say when it ends."""
-    if method != "fork":
-        resource_tracker.ensure_running()  # some versions of Python unblock the signals where they start it
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
+        if method != "fork":
+            resource_tracker.ensure_running()  # after which some versions of Python have unblocked two of them
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

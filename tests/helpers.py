@@ -1,8 +1,8 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -104,16 +104,16 @@ class Paused:
 
     def reached(self, processes: int = 1) -> None:
         """Wait until so many have come to the place."""
-        end = time.monotonic() + 120
+        end = monotonic() + 120
         while len(list(self._folder.glob("reached-*"))) < processes:
             assert self.process.poll() is None, self.process.communicate()
-            assert time.monotonic() < end, "waited too long"
-            time.sleep(0.01)
+            assert monotonic() < end, "waited too long"
+            sleep(0.01)
 
     def send(self, number: int) -> None:
         """A signal to the whole group, as a terminal and Slurm send it."""
         os.killpg(self.process.pid, number)
-        time.sleep(0.1)
+        sleep(0.1)
 
     def go(self) -> tuple[int, str, str]:
         """Exit code and output."""

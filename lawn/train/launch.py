@@ -230,11 +230,11 @@ def _run_in_ranks(config: Config, world: int, method: str) -> dict[str, Any]:
     context = multiprocessing.get_context(method)
     logging.getLogger("torch.multiprocessing.spawn").setLevel("ERROR")  # it warns of each rank that it terminates
     context.set_forkserver_preload([__name__, "torch._dynamo", "sklearn.datasets"])
-    errors: SimpleQueue = context.SimpleQueue()
     threads = max(1, torch.get_num_threads() // world)
     with tempfile.TemporaryDirectory() as folder, noticed() as notice:
-        arguments = (config, world, threads, str(Path(folder) / "store"), errors)
         with sheltered(method):
+            errors: SimpleQueue = context.SimpleQueue()
+            arguments = (config, world, threads, str(Path(folder) / "store"), errors)
             ranks = multiprocessing.start_processes(_rank, arguments, world, join=False, start_method=method)
         assert ranks is not None
         try:

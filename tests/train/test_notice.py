@@ -4,8 +4,6 @@ import fcntl
 import os
 import pty
 import signal
-import subprocess
-import sys
 import termios
 from functools import partial
 from pathlib import Path
@@ -14,7 +12,7 @@ import pytest
 
 from lawn.train.notice import Stopped, noticed, stoppable
 from lawn.train.record import RunDirectory
-from tests.helpers import ROOT, Paused, compose
+from tests.helpers import Paused, compose
 
 PLACES = {
     "import": "lawn.config",
@@ -74,12 +72,9 @@ def test_every_signal_in_every_phase(images, tmp_path, phase, number, workers, d
     check_signal(phase, number, workers, devices, tmp_path, images)
 
 
-@pytest.mark.parametrize(
-    ("phase", "number", "workers"),
-    [("import", signal.SIGTERM, 0), ("training", signal.SIGINT, 2), ("evaluation", signal.SIGTERM, 2)],
-)
-def test_some_signals_in_some_phases(images, tmp_path, phase, number, workers):
-    check_signal(phase, number, workers, 1, tmp_path, images)
+@pytest.mark.parametrize(("phase", "number"), [("import", signal.SIGTERM), ("training", signal.SIGINT)])
+def test_some_signals_in_some_phases(images, tmp_path, phase, number):
+    check_signal(phase, number, 2, 1, tmp_path, images)
 
 
 @pytest.mark.slow
@@ -95,7 +90,7 @@ def test_a_ctrl_c_at_a_terminal(images, tmp_path, devices):
     paused.reached(devices)
     os.write(ours, b"\x03")
     code, *_ = paused.go()
-    said = os.read(ours, 10_000).decode()
+    said = os.read(ours, 10_000).decode().strip()
     os.close(ours)
     assert code == Stopped.exit_code, said
     check_stopped(keys, "training", said[said.index("SIGINT: ") :], "SIGINT")
@@ -134,37 +129,29 @@ def test_a_run_in_the_background_of_a_script_does_not_take_its_ctrl_c(images, tm
 
 def test_a_signal_interrupts_once():
     """Where a run is not at work the first one raises; of more only a second SIGINT does."""
-    with pytest.raises(Stopped, match="^SIGUSR1: "), stoppable():
-        try:
-            signal.raise_signal(signal.SIGUSR1)
-        finally:
-            for number in SIGNALS:
-                signal.raise_signal(number)
-    with pytest.raises(KeyboardInterrupt) as caught, stoppable():
-        try:
-            signal.raise_signal(signal.SIGTERM)
-        finally:
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
-    assert not isinstance(caught.value, Stopped)
+
+    def raised(*numbers: signal.Signals) -> list[BaseException]:
+        found: list[BaseException] = []
+        with stoppable():
+            for number in numbers:
+                try:
+                    signal.raise_signal(number)
+                except KeyboardInterrupt as interrupt:
+                    found.append(interrupt)
+        return found
+
+    (stopped,) = raised(signal.SIGUSR1, *SIGNALS)
+    assert isinstance(stopped, Stopped)
+    assert str(stopped).startswith("SIGUSR1: stopped; ")
+    stopped, interrupted = raised(signal.SIGTERM, signal.SIGINT, signal.SIGINT)
+    assert isinstance(stopped, Stopped)
+    assert not isinstance(interrupted, Stopped)
 
 
 def test_torchrun_hands_on_the_interrupt_that_a_rank_has_had_already(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
-    with pytest.raises(Stopped, match="^SIGINT: "), stoppable(), noticed():
+    with noticed() as notice:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-
-
-@pytest.mark.parametrize("broken", ["nobody reads", "full"])
-def test_output_that_breaks_does_not_end_a_run(tiny, tmp_path, broken):
-    """As | head -1 does it, and a full disk."""
-    config = tiny()
-    reading, writing = os.pipe()
-    os.close(reading)
-    with open(writing, "w") as closed, Path("/dev/full").open("w") as full:
-        output = full if broken == "full" else closed
-        keys = ["train.epochs=4", "model.widths=[16]", "dataset.limit=200", f"runs_dir={tmp_path}/runs", "device=cpu"]
-        done = subprocess.run([sys.executable, "run.py", *keys], cwd=ROOT, stdout=output, stderr=output, timeout=120)
-    assert done.returncode == 0
-    assert RunDirectory(config).done
+        assert notice.signal == "SIGINT"
+        notice.signal = None  # or it would be passed on
