@@ -27,6 +27,7 @@ import run
 from lawn.config import Config
 from lawn.errors import RunError
 from lawn.files import locked
+from lawn.signals import SIGNALS
 from lawn.train import Stopped, logger, train, train_many, train_together
 from lawn.train.loop import Run
 from lawn.train.progress import say
@@ -152,7 +153,7 @@ def stop(config: Config, updates: int, number: signal.Signals = signal.SIGTERM) 
     return str(stopped.value)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("updates", [1, 18, 26])  # in the first epoch, in the second, at the end of the second
 def test_a_signal_stops_after_the_update(tiny, tmp_path, number, updates):
     whole, stopped = (tiny(*DIGITS, f"run_dir={tmp_path}/{name}") for name in ("whole", "stopped"))
