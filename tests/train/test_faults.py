@@ -28,6 +28,7 @@ from lawn.config import Config
 from lawn.errors import RunError
 from lawn.files import locked
 from lawn.signals import SIGNALS
+from lawn.task import Classification
 from lawn.train import Stopped, logger, train, train_many, train_together
 from lawn.train.loop import Run
 from lawn.train.progress import say
@@ -165,6 +166,23 @@ def test_a_signal_stops_after_the_update(tiny, tmp_path, number, updates):
     state = RunDirectory(stopped).load()
     assert state is not None
     assert (state["step"], state["left"] is None) == (updates, updates == 26)
+    train(stopped)
+    check_equal(stopped, whole)
+
+
+def test_a_signal_in_an_evaluation_stops_at_its_end(tiny, tmp_path, monkeypatch):
+    whole, stopped = (tiny(*DIGITS, f"run_dir={tmp_path}/{name}") for name in ("whole", "stopped"))
+    train(whole)
+    rows = Classification.rows
+    with monkeypatch.context() as patch:
+        patch.setattr(Classification, "rows", lambda *given: send(signal.SIGTERM)() or rows(*given))
+        with pytest.raises(Stopped, match="SIGTERM: .* has stopped in epoch 1, after 13 updates"):
+            train(stopped)
+    state = RunDirectory(stopped).load()
+    assert state is not None
+    assert state["left"] is None
+    assert [row["epoch"] for row in state["rows"]] == [1]
+    assert state["rows"][0]["test_accuracy"] is not None
     train(stopped)
     check_equal(stopped, whole)
 
