@@ -1,8 +1,24 @@
 """Train one run, or a Hydra multirun of many: python run.py -m dataset=digits optim=adam,adam_lawn seed=0,1,2"""
 
 import os
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
+
+
+def leave(number: int, _: FrameType | None) -> None:
+    """What a signal does while the modules below are imported, which takes seconds."""
+    with suppress(OSError):
+        os.write(2, f"{signal.Signals(number).name}: stopped before anything was begun\n".encode())
+    os._exit(75)
+
+
+if __name__ == "__main__":
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):  # as in lawn.signals, which is not imported yet
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, name), leave)
 
 import hydra
 from hydra.conf import HydraConf
@@ -14,6 +30,8 @@ from lawn.config import Config, register
 from lawn.errors import ConfigError, UserError
 from lawn.explain import explain, of_hydra
 from lawn.train import check, started_by_torchrun, train, train_many
+from lawn.train.notice import stoppable
+from lawn.train.progress import say
 from lawn.validation import validate
 
 register()
@@ -54,15 +72,16 @@ def refuse_sweeps(job: HydraConf) -> None:
 
 def fail(error: Exception, of: str = "") -> None:
     failures.append(getattr(error, "exit_code", 2 if of_hydra(error) else UserError.exit_code))
-    print(f"error: {of}{explain(error)}", file=sys.stderr, flush=True)
+    say(f"error: {of}{explain(error)}", sys.stderr)
 
 
 def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra prints several lines and exits; here it raises
     failures[:], waiting[:], jobs[:] = [], [], []
     try:
-        run()
-        list(map(fail, train_many(waiting)))
+        with stoppable():
+            run()
+            list(map(fail, train_many(waiting)))
         if not jobs and {"-m", "--multirun"} & set(sys.argv) and not any("hydra/launcher=" in a for a in sys.argv):
             raise ConfigError(f"{' '.join(sys.argv[1:])}: expands to no job")
     except Exception as error:
@@ -70,7 +89,7 @@ def main() -> int:
             raise
         fail(error)
     except KeyboardInterrupt as stop:  # a Stopped among them
-        print(stop if stop.args else "interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        say(str(stop) or "interrupted; the same command goes on from the last checkpoint", sys.stderr)
         failures.append(getattr(stop, "exit_code", 130))
     return max(failures, default=0)
 

@@ -8,7 +8,6 @@ python -m experiments report
 import argparse
 import re
 import shlex
-import signal
 import sys
 from itertools import islice
 from pathlib import Path
@@ -30,6 +29,7 @@ from experiments.study import PLACES, SELECTIONS, Study, studies
 from experiments.tables import TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6
 from lawn.errors import ConfigError, UserError
 from lawn.train import Stopped
+from lawn.train.notice import stoppable
 
 _TABLES = (TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6, FIGURE1, FIGURE2)
 _BEYOND = (TUNING_CURVES, AUTOMATIC, FLATTENING_DIGITS, FLATTENING_MOVIELENS100K)
@@ -41,7 +41,8 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
-        return int(given.action(given))
+        with stoppable():  # the pool stops its runs, each with a checkpoint
+            return int(given.action(given))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", UserError.exit_code)
@@ -252,5 +253,4 @@ def _seconds(text: str) -> float:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the pool stops its runs, each with a checkpoint
     sys.exit(main())

@@ -16,8 +16,9 @@ import torch
 from experiments.grid import Job
 from lawn.config import Config, run_name
 from lawn.errors import UserError
+from lawn.signals import sheltered
 from lawn.train import Stopped, train, train_together
-from lawn.train.notice import end_with_parent
+from lawn.train.notice import end_with_parent, stoppable
 from lawn.train.record import RunDirectory
 
 
@@ -90,7 +91,8 @@ class Pool:
         log.parent.mkdir(parents=True, exist_ok=True)
         threads = max(1, torch.get_num_threads() * len(slots) // len(self._slots))
         process = self._context.Process(target=_work, args=(configs, devices, threads, log))
-        process.start()
+        with sheltered(self._context.get_start_method()):
+            process.start()
         self._running.append(_Running(jobs, process, slots, time.monotonic(), log))
 
     def wait(self, timeout: float) -> list[Ended]:
@@ -118,6 +120,8 @@ def _failure(running: _Running, job: Job) -> str | None:
     code = running.process.exitcode or 0
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
+    if not running.log.exists():
+        return f"{running.log.parent}: was deleted or moved while the run was at work in it"
     lines = running.log.read_text(errors="replace").strip().splitlines()
     return (lines[-1] if lines else f"exit code {code}").removeprefix("error: ")
 
@@ -126,16 +130,17 @@ def _work(configs: list[Config], devices: list[str], threads: int, log: Path) ->
     """The process of a job, or of several."""
     if len(devices) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    end_with_parent()
     output = log.open("a")
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
     torch.set_num_threads(threads)
     try:
-        if len(configs) > 1:
-            train_together(configs)
-        else:
-            train(configs[0])
+        with stoppable():
+            end_with_parent()
+            if len(configs) > 1:
+                train_together(configs)
+            else:
+                train(configs[0])
     except (Stopped, UserError, OSError) as error:
         print(f"{'' if isinstance(error, Stopped) else 'error: '}{error}", flush=True)
         sys.exit(getattr(error, "exit_code", UserError.exit_code))

@@ -57,21 +57,29 @@ os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])  # 
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Hold the lock file `path` inside; False where another process holds it. It ends with the process, however that
+def locked(path: Path) -> Iterator[IO[str] | None]:
+    """Hold the lock file `path` inside; None where another process holds it. It ends with the process, however that
     ends: nothing has to be cleaned up after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield False
+            yield None
         else:
             _held.add(file)
             try:
-                yield True
+                yield file
             finally:
                 _held.remove(file)
+
+
+def still_at(path: Path, file: IO[str]) -> bool:
+    """Whether `path` is the file that was opened there."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def write_text(path: Path, text: str) -> None:

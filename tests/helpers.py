@@ -2,6 +2,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -35,6 +37,89 @@ def run(*arguments: str, script: str = "run.py", **environment: str) -> subproce
     command = [sys.executable, str(ROOT / script), *arguments]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables, timeout=300)
+
+
+PAUSE = """
+import importlib.util, os, sys, time
+from pathlib import Path
+
+module, _, path = os.environ["PAUSE_AT"].partition(":")
+folder = Path(__file__).parent
+
+def pause():
+    (folder / f"reached-{os.getpid()}").touch()
+    while not (folder / "go").exists():
+        time.sleep(0.01)
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name != module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+
+        def exec_module(loaded):
+            if not path:
+                pause()
+            load(loaded)
+            *owners, last = path.split(".")
+            owner = loaded
+            for part in owners:
+                owner = getattr(owner, part)
+            if path:
+                original = getattr(owner, last)
+
+                def paused(*arguments, **options):
+                    pause()
+                    return original(*arguments, **options)
+
+                setattr(owner, last, paused)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+class Paused:
+    """The real command in a process group of its own. It waits wherever it comes to `place`, a module that is imported
+    or a `module:function` that is called, in any of its processes, until `go`."""
+
+    def __init__(self, folder: Path, place: str, *arguments: str, **options: Any) -> None:
+        self._folder = folder
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(PAUSE)
+        environment = {"OMP_NUM_THREADS": "1", "PAUSE_AT": place, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "run.py"), *arguments],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            text=True,
+            start_new_session=True,
+            **{**streams, **options},
+        )
+
+    def reached(self, processes: int = 1) -> None:
+        """Wait until so many have come to the place."""
+        end = monotonic() + 120
+        while len(list(self._folder.glob("reached-*"))) < processes:
+            assert self.process.poll() is None, self.process.communicate()
+            assert monotonic() < end, "waited too long"
+            sleep(0.01)
+
+    def send(self, number: int) -> None:
+        """A signal to the whole group, as a terminal and Slurm send it."""
+        os.killpg(self.process.pid, number)
+        sleep(0.1)
+
+    def go(self) -> tuple[int, str, str]:
+        """Exit code and output."""
+        (self._folder / "go").touch()
+        out, err = self.process.communicate(timeout=120)
+        return self.process.returncode, out, err
 
 
 # Three users, six items. Users and items of the file are 10, 20, 30 and 1 to 6.

@@ -77,7 +77,7 @@ class FolderImages(Photos):
     def damaged(self) -> Iterator[str]:
         """Decode every image; a line for each that cannot be."""
         for files in (self.train, self.held_out):
-            for batch in self._loader(Damage(files.paths), batch_size=64, collate_fn=list):
+            for batch in self._begun(self._loader(Damage(files.paths), batch_size=64, collate_fn=list)):
                 yield from filter(None, batch)
 
 

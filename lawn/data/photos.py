@@ -12,10 +12,13 @@ from torch.utils.data import DataLoader
 
 from lawn.data.prefetch import on_device
 from lawn.errors import DataError
+from lawn.signals import only_parent_terminates, sheltered
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training set, in units of 1; constants
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a training crop: its share of the area, its width by its height
 Crop = Callable[[Any], Tensor]
+# A rank that was spawned would spawn its workers too, each of which would import torch for seconds.
+METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 
 class Photos:
@@ -40,15 +43,20 @@ class Photos:
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),
-            # A rank that was spawned would spawn its workers too, each of which would import torch for seconds.
-            multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
+            multiprocessing_context=METHOD if self.workers else None,
+            worker_init_fn=only_parent_terminates,
             **options,
         )
+
+    def _begun(self, loader: DataLoader) -> Iterator[Any]:
+        """The loader's batches, with its workers at work."""
+        with sheltered(METHOD):
+            return iter(loader)
 
     def _batches(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
         """The loader's batches on the device: float images [B, 3, S, S] and labels [B]."""
         try:
-            for images, labels in on_device(loader, self.device):
+            for images, labels in on_device(self._begun(loader), self.device):
                 yield normalized(images), labels
             return
         except DataError as error:  # from a worker it comes with the worker's traceback around it

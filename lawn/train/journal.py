@@ -6,7 +6,7 @@ from typing import Any
 from lawn.config import Config
 from lawn.train.logger import Logger
 from lawn.train.loop import Run
-from lawn.train.progress import Progress
+from lawn.train.progress import Progress, say
 from lawn.train.record import RunDirectory, packed
 from lawn.train.throughput import peak_flops
 
@@ -49,7 +49,7 @@ class Journal:
             self._directory.draw()
         self._directory.finish(result)
         self._logger.finish(result)
-        print(summary(result), flush=True)
+        say(summary(result))
         return result
 
 

@@ -1,5 +1,6 @@
 """A run from a checked config to a finished run directory, in this process or in several."""
 
+import logging
 import signal
 import sys
 import tempfile
@@ -19,11 +20,13 @@ from lawn.config import Config, config_hash, run_name
 from lawn.data.batching import Batching
 from lawn.errors import ConfigError, RunError, UserError
 from lawn.optimizers import optimizer_arguments
+from lawn.signals import sheltered
 from lawn.task import Task, build
 from lawn.train import logger as loggers
 from lawn.train.journal import Journal
 from lawn.train.loop import Run
-from lawn.train.notice import Notice, Stopped, end_with_parent, noticed
+from lawn.train.notice import Notice, Stopped, end_with_parent, noticed, stoppable
+from lawn.train.progress import say
 from lawn.train.ranks import (
     Ranks,
     joined_by_torchrun,
@@ -44,7 +47,7 @@ def train(config: Config) -> dict[str, Any]:
 
     Everything that can be refused is refused before data is read. A loss that is not finite ends the run with
     status "diverged": that is a result, not an error. Under torchrun this process is one rank of the run; otherwise
-    `train.devices` ranks are started here. SIGTERM, SIGINT and SIGUSR1 end the run between two updates, with a
+    `train.devices` ranks are started here. The signals of lawn.signals end the run between two updates, with a
     checkpoint: raises Stopped.
     """
     check(config)
@@ -80,7 +83,7 @@ def _run(config: Config, ranks: Ranks) -> dict[str, Any]:
     result = ranks.share(directory.result() if directory and directory.done else None)
     if result is not None:
         if directory:
-            print(f"{directory.path}: done already", flush=True)
+            say(f"{directory.path}: done already")
         return result
     with ranks.one_first():
         task = build(config)(ranks.device)
@@ -136,7 +139,7 @@ def _begin(
     run = Run(config, task, ranks)
     if directory:
         for warning in task.dataset.warnings:
-            print(f"warning: {warning}", flush=True)
+            say(f"warning: {warning}")
     state = ranks.share(directory.load() if directory else None)
     if directory:
         how = {"ranks": ranks.world, "execution": asdict(run.execution)}
@@ -147,7 +150,7 @@ def _begin(
         return run, None
     if state is not None:
         where = f"after epoch {run.epoch}" if run.between_epochs else f"in epoch {run.epoch}, after {run.step} updates"
-        print(f"{directory.path}: going on {where}", flush=True)
+        say(f"{directory.path}: going on {where}")
     logger = loggers.make(config)(directory.hash, directory.path)
     return run, Journal(config, directory, logger, len(run.rows))
 
@@ -225,12 +228,14 @@ def train_together(configs: Sequence[Config]) -> None:
 def _run_in_ranks(config: Config, world: int, method: str) -> dict[str, Any]:
     """Start the ranks as processes of this machine, and wait for them. Where one fails, all end."""
     context = multiprocessing.get_context(method)
+    logging.getLogger("torch.multiprocessing.spawn").setLevel("ERROR")  # it warns of each rank that it terminates
     context.set_forkserver_preload([__name__, "torch._dynamo", "sklearn.datasets"])
-    errors: SimpleQueue = context.SimpleQueue()
     threads = max(1, torch.get_num_threads() // world)
     with tempfile.TemporaryDirectory() as folder, noticed() as notice:
-        arguments = (config, world, threads, str(Path(folder) / "store"), errors)
-        ranks = multiprocessing.start_processes(_rank, arguments, world, join=False, start_method=method)
+        with sheltered(method):
+            errors: SimpleQueue = context.SimpleQueue()
+            arguments = (config, world, threads, str(Path(folder) / "store"), errors)
+            ranks = multiprocessing.start_processes(_rank, arguments, world, join=False, start_method=method)
         assert ranks is not None
         try:
             while not ranks.join(timeout=1):
@@ -250,11 +255,12 @@ def _run_in_ranks(config: Config, world: int, method: str) -> dict[str, Any]:
 
 def _rank(rank: int, config: Config, world: int, threads: int, store: str, errors: SimpleQueue) -> None:
     """The process of a rank."""
-    end_with_parent()
     torch.set_num_threads(threads)
     try:
-        with joined_on_one_machine(config.device, rank, world, store) as ranks:
-            _run(config, ranks)
+        with stoppable():
+            end_with_parent()
+            with joined_on_one_machine(config.device, rank, world, store) as ranks:
+                _run(config, ranks)
     except Stopped as stopped:
         errors.put((False, stopped))
         sys.exit(stopped.exit_code)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from lawn.config import Config, arguments, identity
 from lawn.errors import ConfigError
+from lawn.train.progress import say
 
 PATIENCE_SECONDS = 60.0  # with wandb, for each thing that it is asked to do
 
@@ -74,7 +75,7 @@ class WandbLogger:
             WandbLogger.silent = True
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
-        print(f"wandb: {problem}; logging to it ends here", flush=True)
+        say(f"wandb: {problem}; logging to it ends here")
         self._run = None
 
 

@@ -2,15 +2,15 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from threading import Thread, current_thread, main_thread
 from types import FrameType
 
-# Of a user or a system that needs the machine; SIGUSR1 is what Slurm is told to send ahead of the time limit.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from lawn.signals import SIGNALS, unsheltered
+from lawn.train.ranks import started_by_torchrun
 
 
 class Stopped(KeyboardInterrupt):
@@ -21,7 +21,7 @@ class Stopped(KeyboardInterrupt):
 
 @dataclass
 class Notice:
-    """The name of the signal that has come, or None."""
+    """The name of the first signal that has come, or None."""
 
     signal: str | None = None
 
@@ -30,32 +30,54 @@ class Notice:
 def noticed() -> Iterator[Notice]:
     """Inside, the signals only leave a notice; a second SIGINT interrupts as ever. One that has come and made nobody
     raise Stopped is passed on at the end."""
-    notice, owner = Notice(), os.getpid()
-    if current_thread() is not main_thread():  # where Python has no signals
+    notice = Notice()
+    with _taken(notice, lambda: None):
         yield notice
-        return
+    if notice.signal is not None:
+        signal.raise_signal(signal.Signals[notice.signal])
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, the first of the signals raises Stopped wherever this process is, but for what is `noticed`."""
+    notice = Notice()
+
+    def leave() -> None:
+        raise Stopped(f"{notice.signal}: stopped; the same command goes on, if anything is left to do")
+
+    with _taken(notice, leave):
+        yield
+
+
+@contextmanager
+def _taken(notice: Notice, act: Callable[[], None]) -> Iterator[None]:
+    """Inside, the first of the signals leaves its name and does `act`; from a second SIGINT on that one interrupts.
+    What was ignored before, as SIGHUP is by nohup, and SIGINT for a script's background, stays so."""
+    interrupts = 0
 
     def take(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # a data worker, which has only inherited this
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        if notice.signal is not None and number == signal.SIGINT:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        if interrupts > 1 and not started_by_torchrun():  # which hands on the one that its ranks have had already
             signal.default_int_handler(number, frame)
-        notice.signal = signal.Signals(number).name
+        if notice.signal is None:
+            notice.signal = signal.Signals(number).name
+            act()
 
-    before = {number: signal.signal(number, take) for number in SIGNALS}
+    before = {}
+    if current_thread() is main_thread():  # where alone Python has signals
+        free = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, take) for number in free}
     try:
-        yield notice
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if notice.signal is not None:
-        os.kill(os.getpid(), signal.Signals[notice.signal])
 
 
 def end_with_parent() -> None:
-    """End this process when the one that started it is no more: the next one starts the same run again, and what was
-    left behind must not hold its directory."""
+    """In a process that was started `sheltered`: take signals again, and end when the one that started it is no more:
+    the next one starts the same run again, and what was left behind must not hold its directory."""
     parent = parent_process()
     assert parent is not None
 
@@ -64,3 +86,4 @@ def end_with_parent() -> None:
         os._exit(1)
 
     Thread(target=wait, daemon=True).start()
+    unsheltered()

@@ -1,18 +1,40 @@
 """What the user sees while a run goes on: a bar on a terminal, a line now and then elsewhere."""
 
+import os
 import sys
 import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
 
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
+def say(line: str, stream: IO[str] | None = None) -> None:
+    """Print a line to `stream` (stdout), if anyone still reads that."""
+    with _or_not(stream or sys.stdout):
+        print(line, file=stream, flush=True)
+
+
+@contextmanager
+def _or_not(stream: IO[str]) -> Iterator[None]:
+    """Around writing to `stream`: where that breaks off, as at a closed terminal, the run goes on in silence."""
+    try:
+        yield
+    except OSError:
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, stream.fileno())
+        os.close(silence)
+
+
 class Progress:
     def __init__(self, name: str, done: int, total: int) -> None:
-        self._name, self._total = name, total
-        self._bar = tqdm(total=total, initial=done, desc=name, unit="epoch") if sys.stderr.isatty() else None
+        self._name, self._total, self._bar = name, total, None
+        if sys.stderr and sys.stderr.isatty():  # None where it was closed before the start
+            with _or_not(sys.stderr):
+                self._bar = tqdm(total=total, initial=done, desc=name, unit="epoch")
         self._last = 0.0
 
     def epoch(self, row: dict[str, Any]) -> None:
@@ -21,12 +43,14 @@ class Progress:
         shown = {k: v for k, v in row.items() if k not in hidden and "/" not in k and v is not None}
         text = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
         if self._bar is not None:
-            self._bar.set_postfix_str(text)
-            self._bar.update()
+            with _or_not(sys.stderr):
+                self._bar.set_postfix_str(text)
+                self._bar.update()
         elif row["epoch"] == self._total or time.monotonic() - self._last > SECONDS_BETWEEN_LINES:
-            print(f"{self._name}  epoch {row['epoch']}/{self._total}  {text}", flush=True)
+            say(f"{self._name}  epoch {row['epoch']}/{self._total}  {text}")
             self._last = time.monotonic()
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with _or_not(sys.stderr):
+                self._bar.close()

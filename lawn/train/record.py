@@ -22,7 +22,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
@@ -32,10 +32,12 @@ from torch import Tensor
 
 from lawn.config import Config, config_hash, run_name
 from lawn.errors import RunError
-from lawn.files import atomic, locked, write_text
+from lawn.files import atomic, locked, still_at, write_text
+from lawn.train.progress import say
 
 Row = dict[str, float | int | None]
 CHECKPOINT_VERSION = 4
+LOCK = ".lock"
 TIMES = ("samples_per_second", "peak_share", "seconds")  # of a result: what another run of the same config changes
 CHECKPOINTS = ("checkpoint.pt", "checkpoint_previous.pt")
 FILES = ("config.yaml", "env.json", "metrics.csv", "result.json", "timing.json", "diagnostics.png", *CHECKPOINTS)
@@ -43,12 +45,14 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "adamp", "pytorch-cpr", "sc
 
 
 class RunDirectory:
-    """The files of one run, each written atomically. Raises RunError when `run_dir` belongs to another run."""
+    """The files of one run, each written atomically. Raises RunError when `run_dir` belongs to another run, and where
+    it is deleted or moved while the run is at work."""
 
     def __init__(self, config: Config) -> None:
         self.hash = config_hash(config)
         self.path = Path(config.run_dir) if config.run_dir else Path(config.runs_dir) / run_name(config)
         self._config = config
+        self._lock: IO[str] | None = None
         self._check_owner()
 
     @property
@@ -60,16 +64,36 @@ class RunDirectory:
         """Raises RunError while another process is in here for the same directory, or where it cannot be written."""
         with ExitStack() as held:
             try:
-                free = held.enter_context(locked(self.path / ".lock"))
+                self._lock = held.enter_context(locked(self.path / LOCK))
             except OSError as error:
                 raise RunError(f"{self.path}: cannot be written ({error})") from error
-            if not free:
+            if self._lock is None:
                 raise RunError(f"{self.path}: another process is at work on this run; wait for it, or stop it")
             self._check_owner()
             for name in FILES:
                 for left_by_a_killed_process in self.path.glob(f".{name}.*"):
                     left_by_a_killed_process.unlink()
+            try:
+                yield
+            finally:
+                self._lock = None
+
+    @contextmanager
+    def _here(self) -> Iterator[None]:
+        """Around writing a file. Raises RunError where the directory is no longer the one that `alone` holds."""
+        self._check_lock()
+        try:
             yield
+        except FileNotFoundError:
+            self._check_lock()
+            raise
+
+    def _check_lock(self) -> None:
+        if self._lock is not None and not still_at(self.path / LOCK, self._lock):
+            raise RunError(
+                f"{self.path}: was deleted or moved while the run was at work in it, which has stopped; moved back, "
+                "the same command goes on from its last checkpoint"
+            )
 
     def begin(self, execution: dict[str, Any]) -> None:
         """Write config.yaml and env.json; a run that goes on keeps its first environment and lists the later ones."""
@@ -79,8 +103,9 @@ class RunDirectory:
             with suppress(FileNotFoundError, ValueError, TypeError):  # none, or damaged
                 first = json.loads(path.read_text())
                 now = {**first, "resumed": [*first.get("resumed", []), now]}
-            write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(content)))
-            write_text(path, json.dumps(now, indent=1) + "\n")
+            with self._here():
+                write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(content)))
+                write_text(path, json.dumps(now, indent=1) + "\n")
         except (OSError, ValueError) as error:  # the latter of names that cannot be encoded
             raise RunError(f"{self.path}: cannot be written ({error})") from error
 
@@ -90,11 +115,12 @@ class RunDirectory:
         writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_text(self.path / "metrics.csv", text.getvalue())
+        with self._here():
+            write_text(self.path / "metrics.csv", text.getvalue())
 
     def save(self, state: dict[str, Any]) -> None:
         """A new checkpoint.pt; the one before it stays as checkpoint_previous.pt."""
-        with atomic(*self._checkpoints) as temporary:
+        with self._here(), atomic(*self._checkpoints) as temporary:
             buffer = io.BytesIO()  # of a disk that is full torch would say nothing of use
             torch.save(_own({"version": CHECKPOINT_VERSION, "hash": self.hash, **state}), buffer)
             temporary.write_bytes(buffer.getbuffer())
@@ -111,7 +137,7 @@ class RunDirectory:
                 problems.append(str(error))
                 continue
             for problem in problems:
-                print(f"warning: {problem}; going on from {path.name}", flush=True)
+                say(f"warning: {problem}; going on from {path.name}")
             return state
         if problems:
             raise RunError(f"{'; '.join(problems)}; delete {' and '.join(p.name for p in found)} to start over")
@@ -141,16 +167,17 @@ class RunDirectory:
         """diagnostics.png, from metrics.csv."""
         from lawn.diagnostics import figure  # matplotlib is a second to import
 
-        with atomic(self.path / "diagnostics.png") as temporary:
+        with self._here(), atomic(self.path / "diagnostics.png") as temporary:
             figure.save({self.path.name: figure.read(self.path)}, temporary)
 
     def finish(self, result: dict[str, Any]) -> None:
         """result.json has what the run gave; timing.json how long it took, which no other run gives again."""
         timing = {key: result[key] for key in TIMES}
-        write_text(self.path / "timing.json", json.dumps(timing, indent=1) + "\n")
         given = {key: value for key, value in result.items() if key not in TIMES}
-        write_text(self.path / "result.json", json.dumps(given, indent=1) + "\n")
-        (self.path / "DONE").touch()
+        with self._here():
+            write_text(self.path / "timing.json", json.dumps(timing, indent=1) + "\n")
+            write_text(self.path / "result.json", json.dumps(given, indent=1) + "\n")
+            (self.path / "DONE").touch()
 
     def result(self) -> dict[str, Any]:
         """Both, as `finish` was given them. Raises RunError where they are damaged."""

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from lawn.errors import RunError
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # CUDA, CPU, cuBLAS and cuDNN
+SHARED_MEMORY = ("shared memory(shm)", "file </torch_", "Bus error")  # how workers hand over what they have made
 GOES_ON = "the same command goes on from the last checkpoint"
 
 
@@ -22,9 +23,16 @@ def explained(rank: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        text = str(error).strip().partition("\n")[0]
+        first, _, more = str(error).strip().partition("\n")
+        caught = "in DataLoader worker process" in first  # and then the worker's traceback
+        text = more.rpartition("\n")[2] if caught else first
         if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
             raise RunError(f"out of memory ({text}); a smaller train.micro_batch_size needs less") from error
+        if any(words in text for words in SHARED_MEMORY):
+            raise RunError(
+                f"a data worker has used up the shared memory ({text.partition('. ')[0]}); give the machine more "
+                "(docker run --shm-size=8g), or set dataset.workers=0"
+            ) from error
         if "DataLoader worker" in text:  # raised wherever the main process is when it learns of it
             raise RunError(f"a data worker has died ({text.partition('. ')[0]}); {GOES_ON}") from error
         if isinstance(error, dist.DistError) or "gloo" in text:

@@ -9,13 +9,15 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from experiments import report
 from experiments.__main__ import EXPERIMENTS
 from experiments.grid import compose_all
-from experiments.pool import Pool, visible_gpus
+from experiments.pool import Pool, _failure, _Running, visible_gpus
 from experiments.records import Record, Store
 from experiments.runner import Pace, duration, missing, run
 from experiments.spec import Cell, Experiment
@@ -252,14 +254,17 @@ KILLED = Experiment(
 )
 
 
+ONE = Experiment("one", "One long run", (Cell("Adam", (*SHORT[:1], *SHORT[2:], "train.epochs=100000")),), (ACCURACY,))
+
+
 def driver(experiment: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """The real command with an experiment of this module."""
+    """The real command with an experiment of this module, in a process group of its own."""
     (folder / "driver.py").write_text(DRIVER)
     command = [sys.executable, str(folder / "driver.py"), experiment, "--results", str(folder / "results"), *arguments]
     command += ["--devices", "cpu", "--set", f"runs_dir={folder}/runs"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True, **pipes)
 
 
 @pytest.mark.slow
@@ -279,6 +284,31 @@ def test_killed_and_started_again(tmp_path, capsys):
     assert finished.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/DONE")}.items()
     assert fill(KILLED, tmp_path) == []
     assert " done, " not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_runner_and_its_runs_stops_them_with_checkpoints(tmp_path, number):
+    """As a terminal sends it that is closed."""
+    with driver("ONE", tmp_path, "--seeds", "1") as runner:
+        for _ in range(1200):
+            logs = list((tmp_path / "runs").glob("*/output.log"))
+            if logs and "  epoch " in logs[0].read_text():
+                break
+            time.sleep(0.1)
+        os.killpg(runner.pid, number)
+        assert runner.wait(60) == 75
+    (log,) = logs
+    assert "has stopped in epoch" in log.read_text().splitlines()[-1]
+    assert (log.parent / "checkpoint.pt").exists()
+
+
+def test_a_job_whose_run_directory_has_gone_is_one_that_failed(tmp_path):
+    job = next(iter(studies(MINI)[0].outstanding(Store(tmp_path / "results"))))
+    job = replace(job, config=replace(job.config, runs_dir=str(tmp_path)))
+    process: Any = SimpleNamespace(exitcode=1)
+    reason = _failure(_Running([job], process, [], 0.0, tmp_path / "gone" / "output.log"), job)
+    assert reason == f"{tmp_path}/gone: was deleted or moved while the run was at work in it"
 
 
 def _wait_until_nobody_writes(folder: Path) -> None:

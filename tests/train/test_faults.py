@@ -27,11 +27,15 @@ import run
 from lawn.config import Config
 from lawn.errors import RunError
 from lawn.files import locked
+from lawn.signals import SIGNALS
+from lawn.task import Classification
 from lawn.train import Stopped, logger, train, train_many, train_together
 from lawn.train.loop import Run
+from lawn.train.progress import say
 from lawn.train.record import CHECKPOINT_VERSION, RunDirectory
+from lawn.train.trouble import explained
 from lawn.validation import explain
-from tests.helpers import ROOT, compose
+from tests.helpers import ROOT, Paused, compose, write_folders
 
 FILES = ("metrics.csv", "result.json")
 ALWAYS = "train.checkpoint_seconds=0"  # after every update
@@ -150,7 +154,7 @@ def stop(config: Config, updates: int, number: signal.Signals = signal.SIGTERM) 
     return str(stopped.value)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("updates", [1, 18, 26])  # in the first epoch, in the second, at the end of the second
 def test_a_signal_stops_after_the_update(tiny, tmp_path, number, updates):
     whole, stopped = (tiny(*DIGITS, f"run_dir={tmp_path}/{name}") for name in ("whole", "stopped"))
@@ -162,6 +166,23 @@ def test_a_signal_stops_after_the_update(tiny, tmp_path, number, updates):
     state = RunDirectory(stopped).load()
     assert state is not None
     assert (state["step"], state["left"] is None) == (updates, updates == 26)
+    train(stopped)
+    check_equal(stopped, whole)
+
+
+def test_a_signal_in_an_evaluation_stops_at_its_end(tiny, tmp_path, monkeypatch):
+    whole, stopped = (tiny(*DIGITS, f"run_dir={tmp_path}/{name}") for name in ("whole", "stopped"))
+    train(whole)
+    rows = Classification.rows
+    with monkeypatch.context() as patch:
+        patch.setattr(Classification, "rows", lambda *given: send(signal.SIGTERM)() or rows(*given))
+        with pytest.raises(Stopped, match="SIGTERM: .* has stopped in epoch 1, after 13 updates"):
+            train(stopped)
+    state = RunDirectory(stopped).load()
+    assert state is not None
+    assert state["left"] is None
+    assert [row["epoch"] for row in state["rows"]] == [1]
+    assert state["rows"][0]["test_accuracy"] is not None
     train(stopped)
     check_equal(stopped, whole)
 
@@ -272,6 +293,73 @@ def test_another_process_on_the_same_run_is_refused(tiny):
             train_together([config, tiny(*DIGITS, "seed=1")])
     assert (RunDirectory(config).path / ".lock").exists()
     assert train(config)["status"] == "done"
+
+
+@pytest.mark.slow
+def test_of_three_that_are_started_together_one_runs(tmp_path):
+    """The real command; that one waits in its first update until the others have been refused."""
+    keys = ("model.widths=[16]", "dataset.limit=200", "train.epochs=2", "device=cpu", f"run_dir={tmp_path}/run")
+    three = [Paused(tmp_path / f"{k}", "lawn.train.loop:Run.after_update", *keys) for k in range(3)]
+    while sum(one.process.poll() is None for one in three) > 1:
+        time.sleep(0.05)
+    ends = sorted(one.go() for one in three)
+    assert [code for code, *_ in ends] == [0, 1, 1]
+    line = f"error: {tmp_path}/run: another process is at work on this run; wait for it, or stop it\n"
+    assert [err for *_, err in ends] == ["", line, line]
+
+
+@pytest.mark.parametrize("gone", ["deleted", "moved", "begun again"])
+@pytest.mark.parametrize("when", [3, 52])  # in the middle, and before the result is written
+def test_a_run_directory_that_goes_while_the_run_is_at_work(tiny, tmp_path, monkeypatch, gone, when):
+    """It is not made again; of a moved one the same command goes on."""
+    config, whole = (tiny(*DIGITS, ALWAYS, f"run_dir={tmp_path}/{name}") for name in ("run", "whole"))
+    path = RunDirectory(config).path
+
+    def go() -> None:
+        if gone == "deleted":
+            shutil.rmtree(path)
+            return
+        path.rename(tmp_path / "moved")
+        if gone == "begun again":
+            path.mkdir()
+            (path / ".lock").touch()
+
+    with monkeypatch.context() as patch:
+        after(when, go, patch)
+        with pytest.raises(
+            RunError, match=r"run: was deleted or moved while the run was at work in it, .* last checkpoint$"
+        ):
+            train(config)
+    assert [file.name for file in path.glob("*")] == ([".lock"] if gone == "begun again" else [])
+    assert path.exists() == (gone == "begun again")
+    if gone == "deleted":
+        return
+    shutil.rmtree(path, ignore_errors=True)
+    (tmp_path / "moved").rename(path)
+    train(config)
+    train(whole)
+    check_equal(config, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", ["closed", "full", "none"])
+def test_output_that_breaks_does_not_end_a_run(tiny, output):
+    """As | head -1 does it, a full disk, and a stream that was closed before the start."""
+    config = tiny(*DIGITS)
+    redirected = {"closed": "2>&1 | true", "full": ">/dev/full 2>&1", "none": ">&- 2>&-"}[output]
+    command = ["bash", "-c", f"set -o pipefail; {sys.executable} run.py {' '.join(overrides(config))} {redirected}"]
+    assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == 0
+    assert RunDirectory(config).done
+
+
+def test_what_is_said_to_nobody_is_dropped():
+    """The stream is usable afterwards, and its last flush does not fail."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream:
+        say("one", stream)
+        say("two", stream)
+        assert Path(f"/proc/self/fd/{stream.fileno()}").readlink() == Path(os.devnull)
 
 
 @pytest.fixture(scope="module")
@@ -487,7 +575,7 @@ from lawn.files import locked
 with locked(Path(sys.argv[1])) as free:
     child = os.fork()
     if child:
-        print(free, child, flush=True)
+        print(free is not None, child, flush=True)
     time.sleep(60)
 """
     command = [sys.executable, "-c", code, str(tmp_path / "lock")]
@@ -563,6 +651,55 @@ def test_memory_that_is_used_up(tiny, monkeypatch, raised):
     after(3, fail, monkeypatch)
     with pytest.raises(RunError, match=r"^out of memory \(.*\); a smaller train.micro_batch_size needs less$"):
         train(tiny(*DIGITS))
+
+
+WORKER = "DataLoader worker (pid 7) is killed by signal: "
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            f"{WORKER}Bus error. It is possible that dataloader's workers are",
+            f"has used up the shared memory ({WORKER}Bus error)",
+        ),
+        (
+            "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+            "RuntimeError: unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)\n",
+            "has used up the shared memory (RuntimeError: unable to allocate shared memory(shm) for file </torch_1>:",
+        ),
+        (f"{WORKER}Killed.", f"has died ({WORKER}Killed.); the same command goes on"),
+    ],
+)
+def test_what_data_workers_die_of(text, words):
+    with pytest.raises(RunError) as caught, explained(rank=0):
+        raise RuntimeError(text)
+    assert f"a data worker {words}" in str(caught.value)
+    assert ("dataset.workers=0" in str(caught.value)) == ("shared memory" in words)
+
+
+def test_a_mistake_in_a_data_worker_keeps_its_traceback():
+    text = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\nRuntimeError: shapes differ"
+    with pytest.raises(RuntimeError, match="Original Traceback"), explained(rank=0):
+        raise RuntimeError(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_little_shared_memory(tmp_path, devices):
+    """As in Docker: a batch of 100 x 100 pixels does not fit into 4 MB several times."""
+    write_folders(tmp_path, each=50)
+    keys = ["dataset=imagenet", "dataset.image_size=128", "model=mlp", "model.widths=[2]", "dataset.workers=2"]
+    keys += ["train.batch_size=100", "train.epochs=2", "device=cpu", f"train.devices={devices}", f"data_dir={tmp_path}"]
+    keys += [f"run_dir={tmp_path}/run"]
+    small = f"mount -t tmpfs -o size=4m none /dev/shm && exec {sys.executable} run.py {' '.join(keys)}"
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("only root can mount a filesystem")
+    done = subprocess.run(["unshare", "-m", "sh", "-c", small], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"error: a data worker has used up the shared memory \(.*\); .*dataset.workers=0\n", done.stderr
+    )
 
 
 @pytest.mark.parametrize("asked", ["init", "log", "finish"])
