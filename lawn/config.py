@@ -29,6 +29,7 @@ class DatasetConfig:
     loader: str | None = None  # ImageNet: torch (the default) or dali, which decodes on the GPU
     shards: str | None = None  # ImageNet: folder or URL of shards (scripts/make_shards.py) to stream; null: folders
     prefix: str | None = None  # recommenders: read three files of this name (He et al. 2017); null: GroupLens' file
+    path: str | None = None  # movielens: file of ratings, below data_dir
     negatives: int | None = None  # recommenders: fresh negatives per positive and epoch
     candidates: int | None = None  # recommenders: items that the held-out one is ranked against
 

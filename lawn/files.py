@@ -4,7 +4,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -19,7 +19,8 @@ except ImportError:
 @contextmanager
 def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and move it into place. What was there before
-    is kept as `previous`, if that is given."""
+    is kept as `previous`, if that is given; folders that were made for it go again where it fails."""
+    made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
@@ -41,6 +42,10 @@ def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+        if not path.exists():
+            with suppress(OSError):  # another has put something there
+                for folder in made:
+                    folder.rmdir()
 
 
 def _flush_folder(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -13,8 +14,9 @@ from lawn.config import Config, arguments
 from lawn.data.batching import Batching, Part
 from lawn.data.cifar import cifar10, cifar100
 from lawn.data.digits import digits
+from lawn.data.fingerprint import Fingerprint
 from lawn.data.imagenet import imagenet
-from lawn.data.movielens import movielens1m, movielens100k
+from lawn.data.movielens import movielens, movielens1m, movielens100k
 from lawn.data.pinterest import pinterest
 from lawn.diagnostics import binary_margin, multiclass_margin
 from lawn.errors import ConfigError
@@ -44,6 +46,8 @@ class Dataset(Protocol):
 
     @property
     def num_train(self) -> int: ...
+    @property
+    def fingerprint(self) -> Fingerprint: ...
     def train_batches(self, batching: Batching, generator: torch.Generator) -> Iterator[tuple[Part, Batch]]: ...
     def eval_batches(self, rank: int = 0, world: int = 1) -> Iterator[Batch]: ...
 
@@ -64,6 +68,11 @@ class Task(ABC):
         self.dataset = dataset
         self.model = self.network = model
         self.loss = loss
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is remarkable about the data, or about measuring on them."""
+        return self.dataset.warnings
 
     @staticmethod
     @abstractmethod
@@ -126,7 +135,12 @@ class Classification(Task):
 
 class Recommendation(Task):
     headline = "hr10"
-    datasets = {"movielens100k": movielens100k, "movielens1m": movielens1m, "pinterest": pinterest}
+    datasets = {
+        "movielens100k": movielens100k,
+        "movielens1m": movielens1m,
+        "movielens": movielens,
+        "pinterest": pinterest,
+    }
     models = {"ncf_mlp": NCFMLP}
     losses = {
         "bce": bce,
@@ -134,6 +148,18 @@ class Recommendation(Task):
         "focal": binary_focal,
         "flooding": binary_flooding,
     }
+
+    @property
+    def warnings(self) -> list[str]:
+        """Those of the dataset, and one on hit ratios that hardly depend on the model."""
+        dataset: Any = self.dataset
+        candidates = dataset.candidates.shape[1] - 1
+        idle = " and ".join(f"HR@{k}" for k in metrics.TOP_KS if k >= candidates)
+        note = (
+            f"dataset.candidates={candidates}: for {idle} all ranks, or all but the last, are hits; "
+            f"take more than {max(metrics.TOP_KS)} candidates"
+        )
+        return [*super().warnings, *([note] if idle else [])]
 
     @staticmethod
     def size(dataset: Any) -> tuple[Any, ...]:
@@ -156,16 +182,27 @@ class Recommendation(Task):
 TASKS: tuple[type[Task], ...] = (Classification, Recommendation)
 
 
+def _kind(config: Config) -> type[Task]:
+    for task in TASKS:
+        if config.dataset.name in task.datasets:
+            return task
+    known = ", ".join(name for task in TASKS for name in task.datasets)
+    raise ConfigError(f"dataset={config.dataset.name}: no such dataset; choose from {known}")
+
+
+def reader(config: Config) -> Callable[[], Any]:
+    """What reads the dataset, onto the CPU. Raises ConfigError at once for a key that it does not take."""
+    load = _kind(config).datasets[config.dataset.name]
+    return partial(load, Path(config.data_dir), config.eval.split, **arguments("dataset", config.dataset, load))
+
+
 def build(config: Config) -> Callable[..., Task]:
     """Check that the chosen members fit together, before any data is read; the result loads and builds on a device,
     with the dataset given to it or one of its own.
 
     The model is initialized on the CPU from `config.seed`, so that every device starts from the same weights.
     """
-    kind = next((task for task in TASKS if config.dataset.name in task.datasets), None)
-    if kind is None:
-        known = ", ".join(name for task in TASKS for name in task.datasets)
-        raise ConfigError(f"dataset={config.dataset.name}: no such dataset; choose from {known}")
+    kind = _kind(config)
     for group, name, members in (
         ("model", config.model.name, kind.models),
         ("loss", config.loss.name, kind.losses),
@@ -173,15 +210,14 @@ def build(config: Config) -> Callable[..., Task]:
         if name not in members:
             choices = ", ".join(members)
             raise ConfigError(f"{group}={name}: does not fit dataset={config.dataset.name}; choose from {choices}")
-    load, model = kind.datasets[config.dataset.name], kind.models[config.model.name]
-    loss = kind.losses[config.loss.name]
-    data_arguments = arguments("dataset", config.dataset, load)
+    model, loss = kind.models[config.model.name], kind.losses[config.loss.name]
+    load = reader(config)
     model_arguments = arguments("model", config.model, model)
     loss_arguments = arguments("loss", config.loss, loss)
 
     def on(device: torch.device, dataset: Any = None) -> Task:
         if dataset is None:
-            dataset = load(Path(config.data_dir), config.eval.split, **data_arguments).to(device)
+            dataset = load().to(device)
         torch.manual_seed(config.seed)
         network = model(*kind.size(dataset), **model_arguments)
         return kind(dataset, network.to(device), loss(**loss_arguments))

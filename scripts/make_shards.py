@@ -3,32 +3,34 @@
     python -m scripts.make_shards data/imagenet shards/imagenet
 
 writes train-000000.tar and so on, val-000000.tar and so on, and at last index.json. The training images are in random
-order, so that a shard is a fair sample of them. The bytes of the images stay as they are.
+order, so that a shard is a fair sample of them. The bytes of the images stay as they are; each image is decoded once to
+see that it can be.
 """
 
 import argparse
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from webdataset import ShardWriter
 
-from lawn.data.imagenet import Files, listed
+from lawn.data.imagenet import Files, parts
+from lawn.data.photos import decode
 from lawn.data.shards import INDEX
 from lawn.errors import DataError, UserError
 from lawn.files import write_text
+
+AT_ONCE = 256  # images that are decoded before they are written
 
 
 def make(source: Path, target: Path, maxcount: int = 1000) -> None:
     """Shards of at most `maxcount` images of `source`/train and `source`/val, with their index, in `target`."""
     if (target / INDEX).exists():
         raise DataError(f"{target / INDEX}: is there already; remove it with its shards, or choose another folder")
-    classes, train = listed(source / "train")
-    classes_of_val, val = listed(source / "val")
-    if classes != classes_of_val:
-        raise DataError(f"{source}: train and val do not have the same class folders")
+    classes, train, val = parts(source)
     order = np.random.default_rng(0).permutation(len(train.labels))
     target.mkdir(parents=True, exist_ok=True)
     counts = {
@@ -39,17 +41,29 @@ def make(source: Path, target: Path, maxcount: int = 1000) -> None:
 
 
 def pack(files: Files, target: Path, part: str, maxcount: int) -> dict[str, int]:
-    """Write the shards of one part; their names, each with the number of its images."""
+    """Write the shards of one part; their names, each with the number of its images.
+
+    Raises DataError that names an image which cannot be decoded.
+    """
     counts: dict[str, int] = {}
+    paths = [Path(os.fsdecode(encoded)) for encoded in files.paths]
     pattern = f"{target.resolve()}/".replace("%", "%%") + f"{part}-%06d.tar"
-    with ShardWriter(pattern, maxcount, verbose=0, encoder=False, mtime=0) as shards:
-        for number, (encoded, label) in enumerate(zip(files.paths, files.labels, strict=True)):
-            path = Path(os.fsdecode(encoded))
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        ShardWriter(pattern, maxcount, verbose=0, encoder=False, mtime=0) as shards,
+    ):
+        for number, (path, label) in enumerate(zip(paths, files.labels, strict=True)):
+            if number % AT_ONCE == 0:
+                list(pool.map(_check, paths[number : number + AT_ONCE]))
             name = f"{path.parent.name}/{path.name}".replace(".", "_")  # what follows a dot is the kind of a file
             shards.write({"__key__": f"{number:08d}/{name}", "jpg": path.read_bytes(), "cls": str(label).encode()})
             counts[Path(shards.fname).name] = shards.count
     print(f"{part}: {len(files.labels):,} images in {len(counts):,} shards", flush=True)
     return counts
+
+
+def _check(path: Path) -> None:
+    decode(str(path))  # which lets go of the interpreter
 
 
 def main(arguments: list[str] | None = None) -> int:

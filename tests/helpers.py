@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -11,7 +12,7 @@ from PIL import Image
 from experiments.study import compose_all
 from lawn.config import Config
 from lawn.data.interactions import Interactions
-from lawn.data.ratings import Ratings
+from lawn.data.ratings import Ratings, numbered
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -132,7 +133,7 @@ RATINGS = [
 ]  # fmt: skip
 
 
-def write_ratings(path: Path, rows: list[tuple[int, int, int, int]], separator: str = "\t") -> None:
+def write_ratings(path: Path, rows: Sequence[tuple[float, ...]], separator: str = "\t") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(separator.join(map(str, row)) + "\n" for row in rows))
 
@@ -141,7 +142,8 @@ def write_three_files(folder: Path, prefix: str, ratings: Ratings, test: Interac
     """What He et al. would have released for `ratings` and the candidates of `test`."""
     held = set(zip(test.candidate_users.tolist(), test.candidates[:, 0].tolist(), strict=True))
     parts: dict[str, list[str]] = {"train.rating": [], "test.rating": [], "test.negative": []}
-    rows = zip(ratings.users.tolist(), ratings.items.tolist(), ratings.times.tolist(), strict=True)
+    (users,), (items,) = numbered(ratings.users)[0], numbered(ratings.items)[0]
+    rows = zip(users.tolist(), items.tolist(), ratings.times.tolist(), strict=True)
     for user, item, time in sorted(rows, key=lambda row: row[0]):
         parts["test.rating" if (user, item) in held else "train.rating"].append(f"{user}\t{item}\t1\t{time}\n")
     for user, (item, *others) in zip(test.candidate_users.tolist(), test.candidates.tolist(), strict=True):

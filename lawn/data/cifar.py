@@ -77,13 +77,25 @@ def _load(
 
 
 def _cache(folder: Path, release: Release, part: str) -> None:
-    """Write a part of the archive, which is downloaded where it is not there, as an npz file."""
-    archive = folder / release.archive
-    if not archive.exists():
-        advice = f"put {release.archive} from there, or train.npz and test.npz, into {folder}"
-        download(f"{URL}/{release.archive}", archive, release.md5, advice)
-    content = b"".join(member(archive, release.md5, name) for name in release.members[part])
-    records = np.frombuffer(content, np.uint8).reshape(-1, release.labels + 3 * 32 * 32)
+    """Write a part as an npz file, from the archive or what was unpacked of it; downloads it if neither is there."""
+    archive, unpacked = folder / release.archive, [folder / name for name in release.members[part]]
+    size = release.labels + 3 * 32 * 32
+    if not archive.exists() and all(path.exists() for path in unpacked):
+        contents = [path.read_bytes() for path in unpacked]
+        for path, content in zip(unpacked, contents, strict=True):
+            if not content or len(content) % size:
+                raise DataError(
+                    f"{path}: {len(content)} bytes are no records of {size}; delete it to download it again"
+                )
+    else:
+        if not archive.exists():
+            advice = (
+                f"put {release.archive} from there, or all of its {unpacked[0].parent.name}/, "
+                f"or train.npz and test.npz, into {folder}"
+            )
+            download(f"{URL}/{release.archive}", archive, release.md5, advice)
+        contents = [member(archive, release.md5, name) for name in release.members[part]]
+    records = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, size)
     images = records[:, release.labels :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     with atomic(folder / f"{part}.npz") as temporary:
         np.savez(temporary, images=images, labels=records[:, release.labels - 1].astype(np.int64))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lawn.data.batching import Batching, Part, chunk
+from lawn.data.fingerprint import Fingerprint, checksum
 from lawn.data.images import split_and_limit
 from lawn.data.photos import Crop, Photos, decode, epoch, seeded
 from lawn.data.published import deviations
@@ -64,6 +65,19 @@ class FolderImages(Photos):
         return self._loader(
             Samples(self.train, self.augment), batch_sampler=self._epoch, persistent_workers=self.workers > 0
         )
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Of the names of files, with their folder, and of the labels: the images are not read for it."""
+        names = [
+            "/".join(os.fsdecode(path).split("/")[-2:]) for files in (self.train, self.held_out) for path in files.paths
+        ]
+        return {
+            "training images": self.num_train,
+            "evaluation images": len(self.held_out.labels),
+            "classes": self.num_classes,
+            "checksum of the files' names": checksum(names, self.train.labels, self.held_out.labels),
+        }
 
     def statistics(self) -> dict[str, object]:
         each = np.bincount(self.train.labels, minlength=self.num_classes)
@@ -159,10 +173,7 @@ def imagenet(
         from lawn.data.dali import DaliImages
 
         kind = DaliImages
-    classes, train = listed(root / "imagenet" / "train")
-    classes_of_val, held_out = listed(root / "imagenet" / "val")
-    if classes != classes_of_val:
-        raise DataError(f"{root / 'imagenet'}: train and val do not have the same class folders")
+    classes, train, held_out = parts(root / "imagenet")
     found = {
         "classes": len(classes),
         "training images": len(train.labels),
@@ -177,11 +188,36 @@ def imagenet(
     return kind(Files(paths, labels), held_out, len(classes), image_size, workers, warnings)
 
 
-def listed(folder: Path) -> tuple[list[str], Files]:
+def parts(root: Path) -> tuple[list[str], Files, Files]:
+    """The classes that `root`/train and `root`/val both have, and the images of each. Raises DataError."""
+    (classes, train), (classes_of_val, val) = _listed(root / "train"), _listed(root / "val")
+    if classes != classes_of_val:
+        own = {"train": set(classes) - set(classes_of_val), "val": set(classes_of_val) - set(classes)}
+        found = [f"only {part} has {_some(sorted(names))}" for part, names in own.items() if names]
+        raise DataError(f"{root}: train and val must have the same class folders; {', '.join(found)}")
+    return classes, train, val
+
+
+def _some(names: list[str]) -> str:
+    """The first of the names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _listed(folder: Path) -> tuple[list[str], Files]:
     """The classes of a folder and its images, in order. Raises DataError where it has none."""
     from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
     try:
+        entries = list(os.scandir(folder))
+        flat = sum(has_file_allowed_extension(entry.name, IMG_EXTENSIONS) for entry in entries)
+        if flat and not any(entry.is_dir() for entry in entries):
+            raise DataError(
+                f"{folder}: {flat:,} images but no class folders, as ILSVRC ships val; sort them into {folder}/<wnid>, "
+                f"or remove the folder, put ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz into "
+                f"{folder.parent}, and let torchvision do it: python -c "
+                f"\"from torchvision.datasets import ImageNet; ImageNet('{folder.parent}', 'val')\""
+            )
         found = ImageFolder(str(folder))
     except OSError as error:
         reason = str(error).partition("\n")[0][:200]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lawn.data.batching import Batching, Part, chunk
+from lawn.data.fingerprint import Fingerprint, checksum
 from lawn.errors import ConfigError
 
 
@@ -72,6 +73,15 @@ class DeviceImages:
         images, labels = self.test_images[mine].split(batch_size), self.test_labels[mine].split(batch_size)
         for some, of_some in zip(images, labels, strict=True):
             yield self._normalize(some), of_some
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        train, test = (images.permute(0, 2, 3, 1) for images in (self.train_images, self.test_images))  # as in memory
+        return {
+            "training images": self.num_train,
+            "evaluation images": len(self.test_labels),
+            "checksum": checksum(train, self.train_labels, test, self.test_labels),
+        }
 
     def statistics(self) -> dict[str, object]:
         each = self.train_labels.bincount(minlength=self.num_classes)

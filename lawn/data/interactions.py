@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lawn.data.batching import Batching, Part, chunk
-from lawn.errors import DataError
+from lawn.data.fingerprint import Fingerprint, checksum
 
 
 @dataclass
@@ -68,6 +69,16 @@ class Interactions:
         mine = chunk(len(self.candidates), rank, world)
         yield from zip(self.candidate_users[mine].split(users), self.candidates[mine].split(users), strict=True)
 
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        return {
+            "users": self.num_users,
+            "items": self.num_items,
+            "training interactions": len(self.users),
+            "held out": len(self.candidates),
+            "checksum": checksum(self.users, self.items, self.candidate_users, self.candidates),
+        }
+
     def statistics(self) -> dict[str, object]:
         def spread(ids: Tensor, size: int) -> str:
             counts = ids.bincount(minlength=size)
@@ -102,8 +113,6 @@ class Unseen:
         rank = torch.arange(len(pairs), device=pairs.device) - self.start[owner]
         self.keys = owner * self.stride + item - rank
         self.available = num_items - self.count
-        if int(self.available.min()) < 1:
-            raise DataError(f"some user has interacted with all {num_items} items: there is none to rank against")
 
     def sample(self, users: Tensor, count: int, generator: torch.Generator) -> Tensor:
         """`count` independent uniform draws for each of `users` [N]: [N, count]."""

@@ -1,4 +1,4 @@
-"""MovieLens-100k and MovieLens-1M (Harper & Konstan 2015; paper section 4.3)."""
+"""MovieLens (Harper & Konstan 2015; paper section 4.3)."""
 
 from pathlib import Path
 from typing import Any
@@ -7,10 +7,12 @@ from lawn.data.fetch import download, member
 from lawn.data.interactions import Interactions
 from lawn.data.ratings import count_warnings, leave_one_out, naming, read_ratings
 from lawn.data.three_files import three_files
+from lawn.errors import DataError
 from lawn.files import atomic
 
 URL = "https://files.grouplens.org/datasets/movielens"
 MD5 = {"ml-100k": "0e33842e24a9c977be4e0107933c0723", "ml-1m": "c4d9eecfca2ab87c1945afe126590906"}
+HEADER = "userId,movieId,rating,timestamp"  # of ratings.csv
 PUBLISHED = {
     "ml-100k": {"users": 943, "items": 1682, "ratings": 100_000},
     "ml-1m": {"users": 6040, "items": 3706, "ratings": 1_000_209},
@@ -35,6 +37,23 @@ def movielens1m(
     if prefix is not None:
         return three_files(root, prefix, split, published=PUBLISHED["ml-1m"], **options)
     return _official(root, "ml-1m", "ratings.dat", "::", split=split, **options)
+
+
+def movielens(root: Path, split: str, *, path: str, seed: int, negatives: int, candidates: int) -> Interactions:
+    """Reads `root`/`path`: u.data, ratings.dat or ratings.csv of whatever version, told apart by what is between the
+    numbers. Ratings and times may have decimals. There are no counts to compare with, and nothing is downloaded."""
+    file = root / path
+    if not file.is_file():
+        raise DataError(
+            f"{file}: not there, or no file; dataset.path is a file of ratings below data_dir, such as "
+            f"ml-latest-small/ratings.csv out of an archive from {URL}"
+        )
+    with file.open("rb") as opened:
+        first = opened.readline(1000)
+    separator = next((s for s in ("::", ",") if s.encode() in first), "\t")
+    ratings = read_ratings(file, separator, HEADER if separator == "," else "", fractions=True)
+    with naming(file):
+        return leave_one_out(ratings, split=split, seed=seed, negatives=negatives, candidates=candidates, warnings=[])
 
 
 def _official(root: Path, name: str, file: str, separator: str, **options: Any) -> Interactions:

@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from io import BytesIO
 from itertools import accumulate, islice
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lawn.data.batching import Batching, Part, chunk
+from lawn.data.fingerprint import Fingerprint, checksum
 from lawn.data.photos import Crop, Photos, decode, epoch, seeded
 from lawn.data.published import deviations
 from lawn.errors import ConfigError, DataError
@@ -94,6 +96,17 @@ class ShardImages(Photos):
     def _sizes(self, batching: Batching) -> list[int]:
         """Samples in each of a rank's parts; 0 for those that do not count."""
         return [part.stop - part.start if part.share else 0 for part in batching.parts(self.num_train)]
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Of the names of shards, and their numbers of samples: they are not read for it."""
+        names = [f"{shard.url.rpartition('/')[2]} {shard.size}" for shard in [*self.train, *self.held_out]]
+        return {
+            "training images": self.num_train,
+            "evaluation images": sum(shard.size for shard in self.held_out),
+            "classes": self.num_classes,
+            "checksum of the shards' names": checksum(names),
+        }
 
     def statistics(self) -> dict[str, object]:
         return {

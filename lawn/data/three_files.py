@@ -1,7 +1,7 @@
 """Recommender data in the three files of He et al. 2017, in which most of the literature shares its splits.
 
-PREFIX.train.rating and PREFIX.test.rating have user, item, rating and time on each line, separated by tabs, ids from
-0; line k of PREFIX.test.negative has `(user,item)` of line k of the second and the items it is ranked against.
+PREFIX.train.rating and PREFIX.test.rating have user, item, rating and time on each line, separated by tabs; line k of
+PREFIX.test.negative has `(user,item)` of line k of the second and the items it is ranked against. Ids are any numbers.
 """
 
 import io
@@ -15,13 +15,16 @@ from lawn.data.ratings import (
     Ratings,
     bind,
     by_time,
+    count_ties,
     count_warnings,
     draw_candidates,
     drop_repeats,
     hold_out_latest,
     naming,
+    numbered,
+    ordered_in_time,
     read_lines,
-    read_table,
+    read_ratings,
 )
 from lawn.errors import ConfigError, DataError
 
@@ -42,28 +45,27 @@ def three_files(
     """Reads `root`/PREFIX/PREFIX.*; downloads He et al.'s own where they are not there.
 
     split="test" holds out and ranks what the files say. split="val" puts that aside, holds out the latest item of the
-    training file (a random one by `seed` where the file has no times) and draws `candidates` by `seed`.
+    training file (a random one where its times tell no user's ratings apart) and draws `candidates`, both by `seed`.
     """
     train_path, test_path, listed_path = (
         _fetch(root / prefix / f"{prefix}.{part}", prefix in RELEASED)
         for part in ("train.rating", "test.rating", "test.negative")
     )
-    train, test = _read(train_path), _read(test_path)
+    train, test = read_ratings(train_path), read_ratings(test_path)
     listed = _read_candidates(listed_path, test)
-    _check_ids({train_path: train.users[:, None], test_path: test.users[:, None]})
-    _check_ids({train_path: train.items[:, None], test_path: test.items[:, None], listed_path: listed})
+    (train_users, test_users), user_ids = numbered(train.users, test.users)
+    (train_items, test_items, listed), item_ids = numbered(train.items, test.items, listed)
+    train, test = Ratings(train_users, train_items, train.times), Ratings(test_users, test_items, test.times)
+    size = len(user_ids), len(item_ids)
     warnings = count_warnings(prefix, published, train, test)
     train, notes = _clean(train, test)
-    _check_users(test_path, train, test)
-    everything = train.and_also(test)
-    users, items = everything.size
-    size = users, max(items, int(listed.max()) + 1)
+    _check_users(test_path, train, test, user_ids)
     if split == "val":
-        if (train.times == train.times[0]).all():
-            notes.append("no times in the training file, so a random item of each user is held out")
-            train = Ratings(train.users, train.items, np.random.default_rng(seed).permutation(len(train)))
+        everything = train.and_also(test)
+        train, untimed = ordered_in_time(train, seed)
         train, held = hold_out_latest(train)
-        listed = draw_candidates(everything, held, size, candidates, seed)
+        listed = draw_candidates(everything, held, size, candidates, seed, user_ids)
+        notes += untimed + count_ties(train, held)
     else:
         if candidates > listed.shape[1]:
             raise ConfigError(f"dataset.candidates={candidates}: {listed_path} has {listed.shape[1]} for each user")
@@ -72,7 +74,7 @@ def three_files(
         notes += more + _trained(listed, train, test)
     warnings += [f"{prefix}: {note}" for note in notes]
     with naming(train_path):
-        return bind(train, held, listed, size, negatives, warnings)
+        return bind(train, held, listed, size, negatives, warnings, user_ids)
 
 
 def _fetch(path: Path, released: bool) -> Path:
@@ -81,11 +83,6 @@ def _fetch(path: Path, released: bool) -> Path:
             raise DataError(f"{path}: not there; dataset.prefix is the first part of the names of three such files")
         download(f"{URL}/{path.name}", path, None, f"put {path.name} from there into {path.parent}")
     return path
-
-
-def _read(path: Path) -> Ratings:
-    users, items, _, times = read_table(path).T
-    return Ratings(users, items, times)
 
 
 def _read_candidates(path: Path, test: Ratings) -> np.ndarray:
@@ -108,24 +105,14 @@ def _read_candidates(path: Path, test: Ratings) -> np.ndarray:
     return table[:, 2:]
 
 
-def _check_ids(files: dict[Path, np.ndarray]) -> None:
-    """Ids count from 0. One that leaves more ids unused than used is damage, and its table could fill the memory."""
-    different = len(np.unique(np.concatenate([ids.ravel() for ids in files.values()])))
-    for path, ids in files.items():
-        for number in 1 + np.flatnonzero((ids >= 2 * different).any(axis=1))[:1]:
-            wrong = ids[number - 1].max()
-            raise DataError(f"{path}, line {number}: the id {wrong} is too large for {different} that count from 0")
-
-
-def _check_users(path: Path, train: Ratings, test: Ratings) -> None:
+def _check_users(path: Path, train: Ratings, test: Ratings, user_ids: np.ndarray) -> None:
     """Every held-out user has been trained on, and has one held-out item."""
     first = np.unique(test.users, return_index=True)[1]
-    for number in 1 + np.setdiff1d(np.arange(len(test)), first)[:1]:
-        raise DataError(f"{path}, line {number}: a second held-out item of user {test.users[number - 1]}")
-    for number in 1 + np.flatnonzero(~np.isin(test.users, train.users))[:1]:
-        raise DataError(
-            f"{path}, line {number}: user {test.users[number - 1]} has no line of its own in the training file"
-        )
+    for index in np.setdiff1d(np.arange(len(test)), first)[:1]:
+        raise DataError(f"{path}, line {index + 1}: a second held-out item of user {user_ids[test.users[index]]}")
+    for index in np.flatnonzero(~np.isin(test.users, train.users))[:1]:
+        user = user_ids[test.users[index]]
+        raise DataError(f"{path}, line {index + 1}: user {user} has no line of its own in the training file")
 
 
 def _clean(train: Ratings, test: Ratings) -> tuple[Ratings, list[str]]:

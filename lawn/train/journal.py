@@ -17,7 +17,7 @@ class Journal:
     def __init__(self, config: Config, directory: RunDirectory, logger: Logger, epochs_done: int) -> None:
         self._directory = directory
         self._logger = logger
-        self._progress = Progress(directory.path.name, epochs_done, config.train.epochs)
+        self._progress = Progress(directory.name, epochs_done, config.train.epochs)
         self._seconds = config.train.checkpoint_seconds
         self._saved = time.monotonic()
 
@@ -74,7 +74,7 @@ def outcome(run: Run) -> dict[str, Any]:
         "samples_per_second": round(rate, 1),
         "peak_share": round(rate * run.flops / (run.ranks.world * peak), 4) if run.flops else None,
         "seconds": {what: round(value, 3) for what, value in run.seconds.items()},
-        "warnings": run.task.dataset.warnings,
+        "warnings": run.task.warnings,
     }
 
 

@@ -7,7 +7,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, replace
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
@@ -18,10 +18,12 @@ from torch import multiprocessing
 
 from lawn.config import Config, config_hash, run_name
 from lawn.data.batching import Batching
+from lawn.data.fetch import without_downloads
+from lawn.data.fingerprint import differences
 from lawn.errors import ConfigError, RunError, UserError
 from lawn.optimizers import optimizer_arguments
 from lawn.signals import sheltered
-from lawn.task import Task, build
+from lawn.task import Task, build, reader
 from lawn.train import logger as loggers
 from lawn.train.journal import Journal
 from lawn.train.loop import Run
@@ -83,7 +85,7 @@ def _run(config: Config, ranks: Ranks) -> dict[str, Any]:
     result = ranks.share(directory.result() if directory and directory.done else None)
     if result is not None:
         if directory:
-            say(f"{directory.path}: done already")
+            _say_done(config, directory)
         return result
     with ranks.one_first():
         task = build(config)(ranks.device)
@@ -96,6 +98,17 @@ def _run(config: Config, ranks: Ranks) -> dict[str, Any]:
             if not run.between_epochs or (run.status == "running" and pause(at_once=True)):
                 raise _stopped(notice, run, run_name(config))
         return ranks.share(journal.finish(run) if journal else {})
+
+
+def _say_done(config: Config, directory: RunDirectory) -> None:
+    """That a run is done already, and whether it was on other data than those that are there now, if there are any."""
+    say(f"{directory.path}: done already")
+    then = directory.fingerprint
+    if then is None:  # of an older version
+        return
+    with suppress(UserError, OSError), without_downloads():
+        if other := differences(then, reader(config)().fingerprint):
+            say(f"warning: {directory.path}: was run on other data ({other}); delete it to run it again")
 
 
 class _Pause:
@@ -138,12 +151,16 @@ def _begin(
     """A run as it was left in its directory, or a new one. How it runs, and `more`, goes into env.json."""
     run = Run(config, task, ranks)
     if directory:
-        for warning in task.dataset.warnings:
+        for warning in task.warnings:
             say(f"warning: {warning}")
     state = ranks.share(directory.load() if directory else None)
+    data = task.dataset.fingerprint
+    if state is not None and (other := differences(state.get("data", {}), data)):
+        where = directory.path if directory else run_name(config)
+        raise RunError(f"{where}: was begun on other data ({other}); put those back, or delete it to start over")
     if directory:
         how = {"ranks": ranks.world, "execution": asdict(run.execution)}
-        directory.begin({**environment(ranks.device), **how, **more})
+        directory.begin({**environment(ranks.device), "data": data, **how, **more})
     if state is not None:
         run.load_state_dict(state)
     if not directory:
@@ -188,8 +205,13 @@ def train_together(configs: Sequence[Config]) -> None:
     configs = [check(config) for config in configs]
     use(device)
     ranks = Ranks(device)
-    waiting = [(config, RunDirectory(config)) for config in configs]
-    waiting = [(config, directory) for config, directory in waiting if not directory.done]
+    waiting = []
+    for config in configs:
+        directory = RunDirectory(config)
+        if directory.done:
+            _say_done(config, directory)
+        else:
+            waiting.append((config, directory))
     if not waiting:
         return
     first = build(waiting[0][0])(device)

@@ -258,6 +258,7 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the run goes on from. In the middle of an epoch all ranks have to ask for it."""
         return {
+            "data": self.task.dataset.fingerprint,
             "epoch": self.epoch,
             "left": None if self.left is None else self.ranks.everyone(self.left.state(self.task.model, self.device)),
             "divergence": self.divergence,

@@ -31,6 +31,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from lawn.config import Config, config_hash, run_name
+from lawn.data.fingerprint import Fingerprint
 from lawn.errors import RunError
 from lawn.files import atomic, locked, still_at, write_text
 from lawn.train.progress import say
@@ -51,6 +52,7 @@ class RunDirectory:
     def __init__(self, config: Config) -> None:
         self.hash = config_hash(config)
         self.path = Path(config.run_dir) if config.run_dir else Path(config.runs_dir) / run_name(config)
+        self.name = self.path.resolve().name  # of "." too
         self._config = config
         self._lock: IO[str] | None = None
         self._check_owner()
@@ -108,6 +110,16 @@ class RunDirectory:
                 write_text(path, json.dumps(now, indent=1) + "\n")
         except (OSError, ValueError) as error:  # the latter of names that cannot be encoded
             raise RunError(f"{self.path}: cannot be written ({error})") from error
+
+    @property
+    def fingerprint(self) -> Fingerprint | None:
+        """Of the data that the run was last at work on; None where that is not known."""
+        try:
+            first = json.loads((self.path / "env.json").read_text())
+            found = [first, *first.get("resumed", [])][-1].get("data")
+        except (OSError, ValueError, TypeError, AttributeError):  # none, or damaged
+            return None
+        return found if isinstance(found, dict) else None
 
     def write_metrics(self, rows: list[Row]) -> None:
         """Rewrite metrics.csv; an undefined or unmeasured value is an empty field."""
@@ -168,7 +180,7 @@ class RunDirectory:
         from lawn.diagnostics import figure  # matplotlib is a second to import
 
         with self._here(), atomic(self.path / "diagnostics.png") as temporary:
-            figure.save({self.path.name: figure.read(self.path)}, temporary)
+            figure.save({self.name: figure.read(self.path)}, temporary)
 
     def finish(self, result: dict[str, Any]) -> None:
         """result.json has what the run gave; timing.json how long it took, which no other run gives again."""

@@ -1,5 +1,7 @@
 """ImageNet's folders by the loader of torch, and by DALI where it is installed."""
 
+import os
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from lawn.data.batching import Batching
 from lawn.data.imagenet import FolderImages, imagenet
@@ -105,6 +108,63 @@ def test_imagenet_absent(tmp_path):
     (tmp_path / "imagenet" / "train" / "n99999999").mkdir()
     with pytest.raises(DataError, match=r"Found no valid file for the classes n99999999"):
         imagenet(tmp_path, "test", seed=0, val_fraction=0.1, image_size=32, workers=0)
+
+
+def test_class_folders_that_differ_are_named(tmp_path):
+    write_folders(tmp_path)
+    root = tmp_path / "imagenet"
+    for k in range(7):
+        shutil.copytree(root / "train" / "n00000000", root / "train" / f"m{k}")
+    (root / "val" / "n00000002").rename(root / "val" / "n2")
+    with pytest.raises(DataError) as error:
+        load(tmp_path)
+    assert str(error.value) == (
+        f"{root}: train and val must have the same class folders; only train has m0, m1, m2, m3, m4 and 3 more, "
+        "only val has n2"
+    )
+
+
+def test_images_that_are_not_sorted_into_classes(tmp_path):
+    write_folders(tmp_path)
+    val = tmp_path / "imagenet" / "val"
+    for path in list(val.iterdir()):
+        (path / "0.JPEG").rename(val / f"ILSVRC2012_val_{path.name}.JPEG")
+        shutil.rmtree(path)
+    message = (
+        rf"{val}: 3 images but no class folders, as ILSVRC ships val; sort them into {val}/<wnid>, or .*ImageNet\('"
+    )
+    with pytest.raises(DataError, match=message) as error:
+        load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_whatever_images_there_are_become_what_torchvision_makes_of_them(tmp_path):
+    """Pixel for pixel, in its order."""
+    rng = np.random.default_rng(0)
+    color = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be shown turned to the right
+    for part in ("train", "val"):
+        zoo, linked = tmp_path / "imagenet" / part / "zoo", tmp_path / "elsewhere" / part
+        zoo.mkdir(parents=True)
+        linked.mkdir(parents=True)
+        for mode in ("RGB", "L", "CMYK"):
+            color.convert(mode).save(zoo / f"{mode}.JPEG")
+        color.save(zoo / "UPPER.JPG", "JPEG", exif=turned)
+        for mode in ("P", "1", "RGBA", "LA"):
+            color.convert(mode).save(zoo / f"{mode}.jpeg", "PNG")
+        color.resize((1, 1)).save(zoo / "tiny.png")
+        (zoo / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+        (zoo / "notes.txt").write_text("no image")
+        color.rotate(180).save(linked / "linked.webp")
+        (zoo.parent / "another").symlink_to(linked)
+        (zoo.parent / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    data, expected = load(tmp_path), ImageFolder(str(tmp_path / "imagenet" / "train"))
+    assert data.num_classes == len(expected.classes) == 2
+    assert data.train.labels.tolist() == expected.targets == [0] + 9 * [1]
+    for path, (image, _) in zip(data.train.paths, expected, strict=True):
+        assert np.array_equal(np.asarray(decode(os.fsdecode(path))), np.asarray(image)), path
+    assert sum(len(labels) for _, (_, labels) in data.train_batches(Batching(4), torch.Generator())) == 10
 
 
 @pytest.fixture(scope="module")

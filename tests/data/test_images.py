@@ -103,8 +103,12 @@ def test_cifar_absent_and_offline(tmp_path, monkeypatch):
         raise URLError("no route to host")
 
     monkeypatch.setattr("torchvision.datasets.utils.download_url", refuse)
-    with pytest.raises(DataError, match=r"put cifar-10-binary.tar.gz from there, or train.npz and test.npz, into"):
+    names = (
+        "put cifar-10-binary.tar.gz from there, or all of its cifar-10-batches-bin/, or train.npz and test.npz, into"
+    )
+    with pytest.raises(DataError, match=names):
         cifar10(tmp_path, "test", seed=0, val_fraction=0.1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def write_release(folder: Path, monkeypatch, others: dict[str, bytes]) -> dict[str, np.ndarray]:
@@ -133,6 +137,27 @@ def sized(name: str, content: bytes) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.size = len(content)
     return info
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_what_was_unpacked_of_the_archive_of_cifar_is_read(tmp_path, monkeypatch, name):
+    release, folder = getattr(cifar, name.upper()), tmp_path / name
+    write_release(folder, monkeypatch, {})
+    packed = getattr(cifar, name)(tmp_path, "test", seed=0, val_fraction=0.25)
+    with tarfile.open(folder / release.archive) as tar:
+        for member in release.members["train"] + release.members["test"]:
+            (folder / member).parent.mkdir(exist_ok=True)
+            (folder / member).write_bytes(tar.extractfile(member).read())
+    for cached in (release.archive, "train.npz", "test.npz"):
+        (folder / cached).unlink()
+    unpacked = getattr(cifar, name)(tmp_path, "test", seed=0, val_fraction=0.25)
+    assert unpacked.fingerprint == packed.fingerprint
+    for part in ("train", "test"):
+        (folder / f"{part}.npz").unlink()
+    cut = folder / release.members["train"][-1]
+    cut.write_bytes(cut.read_bytes()[:-1])
+    with pytest.raises(DataError, match=rf"{cut}: \d+ bytes are no records of 307\d; delete it"):
+        getattr(cifar, name)(tmp_path, "test", seed=0, val_fraction=0.25)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lawn.data import movielens
-from lawn.data.movielens import PUBLISHED, movielens1m, movielens100k
+from lawn.data.movielens import MD5, PUBLISHED, movielens, movielens1m, movielens100k
 from lawn.data.ratings import read_ratings
 from lawn.errors import DataError
 from tests.helpers import RATINGS, synthetic_ratings, write_ratings, write_three_files
@@ -53,6 +52,24 @@ def test_movielens1m_is_the_same_from_ratings_and_from_three_files(tmp_path, row
     assert one.warnings == other.warnings
 
 
+def test_any_version_is_read_by_its_form(tmp_path):
+    """The same ratings as u.data, ratings.dat with half stars, and ratings.csv with a header and decimal times."""
+    rows = synthetic_ratings()
+    write_ratings(tmp_path / "ml-100k" / "u.data", rows)
+    write_ratings(tmp_path / "ml-10M100K" / "ratings.dat", [(u, i, r - 0.5, t) for u, i, r, t in rows], "::")
+    write_ratings(tmp_path / "ml-latest-small" / "ratings.csv", [(u, i, r / 2, float(t)) for u, i, r, t in rows], ",")
+    path = tmp_path / "ml-latest-small" / "ratings.csv"
+    path.write_text("userId,movieId,rating,timestamp\n" + path.read_text())
+    for split in ("test", "val"):
+        expected = movielens100k(tmp_path, split, **OPTIONS)
+        for name in ("ml-100k/u.data", "ml-10M100K/ratings.dat", "ml-latest-small/ratings.csv"):
+            data = movielens(tmp_path, split, path=name, **OPTIONS)
+            assert data.fingerprint == expected.fingerprint
+            assert data.warnings == []
+    with pytest.raises(DataError, match=r"ml-25m/ratings.csv: not there, or no file; dataset.path is"):
+        movielens(tmp_path, "test", path="ml-25m/ratings.csv", **OPTIONS)
+
+
 def test_absent_and_offline(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError("no route to host")
@@ -64,7 +81,7 @@ def test_absent_and_offline(tmp_path, monkeypatch):
         movielens1m(tmp_path, "test", **OPTIONS)
     with pytest.raises(DataError, match=r"cannot download .*put ml-1m.train.rating from there into"):
         movielens1m(tmp_path, "test", prefix="ml-1m", **OPTIONS)
-    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_archive_is_read_and_a_bad_one_named(tmp_path, monkeypatch):
@@ -77,7 +94,7 @@ def test_the_archive_is_read_and_a_bad_one_named(tmp_path, monkeypatch):
         archive.write(tmp_path / "source", "ml-100k/u.data")
         archive.writestr("../escape", "x")
     content = (folder / "ml-100k.zip").read_bytes()
-    monkeypatch.setitem(movielens.MD5, "ml-100k", hashlib.md5(content).hexdigest())
+    monkeypatch.setitem(MD5, "ml-100k", hashlib.md5(content).hexdigest())
     assert movielens100k(tmp_path, "test", **OPTIONS).num_users == 30
     assert not (tmp_path / "escape").exists()
     (folder / "u.data").unlink()
@@ -87,7 +104,7 @@ def test_the_archive_is_read_and_a_bad_one_named(tmp_path, monkeypatch):
             movielens100k(tmp_path, "test", **OPTIONS)
     with ZipFile(folder / "ml-100k.zip", "w") as archive:
         archive.write(tmp_path / "source", "elsewhere/u.data")
-    monkeypatch.setitem(movielens.MD5, "ml-100k", hashlib.md5((folder / "ml-100k.zip").read_bytes()).hexdigest())
+    monkeypatch.setitem(MD5, "ml-100k", hashlib.md5((folder / "ml-100k.zip").read_bytes()).hexdigest())
     with pytest.raises(DataError, match=r"ml-100k.zip: .*no item named.*delete it"):
         movielens100k(tmp_path, "test", **OPTIONS)
     assert not (folder / "u.data").exists()

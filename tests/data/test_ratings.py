@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lawn.data.ratings import Ratings, drop_repeats, hold_out_latest, leave_one_out, read_ratings
 from lawn.errors import ConfigError, DataError
-from tests.helpers import RATINGS, write_ratings
+from tests.helpers import RATINGS, synthetic_ratings, write_ratings
 
 
 def by_hand(tmp_path, split: str):
@@ -71,7 +72,7 @@ def test_of_repeated_ratings_the_latest_stays(rows):
 def test_too_many_candidates(tmp_path):
     write_ratings(tmp_path / "u.data", RATINGS)
     ratings = read_ratings(tmp_path / "u.data")
-    with pytest.raises(ConfigError, match=r"dataset.candidates=3: some user has only 2 items"):
+    with pytest.raises(ConfigError, match=r"dataset.candidates=3: user 10 has only 2 items"):
         leave_one_out(ratings, split="test", seed=0, negatives=1, candidates=3, warnings=[])
 
 
@@ -87,7 +88,7 @@ def test_what_is_no_file_and_what_cannot_be_ranked_or_drawn(tmp_path):
             read_ratings(path)
     write_ratings(tmp_path / "u.data", [(7, item, 1, item) for item in range(1, 6)])
     ratings = read_ratings(tmp_path / "u.data")
-    with pytest.raises(DataError, match="some user has interacted with all 5 items"):
+    with pytest.raises(DataError, match="user 7 has interacted with all 5 items"):
         leave_one_out(ratings, split="test", seed=0, negatives=1, candidates=1, warnings=[])
     write_ratings(tmp_path / "u.data", RATINGS)
     with pytest.raises(ConfigError, match=r"dataset.negatives=7: there are only 6 items"):
@@ -111,6 +112,9 @@ def test_what_is_no_file_and_what_cannot_be_ranked_or_drawn(tmp_path):
         (b"1\t2\t3\t4\t5\n", "line 1"),
         (b"1\t2\t3\t4\n\n1\t2\t3\t4\n", "line 2"),
         (b"1\t99999999999999999999\t3\t4\n", "line 1"),
+        (b"\xef\xbb\xbf1\t2\t3\t4\n", "line 1"),
+        (b"user\titem\trating\ttime\n1\t2\t3\t4\n", "line 1"),
+        (b"1\t2\t3\t4\n1\t2\t3\t4\n\n", "line 3"),
     ],
 )
 def test_damaged_files_are_named_with_the_line(tmp_path, text, message):
@@ -120,6 +124,80 @@ def test_damaged_files_are_named_with_the_line(tmp_path, text, message):
         read_ratings(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+HEADER = b"userId,movieId,rating,timestamp\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (HEADER, "empty"),
+        (HEADER + b"1,2,0,4\n", "line 2: want user, item, rating \\(above 0\\) and time, numbers"),
+        (HEADER + b"1,2,0.0,4\n", "line 2"),
+        (HEADER + b"1,2,3.5,4\n1,2,.5,4\n", "line 3"),
+        (HEADER + HEADER, "line 2"),
+        (HEADER + b"1.5,2,3.5,4\n", "line 2"),
+        (b"\xef\xbb\xbf" + HEADER, "line 1"),
+        (b"movieId,userId,rating,timestamp\n1,2,3,4\n", "line 1"),
+    ],
+)
+def test_damaged_files_with_decimals_are_named_with_the_line(tmp_path, text, message):
+    (tmp_path / "ratings.csv").write_bytes(text)
+    with pytest.raises(DataError, match=message):
+        read_ratings(tmp_path / "ratings.csv", ",", "userId,movieId,rating,timestamp", fractions=True)
+
+
+def test_decimals_and_a_header(tmp_path):
+    (tmp_path / "ratings.csv").write_bytes(HEADER + b"7,20,0.5,964982703.25\r\n7,10,5.0,964982703\n")
+    got = read_ratings(tmp_path / "ratings.csv", ",", "userId,movieId,rating,timestamp", fractions=True)
+    assert (got.users.tolist(), got.items.tolist()) == ([7, 7], [20, 10])
+    assert got.times.tolist() == [964982703.25, 964982703.0]
+
+
+def test_times_that_say_nothing(tmp_path):
+    """What is held out is drawn by the dataset's seed, a warning says so; the validation split knows the same test."""
+    rows = [(user, item, 1, 5 + user) for user in range(1, 41) for item in range(user, user + 12)]
+    write_ratings(tmp_path / "u.data", rows)
+    ratings = read_ratings(tmp_path / "u.data")
+    keys = {"negatives": 1, "candidates": 5, "warnings": []}
+    one, two, other = (leave_one_out(ratings, split="test", seed=seed, **keys) for seed in (0, 0, 1))
+    assert one.warnings == ["no user has ratings at different times, so a random one of each is held out"]
+    assert one.candidates.tolist() == two.candidates.tolist()
+    places = [data.candidates[:, 0] - data.candidate_users for data in (one, other)]  # of an item among its user's
+    assert all(len(place.unique()) > 5 for place in places)
+    assert not torch.equal(*places)
+    val = leave_one_out(ratings, split="val", seed=0, **keys)
+    pairs = {(u, i) for u, i in zip(val.users.tolist(), val.items.tolist(), strict=True)}
+    assert not pairs & set(zip(one.candidate_users.tolist(), one.candidates[:, 0].tolist(), strict=True))
+
+
+def test_times_that_leave_it_open_for_most_users(tmp_path):
+    """As days do. The last in the file is held out, as where it is open for a few."""
+    rows = [(user, item, 1, item // 3) for user in range(1, 6) for item in range(user, user + 9)]
+    write_ratings(tmp_path / "u.data", rows)
+    keys = {"seed": 0, "negatives": 1, "candidates": 1, "warnings": []}
+    data = leave_one_out(read_ratings(tmp_path / "u.data"), split="test", **keys)
+    note = "3 of 5 users have several ratings at their latest time: the last in the file is held out"
+    assert data.warnings == [note]
+    assert data.candidates[:, 0].tolist() == [8, 9, 10, 11, 12]
+
+
+def test_line_ends_and_ids_make_no_difference(tmp_path):
+    def read(name: str, rows: list[tuple[int, int, int, int]], end: str = "\n"):
+        (tmp_path / name).write_text("".join("\t".join(map(str, row)) + end for row in rows), newline="")
+        ratings = read_ratings(tmp_path / name)
+        return leave_one_out(ratings, split="test", seed=0, negatives=2, candidates=20, warnings=[])
+
+    rows = synthetic_ratings()
+    plain = read("plain", rows)
+    for other in (
+        read("crlf", rows, "\r\n"),
+        read("from 0", [(u - 1, i - 1, r, t) for u, i, r, t in rows]),
+        read("gaps", [(3 * u, 10**12 + 7 * i, r, t) for u, i, r, t in rows]),
+    ):
+        assert other.fingerprint == plain.fingerprint
+        assert torch.equal(other.candidates, plain.candidates)
 
 
 @given(st.data(), st.sampled_from(["\t", "::"]))
@@ -148,4 +226,5 @@ def test_a_damaged_byte_is_found_or_does_no_harm(tmp_path_factory, data, separat
     else:
         got = read_ratings(path, separator)
         assert got.times.tolist() == [row[3] for row in expected]
-        assert got.users.tolist() == [sorted({r[0] for r in expected}).index(row[0]) for row in expected]
+        assert got.users.tolist() == [row[0] for row in expected]
+        assert got.items.tolist() == [row[1] for row in expected]

@@ -279,3 +279,17 @@ def test_the_script_keeps_bytes_and_refuses_to_overwrite(root, tmp_path, capsys)
     assert main([str(tmp_path), str(tmp_path / "new")]) == 1
     assert capsys.readouterr().err.count("\n") == 2
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_the_script_packs_no_damaged_image(tmp_path, capsys, part):
+    write_folders(tmp_path)
+    path = tmp_path / "imagenet" / part / "n00000001" / "2.JPEG"
+    path.write_bytes(path.read_bytes()[:-300])
+    assert main([str(tmp_path / "imagenet"), str(tmp_path / "shards")]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {path}: cannot be decoded (")
+    assert err.endswith("; put the image there again, or remove it\n")
+    assert not (tmp_path / "shards" / "index.json").exists()
+    path.unlink()
+    assert main([str(tmp_path / "imagenet"), str(tmp_path / "shards")]) == 0

@@ -289,6 +289,25 @@ def test_recommendation(tmp_path):
     assert len(result["warnings"]) == 3
 
 
+def test_hit_ratios_that_say_nothing_are_a_warning(tmp_path):
+    write_ratings(tmp_path / "ml-100k" / "u.data", synthetic_ratings())
+    for candidates, named in ((5, "HR@5 and HR@10 and HR@20"), (10, "HR@10 and HR@20"), (20, "HR@20"), (21, None)):
+        config = compose(
+            "dataset=movielens100k", "train.epochs=1", f"dataset.candidates={candidates}", "model.factors=4",
+            f"data_dir={tmp_path}", f"runs_dir={tmp_path}/runs", "device=cpu",
+        )  # fmt: skip
+        found = [warning for warning in train(config)["warnings"] if "HR@" in warning]
+        note = f"dataset.candidates={candidates}: for {named} all ranks, or all but the last, are hits; "
+        assert found == ([f"{note}take more than 20 candidates"] if named else [])
+
+
+def test_the_directory_of_now_has_a_name_too(tiny, tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    train(tiny("run_dir=.", "diagnostics=on"))
+    assert capsys.readouterr().out.startswith("here  epoch 1/4  train_loss")
+
+
 def test_flops_of_a_linear_network(tiny):
     config = tiny()
     task = build(config)(torch.device("cpu"))
