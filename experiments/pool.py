@@ -122,7 +122,7 @@ def _failure(running: _Running, job: Job) -> str | None:
         return f"killed by {signal.Signals(-code).name}"
     if not running.log.exists():
         return f"{running.log.parent}: was deleted or moved while the run was at work in it"
-    lines = running.log.read_text(errors="replace").strip().splitlines()
+    lines = running.log.read_text("utf8", "replace").strip().splitlines()
     return (lines[-1] if lines else f"exit code {code}").removeprefix("error: ")
 
 
@@ -130,7 +130,7 @@ def _work(configs: list[Config], devices: list[str], threads: int, log: Path) ->
     """The process of a job, or of several."""
     if len(devices) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    output = log.open("a")
+    output = log.open("a", encoding="utf8")
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
     torch.set_num_threads(threads)

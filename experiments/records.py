@@ -19,6 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lawn.config import Config, identity, identity_hash, run_name
+from lawn.diagnostics.figure import read_metrics
 from lawn.errors import RunError
 from lawn.files import locked, write_text
 from lawn.train.record import RunDirectory, unpacked
@@ -111,7 +112,7 @@ class Store:
         directory = RunDirectory(config)
         if not directory.done:
             raise RunError(f"{directory.path}: not finished, so it cannot be recorded")
-        environment = json.loads((directory.path / "env.json").read_text())
+        environment = json.loads((directory.path / "env.json").read_text("utf8"))
         for start in (environment, *environment.get("resumed", [])):
             start.pop("command", None)  # folders of this machine, and nothing that the overrides do not say
         content = {
@@ -128,10 +129,7 @@ class Store:
             _insert(path, name, content)
             self._read[name] = _record(path, name, content)
             return self._read[name]
-        try:
-            history = pd.read_csv(directory.path / "metrics.csv")
-        except (OSError, ValueError) as error:
-            raise RunError(f"{directory.path / 'metrics.csv'}: cannot be read ({error})") from error
+        history = read_metrics(directory.path)
         content["history"] = {column: [_short(v) for v in history[column]] for column in history}
         self._read[name] = save(self.runs / f"{name}.json", content)
         return self._read[name]
@@ -149,7 +147,7 @@ class Store:
 def _lines(path: Path) -> dict[str, Record]:
     """Raises RunError with the number of a line that is damaged, or not what its name says."""
     found = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_text("utf8").splitlines(), start=1):
         try:
             content = json.loads(line)
             record = _record(path, content.pop("name"), content)
@@ -164,7 +162,7 @@ def _insert(path: Path, name: str, content: dict[str, Any]) -> None:
     while True:
         with locked(path.with_name(f".{path.name}.lock")) as held:
             if held:
-                lines = path.read_text().splitlines() if path.exists() else []
+                lines = path.read_text("utf8").splitlines() if path.exists() else []
                 by_name = {json.loads(line)["name"]: line for line in lines}
                 by_name[name] = json.dumps({"name": name, **content})
                 write_text(path, "".join(f"{by_name[key]}\n" for key in sorted(by_name)))
@@ -182,7 +180,7 @@ def save(path: Path, content: dict[str, Any]) -> Record:
 def read_record(path: Path) -> Record:
     """Raises RunError when it is damaged, or not what its name says."""
     try:
-        return _record(path, path.stem, json.loads(path.read_text()))
+        return _record(path, path.stem, json.loads(path.read_text("utf8")))
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: damaged record ({error}); delete it and run again") from error
 

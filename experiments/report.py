@@ -92,7 +92,7 @@ def embed(path: Path, pages: Iterable[AnyPage]) -> None:
         blocks[f"table {page.name}"] = render("table.md", page=page, root="results/")
         blocks[f"verdict {page.name}"] = "\n".join(f"- {line}" for line in page.verdict)
         blocks[f"output {page.name}"] = f"```text\n{terminal(page)}\n```"
-    text = path.read_text()
+    text = path.read_text("utf8")
     for name, content in blocks.items():
         begin = f"<!-- {name} -->\n"
         head, found, rest = text.partition(begin)
@@ -103,5 +103,5 @@ def embed(path: Path, pages: Iterable[AnyPage]) -> None:
 
 def _benchmark(page: Path) -> str:
     """A page of results/bench as it stands in README.md: its title in bold, its links from there."""
-    title, _, rest = page.read_text().removeprefix("# ").partition("\n")
+    title, _, rest = page.read_text("utf8").removeprefix("# ").partition("\n")
     return f"**{title}**\n{rest.rstrip()}".replace("](", "](results/bench/")

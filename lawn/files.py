@@ -89,4 +89,4 @@ def still_at(path: Path, file: IO[str]) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     with atomic(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, "utf8")

@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import OmegaConf
 
+from lawn.errors import RunError
 from lawn.files import write_text
 
 
@@ -22,20 +23,24 @@ def read(folder: Path, split: str) -> pd.DataFrame:
     """A row for each finished run of `split`: the flattened config, code version, metrics and headline `score`."""
     rows = []
     for marker in sorted(folder.glob("*/DONE")):
-        result = json.loads((marker.parent / "result.json").read_text())
-        if result["split"] != split:
-            continue
-        config = OmegaConf.to_container(OmegaConf.load(marker.parent / "config.yaml"))
-        rows.append(
-            {
-                **pd.json_normalize(config).iloc[0].to_dict(),
-                "git": json.loads((marker.parent / "env.json").read_text())["git"],
+        try:
+            result, environment = (
+                json.loads((marker.parent / name).read_text("utf8")) for name in ("result.json", "env.json")
+            )
+            config = pd.json_normalize(OmegaConf.to_container(OmegaConf.load(marker.parent / "config.yaml")))
+            row = {
+                **config.iloc[0].to_dict(),
+                "git": environment["git"],
                 "status": result["status"],
                 **{key: result["last"].get(key) for key in ("train_loss", "margin_p50", "weight_norm")},
                 **{key: value for key, value in result["last"].items() if key.startswith(split)},
                 "score": result["last"].get(f"{split}_{result['headline']}"),
             }
-        )
+        except Exception as error:  # the system's, JSON's, YAML's, or that of a file of something else
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise RunError(f"{marker.parent}: cannot be read ({reason}); delete it or run it again") from error
+        if result["split"] == split:
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -67,7 +72,11 @@ def main() -> int:
     parser.add_argument("--top", type=int, default=10)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write a row for each run")
     given = parser.parse_args()
-    runs = read(given.folder, given.split)
+    try:
+        runs = read(given.folder, given.split)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     if given.only and not runs.empty:
         key, _, value = given.only.partition("=")
         if key not in runs:

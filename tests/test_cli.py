@@ -1,5 +1,7 @@
 """The commands: whole ones in their own process, one-line errors through their main function."""
 
+import os
+import shutil
 import subprocess
 import sys
 
@@ -170,6 +172,42 @@ def test_rank_runs(tmp_path, main, monkeypatch, capsys):
     assert (best[0], best[-2:]) == ("0.01", ["2", "0"])  # setting, seeds, diverged
     with (tmp_path / "table.csv").open() as file:
         assert len(file.readlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("result.json", ""), ("result.json", "[]"), ("config.yaml", None), ("config.yaml", "["), ("env.json", "{}")],
+)
+def test_rank_runs_names_what_is_damaged(tmp_path, main, monkeypatch, capsys, name, content):
+    main(*SHORT, "eval.split=val", f"runs_dir={tmp_path}/runs")
+    (path,) = (tmp_path / "runs").glob(f"*/{name}")
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setattr(sys, "argv", ["rank_runs.py", str(tmp_path / "runs")])
+    capsys.readouterr()
+    assert rank_runs.main() == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"error: {path.parent}: cannot be read (")
+
+
+@pytest.mark.slow
+def test_files_are_utf8_whatever_the_locale(tmp_path):
+    """A report on the records that there are, its README.md among what is read."""
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "experiments", "report", "demo", "--results", str(tmp_path)]
+    shutil.copytree(ROOT / "results" / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("movielens*"))
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "demo.md").read_bytes() == (ROOT / "results" / "demo.md").read_bytes()
+
+
+def test_text_is_utf8_whatever_the_locale(tmp_path):
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    code = "import sys, pathlib; from lawn.files import write_text; write_text(pathlib.Path(sys.argv[1]), chr(0x2192))"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], cwd=ROOT, env=environment, check=True)
+    assert (tmp_path / "x").read_bytes() == "\u2192".encode()
 
 
 def test_the_library_needs_nothing_but_torch():

@@ -31,12 +31,23 @@ STYLE: dict[Any, Any] = {
 ACROSS = 3
 
 
-def read(path: Path) -> pd.DataFrame:
-    """metrics.csv of a run directory. Raises RunError where there is none, or it is not of a run with diagnostics."""
+def read_metrics(path: Path) -> pd.DataFrame:
+    """metrics.csv of a run directory, a row for each epoch. Raises RunError where there is none, or it is another
+    table, as a spreadsheet leaves it that writes semicolons."""
     try:
         rows = pd.read_csv(path / "metrics.csv")
     except (OSError, ValueError) as error:
         raise RunError(f"{path / 'metrics.csv'}: cannot be read ({error})") from error
+    if not {"epoch", "train_loss"} <= set(rows):
+        raise RunError(
+            f"{path / 'metrics.csv'}: has no columns epoch and train_loss; it is not as the run has written it"
+        )
+    return rows
+
+
+def read(path: Path) -> pd.DataFrame:
+    """The same, of a run with diagnostics=on. Raises RunError where it is of none."""
+    rows = read_metrics(path)
     if not any(name.startswith("angle/") for name in rows):
         raise RunError(f"{path}: is not of a run with diagnostics=on")
     return rows

@@ -128,7 +128,9 @@ def _build(dtype: torch.dtype) -> Native | None:
         return None
     real, sqrt = REAL[dtype]
     names = (f"-DREAL={real}", f"-DSQRT={sqrt}")
-    key = hashlib.sha256("\0".join((SOURCE.read_text(), compiler, *FLAGS, *names, _processor())).encode()).hexdigest()
+    key = hashlib.sha256(
+        "\0".join((SOURCE.read_text("ascii"), compiler, *FLAGS, *names, _processor())).encode()
+    ).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lawn"
     path = folder / f"native-{real}-{key[:16]}.so"
     try:
@@ -149,7 +151,7 @@ def _build(dtype: torch.dtype) -> Native | None:
 def _processor() -> str:
     """What -march=native depends on: a cache on a shared disk must not serve another kind of machine."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf8").splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         return f"{platform.machine()} {platform.processor()} {platform.node()}"

@@ -68,6 +68,8 @@ def train(config: Config) -> dict[str, Any]:
 
 def check(config: Config) -> Config:
     """The config, if nothing about it can be refused before data is read. Raises ConfigError."""
+    if not isinstance(config, Config):
+        raise ConfigError(f"a config of type {type(config).__name__}: pass what lawn.validation.validate makes of it")
     build(config)
     optimizer_arguments(config)
     loggers.make(config)

@@ -105,15 +105,17 @@ def accumulating(network: nn.Module, last: bool) -> AbstractContextManager[Any]:
 
 
 def started_by_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    """Whether all of what torchrun tells a rank is there: some of it may be left over from another program."""
+    return {"TORCHELASTIC_RUN_ID", *_OF_A_RANK} <= set(os.environ)
+
+
+_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 @contextmanager
 def joined_by_torchrun(config: Config) -> Iterator[Ranks]:
     """This process as the rank that torchrun made it."""
-    rank, world, local, local_world = (
-        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    )
+    rank, world, local, local_world = (int(os.environ[name]) for name in _OF_A_RANK)
     if config.train.devices not in (None, world):
         raise ConfigError(f"train.devices={config.train.devices}: torchrun has started {world} ranks; leave it out")
     if world > config.train.batch_size:

@@ -103,7 +103,7 @@ class RunDirectory:
         now, path = {**execution, "command": sys.argv[1:]}, self.path / "env.json"
         try:
             with suppress(FileNotFoundError, ValueError, TypeError):  # none, or damaged
-                first = json.loads(path.read_text())
+                first = json.loads(path.read_text("utf8"))
                 now = {**first, "resumed": [*first.get("resumed", []), now]}
             with self._here():
                 write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(content)))
@@ -115,7 +115,7 @@ class RunDirectory:
     def fingerprint(self) -> Fingerprint | None:
         """Of the data that the run was last at work on; None where that is not known."""
         try:
-            first = json.loads((self.path / "env.json").read_text())
+            first = json.loads((self.path / "env.json").read_text("utf8"))
             found = [first, *first.get("resumed", [])][-1].get("data")
         except (OSError, ValueError, TypeError, AttributeError):  # none, or damaged
             return None
@@ -195,9 +195,9 @@ class RunDirectory:
         """Both, as `finish` was given them. Raises RunError where they are damaged."""
         path = self.path / "result.json"
         try:
-            given = json.loads(path.read_text())
+            given = json.loads(path.read_text("utf8"))
             path = self.path / "timing.json"
-            return given | (json.loads(path.read_text()) if path.exists() else {})
+            return given | (json.loads(path.read_text("utf8")) if path.exists() else {})
         except (OSError, ValueError, TypeError) as error:
             again = "delete DONE beside it, and the same command writes it again"
             raise RunError(f"{path}: cannot be read ({error}); {again}") from error
@@ -281,7 +281,7 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 def _cpu_name() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text("utf8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:

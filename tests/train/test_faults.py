@@ -177,7 +177,7 @@ def test_a_signal_in_an_evaluation_stops_at_its_end(tiny, tmp_path, monkeypatch)
     rows = Classification.rows
     with monkeypatch.context() as patch:
         patch.setattr(Classification, "rows", lambda *given: send(signal.SIGTERM)() or rows(*given))
-        with pytest.raises(Stopped, match="SIGTERM: .* has stopped in epoch 1, after 13 updates"):
+        with pytest.raises(Stopped, match=r"SIGTERM: .* has stopped in epoch 1, after 13 updates"):
             train(stopped)
     state = RunDirectory(stopped).load()
     assert state is not None

@@ -15,7 +15,7 @@ from lawn.config import config_hash
 from lawn.diagnostics import LossSurface, UpdateMonitor, figure
 from lawn.diagnostics.__main__ import main as diagnostics_main
 from lawn.diagnostics.onset import THRESHOLD
-from lawn.errors import ConfigError
+from lawn.errors import ConfigError, RunError
 from lawn.train import train, train_many
 from lawn.train.loop import Run
 from lawn.train.record import RunDirectory
@@ -242,6 +242,15 @@ def test_numbers_that_are_not_above_0_are_left_out_of_logarithmic_panels():
     thick = axes["angle of an update, rad"].lines[-1]
     assert list(thick.get_ydata()) == pytest.approx([4, 6])
     assert min(axes["training loss, nats"].get_ylim()) > 0.01
+
+
+def test_a_table_that_a_spreadsheet_has_saved_again_is_one_line(tiny):
+    config = tiny("diagnostics=on", "train.epochs=1")
+    train(config)
+    path = RunDirectory(config).path
+    (path / "metrics.csv").write_text((path / "metrics.csv").read_text().replace(",", ";"))
+    with pytest.raises(RunError, match=r"metrics.csv: has no columns epoch and train_loss"):
+        figure.read(path)
 
 
 def test_a_diverged_run_has_a_figure_too(tiny):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from lawn.config import config_hash
 from lawn.data.batching import Batching
@@ -194,6 +195,17 @@ def test_muon_leaves_embeddings_and_the_output_layer_to_adamw():
     assert [g["weight_decay"] for g in groups] == [0.1, 0.1, 0.0]
     assert [g["nesterov"] for g in groups] == [True, False, False]
     assert all(p.ndim == 1 for p in others["params"])
+
+
+def test_a_config_that_was_not_validated_is_one_line():
+    for config in (OmegaConf.create({"seed": 0}), {"seed": 0}, None):
+        with pytest.raises(ConfigError, match=r"a config of type \w+: pass what lawn.validation.validate makes of it"):
+            train(config)
+
+
+def test_what_torchrun_has_left_in_the_environment_is_not_a_rank(tiny, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert train(tiny("train.epochs=1"))["status"] == "done"
 
 
 def test_a_package_that_is_not_installed_is_one_line(monkeypatch):
