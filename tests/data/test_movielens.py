@@ -117,8 +117,8 @@ def test_real_movielens100k(data_dir):
     assert (data.num_users, data.num_items, len(data.users)) == (943, 1682, 100_000 - 943)
     ratings = read_ratings(data_dir / "ml-100k" / "u.data")
     for user in (0, 41, 942):  # the held-out item is one of the latest, and no candidate was rated
-        mine = ratings[ratings.users == user]
-        assert data.candidates[user, 0].item() in mine.items[mine.times == mine.times.max()]
-        assert not np.isin(data.candidates[user, 1:].numpy(), mine.items).any()
+        mine = ratings[ratings.users == 1 + user]
+        assert 1 + data.candidates[user, 0].item() in mine.items[mine.times == mine.times.max()]
+        assert not np.isin(1 + data.candidates[user, 1:].numpy(), mine.items).any()
         assert len(set(data.candidates[user].tolist())) == 100
     assert PUBLISHED["ml-100k"]["ratings"] == len(ratings)
