@@ -172,7 +172,8 @@ def test_a_signal_interrupts_once():
 
 
 def test_torchrun_hands_on_the_interrupt_that_a_rank_has_had_already(monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
     with noticed() as notice:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
