@@ -3,5 +3,6 @@
 from lawn.train.launch import check, train, train_many, train_together
 from lawn.train.notice import Stopped
 from lawn.train.ranks import started_by_torchrun
+from lawn.train.submitted import reported
 
-__all__ = ["Stopped", "check", "started_by_torchrun", "train", "train_many", "train_together"]
+__all__ = ["Stopped", "check", "reported", "started_by_torchrun", "train", "train_many", "train_together"]
