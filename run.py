@@ -5,7 +5,6 @@ import signal
 import sys
 import traceback
 from contextlib import suppress
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,11 +22,11 @@ if __name__ == "__main__":
             signal.signal(getattr(signal, name), leave)
 
 import hydra
-from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from lawn.compose import CONF, refuse_sweeps
 from lawn.config import Config, register
 from lawn.errors import ConfigError, UserError
 from lawn.explain import explain, of_hydra
@@ -43,7 +42,7 @@ failures: list[int] = []  # exit codes of those that failed: one does not keep a
 waiting: list[Config] = []  # runs that train.vectorize asks to train together
 
 
-@hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="config")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def run(composed: DictConfig) -> dict[str, Any] | None:
     elsewhere = os.getpid() != PROCESS  # in a launcher's process, which hands result or error to the one that waits
     job = HydraConfig.get()
@@ -51,7 +50,7 @@ def run(composed: DictConfig) -> dict[str, Any] | None:
     of = f"in the job {jobs[-1]}: " if job.mode == RunMode.MULTIRUN else ""
     try:
         if job.mode == RunMode.RUN:
-            refuse_sweeps(job)
+            refuse_sweeps(job.overrides.task, job.sweeper.params or {})
         config = validate(composed)
         if not config.train.vectorize or elsewhere:
             return train(config)
@@ -74,17 +73,6 @@ def run(composed: DictConfig) -> dict[str, Any] | None:
             traceback.print_exc()
         raise
     return None
-
-
-def refuse_sweeps(job: HydraConf) -> None:
-    """A sweep preset makes a grid of a multirun; one run has to be a point of it. Raises ConfigError."""
-    given = {override.partition("=")[0].lstrip("+") for override in job.overrides.task}
-    for key, values in (job.sweeper.params or {}).items():
-        if key not in given:
-            raise ConfigError(
-                f"sweep={job.runtime.choices['sweep']}: {key} has the values {values}; add -m to run all of "
-                f"them, or choose one: {key}=..."
-            )
 
 
 def fail(error: Exception, of: str = "") -> None:

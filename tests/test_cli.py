@@ -279,7 +279,7 @@ def test_jobs_of_a_launcher_that_nobody_waits_for(tmp_path):
         job = re.match(r"job (\d+), ", process.stdout.readline())[1]
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=200)
-    assert (process.returncode, out) == (130, f"not waited for, and not cancelled: jobs {job}\n")
+    assert (process.returncode, out) == (75, f"not waited for, and not cancelled: jobs {job}\n")
 
 
 def test_a_launcher_that_is_not_installed_is_one_line(main, monkeypatch):

@@ -10,6 +10,7 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 
 from lawn.errors import ConfigError, RunError, UserError
+from lawn.train.progress import say
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def reported(arguments: Sequence[str], fail: Callable[[Exception], None]) -> Ite
             jobs = super().map_array(fn, *iterables)
             left.extend(jobs)
             for job, overrides in zip(jobs, iterables[0], strict=True):
-                print(f"job {job.job_id}, {' '.join(overrides)}: output in {_logs(job)}", flush=True)
+                say(f"job {job.job_id}, {' '.join(overrides)}: output in {_logs(job)}")
             return [Awaited(job, overrides) for job, overrides in zip(jobs, iterables[0], strict=True)]
 
     class Awaited:
@@ -56,7 +57,7 @@ def reported(arguments: Sequence[str], fail: Callable[[Exception], None]) -> Ite
                 what = f"{type(error).__name__}: {error}"
                 fail(RunError(f"in the job {self._name}: {what}; see {_logs(self._job)}"))
             else:
-                print(f"job {self._job.job_id}, {self._name}: {_ended(result)}", flush=True)
+                say(f"job {self._job.job_id}, {self._name}: {_ended(result)}")
             left.remove(self._job)
             return [JobReturn(status=JobStatus.COMPLETED)]
 
@@ -66,7 +67,7 @@ def reported(arguments: Sequence[str], fail: Callable[[Exception], None]) -> Ite
         yield
     except KeyboardInterrupt:
         if left:
-            print(f"not waited for, and not cancelled: jobs {', '.join(job.job_id for job in left)}", flush=True)
+            say(f"not waited for, and not cancelled: jobs {', '.join(job.job_id for job in left)}")
         raise
     finally:
         submitit.AutoExecutor = usual  # type: ignore[misc]
