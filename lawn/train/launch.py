@@ -49,10 +49,10 @@ AGREE_SECONDS = 0.1
 def run(*overrides: str) -> dict[str, Any]:
     """Train one run, go on with it, or find it done: what `python run.py OVERRIDES` does, for notebooks and programs.
 
-    Returns its result: `status` ("done" or "diverged"), `last` (the last row of metrics.csv), `headline` (the name of the
-    task's metric), `best` (its best epoch), `seconds`, and what else is in result.json. Paths are relative to the working
-    directory. Raises a UserError that says in one line what is wrong, and Stopped at a signal (an interrupted kernel),
-    after which the same call goes on. With `train.devices` a program needs `if __name__ == "__main__":`.
+    Returns its result: `status` ("done" or "diverged"), `last` (the last row of metrics.csv), `headline` (the name of
+    the task's metric), `best` (its best epoch), `seconds`, and what else is in result.json. Paths are relative to the
+    working directory. Raises a UserError that says in one line what is wrong, and Stopped at a signal (an interrupted
+    kernel), after which the same call goes on. With `train.devices` a program needs `if __name__ == "__main__":`.
     """
     composed, swept = unchecked(*overrides)
     refuse_sweeps(overrides, swept)

@@ -30,8 +30,8 @@ def _or_not(stream: IO[str]) -> Iterator[None]:
 
 
 def shows_bars(stream: IO[str] | None) -> bool:
-    """Whether a line of `stream` can be written over: on a terminal, and in a notebook, which says that it is none. None
-    is a stream that was closed before the start."""
+    """Whether a line of `stream` can be written over: on a terminal, and in a notebook, which says that it is none.
+    A stream that was closed before the start is None."""
     return stream is not None and (stream.isatty() or type(stream).__module__ == "ipykernel.iostream")
 
 

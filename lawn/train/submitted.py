@@ -34,15 +34,14 @@ def reported(arguments: Sequence[str], fail: Callable[[Exception], None]) -> Ite
         def map_array(self, fn: Callable[..., Any], *iterables: Any) -> list[Any]:
             jobs = super().map_array(fn, *iterables)
             left.extend(jobs)
-            for job, overrides in zip(jobs, iterables[0], strict=True):
-                say(f"job {job.job_id}, {' '.join(overrides)}: output in {_logs(job)}")
-            return [Awaited(job, overrides) for job, overrides in zip(jobs, iterables[0], strict=True)]
+            return [Awaited(job, " ".join(overrides)) for job, overrides in zip(jobs, iterables[0], strict=True)]
 
     class Awaited:
         """What the launcher gets for a job, and waits for."""
 
-        def __init__(self, job: Any, overrides: Sequence[str]) -> None:
-            self._job, self._name = job, " ".join(overrides)
+        def __init__(self, job: Any, name: str) -> None:
+            self._job, self._name = job, name
+            say(f"job {job.job_id}, {name}: output in {_logs(job)}")
 
         def results(self) -> list[JobReturn]:
             try:
