@@ -3,9 +3,10 @@
 import os
 import signal
 import sys
+import traceback
 from contextlib import suppress
-from pathlib import Path
 from types import FrameType
+from typing import Any
 
 
 def leave(number: int, _: FrameType | None) -> None:
@@ -21,15 +22,15 @@ if __name__ == "__main__":
             signal.signal(getattr(signal, name), leave)
 
 import hydra
-from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from lawn.compose import CONF, refuse_sweeps
 from lawn.config import Config, register
 from lawn.errors import ConfigError, UserError
 from lawn.explain import explain, of_hydra
-from lawn.train import check, started_by_torchrun, train, train_many
+from lawn.train import Stopped, check, reported, started_by_torchrun, train, train_many
 from lawn.train.notice import stoppable
 from lawn.train.progress import say
 from lawn.validation import validate
@@ -41,33 +42,37 @@ failures: list[int] = []  # exit codes of those that failed: one does not keep a
 waiting: list[Config] = []  # runs that train.vectorize asks to train together
 
 
-@hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="config")
-def run(composed: DictConfig) -> None:
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def run(composed: DictConfig) -> dict[str, Any] | None:
+    elsewhere = os.getpid() != PROCESS  # in a launcher's process, which hands result or error to the one that waits
     job = HydraConfig.get()
     jobs.append(" ".join(job.overrides.task))
+    of = f"in the job {jobs[-1]}: " if job.mode == RunMode.MULTIRUN else ""
     try:
         if job.mode == RunMode.RUN:
-            refuse_sweeps(job)
+            refuse_sweeps(job.overrides.task, job.sweeper.params or {})
         config = validate(composed)
-        waiting.append(check(config)) if config.train.vectorize and os.getpid() == PROCESS else train(config)
+        if not config.train.vectorize or elsewhere:
+            return train(config)
+        waiting.append(check(config))
     except (UserError, OSError) as error:  # the system's own: a full disk, a path that cannot be
-        of = f"in the job {' '.join(job.overrides.task)}: " if job.mode == RunMode.MULTIRUN else ""
-        if os.getpid() != PROCESS:  # a launcher's, which hands the error to the process that waits for it
+        if elsewhere:
+            say(f"error: {error}", sys.stderr)
             raise (type(error) if isinstance(error, UserError) else UserError)(f"{of}{error}") from error
         if started_by_torchrun() or DEBUG:  # other ranks may be in the middle of this job: all end
             raise
         fail(error, of)
-
-
-def refuse_sweeps(job: HydraConf) -> None:
-    """A sweep preset makes a grid of a multirun; one run has to be a point of it. Raises ConfigError."""
-    given = {override.partition("=")[0].lstrip("+") for override in job.overrides.task}
-    for key, values in (job.sweeper.params or {}).items():
-        if key not in given:
-            raise ConfigError(
-                f"sweep={job.runtime.choices['sweep']}: {key} has the values {values}; add -m to run all of "
-                f"them, or choose one: {key}=..."
-            )
+    except Stopped as stop:
+        if not elsewhere:
+            raise
+        passed_on = UserError(f"{of}{stop}")
+        passed_on.exit_code = stop.exit_code
+        raise passed_on from stop
+    except Exception:
+        if elsewhere:  # the one that waits gets it without its traceback
+            traceback.print_exc()
+        raise
+    return None
 
 
 def fail(error: Exception, of: str = "") -> None:
@@ -80,7 +85,8 @@ def main() -> int:
     failures[:], waiting[:], jobs[:] = [], [], []
     try:
         with stoppable():
-            run()
+            with reported(sys.argv[1:], fail):
+                run()
             list(map(fail, train_many(waiting)))
         if not jobs and {"-m", "--multirun"} & set(sys.argv) and not any("hydra/launcher=" in a for a in sys.argv):
             raise ConfigError(f"{' '.join(sys.argv[1:])}: expands to no job")

@@ -3,24 +3,21 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
-from pathlib import Path
 
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import search
 from experiments.records import Store
 from experiments.search import Point
-from lawn.config import Config, register, run_name
+from lawn.compose import compose, unchecked
+from lawn.config import Config, run_name
 from lawn.errors import ConfigError
 from lawn.explain import explain
 from lawn.validation import validate
-
-CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ class Grid:
     @cached_property
     def _composition(self) -> tuple[DictConfig, dict[str, str]]:
         sweep = () if self._sweep is None else (f"sweep={self._sweep}",)
-        return _compose((*self.overrides, *sweep, *self._extra))
+        return unchecked(*self.overrides, *sweep, *self._extra)
 
     @cached_property
     def _changed(self) -> DictConfig:
@@ -142,25 +139,9 @@ class Grid:
 
 def compose_all(jobs: list[tuple[str, ...]]) -> list[Config]:
     """Compose each job's overrides as `run.py` would. Raises ConfigError."""
-    return [validate(_compose(overrides)[0]) for overrides in jobs]
+    return [compose(*overrides) for overrides in jobs]
 
 
 @cache  # the settings of a grid are made of few values
 def _parsed(override: str) -> Override:
     return OverridesParser.create().parse_override(override)
-
-
-def _compose(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
-    """The composed config, not validated yet, and what Hydra's sweeper would sweep over."""
-    register()
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = compose("config", list(overrides), return_hydra_config=True)
-        axes = OmegaConf.to_container(composed.hydra.sweeper.params or OmegaConf.create(), resolve=True)
-    except HydraException as error:
-        raise ConfigError(explain(error)) from error
-    assert isinstance(axes, dict)
-    swept = {str(key): str(values) for key, values in axes.items()}
-    with flag_override(composed, ["struct", "readonly"], False):
-        del composed["hydra"]
-    return composed, swept

@@ -107,8 +107,8 @@ class DiagnosticsConfig:
 @dataclass
 class LoggerConfig:
     name: str = "csv"
-    project: str | None = None
-    mode: str | None = None  # wandb: online, offline or disabled
+    project: str | None = None  # wandb: WANDB_PROJECT, or lawn, if it is not given
+    mode: str | None = None  # wandb: online, offline or disabled; null: what WANDB_MODE or `wandb offline` has set
 
 
 @dataclass

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from experiments.study import compose_all
-from lawn.config import Config
+from lawn.compose import compose as compose
 from lawn.data.interactions import Interactions
 from lawn.data.ratings import Ratings, numbered
 
@@ -27,10 +26,6 @@ FIXTURES = {
     "movielens1m": RECOMMENDERS,
     "pinterest": RECOMMENDERS,
 }
-
-
-def compose(*overrides: str) -> Config:
-    return compose_all([overrides])[0]
 
 
 def run(*arguments: str, script: str = "run.py", **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,9 +1,13 @@
 """The commands: whole ones in their own process, one-line errors through their main function."""
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -220,14 +224,65 @@ def test_the_library_needs_nothing_but_torch():
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
+LAUNCHED = ("-m", "hydra/launcher=submitit_local", *SHORT, "optim=adam")  # on this machine instead of by Slurm
+
+
 @pytest.mark.slow
-def test_a_launcher_of_clusters(tmp_path):
-    """submitit, which talks to Slurm, with its executor for this machine: jobs run, and one that cannot is reported."""
-    result = run(
-        "-m", "hydra/launcher=submitit_local", *SHORT, "optim=adam", "optim.lr=0.01,-1", f"runs_dir={tmp_path}/runs"
-    )  # fmt: skip
+def test_a_launcher_of_clusters_reports_on_every_job(tmp_path):
+    """Where its output goes, and how it has ended: the first that fails does not hide the others."""
+    result = run(*LAUNCHED, "optim.lr=-1,0.01,-2", f"runs_dir={tmp_path}/runs")
     assert result.returncode == 2
     assert len(list((tmp_path / "runs").glob("*/DONE"))) == 1
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("error: in the job")
-    assert last.endswith("optim.lr=-1.0: must be a finite number above 0")
+    begun, ended = result.stdout.splitlines()[:3], result.stdout.splitlines()[3:]
+    logs = [Path(re.search(r"output in (\S+_log.out) and \S+_log.err$", line)[1]) for line in begun]
+    assert "done after epoch 2" in logs[1].read_text()
+    assert "must be a finite number above 0" in logs[2].with_suffix(".err").read_text()
+    assert len(ended) == 1
+    assert re.search(r"^job .* optim.lr=0.01.*: done after epoch 2, test_accuracy [0-9.]+$", ended[0])
+    for line, rate in zip(result.stderr.splitlines(), ("-1", "-2"), strict=True):
+        assert line.startswith("error: in the job")
+        assert line.endswith(f"optim.lr={rate}.0: must be a finite number above 0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (signal.SIGKILL, 1, "ended without a result; killed, or out of memory or of hydra.launcher.timeout_min; see /"),
+        (signal.SIGTERM, 75, "the same command goes on from there"),
+    ],
+)
+def test_a_job_of_a_launcher_that_is_killed_or_stopped(tmp_path, number, code, said):
+    """The first of two; the other one is waited for, and done."""
+    command = [sys.executable, str(ROOT / "run.py"), *LAUNCHED, f"runs_dir={tmp_path}/runs", "train.epochs=100000,2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        begun = process.stdout.readline()
+        log = Path(re.search(r"output in (\S+)", begun)[1])
+        while not (log.exists() and "epoch 1/100000" in log.read_text()):
+            assert process.poll() is None
+            time.sleep(0.1)
+        controller = re.match(r"job (\d+), ", begun)[1]
+        (job,) = subprocess.run(["pgrep", "-P", controller], capture_output=True, text=True, check=True).stdout.split()
+        os.kill(int(job), number)
+        out, err = process.communicate(timeout=200)
+    assert process.returncode == code
+    assert err.startswith("error: in the job")
+    assert "train.epochs=100000" in err
+    assert (said in err, err.count("\n")) == (True, 1)
+    assert re.search(r"^job .* train.epochs=2 .*: done after epoch 2, test_accuracy", out, flags=re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_jobs_of_a_launcher_that_nobody_waits_for(tmp_path):
+    command = [sys.executable, str(ROOT / "run.py"), *LAUNCHED, f"runs_dir={tmp_path}/runs", "seed=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        job = re.match(r"job (\d+), ", process.stdout.readline())[1]
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=200)
+    assert (process.returncode, out) == (75, f"not waited for, and not cancelled: jobs {job}\n")
+
+
+def test_a_launcher_that_is_not_installed_is_one_line(main, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    said = "error: hydra/launcher=submitit_slurm: the package submitit is not installed; pip install '.[slurm]'\n"
+    assert main("-m", "hydra/launcher=submitit_slurm", *SHORT) == (2, "", said)

@@ -1,15 +1,24 @@
+import os
 import re
 import subprocess
 import sys
+
+import pytest
 
 from tests.helpers import ROOT
 
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_readmes_program_runs():
-    (program,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, check=True, timeout=120)
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_readmes_programs_run(number, tmp_path):
+    assert len(PROGRAMS) == 2
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAMS[number]]
+    subprocess.run(command, cwd=tmp_path, env=variables, check=True, timeout=120)
 
 
 def test_links_lead_somewhere():

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
+from lawn.compose import refuse_sweeps, unchecked
 from lawn.config import Config, config_hash, run_name
 from lawn.data.batching import Batching
 from lawn.data.fetch import without_downloads
@@ -40,8 +41,22 @@ from lawn.train.ranks import (
 from lawn.train.record import RunDirectory, environment
 from lawn.train.together import Together, kin, room
 from lawn.train.trouble import GOES_ON, LostRankError, explained
+from lawn.validation import validate
 
 AGREE_SECONDS = 0.1
+
+
+def run(*overrides: str) -> dict[str, Any]:
+    """Train one run, go on with it, or find it done: what `python run.py OVERRIDES` does, for notebooks and programs.
+
+    Returns its result: `status` ("done" or "diverged"), `last` (the last row of metrics.csv), `headline` (the name of
+    the task's metric), `best` (its best epoch), `seconds`, and what else is in result.json. Paths are relative to the
+    working directory. Raises a UserError that says in one line what is wrong, and Stopped at a signal (an interrupted
+    kernel), after which the same call goes on. With `train.devices` a program needs `if __name__ == "__main__":`.
+    """
+    composed, swept = unchecked(*overrides)
+    refuse_sweeps(overrides, swept)
+    return train(validate(composed))
 
 
 def train(config: Config) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from typing import Any, ClassVar
@@ -28,13 +29,13 @@ class WandbLogger:
 
     silent: ClassVar[bool] = False
 
-    def __init__(self, config: Config, run_id: str, directory: Path, *, project: str, mode: str) -> None:
+    def __init__(self, config: Config, run_id: str, directory: Path, *, project: str, mode: str | None = None) -> None:
         def start() -> Any:
             import wandb  # a second to import: only for those who use it
 
             return wandb.init(
                 project=project,
-                mode=mode,  # type: ignore[arg-type]  # a Literal there; lawn.validation has checked it
+                mode=mode,  # type: ignore[arg-type]  # a Literal there, which lawn.validation has checked
                 id=run_id,
                 name=directory.name,
                 resume="allow",
@@ -84,9 +85,17 @@ LOGGERS: dict[str, type[CSVLogger] | type[WandbLogger]] = {"csv": CSVLogger, "wa
 
 
 def make(config: Config) -> Callable[[str, Path], Logger]:
-    """Check the chosen logger; the result starts it for a run's id and directory."""
+    """Check the chosen logger; the result starts it for a run's id and directory. Raises ConfigError."""
     if config.logger.name not in LOGGERS:
         raise ConfigError(f"logger={config.logger.name}: no such logger; choose from {', '.join(LOGGERS)}")
     kind = LOGGERS[config.logger.name]
+    if kind is WandbLogger and not _installed("wandb"):
+        raise ConfigError("logger=wandb: the package wandb is not installed; pip install wandb")
     given = arguments("logger", config.logger, kind)
     return lambda run_id, directory: kind(config, run_id, directory, **given)
+
+
+def _installed(package: str) -> bool:
+    """A folder of that name is no package: wandb leaves one wherever it has run."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None

@@ -1,4 +1,4 @@
-"""What the user sees while a run goes on: a bar on a terminal, a line now and then elsewhere."""
+"""What the user sees while a run goes on: a bar on a terminal and in a notebook, a line now and then elsewhere."""
 
 import os
 import sys
@@ -29,10 +29,16 @@ def _or_not(stream: IO[str]) -> Iterator[None]:
         os.close(silence)
 
 
+def shows_bars(stream: IO[str] | None) -> bool:
+    """Whether a line of `stream` can be written over: on a terminal, and in a notebook, which says that it is none.
+    A stream that was closed before the start is None."""
+    return stream is not None and (stream.isatty() or type(stream).__module__ == "ipykernel.iostream")
+
+
 class Progress:
     def __init__(self, name: str, done: int, total: int) -> None:
         self._name, self._total, self._bar = name, total, None
-        if sys.stderr and sys.stderr.isatty():  # None where it was closed before the start
+        if shows_bars(sys.stderr):
             with _or_not(sys.stderr):
                 self._bar = tqdm(total=total, initial=done, desc=name, unit="epoch")
         self._last = 0.0
@@ -44,7 +50,7 @@ class Progress:
         text = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
         if self._bar is not None:
             with _or_not(sys.stderr):
-                self._bar.set_postfix_str(text)
+                self._bar.set_postfix_str(text, refresh=False)
                 self._bar.update()
         elif row["epoch"] == self._total or time.monotonic() - self._last > SECONDS_BETWEEN_LINES:
             say(f"{self._name}  epoch {row['epoch']}/{self._total}  {text}")

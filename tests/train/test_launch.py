@@ -1,0 +1,34 @@
+import json
+
+import pytest
+
+from lawn.compose import compose
+from lawn.errors import ConfigError
+from lawn.train import run, train
+from tests.helpers import run as command
+
+SHORT = ("dataset=digits", "train.epochs=2", "model.widths=[8]", "dataset.limit=100", "device=cpu")
+
+
+def test_a_call_from_python_is_the_run_of_its_overrides(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*SHORT, "optim=adam", "run_dir=here")
+    assert (result["status"], result["last"]["epoch"], result["headline"]) == ("done", 2, "accuracy")
+    assert (tmp_path / "here" / "DONE").exists()
+    assert result == train(compose(*SHORT, "optim=adam", f"run_dir={tmp_path}/here"))  # done already
+
+
+def test_a_call_from_python_refuses_what_the_command_refuses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for overrides in (["sweep=e_free"], ["optim.lr=-1"], ["optim=adm"]):
+        with pytest.raises(ConfigError, match=overrides[0].partition("=")[0]):
+            run(*SHORT, *overrides)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_call_from_python_gives_what_the_command_gives(tmp_path):
+    result = run(*SHORT, f"run_dir={tmp_path}/one")
+    assert command(*SHORT, f"run_dir={tmp_path}/other").returncode == 0
+    given = json.loads((tmp_path / "other" / "result.json").read_text())
+    assert {key: result[key] for key in given} == given
