@@ -52,6 +52,7 @@ def explain(error: BaseException) -> str:
 
 def _unreadable(override: str) -> str:
     """What is wrong with an override that is not of Hydra's grammar, and how to write it."""
+    override = " ".join(override.split())
     key, equals, value = override.partition("=")
     if not equals or not re.fullmatch(r"(\+\+?|~)?[\w.@/]+", key):
         return f"{override}: must be key=value, without spaces around the sign"
@@ -67,6 +68,5 @@ def _unreadable(override: str) -> str:
 def _override(error: BaseException) -> str:
     """The override that Hydra was at when it raised this."""
     found = [frame.f_locals.get("override") for frame, _ in walk_tb(error.__traceback__)]
-    return next(
-        (line for override in reversed(found) if (line := getattr(override, "input_line", None))), "an override"
-    )
+    lines = [line for override in reversed(found) if (line := getattr(override, "input_line", None))]
+    return " ".join(lines[0].split()) if lines else "an override"

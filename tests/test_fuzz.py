@@ -50,7 +50,16 @@ FROM_ZERO = (  # finite numbers, not negative
     *("optim.eps", "optim.weight_decay", "loss.gamma", "loss.level"),
     *("schedule.warmup_epochs", "train.checkpoint_seconds"),
 )
-TEXTS = ("device", "data_dir", "runs_dir", "run_dir", "dataset.shards", "dataset.prefix", "logger.project")
+TEXTS = (
+    "device",
+    "data_dir",
+    "runs_dir",
+    "run_dir",
+    "dataset.shards",
+    "dataset.path",
+    "dataset.prefix",
+    "logger.project",
+)
 REQUIRED = (  # never null
     *("seed", "device", "data_dir", "runs_dir", "dataset.seed", "optim.lr", "schedule.warmup_epochs", "train.epochs"),
     *("train.batch_size", "train.checkpoint_seconds", "eval.split", "eval.every"),
@@ -118,7 +127,7 @@ def check_whole(config: Config) -> None:
     assert ("lawn" in config.optim.name) == (config.optim.free_epochs is not None)
     assert not ("lawn" in config.optim.name and config.optim.weight_decay)
     assert config.train.logit_scale is None or config.optim.free_epochs is not None
-    recommends = config.dataset.name in ("movielens100k", "movielens1m", "pinterest")
+    recommends = config.dataset.name in ("movielens", "movielens100k", "movielens1m", "pinterest")
     assert recommends == (config.model.name == "ncf_mlp")
     assert (config.dataset.candidates is not None) == recommends
 
