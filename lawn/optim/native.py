@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from ctypes import POINTER, c_double, c_int, c_int64, c_uint8, c_void_p
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("native.c")
 REAL = {torch.float32: ("float", "sqrtf"), torch.float64: ("double", "sqrt")}
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+TEMPORARY = ("/tmp", "/var/tmp", "/dev/shm")  # where code is built for one process, after TMPDIR
 _TENSORS, _INTS, _DOUBLES = POINTER(c_void_p), POINTER(c_int64), POINTER(c_double)
 _BLOCKS = (c_int64, _INTS, _INTS, _DOUBLES, POINTER(c_uint8))
 SIGNATURES = {
@@ -85,7 +88,7 @@ def library(fused: bool | None, *lists: list[Tensor]) -> Native | None:
     """The compiled functions, if `fused` allows them and they can work on these lists of tensors; None otherwise.
 
     They take tensors of one dtype, float32 or float64, on the CPU, without gaps, where the tensors at one position of
-    all lists have the same strides. With `fused=True` a missing compiler is worth a warning.
+    all lists have the same strides. With `fused=True` it is worth a warning where they cannot be built.
     """
     if fused is False:
         return None
@@ -94,9 +97,9 @@ def library(fused: bool | None, *lists: list[Tensor]) -> Native | None:
         return None
     if not alike(*lists):
         return None
-    compiled = _build(dtype)
+    compiled, problem = build(dtype)
     if compiled is None and fused:
-        warnings.warn("no C compiler that works: the fused update falls back to the plain one", stacklevel=3)
+        warnings.warn(f"the fused update falls back to the plain one: {problem}", stacklevel=3)
     return compiled
 
 
@@ -122,30 +125,74 @@ def _strides(t: Tensor) -> list[int]:
 
 
 @cache
-def _build(dtype: torch.dtype) -> Native | None:
+def build(dtype: torch.dtype) -> tuple[Native | None, str]:
+    """The functions; where there are none, why, and what helps. They are looked for in the caches and built there, or,
+    where none can be written, in a temporary folder for this process alone."""
     compiler = shutil.which(os.environ.get("CC", "")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        return None
+        return None, "no C compiler was found; install gcc or clang, or name one in CC"
     real, sqrt = REAL[dtype]
-    names = (f"-DREAL={real}", f"-DSQRT={sqrt}")
-    key = hashlib.sha256(
-        "\0".join((SOURCE.read_text("ascii"), compiler, *FLAGS, *names, _processor())).encode()
-    ).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lawn"
-    path = folder / f"native-{real}-{key[:16]}.so"
+    command = [compiler, *FLAGS, f"-DREAL={real}", f"-DSQRT={sqrt}", str(SOURCE), "-lm"]
+    parts = (SOURCE.read_text("ascii"), compiler, *FLAGS, real, sqrt, _processor())
+    name = f"native-{real}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
+    problems: dict[str, object] = {}  # and the first place that had it
     try:
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                built = Path(scratch) / path.name
-                command = [compiler, *FLAGS, *names, str(SOURCE), "-o", str(built), "-lm"]
-                # With OpenMP the threads are torch's own pool, which is loaded already; else one thread does it.
-                if subprocess.run([*command, "-fopenmp"], capture_output=True, timeout=120).returncode != 0:
-                    subprocess.run(command, capture_output=True, timeout=120, check=True)
-                built.replace(path)
-        return Native(path)
-    except (OSError, subprocess.SubprocessError):
-        return None
+        for folder in _caches():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                return _kept(folder, name) or _built(folder, name, command), ""
+            except (OSError, subprocess.CalledProcessError) as error:
+                problems.setdefault(_reason(error), folder)
+        for place in dict.fromkeys(filter(None, (os.environ.get("TMPDIR"), *TEMPORARY))):
+            try:
+                with tempfile.TemporaryDirectory(dir=place, ignore_cleanup_errors=True) as scratch:
+                    return _built(Path(scratch), name, command), ""
+            except (OSError, subprocess.CalledProcessError) as error:
+                problems.setdefault(_reason(error), place)
+    except subprocess.TimeoutExpired as error:
+        return None, f"{compiler} was not done after {error.timeout:.0f} s; name another compiler in CC"
+    reasons = "; ".join(f"{place}: {reason}" for reason, place in problems.items())
+    return None, f"{compiler} made nothing that works ({reasons}); set XDG_CACHE_HOME to a folder with room"
+
+
+def _caches() -> Iterator[Path]:
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        yield Path(given) / "lawn"
+    with suppress(RuntimeError):  # of a user without a home
+        yield Path.home() / ".cache" / "lawn"
+
+
+def _kept(folder: Path, name: str) -> Native | None:
+    """What was built before, if it is whole: its name ends with its checksum, since to load a part can be fatal."""
+    for path in folder.glob(f"{name}-*.so"):
+        with suppress(OSError):
+            if path.stem.endswith(f"-{_checksum(path)}"):
+                return Native(path)
+    return None
+
+
+def _built(folder: Path, name: str, command: list[str]) -> Native:
+    """Raises OSError or subprocess.SubprocessError where that fails."""
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
+        made = Path(scratch) / "native.so"
+        how: dict[str, Any] = {"capture_output": True, "timeout": 120, "env": {**os.environ, "TMPDIR": scratch}}
+        # With OpenMP the threads are torch's own pool, which is loaded already; else one thread does it.
+        if subprocess.run([*command, "-o", str(made), "-fopenmp"], **how).returncode != 0:
+            subprocess.run([*command, "-o", str(made)], check=True, **how)
+        native = Native(made)
+        with suppress(OSError):  # something else has that name: it serves this process alone
+            made.replace(folder / f"{name}-{_checksum(made)}.so")
+        return native
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _reason(error: OSError | subprocess.CalledProcessError) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        return error.stderr.decode(errors="replace").strip().rpartition("\n")[2] or f"exit code {error.returncode}"
+    return error.strerror or str(error)
 
 
 def _processor() -> str:

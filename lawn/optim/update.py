@@ -168,6 +168,18 @@ def gpu_kernels(lists: Sequence[list[Tensor]], fused: bool | None) -> ModuleType
     return triton if fits and like.dtype in triton.DTYPES and native.alike(*lists) else None
 
 
+def code(weight: Tensor, fused: bool | None) -> tuple[str, str]:
+    """What constrained updates of such a weight run in, `triton`, `native` or `torch`; where code that `fused` allows
+    cannot be built for it, also why, and what helps."""
+    if fused is False:
+        return "torch", ""
+    if gpu_kernels([[weight]], fused) is not None:
+        return "triton", ""
+    if native.library(None, [weight]) is not None:
+        return "native", ""
+    return "torch", native.build(weight.dtype)[1] if weight.is_cpu and weight.dtype in native.REAL else ""
+
+
 def real(tensors: list[Tensor]) -> list[Tensor]:
     """Complex tensors as real ones with a last axis of two: views, so that they can be written to; a gradient that is a
     lazy conjugate is copied. Raises TypeError for a parameter that is one."""

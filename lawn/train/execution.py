@@ -8,8 +8,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lawn.config import TrainConfig
+from lawn.optim import LAWNOptimizer, update
+from lawn.train.progress import say
 
 WORTH_COMPILING = 1000  # updates: fewer may not win back the time that compiling takes
 
@@ -71,6 +74,18 @@ class Execution:
         if not self.channels_last:
             return batch
         return tuple(t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for t in batch)
+
+
+def constrained_step(optimizer: Optimizer) -> dict[str, str]:
+    """For env.json: what constrained steps run in (`lawn.optim.update.code`); nothing of optimizers that have none. A
+    compiler or a folder that is wanting is said: without them a step is slower, and rounds otherwise."""
+    if not isinstance(optimizer, LAWNOptimizer):
+        return {}
+    group = optimizer.param_groups[0]
+    code, problem = update.code(group["params"][0], group["fused"])
+    if problem:
+        say(f"warning: constrained steps are not compiled, so they are slower and round otherwise: {problem}")
+    return {"constrained_step": code}
 
 
 def _keep_freed_memory() -> None:

@@ -26,6 +26,7 @@ from lawn.optimizers import optimizer_arguments
 from lawn.signals import sheltered
 from lawn.task import Task, build, reader
 from lawn.train import logger as loggers
+from lawn.train.execution import constrained_step
 from lawn.train.journal import Journal
 from lawn.train.loop import Run
 from lawn.train.notice import Notice, Stopped, end_with_parent, noticed, stoppable
@@ -176,7 +177,8 @@ def _begin(
         where = directory.path if directory else run_name(config)
         raise RunError(f"{where}: was begun on other data ({other}); put those back, or delete it to start over")
     if directory:
-        how = {"ranks": ranks.world, "execution": asdict(run.execution)}
+        step = {} if more else constrained_step(run.optimizer)  # runs that are trained together have a joint one
+        how = {"ranks": ranks.world, "execution": asdict(run.execution), **step}
         directory.begin({**environment(ranks.device), "data": data, **how, **more})
     if state is not None:
         run.load_state_dict(state)

@@ -2,7 +2,9 @@
 
 import copy
 import io
+import os
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -504,7 +506,7 @@ def test_lamb_with_a_weight_of_zero_moves():
 
 @pytest.mark.parametrize("fused", [None, True])
 def test_without_a_compiler(monkeypatch, fused, recwarn):
-    monkeypatch.setattr(native, "_build", lambda dtype: None)
+    monkeypatch.setattr(native, "build", lambda dtype: (None, "no C compiler was found"))
     weight, bias = layer()
     if fused:
         with pytest.warns(UserWarning, match="no C compiler"):
@@ -514,15 +516,78 @@ def test_without_a_compiler(monkeypatch, fused, recwarn):
         assert not recwarn
 
 
-def test_a_compiler_that_fails(monkeypatch, tmp_path):
+@pytest.fixture
+def build(monkeypatch, tmp_path):
+    """Build as at the first use, with tmp_path as the only place for caches and a folder in it for temporary files."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", "/dev/null/home")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr(native, "TEMPORARY", ())
+    (tmp_path / "temporary").mkdir()
+    yield native.build.__wrapped__
+    native.build.cache_clear()
+
+
+def test_a_compiler_that_fails(build, monkeypatch, tmp_path):
     broken = tmp_path / "cc"
-    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.write_text("#!/bin/sh\necho one >&2\necho two >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CC", str(broken))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native._build.cache_clear()
-    try:
-        assert native._build(torch.float32) is None
-        assert list(tmp_path.rglob("*.so")) == []
-    finally:
-        native._build.cache_clear()
+    made, problem = build(torch.float32)
+    assert made is None
+    assert f"{broken} made nothing that works" in problem
+    assert problem.count("two") == 1
+    assert "one" not in problem
+    assert list(tmp_path.rglob("*.so")) == []
+
+
+def test_what_was_built_is_taken_from_the_cache(build, monkeypatch, tmp_path):
+    assert build(torch.float32)[0] is not None
+    (kept,) = (tmp_path / "cache" / "lawn").iterdir()
+    monkeypatch.setattr(native, "_built", lambda *_: pytest.fail("built again"))
+    assert build(torch.float32)[0] is not None
+    assert list((tmp_path / "cache" / "lawn").iterdir()) == [kept]
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "folder", "other"])
+def test_damaged_code_in_the_cache_is_built_anew(build, damage, tmp_path):
+    """To load a part of it can end the process."""
+    build(torch.float32)
+    (kept,) = (tmp_path / "cache" / "lawn").iterdir()
+    whole = kept.read_bytes()
+    if damage == "folder":
+        kept.unlink()
+        kept.mkdir()
+    else:
+        kept.write_bytes({"cut": whole[:5000], "emptied": b"", "other": whole[:-1] + b"?"}[damage])
+    assert build(torch.float32)[0] is not None
+    assert kept.is_dir() or kept.read_bytes() == whole
+
+
+def test_without_a_folder_that_keeps_it_code_is_built_for_one_process(build, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    assert build(torch.float32)[0] is not None
+    assert list(tmp_path.rglob("*.so")) == []
+    (tmp_path / "temporary").rmdir()
+    made, problem = build(torch.float32)
+    assert made is None
+    assert "Not a directory" in problem
+    assert "set XDG_CACHE_HOME" in problem
+
+
+def test_the_compiler_does_not_need_the_folder_of_temporary_files(build, monkeypatch, tmp_path):
+    """Which may be full."""
+    compiler = tmp_path / "cc"
+    compiler.write_text(f'#!/bin/sh\n[ "$TMPDIR" = {tmp_path}/temporary ] && exit 1\nexec cc "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert build(torch.float32)[0] is not None
+
+
+def test_a_user_without_a_home(build, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)  # of nobody that the system knows
+    with pytest.raises(RuntimeError):
+        Path.home()
+    assert build(torch.float32)[0] is not None

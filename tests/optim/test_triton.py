@@ -181,3 +181,22 @@ def test_at_most_40_launches_and_no_waiting(kind):
     launches = sum(n for key, n in names.items() if "LaunchKernel" in key)
     assert launches <= 40, names
     assert not [key for key in names if "Synchronize" in key and "Device" not in key], names
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
+@pytest.mark.parametrize("home", [None, "/dev/null/home"])
+def test_without_a_home_kernels_are_compiled_into_a_temporary_folder(monkeypatch, tmp_path, home):
+    from lawn.optim import triton
+
+    for name in ("HOME", "TRITON_HOME", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    if home is None:
+        monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)  # of nobody that the system knows
+    else:
+        monkeypatch.setenv("HOME", home)
+    triton._find_cache()
+    assert Path(os.environ["TRITON_CACHE_DIR"]).is_dir()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "own"))
+    triton._find_cache()
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "own")

@@ -5,20 +5,22 @@ import re
 import pytest
 import torch
 
+from lawn import AdamLAWN
 from lawn.config import TrainConfig, config_hash
 from lawn.data.batching import Batching
 from lawn.errors import ConfigError
 from lawn.models.ncf import NCFMLP
 from lawn.models.vgg import VGG19
+from lawn.optim import native
 from lawn.task import build
 from lawn.train import train
 from lawn.train.batchnorm import refuse_single_values
-from lawn.train.execution import Execution
+from lawn.train.execution import Execution, constrained_step
 from lawn.train.loop import Run
 from lawn.train.ranks import Ranks, joined_on_one_machine
 from lawn.train.record import RunDirectory
 from lawn.train.throughput import flops_per_sample, peak_flops
-from tests.helpers import FIXTURES, compose
+from tests.helpers import FIXTURES, compose, run
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -201,3 +203,28 @@ def test_a_sample_alone_is_fine_elsewhere(tiny_data):
         task = build(config)(torch.device("cpu"))
         (_, batch), *_ = task.dataset.train_batches(Batching(4), torch.Generator().manual_seed(0))
         refuse_single_values(task, batch, Batching(4))
+
+
+def test_steps_that_are_not_compiled_are_told(tiny, monkeypatch, capsys):
+    """They are slower, and round otherwise."""
+    weight = [torch.nn.Parameter(torch.ones(2, 2))]
+    assert constrained_step(torch.optim.Adam(weight)) == {}
+    assert constrained_step(AdamLAWN(weight)) == {"constrained_step": "native"}
+    monkeypatch.setattr(native, "build", lambda dtype: (None, "no C compiler was found"))
+    assert constrained_step(AdamLAWN(weight, fused=False)) == {"constrained_step": "torch"}
+    assert capsys.readouterr().out == ""
+    config = tiny("train.epochs=1")
+    train(config)
+    told = "constrained steps are not compiled, so they are slower and round otherwise: no C compiler was found"
+    assert f"warning: {told}\n" in capsys.readouterr().out
+    assert json.loads((RunDirectory(config).path / "env.json").read_text())["constrained_step"] == "torch"
+
+
+@pytest.mark.slow
+def test_without_a_home_the_run_is_the_same(tmp_path):
+    keys = ("dataset=digits", "dataset.limit=200", "model.widths=[16]", "train.epochs=3", "device=cpu")
+    for name, environment in {"a": {}, "b": {"HOME": "/dev/null/home", "XDG_CACHE_HOME": ""}}.items():
+        done = run(*keys, "optim=adam_lawn", f"run_dir={tmp_path}/{name}", **environment)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "warning" not in done.stdout
+    assert (tmp_path / "a" / "metrics.csv").read_bytes() == (tmp_path / "b" / "metrics.csv").read_bytes()
