@@ -17,7 +17,7 @@ from tests.helpers import Paused, compose
 
 PLACES = {
     "import": "lawn.config",
-    "data": "lawn.data.imagenet:listed",
+    "data": "lawn.data.imagenet:parts",
     "training": "lawn.train.loop:Run.after_update",
     "evaluation": "lawn.task:Classification.rows",
     "figure": "lawn.train.record:RunDirectory.draw",
