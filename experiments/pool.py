@@ -122,7 +122,10 @@ def _failure(running: _Running, job: Job) -> str | None:
         return f"killed by {signal.Signals(-code).name}"
     if not running.log.exists():
         return f"{running.log.parent}: was deleted or moved while the run was at work in it"
-    lines = running.log.read_text("utf8", "replace").strip().splitlines()
+    try:
+        lines = running.log.read_text("utf8", "replace").strip().splitlines()
+    except OSError as error:
+        return f"{running.log}: cannot be read ({error.strerror}); move it away"
     return (lines[-1] if lines else f"exit code {code}").removeprefix("error: ")
 
 

@@ -6,9 +6,10 @@ hyperparameters are lines of results/tuning/EXPERIMENT.jsonl, in the order of th
 """
 
 import json
+import os
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -20,9 +21,9 @@ from numpy.typing import NDArray
 
 from lawn.config import Config, identity, identity_hash, run_name
 from lawn.diagnostics.figure import read_metrics
-from lawn.errors import RunError
+from lawn.errors import WRITTEN_AGAIN, RunError
 from lawn.files import locked, write_text
-from lawn.train.record import RunDirectory, unpacked
+from lawn.train.record import RunDirectory, read_environment, unpacked
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Store:
             self._refresh()
             path = self.runs / f"{name}.json"
             if path.exists():
-                self._read[name] = read_record(path)
+                self._read[name] = read_record(path, _run_record)
         return self._read.get(name)
 
     def all(self) -> Iterator[Record]:
@@ -112,7 +113,7 @@ class Store:
         directory = RunDirectory(config)
         if not directory.done:
             raise RunError(f"{directory.path}: not finished, so it cannot be recorded")
-        environment = json.loads((directory.path / "env.json").read_text("utf8"))
+        environment, result = read_environment(directory.path), directory.result()
         for start in (environment, *environment.get("resumed", [])):
             start.pop("command", None)  # folders of this machine, and nothing that the overrides do not say
         content = {
@@ -120,24 +121,32 @@ class Store:
             "command": f"python run.py {shlex.join(overrides)}",
             "config": identity(config),
             "environment": environment,
-            "result": directory.result(),
+            "result": result,
         }
         name = run_name(config)
         if tunes is not None:
-            content["result"].pop("outcomes", None)
+            result.pop("outcomes", None)
             path = self.tuning / f"{tunes}.jsonl"
             _insert(path, name, content)
             self._read[name] = _record(path, name, content)
             return self._read[name]
         history = read_metrics(directory.path)
+        if len(history) != (epochs := result["last"]["epoch"]):
+            raise RunError(f"{directory.path / 'metrics.csv'}: has {len(history)} of {epochs} epochs; {WRITTEN_AGAIN}")
         content["history"] = {column: [_short(v) for v in history[column]] for column in history}
         self._read[name] = save(self.runs / f"{name}.json", content)
         return self._read[name]
 
     def _refresh(self) -> None:
         """Read the tuning files that have changed."""
+        for folder in (self.runs, self.tuning):  # else it would seem that nothing has been run
+            if folder.exists() and not (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
+                raise RunError(f"{folder}: is no folder that can be read; make it one, or give other --results")
         for path in self.tuning.glob("[!.]*.jsonl"):
-            stat = path.stat()
+            try:
+                stat = path.stat()
+            except OSError as error:
+                raise RunError(f"{path}: cannot be read ({error.strerror}); put it back, or delete it") from error
             now = stat.st_mtime_ns, stat.st_size
             if self._seen.get(path) != now:
                 self._read |= _lines(path)
@@ -147,14 +156,21 @@ class Store:
 def _lines(path: Path) -> dict[str, Record]:
     """Raises RunError with the number of a line that is damaged, or not what its name says."""
     found = {}
-    for number, line in enumerate(path.read_text("utf8").splitlines(), start=1):
+    for number, line in enumerate(_text(path).splitlines(), start=1):
         try:
             content = json.loads(line)
-            record = _record(path, content.pop("name"), content)
+            record = _run_record(path, content.pop("name"), content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(f"{path}, line {number}: damaged record ({error}); delete the line and run again") from error
         found[record.name] = record
     return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf8")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read ({error}); put it back, or delete it and run again") from error
 
 
 def _insert(path: Path, name: str, content: dict[str, Any]) -> None:
@@ -162,8 +178,12 @@ def _insert(path: Path, name: str, content: dict[str, Any]) -> None:
     while True:
         with locked(path.with_name(f".{path.name}.lock")) as held:
             if held:
-                lines = path.read_text("utf8").splitlines() if path.exists() else []
-                by_name = {json.loads(line)["name"]: line for line in lines}
+                lines = _text(path).splitlines() if path.exists() else []
+                try:
+                    by_name = {json.loads(line)["name"]: line for line in lines}
+                except (ValueError, KeyError, TypeError):
+                    _lines(path)  # names the line
+                    raise
                 by_name[name] = json.dumps({"name": name, **content})
                 write_text(path, "".join(f"{by_name[key]}\n" for key in sorted(by_name)))
                 return
@@ -177,19 +197,11 @@ def save(path: Path, content: dict[str, Any]) -> Record:
     return read_record(path)
 
 
-def read_record(path: Path) -> Record:
-    """Raises RunError when it is damaged, or not what its name says."""
-    try:
-        return _record(path, path.stem, json.loads(path.read_text("utf8")))
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: damaged record ({error}); delete it and run again") from error
-
-
 def _record(path: Path, name: str, content: dict[str, Any]) -> Record:
-    """Raises ValueError, KeyError or TypeError when the content is not what its name says."""
+    """Raises ValueError, KeyError, TypeError or AttributeError when the content is not what its name says."""
     if not identity_hash(content["config"]) == content["hash"] == name.rpartition("-")[2]:
         raise ValueError("its config is not the one that its name stands for")
-    return Record(
+    record = Record(
         path=path,
         name=name,
         hash=content["hash"],
@@ -198,6 +210,24 @@ def _record(path: Path, name: str, content: dict[str, Any]) -> Record:
         result=content["result"],
         history=pd.DataFrame(content.get("history", {})),
     )
+    record.code  # noqa: B018  # of all records
+    return record
+
+
+def _run_record(path: Path, name: str, content: dict[str, Any]) -> Record:
+    """The same of the record of a run, with what pages and paces are made of."""
+    record = _record(path, name, content)
+    record.value("headline")
+    sum(record.result["seconds"].values()) / record.result["last"]["epoch"]
+    return record
+
+
+def read_record(path: Path, make: Callable[[Path, str, dict[str, Any]], Record] = _record) -> Record:
+    """Raises RunError when it is damaged, or not what its name says."""
+    try:
+        return make(path, path.stem, json.loads(_text(path)))
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path}: damaged record ({error}); delete it and run again") from error
 
 
 def _version(environment: dict[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """Errors that are the user's to mend: the command line prints each as one line and exits with its code."""
 
+WRITTEN_AGAIN = "delete DONE beside it, and the same command writes it again"  # of what a finished run has left
+
 
 class UserError(Exception):
     """Base class; `exit_code` follows the shell's custom (2: bad usage)."""

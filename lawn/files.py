@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from lawn.errors import UserError
+
 try:
     import fcntl
 except ImportError:
@@ -19,7 +21,11 @@ except ImportError:
 @contextmanager
 def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and move it into place. What was there before
-    is kept as `previous`, if that is given; folders that were made for it go again where it fails."""
+    is kept as `previous`, if that is given; folders that were made for it go again where it fails. Raises UserError
+    where a folder has the name of the file."""
+    for target in (path, previous):
+        if target is not None and target.is_dir():
+            raise UserError(f"{target}: is a folder, where a file is to be written; move it away")
     made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)

@@ -8,7 +8,6 @@ row for each run: its hash, the code version, what differs, and its metrics.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -17,30 +16,27 @@ from omegaconf import OmegaConf
 
 from lawn.errors import RunError
 from lawn.files import write_text
+from lawn.train.record import LAST_KEY, read_config, read_environment, read_result
 
 
 def read(folder: Path, split: str) -> pd.DataFrame:
     """A row for each finished run of `split`: the flattened config, code version, metrics and headline `score`."""
     rows = []
     for marker in sorted(folder.glob("*/DONE")):
-        try:
-            result, environment = (
-                json.loads((marker.parent / name).read_text("utf8")) for name in ("result.json", "env.json")
-            )
-            config = pd.json_normalize(OmegaConf.to_container(OmegaConf.load(marker.parent / "config.yaml")))
-            row = {
-                **config.iloc[0].to_dict(),
+        folder = marker.parent
+        result, environment = read_result(folder), read_environment(folder)
+        if result["split"] != split:
+            continue
+        rows.append(
+            {
+                **pd.json_normalize(read_config(folder, "hash", LAST_KEY)).iloc[0].to_dict(),
                 "git": environment["git"],
                 "status": result["status"],
                 **{key: result["last"].get(key) for key in ("train_loss", "margin_p50", "weight_norm")},
                 **{key: value for key, value in result["last"].items() if key.startswith(split)},
                 "score": result["last"].get(f"{split}_{result['headline']}"),
             }
-        except Exception as error:  # the system's, JSON's, YAML's, or that of a file of something else
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            raise RunError(f"{marker.parent}: cannot be read ({reason}); delete it or run it again") from error
-        if result["split"] == split:
-            rows.append(row)
+        )
     return pd.DataFrame(rows)
 
 

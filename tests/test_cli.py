@@ -180,7 +180,15 @@ def test_rank_runs(tmp_path, main, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("result.json", ""), ("result.json", "[]"), ("config.yaml", None), ("config.yaml", "["), ("env.json", "{}")],
+    [
+        ("result.json", ""),
+        ("result.json", "[]"),
+        ("timing.json", "{}"),
+        ("config.yaml", None),
+        ("config.yaml", "["),
+        ("config.yaml", "hash: 0123456789ab\ndataset:\n  name: digits\n"),
+        ("env.json", "{}"),
+    ],
 )
 def test_rank_runs_names_what_is_damaged(tmp_path, main, monkeypatch, capsys, name, content):
     main(*SHORT, "eval.split=val", f"runs_dir={tmp_path}/runs")
@@ -193,7 +201,7 @@ def test_rank_runs_names_what_is_damaged(tmp_path, main, monkeypatch, capsys, na
     assert rank_runs.main() == 1
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith(f"error: {path.parent}: cannot be read (")
+    assert err.startswith(f"error: {path}: cannot be read (")
 
 
 @pytest.mark.slow

@@ -58,12 +58,15 @@ def read_lines(path: Path, line: bytes, wanted: str, header: bytes = b"") -> byt
     Raises DataError that names the file, and the first line that is not as `wanted` says.
     """
     if not path.is_file():
-        raise DataError(f"{path}: not there, or no file")
-    text = path.read_bytes()
+        raise DataError(f"{path}: not there, or no file; put it there")
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); mend it or delete it") from error
     above = re.match(re.escape(header) + rb"\r?\n", text) if header else None
     start = above.end() if above else 0
     if len(text) == start:
-        raise DataError(f"{path}: empty")
+        raise DataError(f"{path}: empty; mend it or delete it")
     whole = re.compile(rb"(?:" + line + rb"\r?\n)*+").match(text, start)
     assert whole is not None  # it matches no line too
     if whole.end() < len(text):

@@ -1,5 +1,6 @@
 """The figure of runs with `diagnostics=on`, from their metrics.csv."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pandas as pd
 from cycler import cycler
 
-from lawn.errors import RunError
+from lawn.errors import WRITTEN_AGAIN, RunError
 from lawn.plotting import Axes, Figure, rc_context
 
 PANELS = (  # a column of metrics.csv, or QUANTITY/ for those of every weight; what it is; the scale of its axis
@@ -32,16 +33,20 @@ ACROSS = 3
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
-    """metrics.csv of a run directory, a row for each epoch. Raises RunError where there is none, or it is another
-    table, as a spreadsheet leaves it that writes semicolons."""
+    """metrics.csv of a run directory, a row for each epoch. Raises RunError where it cannot be read, is cut, or is
+    another table, as a spreadsheet leaves it that writes semicolons."""
+    file = path / "metrics.csv"
     try:
-        rows = pd.read_csv(path / "metrics.csv")
+        text = file.read_text("utf8")
+        rows = pd.read_csv(io.StringIO(text))
     except (OSError, ValueError) as error:
-        raise RunError(f"{path / 'metrics.csv'}: cannot be read ({error})") from error
+        raise RunError(f"{file}: cannot be read ({error}); {WRITTEN_AGAIN}") from error
     if not {"epoch", "train_loss"} <= set(rows):
         raise RunError(
-            f"{path / 'metrics.csv'}: has no columns epoch and train_loss; it is not as the run has written it"
+            f"{file}: has no columns epoch and train_loss; it is not as the run has written it; {WRITTEN_AGAIN}"
         )
+    if not text.endswith("\n") or list(rows["epoch"]) != list(range(1, len(rows) + 1)):
+        raise RunError(f"{file}: is not whole; {WRITTEN_AGAIN}")
     return rows
 
 

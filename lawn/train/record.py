@@ -17,7 +17,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -32,13 +32,14 @@ from torch import Tensor
 
 from lawn.config import Config, config_hash, run_name
 from lawn.data.fingerprint import Fingerprint
-from lawn.errors import RunError
+from lawn.errors import WRITTEN_AGAIN, RunError
 from lawn.files import atomic, locked, still_at, write_text
 from lawn.train.progress import say
 
 Row = dict[str, float | int | None]
 CHECKPOINT_VERSION = 4
 LOCK = ".lock"
+LAST_KEY = "run_dir"  # of config.yaml: without it something is cut off
 TIMES = ("samples_per_second", "peak_share", "seconds")  # of a result: what another run of the same config changes
 CHECKPOINTS = ("checkpoint.pt", "checkpoint_previous.pt")
 FILES = ("config.yaml", "env.json", "metrics.csv", "result.json", "timing.json", "diagnostics.png", *CHECKPOINTS)
@@ -101,10 +102,14 @@ class RunDirectory:
         """Write config.yaml and env.json; a run that goes on keeps its first environment and lists the later ones."""
         content = {"hash": self.hash, **asdict(self._config)}
         now, path = {**execution, "command": sys.argv[1:]}, self.path / "env.json"
+        if path.exists() or any(checkpoint.exists() for checkpoint in self._checkpoints):
+            try:
+                first = read_environment(self.path)
+            except RunError as error:  # a run that was killed early has left none that anything depends on
+                say(f"warning: {str(error).partition(';')[0]}; what the run was begun with is not known any more")
+                first = {**now, "git": None, "dirty": None}
+            now = {**first, "resumed": [*first.get("resumed", []), now]}
         try:
-            with suppress(FileNotFoundError, ValueError, TypeError):  # none, or damaged
-                first = json.loads(path.read_text("utf8"))
-                now = {**first, "resumed": [*first.get("resumed", []), now]}
             with self._here():
                 write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(content)))
                 write_text(path, json.dumps(now, indent=1) + "\n")
@@ -192,15 +197,8 @@ class RunDirectory:
             (self.path / "DONE").touch()
 
     def result(self) -> dict[str, Any]:
-        """Both, as `finish` was given them. Raises RunError where they are damaged."""
-        path = self.path / "result.json"
-        try:
-            given = json.loads(path.read_text("utf8"))
-            path = self.path / "timing.json"
-            return given | (json.loads(path.read_text("utf8")) if path.exists() else {})
-        except (OSError, ValueError, TypeError) as error:
-            again = "delete DONE beside it, and the same command writes it again"
-            raise RunError(f"{path}: cannot be read ({error}); {again}") from error
+        """As `finish` was given it. Raises RunError where it is damaged."""
+        return read_result(self.path)
 
     def _check_owner(self) -> None:
         """Raises RunError where the directory is another run's."""
@@ -213,11 +211,45 @@ class RunDirectory:
 
     def _owner(self) -> str:
         try:
-            content: Any = OmegaConf.load(self.path / "config.yaml")
-            return str(content["hash"])
-        except Exception as error:  # the system's, YAML's or OmegaConf's, of several lines
-            reason = str(error).partition("\n")[0]
-            raise RunError(f"run_dir={self.path}: its config.yaml cannot be read ({reason}); choose another") from error
+            return str(read_config(self.path, "hash")["hash"])
+        except RunError as error:
+            raise RunError(f"{error}; put it back, or choose another run_dir") from error
+
+
+def read_config(folder: Path, *needed: str) -> dict[str, Any]:
+    """config.yaml of a run directory. Raises RunError where it cannot be read, or lacks a key."""
+    path = folder / "config.yaml"
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.load(path))
+        for key in needed:
+            content[key]
+    except Exception as error:  # the system's, YAML's or OmegaConf's, of several lines
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        raise RunError(f"{path}: cannot be read ({reason})") from error
+    return content
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """env.json of a run directory. Raises RunError where it is damaged."""
+    return _json(folder / "env.json", "git", "dirty")
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The result of a finished run, with its times. Raises RunError where they are damaged."""
+    result = _json(folder / "result.json", "status", "split", "headline", "last")
+    if set(TIMES) <= set(result):  # as older versions have written it
+        return result
+    return result | _json(folder / "timing.json", *TIMES)
+
+
+def _json(path: Path, *needed: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf8"))
+        if not isinstance(content, dict) or not set(needed) <= set(content):
+            raise ValueError(f"without {', '.join(needed)}")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read ({error}); {WRITTEN_AGAIN}") from error
+    return content
 
 
 def packed(outcomes: Tensor) -> str:

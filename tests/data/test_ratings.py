@@ -86,6 +86,9 @@ def test_what_is_no_file_and_what_cannot_be_ranked_or_drawn(tmp_path):
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(DataError, match="not there, or no file"):
             read_ratings(path)
+    (tmp_path / "unreadable").symlink_to("/proc/self/mem")  # even for root: its first byte is an error
+    with pytest.raises(DataError, match=r"unreadable: cannot be read \(.*\); mend it or delete it"):
+        read_ratings(tmp_path / "unreadable")
     write_ratings(tmp_path / "u.data", [(7, item, 1, item) for item in range(1, 6)])
     ratings = read_ratings(tmp_path / "u.data")
     with pytest.raises(DataError, match="user 7 has interacted with all 5 items"):

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import report
+from experiments import records, report
 from experiments.__main__ import EXPERIMENTS, SIMULATIONS
 from experiments.grid import compose_all
 from experiments.layout import show
@@ -118,6 +118,35 @@ def test_records_that_were_tampered_with_are_refused(results):
         report.Page(MINI, Store(results))
     path.write_text("{")
     with pytest.raises(RunError, match=r"damaged record \("):
+        report.Page(MINI, Store(results))
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "folder", "unreadable", "bytes", "result", "last", "environment"])
+def test_a_damaged_record_is_named(results, damage):
+    path = sorted((results / "runs").glob("*-adam-*.json"))[0]
+    content = json.loads(path.read_text())
+    if damage in ("folder", "unreadable"):
+        path.unlink()
+        path.mkdir() if damage == "folder" else path.symlink_to("/proc/self/mem")
+    elif damage == "last":
+        path.write_text(json.dumps({**content, "result": {**content["result"], "last": {"epoch": 3}}}))
+    elif damage in content:
+        path.write_text(json.dumps({**content, damage: {}}))
+    else:
+        whole = path.read_bytes()
+        path.write_bytes({"half": whole[: len(whole) // 2], "empty": b"", "bytes": b"\xff" + whole}[damage])
+    with pytest.raises(RunError, match=r"(damaged record|cannot be read) \(.*(delete it|put it back)") as caught:
+        report.Page(MINI, Store(results))
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("folder", ["runs", "tuning"])
+def test_what_is_no_folder_of_records_is_not_taken_for_none(results, folder):
+    shutil.rmtree(results / folder, ignore_errors=True)
+    assert Store(results).read("digits-0") is None
+    (results / folder).write_text("")
+    with pytest.raises(RunError, match=f"results/{folder}: is no folder that can be read; make it one, or give other"):
         report.Page(MINI, Store(results))
 
 
@@ -267,6 +296,31 @@ def test_a_damaged_line_of_a_tuning_file_is_named(tmp_path):
             RunError, match=r"tuned.jsonl, line 2: damaged record \(.*\); delete the line and run again"
         ):
             report.Page(TUNED, Store(tmp_path / "results"))
+
+
+@pytest.mark.parametrize("damage", ["folder", "loop", "unreadable", "bytes"])
+def test_a_damaged_tuning_file_is_named(tmp_path, damage):
+    path = tmp_path / "tuning" / "tuned.jsonl"
+    path.parent.mkdir()
+    if damage == "folder":
+        path.mkdir()
+    elif damage == "bytes":
+        path.write_bytes(b"\xff\n")
+    else:
+        path.symlink_to(path.name if damage == "loop" else "/proc/self/mem")
+    with pytest.raises(RunError, match=r"tuned.jsonl: cannot be read \(.*\); put it back, or delete it") as caught:
+        Store(tmp_path).read("digits-0")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tuning_file_that_is_damaged_while_runs_go_on_is_named(tmp_path):
+    """And not written over."""
+    path = tmp_path / "tuning" / "tuned.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"name": "di')
+    with pytest.raises(RunError, match=r"tuned.jsonl, line 1: damaged record \("):
+        records._insert(path, "digits-0", {})
+    assert path.read_text() == '{"name": "di'
 
 
 def test_two_runners_record_into_one_file(tmp_path):

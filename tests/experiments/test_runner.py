@@ -176,7 +176,7 @@ def test_a_damaged_run_directory_is_that_runs_failure_alone(tmp_path):
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("hash: [")
     (failed,) = fill(experiment, tmp_path, 1)
-    assert "its config.yaml cannot be read" in str(failed.failure)
+    assert "config.yaml: cannot be read" in str(failed.failure)
     assert len(list((tmp_path / "results" / "runs").glob("*.json"))) == 1
 
 
@@ -309,6 +309,9 @@ def test_a_job_whose_run_directory_has_gone_is_one_that_failed(tmp_path):
     process: Any = SimpleNamespace(exitcode=1)
     reason = _failure(_Running([job], process, [], 0.0, tmp_path / "gone" / "output.log"), job)
     assert reason == f"{tmp_path}/gone: was deleted or moved while the run was at work in it"
+    (tmp_path / "output.log").mkdir()
+    reason = _failure(_Running([job], process, [], 0.0, tmp_path / "output.log"), job)
+    assert reason == f"{tmp_path}/output.log: cannot be read (Is a directory); move it away"
 
 
 def _wait_until_nobody_writes(folder: Path) -> None:

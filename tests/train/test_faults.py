@@ -24,8 +24,9 @@ import pytest
 import torch
 
 import run
+from experiments.records import Store
 from lawn.config import Config
-from lawn.errors import RunError
+from lawn.errors import RunError, UserError
 from lawn.files import locked
 from lawn.signals import SIGNALS
 from lawn.task import Classification
@@ -585,10 +586,10 @@ def test_what_an_older_version_left(stopped_run, tmp_path, age):
         written = path.read_text().splitlines()
         if age == "config":  # before there were hashes
             written = [line for line in written if not line.startswith("hash:")]
-            problem = r"its config.yaml cannot be read \(.*hash.*\); choose another"
+            problem = r"config.yaml: cannot be read \(no .hash.\); put it back, or choose another run_dir"
         elif age == "no config":
             written = ["hash: [", "}"]
-            problem = r"its config.yaml cannot be read \(while parsing.*\); choose another"
+            problem = r"config.yaml: cannot be read \(while parsing.*\); put it back, or choose another"
         else:
             written = [f"hash: {'f' * 12}" if line.startswith("hash:") else line for line in written]
             problem = r"holds run f{12}, this config is run \w+; choose another"
@@ -632,6 +633,74 @@ def test_a_damaged_result_is_written_again(stopped_run, tmp_path, damage):
     (tmp_path / "run" / "DONE").unlink()
     train(config)
     check_equal(config, whole)
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def unreadable(path: Path) -> None:
+    """Even for root: a file whose first byte is an error."""
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+
+
+@pytest.mark.parametrize("damage", [emptied, cut, a_folder, unreadable])
+@pytest.mark.parametrize(
+    "name", ["checkpoint.pt", "checkpoint_previous.pt", "config.yaml", "env.json", "metrics.csv", "output.log"]
+)
+def test_whatever_file_of_a_stopped_run_is_damaged_it_is_named_or_the_end_is_the_same(
+    stopped_run, tmp_path, capsys, name, damage
+):
+    config, whole = copied(stopped_run[0], tmp_path / "run"), stopped_run[1]
+    path = tmp_path / "run" / name
+    path.touch()
+    damage(path)
+    if (name == "config.yaml" and damage is not cut) or (damage is a_folder and name != "output.log"):
+        with pytest.raises(UserError) as caught:
+            train(config)
+        assert str(caught.value).startswith(f"{path}: ")
+        assert re.search("; (put it back|move it away)", str(caught.value))
+        assert "\n" not in str(caught.value)
+        return
+    train(config)
+    check_equal(config, whole)
+    env = json.loads((tmp_path / "run" / "env.json").read_text())
+    (now,) = env["resumed"]
+    lost = name == "env.json"
+    assert env["git"] == (None if lost else now["git"])
+    assert ("what the run was begun with is not known any more" in capsys.readouterr().out) == lost
+
+
+@pytest.mark.parametrize("damage", [emptied, cut, a_folder, unreadable])
+@pytest.mark.parametrize("name", ["config.yaml", "env.json", "metrics.csv", "result.json", "timing.json"])
+def test_whatever_file_of_a_finished_run_is_damaged_it_is_named_or_not_needed(stopped_run, tmp_path, name, damage):
+    """By a call that finds the run done, and where it is recorded."""
+    config = copied(stopped_run[1], tmp_path / "run")
+    path = tmp_path / "run" / name
+    damage(path)
+    needed = {"result.json", "timing.json"} | ({"config.yaml"} if damage is not cut else set())  # its hash comes first
+    calls: list[Callable[[], object]] = [lambda: train(config)] if name in needed else []
+    if name != "config.yaml" or damage is not cut:
+        calls.append(lambda: Store(tmp_path / "results").write(config, ()))
+    for call in calls:
+        with pytest.raises(RunError) as caught:
+            call()
+        assert str(caught.value).startswith(f"{path}: ")
+        assert re.search("; (put it back|delete DONE)", str(caught.value))
+        assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "results").rglob("*.json"))
+    if name not in needed:
+        assert train(config)["status"] == "done"
 
 
 def test_the_lock_ends_with_its_owner_and_not_with_the_owners_children(tmp_path):
