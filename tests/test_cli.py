@@ -202,6 +202,7 @@ def test_rank_runs_names_what_is_damaged(tmp_path, main, monkeypatch, capsys, na
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith(f"error: {path}: cannot be read (")
+    assert "; put it back" in err or "; delete DONE beside it" in err
 
 
 @pytest.mark.slow

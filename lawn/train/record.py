@@ -213,7 +213,7 @@ class RunDirectory:
         try:
             return str(read_config(self.path, "hash")["hash"])
         except RunError as error:
-            raise RunError(f"{error}; put it back, or choose another run_dir") from error
+            raise RunError(f"{error}, or choose another run_dir") from error
 
 
 def read_config(folder: Path, *needed: str) -> dict[str, Any]:
@@ -225,7 +225,7 @@ def read_config(folder: Path, *needed: str) -> dict[str, Any]:
             content[key]
     except Exception as error:  # the system's, YAML's or OmegaConf's, of several lines
         reason = f"no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
-        raise RunError(f"{path}: cannot be read ({reason})") from error
+        raise RunError(f"{path}: cannot be read ({reason}); put it back") from error
     return content
 
 
