@@ -51,11 +51,9 @@ class CurvesPage(Page):
 
     source, source_title = "tuning/tuning_curves.csv", "Every run"
 
-    @property
+    @cached_property
     def curves(self) -> list[tuple[Outcome, BestOf]]:
-        """Of the grids that are complete."""
-        complete = [o for o in self.found if o.tried and len(o.tried) == len(o.tuning.full)]
-        return [(outcome, curve(outcome)) for outcome in complete]
+        return curves(self.found)
 
     @cached_property
     def _best(self) -> dict[tuple[str, str, str], BestOf]:
@@ -147,13 +145,15 @@ class CurvesPage(Page):
         return lines
 
 
-def curve(outcome: Outcome) -> BestOf:
-    return best_of([_score(record) for _, record in outcome.tried])
+def curves(found: list[Outcome]) -> list[tuple[Outcome, BestOf]]:
+    """Of the grids that are complete."""
+    complete = [outcome for outcome in found if outcome.tried and len(outcome.tried) == len(outcome.tuning.full)]
+    return [(outcome, best_of([_score(record) for _, record in outcome.tried])) for outcome in complete]
 
 
 def _score(record: Record) -> float:
     """Of a setting that diverged: 0, as of a model that recommends nothing."""
-    return 0.0 if record.diverged else record.value("headline")
+    return 0.0 if record.diverged else record.headline
 
 
 def _written(found: BestOf) -> str:

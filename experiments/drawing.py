@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.curves import curve
+from experiments.curves import curves
 from experiments.outcomes import Outcome, paper, places
 from experiments.spec import Experiment
 from experiments.statistics import mean_and_error
@@ -96,19 +96,16 @@ def over_trials(experiment: Experiment, found: list[Outcome]) -> Figure:
     """
     families = {rival: [base for base, other in experiment.pairs if other == rival] for _, rival in experiment.pairs}
     columns = places(found)
-    complete = {
-        (o.cell.panel, o.cell.column, o.cell.row): o for o in found if o.tried and len(o.tried) == len(o.tuning.full)
-    }
+    best_at = {(o.cell.panel, o.cell.column, o.cell.row): best for o, best in curves(found)}
     size = (2.1 * len(columns), 2.0 * len(families) + 0.4)
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(families), len(columns), squeeze=False)
     for axes, (rival, bases) in zip(grid, families.items(), strict=True):
         for axis, (panel, column) in zip(axes, columns, strict=True):
             for row, color in zip((*bases, rival), (*["C0", "C2"][: len(bases)], "C1"), strict=True):
-                outcome = complete.get((panel, column, row))
-                if outcome is None:
+                best = best_at.get((panel, column, row))
+                if best is None:
                     continue
-                best = curve(outcome)
                 k = np.arange(1, len(best.mean) + 1)
                 axis.plot(k, best.mean, color=color, label=row)
                 axis.fill_between(k, best.low, best.high, alpha=0.15, color=color, linewidth=0)

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments import search
 from experiments.records import Store
 from experiments.search import Point
-from lawn.compose import compose, unchecked
+from lawn.compose import unchecked
 from lawn.config import Config, run_name
 from lawn.errors import ConfigError
 from lawn.explain import explain
@@ -134,12 +134,7 @@ class Grid:
         """The headline metric of a point at the end of its run; None while there is no record."""
         job = self.job(point, seed)
         record = None if job is None else store.read(job.name)
-        return None if record is None else record.value("headline")
-
-
-def compose_all(jobs: list[tuple[str, ...]]) -> list[Config]:
-    """Compose each job's overrides as `run.py` would. Raises ConfigError."""
-    return [compose(*overrides) for overrides in jobs]
+        return None if record is None else record.headline
 
 
 @cache  # the settings of a grid are made of few values

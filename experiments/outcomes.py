@@ -180,7 +180,7 @@ def verdict(experiment: Experiment, found: list[Outcome]) -> list[str]:
         low, high = c.gain.interval()
         lines.append(
             f"{c.rival} against {c.base}: {c.gain.difference:+.3g} "
-            f"(95 % interval {low:+.3g} to {high:+.3g}, p = {c.gain.p:.2g}, {how([c])})."
+            f"(95 % interval {low:+.3g} to {high:+.3g}, p = {c.gain.p:.2g}, {method([c])})."
         )
     elif pairs:
         ahead = [c for c in pairs if c.gain.difference > 0]
@@ -189,7 +189,7 @@ def verdict(experiment: Experiment, found: list[Outcome]) -> list[str]:
             f"With LAWN the number is better in {len(ahead)} of {len(pairs)} comparisons "
             f"(p < {LEVEL} in {sum(c.adjusted < LEVEL for c in ahead)}) and worse in {len(behind)} "
             f"(p < {LEVEL} in {sum(c.adjusted < LEVEL for c in behind)}); "
-            f"{how(pairs)}, p after Holm's correction for {len(pairs)} comparisons."
+            f"{method(pairs)}, p after Holm's correction for {len(pairs)} comparisons."
         )
         printed = [c for c in pairs if not isnan(c.paper)]
         turned = "; ".join(
@@ -207,7 +207,7 @@ def verdict(experiment: Experiment, found: list[Outcome]) -> list[str]:
     return lines + _rankings(experiment, found) + _spread(experiment, found)
 
 
-def how(pairs: list[Pair]) -> str:
+def method(pairs: list[Pair]) -> str:
     """What was compared over what."""
     paired = "paired bootstrap over test samples and seeds"
     welch = "Welch's test over seeds"
@@ -219,7 +219,7 @@ def _spread(experiment: Experiment, found: list[Outcome]) -> list[str]:
     """Why a mean is uncertain, a sentence for each that is by more than WIDE points."""
     lines = []
     for outcome in found:
-        values = sorted(record.value("headline") for record in outcome.records if not outcome.failed)
+        values = sorted(record.headline for record in outcome.records if not outcome.failed)
         error = mean_and_error(values)[1]
         if experiment.measures[0].key != "headline" or not error > WIDE:
             continue

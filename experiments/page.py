@@ -9,7 +9,7 @@ import pandas as pd
 
 from experiments import tuned
 from experiments.layout import Entry, Panel, Table, form, show, signed
-from experiments.outcomes import Outcome, Pair, comparisons, how, outcomes, paper, verdict
+from experiments.outcomes import Outcome, Pair, comparisons, method, outcomes, paper, verdict
 from experiments.records import Record, Store
 from experiments.spec import Experiment, Measure
 from experiments.statistics import mean_and_error
@@ -101,7 +101,7 @@ class Page:
     def compared(self) -> str:
         """What the comparisons are, in a sentence or two."""
         return (
-            f"By {how(comparisons(self.experiment, self.found))}. An interval holds the true difference with 95 % "
+            f"By {method(comparisons(self.experiment, self.found))}. An interval holds the true difference with 95 % "
             "probability, by itself; Holm's correction is over this table. Detectable is the true difference that as "
             "many seeds show with 80 % probability, without a correction."
         )

@@ -9,7 +9,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -24,6 +24,10 @@ from lawn.diagnostics.figure import read_metrics
 from lawn.errors import WRITTEN_AGAIN, RunError
 from lawn.files import locked, write_text
 from lawn.train.record import RunDirectory, read_environment, unpacked
+
+DAMAGE = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)  # what reading a damaged record raises
+OF_ALL = ("code",)  # properties that a record has to have
+OF_A_RUN = (*OF_ALL, "headline", "seconds_per_epoch")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,15 @@ class Record:
         name = f"{self.result['split']}_{self.result['headline']}" if key == "headline" else key
         value = None if self.diverged else self.result["last"][name]
         return nan if value is None else float(value)
+
+    @property
+    def headline(self) -> float:
+        """The metric that the task is known by, at the last epoch, in percent; NaN if the run diverged."""
+        return self.value("headline")
+
+    @property
+    def seconds_per_epoch(self) -> float:
+        return float(sum(self.result["seconds"].values()) / self.result["last"]["epoch"])
 
     @property
     def outcomes(self) -> NDArray[np.int64] | None:
@@ -97,7 +110,7 @@ class Store:
             self._refresh()
             path = self.runs / f"{name}.json"
             if path.exists():
-                self._read[name] = read_record(path, _run_record)
+                self._read[name] = read_record(path, OF_A_RUN)
         return self._read.get(name)
 
     def all(self) -> Iterator[Record]:
@@ -159,8 +172,8 @@ def _lines(path: Path) -> dict[str, Record]:
     for number, line in enumerate(_text(path).splitlines(), start=1):
         try:
             content = json.loads(line)
-            record = _run_record(path, content.pop("name"), content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            record = _record(path, content.pop("name"), content, OF_A_RUN)
+        except DAMAGE as error:
             raise RunError(f"{path}, line {number}: damaged record ({error}); delete the line and run again") from error
         found[record.name] = record
     return found
@@ -197,8 +210,8 @@ def save(path: Path, content: dict[str, Any]) -> Record:
     return read_record(path)
 
 
-def _record(path: Path, name: str, content: dict[str, Any]) -> Record:
-    """Raises ValueError, KeyError, TypeError or AttributeError when the content is not what its name says."""
+def _record(path: Path, name: str, content: dict[str, Any], needed: tuple[str, ...] = OF_ALL) -> Record:
+    """Raises one of DAMAGE when the content is not what its name says, or lacks a part of a `needed` property."""
     if not identity_hash(content["config"]) == content["hash"] == name.rpartition("-")[2]:
         raise ValueError("its config is not the one that its name stands for")
     record = Record(
@@ -210,23 +223,16 @@ def _record(path: Path, name: str, content: dict[str, Any]) -> Record:
         result=content["result"],
         history=pd.DataFrame(content.get("history", {})),
     )
-    record.code  # noqa: B018  # of all records
+    for part in needed:
+        getattr(record, part)
     return record
 
 
-def _run_record(path: Path, name: str, content: dict[str, Any]) -> Record:
-    """The same of the record of a run, with what pages and paces are made of."""
-    record = _record(path, name, content)
-    record.value("headline")
-    sum(record.result["seconds"].values()) / record.result["last"]["epoch"]
-    return record
-
-
-def read_record(path: Path, make: Callable[[Path, str, dict[str, Any]], Record] = _record) -> Record:
+def read_record(path: Path, needed: tuple[str, ...] = OF_ALL) -> Record:
     """Raises RunError when it is damaged, or not what its name says."""
     try:
-        return make(path, path.stem, json.loads(_text(path)))
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        return _record(path, path.stem, json.loads(_text(path)), needed)
+    except DAMAGE as error:
         raise RunError(f"{path}: damaged record ({error}); delete it and run again") from error
 
 

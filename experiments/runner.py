@@ -34,9 +34,9 @@ class Pace:
             self.add(record)
 
     def add(self, record: Record) -> None:
-        config, result = record.config, record.result
+        config = record.config
         kind = config["dataset"]["name"], config["model"]["name"], config["train"]["batch_size"]
-        self._seen.setdefault(kind, []).append(sum(result["seconds"].values()) / result["last"]["epoch"])
+        self._seen.setdefault(kind, []).append(record.seconds_per_epoch)
 
     def seconds(self, configs: Iterable[Config]) -> float | None:
         """Of these runs one after the other; None where nothing like one of them was recorded."""

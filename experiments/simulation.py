@@ -20,7 +20,7 @@ from experiments.records import Record, read_record, save
 from lawn.config import identity_hash
 from lawn.errors import RunError
 from lawn.plotting import Figure
-from lawn.train.record import environment
+from lawn.train.provenance import environment
 
 FOLDER = "simulations"  # beside runs/
 CODE = ("lawn", "experiments")  # what a simulation's numbers come from

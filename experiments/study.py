@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from itertools import count, islice
 
 from experiments import search
-from experiments.grid import Grid, Job, compose_all
+from experiments.grid import Grid, Job
 from experiments.records import Record, Store
 from experiments.search import Point
 from experiments.spec import Cell, Experiment
+from lawn.compose import compose
 from lawn.config import EvalConfig
 from lawn.errors import ConfigError
 
@@ -151,7 +152,7 @@ def studies(
     for override in extra:
         if override.partition("=")[0] not in PLACES:
             raise ConfigError(f"{override}: only where and how to run can be set: {', '.join(PLACES)}")
-    compose_all([extra])  # what is wrong with these is said once, not of every cell
+    compose(*extra)  # what is wrong with these is said once, not of every cell
     return [
         Study(
             cell,

@@ -53,7 +53,7 @@ def _row(outcome: Outcome) -> list[str]:
     scores: dict[tuple[str, ...], list[float]] = {job.setting: [] for job in tuning.confirming}
     for job in (*tuning.full, *tuning.confirming):
         if job.setting in scores:
-            scores[job.setting].append(recorded[job.name].value("headline"))
+            scores[job.setting].append(recorded[job.name].headline)
     best = search.mean(scores.pop(outcome.setting))
     others = [search.mean(values) for values in scores.values() if search.stands(values)]
     counts = " + ".join(str(len(jobs)) for jobs in (tuning.short, tuning.full, tuning.confirming) if jobs)
@@ -80,7 +80,7 @@ def _standing(outcome: Outcome) -> str:
     """The place of the chosen setting among those of the shorter schedule."""
     assert outcome.study is not None
     assert outcome.tuning.chosen is not None
-    recorded = {job.name: record.value("headline") for job, record in outcome.tried}
+    recorded = {job.name: record.headline for job, record in outcome.tried}
     points = outcome.study.grid.points
     scores = {point: recorded[job.name] for point, job in zip(points, outcome.tuning.short, strict=True)}
     order = search.ranked(points, scores.get)
@@ -119,7 +119,7 @@ def frame(found: Sequence[Outcome]) -> pd.DataFrame:
                         "seed": record.config["seed"],
                         **dict(override.split("=", 1) for override in job.setting),
                         "status": record.result["status"],
-                        f"{record.result['split']}_{record.result['headline']}": record.value("headline"),
+                        f"{record.result['split']}_{record.result['headline']}": record.headline,
                         "train_loss": record.result["last"]["train_loss"],
                         "chosen": job.setting == outcome.setting,
                         "record": record.name,

@@ -16,7 +16,7 @@ import torch
 from lawn.errors import UserError
 from lawn.files import write_text
 from lawn.train.loop import Run
-from lawn.train.record import environment
+from lawn.train.provenance import environment
 from lawn.train.throughput import synchronize
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "bench"

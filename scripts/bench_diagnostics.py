@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 import torch
 
-from experiments.study import compose_all
+from lawn.compose import compose
 from lawn.task import build
 from lawn.train.loop import Run
 from lawn.train.ranks import Ranks
@@ -51,7 +51,7 @@ print(time.perf_counter() - start)
 def measure(given: Namespace, *keys: str) -> bench.Row:
     device = torch.device(given.device)
     common = (*keys, f"data_dir={given.data_dir.resolve()}", "train.epochs=100000", "eval.every=100000")
-    without, on = compose_all([common, (*common, "diagnostics=on")])
+    without, on = compose(*common), compose(*common, "diagnostics=on")
     dataset = build(without)(device).dataset
     runs = {
         name: Run(config, build(config)(device, dataset), Ranks(device))

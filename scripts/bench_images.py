@@ -16,6 +16,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import starmap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
-from experiments.study import compose_all
+from lawn.compose import compose
 from lawn.config import Config
 from lawn.data.batching import Batching
 from lawn.task import build
@@ -221,8 +222,8 @@ def measure(
     cifar = (*common, "dataset=cifar10", f"train.batch_size={sizes.vgg_batch}")
     photos = (*common, "dataset=imagenet", f"train.batch_size={sizes.resnet_batch}", f"dataset.workers={WORKERS}")
     limit, size = sizes.vgg_updates * sizes.vgg_batch, sizes.resnet_size
-    vgg, resnet, whole = compose_all(
-        [(*cifar, f"dataset.limit={limit}"), (*photos, f"dataset.image_size={size}"), cifar]
+    vgg, resnet, whole = starmap(
+        compose, [(*cifar, f"dataset.limit={limit}"), (*photos, f"dataset.image_size={size}"), cifar]
     )
     of_cifar, of_photos = f"32 px, batch {sizes.vgg_batch:,}", f"{size} px, batch {sizes.resnet_batch:,}"
     training = {

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.study import compose_all
+from lawn.compose import compose
 from lawn.data.batching import Batching
 from lawn.data.interactions import Interactions
 from lawn.task import build
@@ -112,7 +112,7 @@ class Plain:
 def measure(name: str, batch_size: int, rounds: int, data_dir: Path, device: torch.device) -> bench.Row:
     overrides = (f"dataset={name}", f"data_dir={data_dir.resolve()}", f"train.batch_size={batch_size}")
     # As many epochs as make the choices of a long run, none of them evaluated.
-    (config,) = compose_all([(*overrides, "train.epochs=1000", "eval.every=1000", f"model.factors={FACTORS}")])
+    config = compose(*overrides, "train.epochs=1000", "eval.every=1000", f"model.factors={FACTORS}")
     task = build(config)(device)
     assert isinstance(task.dataset, Interactions)
     plain = Plain(task.dataset, batch_size, device)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.study import compose_all
+from lawn.compose import compose
 from lawn.task import build
 from lawn.train.loop import Run
 from lawn.train.ranks import Ranks
@@ -45,9 +45,7 @@ def measure(given: Namespace, count: int, batch_size: int, factors: int, optim: 
         # As many epochs as make the choices of a long run, none of them evaluated; LAWN switches in the first.
         *("train.epochs=1000", "eval.every=1000", *(["optim.free_epochs=0.5"] if "lawn" in optim else [])),
     ]
-    configs = compose_all(
-        [(*common, f"optim.lr={1e-4 * (k + 1):g}", f"seed={k if seeds else 0}") for k in range(count)]
-    )
+    configs = [compose(*common, f"optim.lr={1e-4 * (k + 1):g}", f"seed={k if seeds else 0}") for k in range(count)]
     dataset = build(configs[0])(device).dataset
     alone, *runs = (Run(config, build(config)(device, dataset), Ranks(device)) for config in (configs[0], *configs))
     together = Together(runs)

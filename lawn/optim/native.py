@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from ctypes import POINTER, c_double, c_int, c_int64, c_uint8, c_void_p
 from functools import cache
@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from lawn.optim.cache import caches
 
 SOURCE = Path(__file__).with_name("native.c")
 REAL = {torch.float32: ("float", "sqrtf"), torch.float64: ("double", "sqrt")}
@@ -137,7 +139,7 @@ def build(dtype: torch.dtype) -> tuple[Native | None, str]:
     name = f"native-{real}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
     problems: dict[str, object] = {}  # and the first place that had it
     try:
-        for folder in _caches():
+        for folder in caches():
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 return _kept(folder, name) or _built(folder, name, command), ""
@@ -153,13 +155,6 @@ def build(dtype: torch.dtype) -> tuple[Native | None, str]:
         return None, f"{compiler} was not done after {error.timeout:.0f} s; name another compiler in CC"
     reasons = "; ".join(f"{place}: {reason}" for reason, place in problems.items())
     return None, f"{compiler} made nothing that works ({reasons}); set XDG_CACHE_HOME to a folder with room"
-
-
-def _caches() -> Iterator[Path]:
-    if given := os.environ.get("XDG_CACHE_HOME"):
-        yield Path(given) / "lawn"
-    with suppress(RuntimeError):  # of a user without a home
-        yield Path.home() / ".cache" / "lawn"
 
 
 def _kept(folder: Path, name: str) -> Native | None:

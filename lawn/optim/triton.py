@@ -5,16 +5,11 @@ chunk and are added up by one program for each block, always in the same order: 
 read back by the host.
 """
 
-import atexit
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,30 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lawn.optim.cache import find_for_triton
 from lawn.optim.update import Blocks
 
 CHUNK = 4096
 TILE = 1024  # rows of sums that a block's program adds at a time
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-
-def _find_cache() -> None:
-    """Triton compiles into the user's home, and fails where there is none that can be written: then a temporary folder
-    serves this process."""
-    try:
-        if given := os.environ.get("TRITON_CACHE_DIR"):
-            folder = Path(given)
-        else:
-            folder = Path(os.environ.get("TRITON_HOME") or Path.home()) / ".triton" / "cache"
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except (OSError, RuntimeError):  # the latter of a user without a home
-        os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton-")
-        atexit.register(shutil.rmtree, os.environ["TRITON_CACHE_DIR"], ignore_errors=True)
-
-
-_find_cache()
+find_for_triton()
 
 
 @triton.jit

@@ -6,9 +6,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import asdict, replace
+from contextlib import nullcontext, suppress
+from dataclasses import asdict
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ import torch
 from torch import multiprocessing
 
 from lawn.compose import refuse_sweeps, unchecked
-from lawn.config import Config, config_hash, run_name
-from lawn.data.batching import Batching
+from lawn.config import Config, run_name
 from lawn.data.fetch import without_downloads
 from lawn.data.fingerprint import differences
 from lawn.errors import ConfigError, RunError, UserError
@@ -31,6 +29,7 @@ from lawn.train.journal import Journal
 from lawn.train.loop import Run
 from lawn.train.notice import Notice, Stopped, end_with_parent, noticed, stoppable
 from lawn.train.progress import say
+from lawn.train.provenance import environment
 from lawn.train.ranks import (
     Ranks,
     joined_by_torchrun,
@@ -39,8 +38,7 @@ from lawn.train.ranks import (
     started_by_torchrun,
     use,
 )
-from lawn.train.record import RunDirectory, environment
-from lawn.train.together import Together, kin, room
+from lawn.train.record import RunDirectory
 from lawn.train.trouble import GOES_ON, LostRankError, explained
 from lawn.validation import validate
 
@@ -103,22 +101,22 @@ def _run(config: Config, ranks: Ranks) -> dict[str, Any]:
     result = ranks.share(directory.result() if directory and directory.done else None)
     if result is not None:
         if directory:
-            _say_done(config, directory)
+            say_done(config, directory)
         return result
     with ranks.one_first():
         task = build(config)(ranks.device)
     with directory.alone() if directory else nullcontext(), noticed() as notice:
-        run, journal = _begin(config, task, ranks, directory)
+        run, journal = begin(config, task, ranks, directory)
         pause = _Pause(run, journal, notice)
         while run.status == "running":
             if run.next_epoch(pause) is not None and journal:
                 journal.epoch(run)
             if not run.between_epochs or (run.status == "running" and pause(at_once=True)):
-                raise _stopped(notice, run, run_name(config))
+                raise stopped(notice, run, run_name(config))
         return ranks.share(journal.finish(run) if journal else {})
 
 
-def _say_done(config: Config, directory: RunDirectory) -> None:
+def say_done(config: Config, directory: RunDirectory) -> None:
     """That a run is done already, and whether it was on other data than those that are there now, if there are any."""
     say(f"{directory.path}: done already")
     then = directory.fingerprint
@@ -158,12 +156,12 @@ class _Pause:
         return wish == 2
 
 
-def _stopped(notice: Notice, run: Run, name: str) -> Stopped:
+def stopped(notice: Notice, run: Run, name: str) -> Stopped:
     where = f"{name} has stopped in epoch {run.epoch}, after {run.step} updates"
     return Stopped(f"{notice.signal}: {where}; the same command goes on from there")
 
 
-def _begin(
+def begin(
     config: Config, task: Task, ranks: Ranks, directory: RunDirectory | None, **more: object
 ) -> tuple[Run, Journal | None]:
     """A run as it was left in its directory, or a new one. How it runs, and `more`, goes into env.json."""
@@ -189,81 +187,6 @@ def _begin(
         say(f"{directory.path}: going on {where}")
     logger = loggers.make(config)(directory.hash, directory.path)
     return run, Journal(config, directory, logger, len(run.rows))
-
-
-def train_many(configs: Sequence[Config]) -> list[Exception]:
-    """Train runs one after the other; those that can be, `train.vectorize` of them together. Returns why some failed:
-    they do not keep the others."""
-    failures: list[Exception] = []
-    left = list({config_hash(config): config for config in configs}.values())
-    while left:
-        family = kin(left[0])
-        group = [config for config in left if family is not None and kin(config) == family] or left[:1]
-        group = group[: left[0].train.vectorize]
-        left = [config for config in left if config not in group]
-        try:
-            if len(group) > 1:
-                train_together(group)
-            else:
-                train(group[0])
-        except (UserError, OSError) as error:
-            failures.append(error)
-    return failures
-
-
-@explained(rank=0)
-def train_together(configs: Sequence[Config]) -> None:
-    """Train runs that are `kin` as one batched model, in as many goes as the memory asks for. Each has the run
-    directory and the result that it has alone (to rounding); env.json says with how many others it was trained.
-
-    Raises ConfigError for runs that have to be alone.
-    """
-    device = local_device(configs[0].device)
-    if len({kin(config) for config in configs}) > 1 or kin(configs[0]) is None:
-        raise ConfigError("runs that differ in more than seed, optimizer and schedule cannot be trained together")
-    configs = [check(config) for config in configs]
-    use(device)
-    ranks = Ranks(device)
-    waiting = []
-    for config in configs:
-        directory = RunDirectory(config)
-        if directory.done:
-            _say_done(config, directory)
-        else:
-            waiting.append((config, directory))
-    if not waiting:
-        return
-    first = build(waiting[0][0])(device)
-    generator = torch.Generator(device).manual_seed(0)
-    _, batch = next(first.dataset.train_batches(Batching(configs[0].train.batch_size), generator))
-    at_once = room(first, batch)
-    while waiting:
-        now, waiting = waiting[:at_once], waiting[at_once:]
-        if len(now) == 1:
-            train(now[0][0])
-            continue
-        with ExitStack() as held, noticed() as notice:
-            journals = {}
-            for config, directory in now:
-                held.enter_context(directory.alone())
-                task = build(config)(device, first.dataset)
-                uncompiled = replace(config, train=replace(config.train, compile="off"))
-                run, journal = _begin(uncompiled, task, ranks, directory, together=len(now))
-                assert journal is not None  # there is a directory
-                journals[run] = journal
-                if not run.between_epochs:  # left by itself; the others begin with whole epochs
-                    run.next_epoch()
-                    journal.epoch(run)
-            together = Together(list(journals))
-            while runs := together.next_epoch():
-                for run in runs:
-                    journals[run].epoch(run)
-                if notice.signal and any(run.status == "running" for run in journals):
-                    for run, journal in journals.items():
-                        journal.checkpoint(run.state_dict())
-                    raise _stopped(notice, runs[0], f"{run_name(now[0][0])} with {len(now) - 1} others")
-            for run, journal in journals.items():
-                journal.finish(run)
 
 
 def _run_in_ranks(config: Config, world: int, method: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
 from typing import Any
+from unittest.mock import patch
 
 from hydra.core.utils import JobReturn, JobStatus
 
@@ -60,16 +61,13 @@ def reported(arguments: Sequence[str], fail: Callable[[Exception], None]) -> Ite
             left.remove(self._job)
             return [JobReturn(status=JobStatus.COMPLETED)]
 
-    usual = submitit.AutoExecutor
-    submitit.AutoExecutor = Reporting  # type: ignore[misc]  # where the launcher looks for it
     try:
-        yield
+        with patch.object(submitit, "AutoExecutor", Reporting):  # where the launcher looks for it
+            yield
     except KeyboardInterrupt:
         if left:
             say(f"not waited for, and not cancelled: jobs {', '.join(job.job_id for job in left)}")
         raise
-    finally:
-        submitit.AutoExecutor = usual  # type: ignore[misc]
 
 
 def _logs(job: Any) -> str:

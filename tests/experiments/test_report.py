@@ -14,7 +14,6 @@ import torch
 
 from experiments import records, report
 from experiments.__main__ import EXPERIMENTS, SIMULATIONS
-from experiments.grid import compose_all
 from experiments.layout import show
 from experiments.outcomes import Outcome, comparisons, verdict
 from experiments.page import entry
@@ -23,6 +22,7 @@ from experiments.simulation import SimulationPage
 from experiments.spec import Cell, Experiment, Measure, Paper
 from experiments.statistics import compare, compare_paired, holm, mean_and_error
 from experiments.study import Tuning, studies
+from lawn.compose import compose
 from lawn.config import run_name
 from lawn.errors import RunError
 from lawn.train.record import packed
@@ -109,7 +109,7 @@ def test_a_figure_without_anything_to_draw(results):
 
 
 def test_records_that_were_tampered_with_are_refused(results):
-    (config,) = compose_all([(*MINI.cells[0].overrides, "seed=0")])
+    config = compose(*MINI.cells[0].overrides, "seed=0")
     path = results / "runs" / f"{run_name(config)}.json"
     content = json.loads(path.read_text())
     content["config"]["optim"]["lr"] = 0.5
@@ -151,7 +151,7 @@ def test_what_is_no_folder_of_records_is_not_taken_for_none(results, folder):
 
 
 def test_unfinished_runs_are_not_recorded(tmp_path):
-    (config,) = compose_all([(*MINI.cells[0].overrides, f"runs_dir={tmp_path}")])
+    config = compose(*MINI.cells[0].overrides, f"runs_dir={tmp_path}")
     with pytest.raises(RunError, match="not finished"):
         Store(tmp_path).write(config, ())
 

@@ -16,12 +16,12 @@ import pytest
 
 from experiments import report
 from experiments.__main__ import EXPERIMENTS
-from experiments.grid import compose_all
 from experiments.pool import Pool, _failure, _Running, visible_gpus
 from experiments.records import Record, Store
 from experiments.runner import Pace, duration, missing, run
 from experiments.spec import Cell, Experiment
 from experiments.study import Study, studies
+from lawn.compose import compose
 from lawn.config import config_hash
 from tests.experiments.helpers import ACCURACY, MINI, SHORT, TUNED, fill, miniature
 from tests.helpers import FIXTURES, ROOT
@@ -119,7 +119,7 @@ def command_of(record: Record) -> str:
     (content,) = [content for content in map(json.loads, lines) if content["hash"] == record.hash]
     python, script, *overrides = shlex.split(content["command"])
     assert (python, script) == ("python", "run.py")
-    return config_hash(compose_all([tuple(overrides)])[0])
+    return config_hash(compose(*overrides))
 
 
 def test_the_command_of_figure_1_is_quoted(tmp_path, tiny_data):

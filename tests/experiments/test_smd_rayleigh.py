@@ -16,7 +16,7 @@ from experiments.outcomes import mean_and_error
 from experiments.rayleigh import Point, Walk, angle, eigenvalues, excess, flow_time, gradient, images, noise_gradient
 from experiments.smd_page import SMD_RAYLEIGH
 from lawn.diagnostics import equilibrium_angle, equilibrium_norm
-from lawn.train import record as record_of_runs
+from lawn.train import provenance
 from tests.helpers import ROOT
 
 TINY = replace(
@@ -274,7 +274,7 @@ def test_uncommitted_code_is_visible(monkeypatch, tmp_path):
             return str(root)
         return "a" * 40 if arguments[0] == "rev-parse" else " M experiments/smd_rayleigh.py" * dirty
 
-    monkeypatch.setattr(record_of_runs, "_git", git)
+    monkeypatch.setattr(provenance, "_git", git)
     for dirty in (False, True):
         record = small.execute(tmp_path)
         assert record.code == "a" * 10 + (" with uncommitted changes" if dirty else "")

@@ -8,8 +8,8 @@ import torch
 from omegaconf import OmegaConf
 
 from experiments.__main__ import EXPERIMENTS
-from experiments.grid import compose_all
 from experiments.study import Study, studies
+from lawn.compose import compose
 from lawn.config import arguments, run_name
 from lawn.models.mlp import mlp
 from lawn.optimizers import OPTIMIZERS, optimizer_arguments
@@ -86,7 +86,7 @@ def test_every_cell_composes_and_builds(experiment):
     for cell in experiment.cells:
         budget = [f"train.epochs={cell.epochs[0]}"] if cell.epochs else []
         sweep = [f"sweep={cell.sweep}"] if cell.sweep else []
-        (config,) = compose_all([(*cell.overrides, *budget, *sweep)])
+        config = compose(*cell.overrides, *budget, *sweep)
         build(config)
         chosen = optimizer_arguments(config)
         if "free_steps" in chosen:
@@ -111,7 +111,7 @@ def test_the_figures_cells_are_those_of_the_tables():
 def test_every_model_of_the_tables_builds():
     sizes = {"ncf_mlp": (50, 60), "vgg19": ((3, 32, 32), 10), "resnet50": ((3, 64, 64), 10)}
     datasets = {cell.value("dataset") for e in EXPERIMENTS.values() for cell in e.cells} - {"digits"}
-    for config in compose_all([(f"dataset={dataset}",) for dataset in sorted(datasets)]):
+    for config in [compose(f"dataset={dataset}") for dataset in sorted(datasets)]:
         task = next(task for task in TASKS if config.dataset.name in task.datasets)
         builder = task.models[config.model.name]
         with torch.device("meta"):
@@ -126,7 +126,7 @@ def test_a_study_runs_what_the_command_line_runs(name):
     for study in studies(experiment.only([experiment.cells[-1].overrides[0]]), -1)[::5]:
         beyond = (-1, *study.grid.points[0][1:])
         for job in (*study.grid.jobs()[:: len(study.grid.points) - 1], study.grid.job(beyond, 2)):
-            (composed,) = compose_all([job.overrides])
+            composed = compose(*job.overrides)
             assert run_name(composed) == job.name
             assert composed.eval.split == "val"
             assert composed.eval.every == composed.train.epochs

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lawn import LAMBLAWN, SGDLAWN, AdamLAWN
 from lawn.optim import update
+from lawn.optim.cache import find_for_triton
 from lawn.optim.reference import ReferenceLAWN
 from tests.optim.helpers import fixed_norms, wrapped
 
@@ -186,7 +187,6 @@ def test_at_most_40_launches_and_no_waiting(kind):
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
 @pytest.mark.parametrize("home", [None, "/dev/null/home"])
 def test_without_a_home_kernels_are_compiled_into_a_temporary_folder(monkeypatch, tmp_path, home):
-    from lawn.optim import triton
 
     for name in ("HOME", "TRITON_HOME", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, "")  # so that it is put back
@@ -195,8 +195,8 @@ def test_without_a_home_kernels_are_compiled_into_a_temporary_folder(monkeypatch
         monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)  # of nobody that the system knows
     else:
         monkeypatch.setenv("HOME", home)
-    triton._find_cache()
+    find_for_triton()
     assert Path(os.environ["TRITON_CACHE_DIR"]).is_dir()
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "own"))
-    triton._find_cache()
+    find_for_triton()
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "own")

@@ -8,7 +8,7 @@ import torch
 from lawn.config import Config
 from lawn.errors import ConfigError
 from lawn.task import build
-from lawn.train import launch, train, train_together
+from lawn.train import many, train, train_together
 from lawn.train.loop import Run
 from lawn.train.ranks import Ranks
 from lawn.train.record import RunDirectory
@@ -162,8 +162,8 @@ def test_as_many_at_once_as_there_is_room_for(tiny, monkeypatch, capsys):
     monkeypatch.setattr("lawn.train.together._free_bytes", lambda _: 10**7)
     assert 1 <= room(task, batch) < 100
     sizes = []
-    monkeypatch.setattr(launch, "room", lambda *_: 2)
-    monkeypatch.setattr(launch, "Together", lambda runs: sizes.append(len(runs)) or Together(runs))
+    monkeypatch.setattr(many, "room", lambda *_: 2)
+    monkeypatch.setattr(many, "Together", lambda runs: sizes.append(len(runs)) or Together(runs))
     train_together(configs)
     assert sizes == [2, 2]  # and one alone
     assert capsys.readouterr().out.count("done after epoch 4") == 5

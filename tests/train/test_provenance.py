@@ -1,4 +1,4 @@
-"""What a run directory says of where its run came from."""
+"""What is recorded of where a run comes from."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import torch
 
-from lawn.train import record
+from lawn.train import provenance
 from tests.helpers import ROOT
 
 CPU = torch.device("cpu")
@@ -27,9 +27,9 @@ def other(tmp_path):
 
 
 def test_a_copy_inside_another_repository_has_no_version(other, monkeypatch):
-    monkeypatch.setattr(record, "__file__", str(other / "copy" / "lawn" / "train" / "record.py"))
+    monkeypatch.setattr(provenance, "__file__", str(other / "copy" / "lawn" / "train" / "provenance.py"))
     (other / "copy").mkdir()
-    found = record.environment(CPU)
+    found = provenance.environment(CPU)
     assert (found["git"], found["dirty"]) == (None, None)
 
 
@@ -38,23 +38,23 @@ def test_the_environments_repository_is_not_this_one(other, monkeypatch):
         pytest.skip("not a checkout")
     monkeypatch.setenv("GIT_DIR", str(other / ".git"))
     monkeypatch.setenv("GIT_WORK_TREE", str(other))
-    assert record.environment(CPU)["git"] == git(ROOT, "rev-parse", "HEAD")
+    assert provenance.environment(CPU)["git"] == git(ROOT, "rev-parse", "HEAD")
 
 
 def test_without_git_nothing_is_known(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = record.environment(CPU)
+    found = provenance.environment(CPU)
     assert (found["git"], found["dirty"]) == (None, None)
 
 
 def test_changes_of_the_code_count_and_others_do_not(other, monkeypatch):
     (other / "lawn" / "train").mkdir(parents=True)
-    (other / "lawn" / "train" / "record.py").write_text("1")
+    (other / "lawn" / "train" / "provenance.py").write_text("1")
     git(other, "add", ".")
     git(other, "commit", "--quiet", "--message", "code")
-    monkeypatch.setattr(record, "__file__", str(other / "lawn" / "train" / "record.py"))
+    monkeypatch.setattr(provenance, "__file__", str(other / "lawn" / "train" / "provenance.py"))
     (other / "notes").write_text("")
-    assert record.environment(CPU)["dirty"] is False
-    (other / "lawn" / "train" / "record.py").write_text("2")
-    found = record.environment(CPU)
+    assert provenance.environment(CPU)["dirty"] is False
+    (other / "lawn" / "train" / "provenance.py").write_text("2")
+    found = provenance.environment(CPU)
     assert (found["git"], found["dirty"]) == (git(other, "rev-parse", "HEAD"), True)
