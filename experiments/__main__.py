@@ -22,7 +22,7 @@ from experiments.definitions.tables import TABLE1, TABLE2, TABLE3, TABLE4, TABLE
 from experiments.definitions.tuning_curves import TUNING_CURVES
 from experiments.execution.pool import JobResult
 from experiments.execution.runner import MAX_VECTORIZED, RuntimeEstimate, duration, missing, run
-from experiments.planning.study import PLACES, SELECTIONS, Study, studies
+from experiments.planning.study import SELECTIONS, SETTABLE, Study, studies
 from experiments.records import Record, Store
 from experiments.reporting import report
 from experiments.simulation import Simulation, SimulationPage
@@ -186,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
             action="extend",
             default=[],
             metavar="KEY=VALUE",
-            help=f"for run.py: {', '.join(PLACES)}",
+            help=f"for run.py: {', '.join(SETTABLE)}",
         )
         if action is plan:
             continue

@@ -19,10 +19,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lawn.config import Config, identity, identity_hash, run_name
+from lawn.config import Config
 from lawn.diagnostics.figure import read_metrics
 from lawn.errors import WRITTEN_AGAIN, RunError
 from lawn.files import locked, write_text
+from lawn.identity import identity, identity_hash, run_name
 from lawn.train.run_directory import RunDirectory, read_environment, unpacked
 
 DAMAGE = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)  # what reading a damaged record raises

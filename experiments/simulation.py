@@ -17,8 +17,8 @@ from experiments.records import Record, read_record, save
 from experiments.reporting.layout import Panel
 from experiments.reporting.outcomes import Outcome
 from experiments.reporting.page import provenance
-from lawn.config import identity_hash
 from lawn.errors import RunError
+from lawn.identity import identity_hash
 from lawn.plotting import Figure
 from lawn.train.provenance import environment
 

@@ -15,8 +15,9 @@ import torch
 
 from experiments.planning.grid import Job
 from lawn.child_signals import signals_blocked
-from lawn.config import Config, run_name
+from lawn.config import Config
 from lawn.errors import UserError
+from lawn.identity import run_name
 from lawn.train import Stopped, train, train_vectorized
 from lawn.train.run_directory import RunDirectory
 from lawn.train.signals import end_with_parent, raise_on_signal

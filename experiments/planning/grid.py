@@ -14,9 +14,10 @@ from experiments.planning import search
 from experiments.planning.search import Point
 from experiments.records import Store
 from lawn.compose import compose_unchecked
-from lawn.config import Config, run_name
+from lawn.config import Config
 from lawn.errors import ConfigError
 from lawn.explain import explain
+from lawn.identity import run_name
 from lawn.validation import validate
 
 

@@ -16,13 +16,12 @@ from experiments.records import Record, Store
 from lawn.compose import compose
 from lawn.config import EvalConfig
 from lawn.errors import ConfigError
+from lawn.identity import NOT_IDENTITY
 
 SELECTIONS = ("val", "test")
 CONFIRMING = search.BEST * len(search.CONFIRMING_SEEDS)  # runs, if none of the best loses
-PLACES = (  # what --set may say: where and how fast, nothing that names another run
-    *("data_dir", "runs_dir", "logger", "logger.project", "logger.mode", "dataset.shards", "dataset.workers"),
-    *("train.channels_last", "train.checkpoint_seconds", "train.compile", "train.deterministic", "optim.fused"),
-)
+SET_BY_RUNNER = ("device", "run_dir", "train.devices", "train.vectorize", "logger.name")
+SETTABLE = ("logger", *(key for key in NOT_IDENTITY if key not in SET_BY_RUNNER))  # by --set
 
 
 @dataclass(frozen=True)
@@ -150,8 +149,8 @@ def studies(
     Raises ConfigError when `extra` says anything but where and how to run.
     """
     for override in extra:
-        if override.partition("=")[0] not in PLACES:
-            raise ConfigError(f"{override}: only where and how to run can be set: {', '.join(PLACES)}")
+        if override.partition("=")[0] not in SETTABLE:
+            raise ConfigError(f"{override}: only where and how to run can be set: {', '.join(SETTABLE)}")
     compose(*extra)  # what is wrong with these is said once, not of every cell
     return [
         Study(

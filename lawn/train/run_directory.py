@@ -25,10 +25,11 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from lawn.config import Config, run_name
+from lawn.config import Config
 from lawn.data.fingerprint import Fingerprint
 from lawn.errors import WRITTEN_AGAIN, RunError
 from lawn.files import atomic, locked, still_at, write_text
+from lawn.identity import run_name
 from lawn.train.progress import echo
 
 Row = dict[str, float | int | None]

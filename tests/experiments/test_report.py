@@ -24,8 +24,8 @@ from experiments.reporting.page import entry
 from experiments.reporting.statistics import compare, compare_paired, holm, mean_and_error
 from experiments.simulation import SimulationPage
 from lawn.compose import compose
-from lawn.config import run_name
 from lawn.errors import RunError
+from lawn.identity import run_name
 from lawn.train.run_directory import packed
 from tests.experiments.helpers import ACCURACY, MINI, TUNED, run_experiment
 from tests.helpers import RECOMMENDERS, ROOT

@@ -22,7 +22,7 @@ from experiments.planning.study import Study, studies
 from experiments.records import Record, Store
 from experiments.reporting import report
 from lawn.compose import compose
-from lawn.config import config_hash
+from lawn.identity import config_hash
 from tests.experiments.helpers import ACCURACY, MINI, SHORT, TUNED, miniature, run_experiment
 from tests.helpers import FIXTURES, ROOT
 
