@@ -17,7 +17,7 @@ def leave(number: int, _: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):  # as in lawn.signals, which is not imported yet
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):  # as in lawn.child_signals, which is not imported yet
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
             signal.signal(getattr(signal, name), leave)
 
@@ -29,10 +29,10 @@ from omegaconf import DictConfig
 from lawn.compose import CONF, refuse_sweeps
 from lawn.config import Config, register
 from lawn.errors import ConfigError, UserError
-from lawn.explain import explain, of_hydra
-from lawn.train import Stopped, check, reported, started_by_torchrun, train, train_many
-from lawn.train.notice import stoppable
-from lawn.train.progress import say
+from lawn.explain import explain, is_hydra_error
+from lawn.train import Stopped, launched_by_torchrun, prepare, report_submitit_jobs, train, train_many
+from lawn.train.progress import echo
+from lawn.train.signals import raise_on_signal
 from lawn.validation import validate
 
 register()
@@ -54,12 +54,13 @@ def run(composed: DictConfig) -> dict[str, Any] | None:
         config = validate(composed)
         if not config.train.vectorize or elsewhere:
             return train(config)
-        waiting.append(check(config))
+        prepare(config)
+        waiting.append(config)
     except (UserError, OSError) as error:  # the system's own: a full disk, a path that cannot be
         if elsewhere:
-            say(f"error: {error}", sys.stderr)
+            echo(f"error: {error}", sys.stderr)
             raise (type(error) if isinstance(error, UserError) else UserError)(f"{of}{error}") from error
-        if started_by_torchrun() or DEBUG:  # other ranks may be in the middle of this job: all end
+        if launched_by_torchrun() or DEBUG:  # other ranks may be in the middle of this job: all end
             raise
         fail(error, of)
     except Stopped as stop:
@@ -76,26 +77,26 @@ def run(composed: DictConfig) -> dict[str, Any] | None:
 
 
 def fail(error: Exception, of: str = "") -> None:
-    failures.append(getattr(error, "exit_code", 2 if of_hydra(error) else UserError.exit_code))
-    say(f"error: {of}{explain(error)}", sys.stderr)
+    failures.append(getattr(error, "exit_code", 2 if is_hydra_error(error) else UserError.exit_code))
+    echo(f"error: {of}{explain(error)}", sys.stderr)
 
 
 def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra prints several lines and exits; here it raises
     failures[:], waiting[:], jobs[:] = [], [], []
     try:
-        with stoppable():
-            with reported(sys.argv[1:], fail):
+        with raise_on_signal():
+            with report_submitit_jobs(sys.argv[1:], fail):
                 run()
             list(map(fail, train_many(waiting)))
         if not jobs and {"-m", "--multirun"} & set(sys.argv) and not any("hydra/launcher=" in a for a in sys.argv):
             raise ConfigError(f"{' '.join(sys.argv[1:])}: expands to no job")
     except Exception as error:
-        if DEBUG or not (of_hydra(error) or isinstance(error, UserError | OSError)):
+        if DEBUG or not (is_hydra_error(error) or isinstance(error, UserError | OSError)):
             raise
         fail(error)
     except KeyboardInterrupt as stop:  # a Stopped among them
-        say(str(stop) or "interrupted; the same command goes on from the last checkpoint", sys.stderr)
+        echo(str(stop) or "interrupted; the same command goes on from the last checkpoint", sys.stderr)
         failures.append(getattr(stop, "exit_code", 130))
     return max(failures, default=0)
 

@@ -15,21 +15,21 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from experiments import report
-from experiments.automatic import AUTOMATIC
-from experiments.curves import TUNING_CURVES
-from experiments.demo import DEMO
-from experiments.figures import FIGURE1, FIGURE2, FLATTENING_DIGITS, FLATTENING_MOVIELENS100K
-from experiments.pool import Ended
+from experiments.definitions.automatic import AUTOMATIC
+from experiments.definitions.demo import DEMO
+from experiments.definitions.figures import FIGURE1, FIGURE2, FLATTENING_DIGITS, FLATTENING_MOVIELENS100K
+from experiments.definitions.tables import TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6
+from experiments.definitions.tuning_curves import TUNING_CURVES
+from experiments.execution.pool import JobResult
+from experiments.execution.runner import MAX_VECTORIZED, RuntimeEstimate, duration, missing, run
+from experiments.planning.study import PLACES, SELECTIONS, Study, studies
 from experiments.records import Record, Store
-from experiments.runner import TOGETHER, Pace, duration, missing, run
+from experiments.reporting import report
 from experiments.simulation import Simulation, SimulationPage
-from experiments.smd_page import SMD_RAYLEIGH
-from experiments.study import PLACES, SELECTIONS, Study, studies
-from experiments.tables import TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6
+from experiments.spherical_motion.page import SMD_RAYLEIGH
 from lawn.errors import ConfigError, UserError
 from lawn.train import Stopped
-from lawn.train.notice import stoppable
+from lawn.train.signals import raise_on_signal
 
 _TABLES = (TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6, FIGURE1, FIGURE2)
 _BEYOND = (TUNING_CURVES, AUTOMATIC, FLATTENING_DIGITS, FLATTENING_MOVIELENS100K)
@@ -40,7 +40,7 @@ SIMULATIONS = {s.name: s for s in (SMD_RAYLEIGH,)}
 def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
-        with stoppable():  # the pool stops its runs, each with a checkpoint
+        with raise_on_signal():  # the pool stops its runs, each with a checkpoint
             return int(given.action(given))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -53,13 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
 def plan(given: argparse.Namespace) -> int:
     """Print what would run."""
     store = Store(given.results)
-    pace = Pace(store)
+    estimate = RuntimeEstimate(store)
     rows, configs, total = [], [], 0
     for study in _studies(given):
         to_do = missing(study, store)
         tuning = study.tuning(store)
         tried = sum(store.has(job.name) for job in tuning.jobs)
-        filled = sum(store.has(job.name) for job in islice(study.filling(store), study.seeds))
+        filled = sum(store.has(job.name) for job in islice(study.final_runs(store), study.seeds))
         configs += to_do
         total += 0 if study.problem else len(tuning.jobs) + tuning.unknown + study.seeds
         rows.append(
@@ -68,10 +68,10 @@ def plan(given: argparse.Namespace) -> int:
                 "epochs": study.budget or "",
                 "tuning": f"{tried}/{len(tuning.jobs) + tuning.unknown}" if tuning.jobs else "",
                 "seeds": f"{filled}/{study.seeds}" if study.seeds else "",
-                "time": study.problem or duration(pace.seconds(to_do)),
+                "time": study.problem or duration(estimate.seconds(to_do)),
             }
         )
-    each = [pace.seconds([config]) for config in configs]
+    each = [estimate.seconds([config]) for config in configs]
     for simulation in _simulations(given):
         done = simulation.record(given.results, given.short) is not None
         takes = 0.0 if done else simulation.seconds[given.short]
@@ -94,7 +94,7 @@ def execute(given: argparse.Namespace) -> int:
     store = Store(given.results)
     slots = _slots(given.devices, given.jobs)
     to_run, simulations = _studies(given), _simulations(given)
-    unwell = run(to_run, store, slots, given.budget, given.vectorize) if to_run else []
+    unsuccessful = run(to_run, store, slots, given.budget, given.vectorize) if to_run else []
     try:
         for simulation in simulations:
             if simulation.record(given.results, given.short) is None:
@@ -102,14 +102,14 @@ def execute(given: argparse.Namespace) -> int:
                 simulation.execute(given.results, given.short)
         write(given)
     finally:
-        failed = _tell(to_run, unwell, store)
+        failed = _tell(to_run, unsuccessful, store)
     return UserError.exit_code if failed else 0
 
 
-def _tell(studies: list[Study], unwell: list[Ended], store: Store) -> bool:
+def _tell(studies: list[Study], unsuccessful: list[JobResult], store: Store) -> bool:
     """Name what could not be run, failed or diverged, with the reason; whether anything has failed."""
     failed = {shlex.join(study.cell.overrides): study.problem for study in studies if study.problem}
-    for ended in unwell:
+    for ended in unsuccessful:
         name = f"{ended.job.name} ({shlex.join(ended.job.overrides)})"
         if ended.diverged:
             print(f"diverged: {name}{_where(store.read(ended.job.name))}", file=sys.stderr)
@@ -194,9 +194,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--vectorize",
             type=_positive,
-            default=TOGETHER,
+            default=MAX_VECTORIZED,
             metavar="N",
-            help=f"runs of a small model to train as one batched model, at most (default: {TOGETHER})",
+            help=f"runs of a small model to train as one batched model, at most (default: {MAX_VECTORIZED})",
         )
         sub.add_argument("--budget", type=_seconds, metavar="TIME", help="stop after this time, e.g. 2h, 90m, 1h30m")
     return parser

@@ -23,7 +23,7 @@ from lawn.config import Config, identity, identity_hash, run_name
 from lawn.diagnostics.figure import read_metrics
 from lawn.errors import WRITTEN_AGAIN, RunError
 from lawn.files import locked, write_text
-from lawn.train.record import RunDirectory, read_environment, unpacked
+from lawn.train.run_directory import RunDirectory, read_environment, unpacked
 
 DAMAGE = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)  # what reading a damaged record raises
 OF_ALL = ("code",)  # properties that a record has to have

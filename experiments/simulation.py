@@ -13,10 +13,10 @@ from typing import Any
 import pandas as pd
 import torch
 
-from experiments.layout import Panel
-from experiments.outcomes import Outcome
-from experiments.page import provenance
 from experiments.records import Record, read_record, save
+from experiments.reporting.layout import Panel
+from experiments.reporting.outcomes import Outcome
+from experiments.reporting.page import provenance
 from lawn.config import identity_hash
 from lawn.errors import RunError
 from lawn.plotting import Figure
@@ -31,7 +31,7 @@ class Shown:
     """What is said of a record, from that alone."""
 
     panels: list[Panel]
-    verdict: list[str]
+    summary: list[str]
     frame: pd.DataFrame
     figure: Callable[[], Figure]
 
@@ -113,8 +113,8 @@ class SimulationPage:
         return [] if self.shown is None else self.shown.panels
 
     @property
-    def verdict(self) -> list[str]:
-        return [] if self.shown is None else self.shown.verdict
+    def summary(self) -> list[str]:
+        return [] if self.shown is None else self.shown.summary
 
     @property
     def source(self) -> str:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 
 from lawn.config import Config, register
 from lawn.errors import ConfigError, UserError
-from lawn.explain import explain, of_hydra
+from lawn.explain import explain, is_hydra_error
 from lawn.validation import validate
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -18,10 +18,10 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 
 def compose(*overrides: str) -> Config:
     """The config of `python run.py OVERRIDES`. Raises ConfigError for what cannot be composed or run."""
-    return validate(unchecked(*overrides)[0])
+    return validate(compose_unchecked(*overrides)[0])
 
 
-def unchecked(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
+def compose_unchecked(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
     """The composed config, not validated yet, and the values of each key that a multirun would sweep over."""
     register()
     if not CONF.is_dir():
@@ -31,7 +31,7 @@ def unchecked(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
             composed = hydra.compose("config", list(overrides), return_hydra_config=True)
         axes = OmegaConf.to_container(composed.hydra.sweeper.params or OmegaConf.create(), resolve=True)
     except Exception as error:
-        if not of_hydra(error):
+        if not is_hydra_error(error):
             raise
         raise ConfigError(explain(error)) from None  # a notebook shows whatever it is from, some hundred lines
     assert isinstance(axes, dict)

@@ -19,7 +19,7 @@ def takes(section: str) -> str:
     return f"{name} takes {', '.join(vars(owner))}"
 
 
-def of_hydra(error: BaseException) -> bool:
+def is_hydra_error(error: BaseException) -> bool:
     """Whether Hydra or what it rests on has raised this, of whatever type: the config cannot be composed."""
     packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in walk_tb(error.__traceback__)]
     while packages and packages[-1] not in ("hydra", "omegaconf", "lawn", "run", "__main__"):

@@ -59,7 +59,7 @@ def adaptive_calibration_error(confidence: Tensor, correct: Tensor) -> Tensor:
 
 
 def ranks(scores: Tensor, items: Tensor) -> Tensor:
-    """Ranks, from 0, of the held-out items among their candidates: scores and items [B, 1 + C], the held-out item
+    """World, from 0, of the held-out items among their candidates: scores and items [B, 1 + C], the held-out item
     first; int64 [B]. A tie counts as a loss, so does a NaN; a candidate that is the held-out item does not count."""
     ahead = ~(scores[:, 1:] < scores[:, :1]) & (items[:, 1:] != items[:, :1])
     return ahead.sum(dim=1)

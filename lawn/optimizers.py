@@ -1,4 +1,7 @@
-"""Optimizers by the names that the configs use: each takes the model and the keys that apply to it."""
+"""Optimizers and schedules by the names that the configs use.
+
+A builder of an optimizer takes the model and, as keyword arguments, the keys that apply to it.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +14,18 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lawn.config import Config, arguments
 from lawn.errors import ConfigError
-from lawn.optim import LAMB, LAMBLAWN, SGDLAWN, AdamLAWN, LAMBPlus, bound_norms, output_layer, select
+from lawn.optim import (
+    LAMB,
+    LAMBLAWN,
+    SGDLAWN,
+    AdamLAWN,
+    LAMBPlus,
+    LinearWarmup,
+    LinearWarmupDecay,
+    bound_norms,
+    output_layer,
+    param_groups,
+)
 
 Groups = list[dict[str, Any]]
 
@@ -127,7 +141,7 @@ def decayed(model: nn.Module, weight_decay: float) -> Groups:
 
 
 def constrained(model: nn.Module, scope: str, include_bias: bool) -> Groups:
-    choose = {"all": select.everything, "final_homogeneous": select.final_homogeneous}[scope]
+    choose = {"all": param_groups.everything, "final_homogeneous": param_groups.final_homogeneous}[scope]
     try:
         return choose(model, include_bias=include_bias)
     except ValueError as error:
@@ -163,8 +177,19 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "muon": muon,
     "schedule_free": with_decay(imported("schedulefree", "AdamWScheduleFree")),  # Defazio et al. 2024
 }
+# From the optimizer, the updates of the warmup and of the whole run.
+SCHEDULES: dict[str, Callable[[Optimizer, int, int], LinearWarmup]] = {
+    "linear": LinearWarmupDecay,
+    "constant": lambda optimizer, warmup, total: LinearWarmup(optimizer, warmup),
+}
 IN_STEPS = {"free_epochs": "free_steps", "warm_start_epochs": "warm_start_steps"}
 PACKAGES = {"adamp": "adamp", "adam_cpr": "pytorch_cpr", "schedule_free": "schedulefree"}  # of the extra `baselines`
+
+
+def check_schedule(config: Config) -> None:
+    """Raises ConfigError for a schedule that there is not."""
+    if config.schedule.name not in SCHEDULES:
+        raise ConfigError(f"schedule.name={config.schedule.name}: must be one of {', '.join(SCHEDULES)}")
 
 
 def optimizer_arguments(config: Config) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A task binds data, model, loss and metrics; the training loop knows nothing else of them."""
+"""Tasks bind dataset, model, loss and metrics, so that one training loop serves them all."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lawn import metrics
 from lawn.config import Config, arguments
-from lawn.data.batching import Batching, Part
+from lawn.data.batching import Batching, MicroBatch
 from lawn.data.cifar import cifar10, cifar100
 from lawn.data.digits import digits
 from lawn.data.fingerprint import Fingerprint
@@ -40,7 +40,7 @@ Batch = tuple[Tensor, ...]
 
 
 class Dataset(Protocol):
-    """What a task asks of a dataset: batches of tensors that lie on the device already."""
+    """The interface of a dataset: it yields batches of tensors that are on the device already."""
 
     warnings: list[str]
 
@@ -48,15 +48,14 @@ class Dataset(Protocol):
     def num_train(self) -> int: ...
     @property
     def fingerprint(self) -> Fingerprint: ...
-    def train_batches(self, batching: Batching, generator: torch.Generator) -> Iterator[tuple[Part, Batch]]: ...
-    def eval_batches(self, rank: int = 0, world: int = 1) -> Iterator[Batch]: ...
+    def train_batches(self, batching: Batching, generator: torch.Generator) -> Iterator[tuple[MicroBatch, Batch]]: ...
+    def eval_batches(self, rank: int = 0, world_size: int = 1) -> Iterator[Batch]: ...
 
 
 class Task(ABC):
-    """What can be trained: which datasets, models and losses fit together, and how they meet.
+    """A dataset, a model and a loss that fit together, and the metrics of the model.
 
-    `headline` is the metric that the paper's tables print, in percent. `network` is what training calls: the model,
-    or what several ranks have wrapped around it.
+    `headline` is the metric that the paper's tables print, in percent.
     """
 
     headline: ClassVar[str]
@@ -66,12 +65,12 @@ class Task(ABC):
 
     def __init__(self, dataset: Dataset, model: nn.Module, loss: Loss) -> None:
         self.dataset = dataset
-        self.model = self.network = model
+        self.model = model
         self.loss = loss
 
     @property
     def warnings(self) -> list[str]:
-        """What is remarkable about the data, or about measuring on them."""
+        """Warnings about the data, and about metrics on them."""
         return self.dataset.warnings
 
     @staticmethod
@@ -82,27 +81,27 @@ class Task(ABC):
     @staticmethod
     @abstractmethod
     def margins(logits: Tensor, labels: Tensor, /) -> Tensor:
-        """How far ahead the target class is, for each sample of a batch."""
+        """The margin of each sample: the score of its target class minus the best of the others."""
 
-    def loss_and_margins(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean loss of a training batch, with graph, and the margins of its samples, without."""
+    def loss_and_margins(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean loss of a training batch, with its graph, and the margins of the samples, detached."""
         *inputs, labels = batch
-        logits = self.network(*inputs)
+        logits = network(*inputs)
         return self.loss.mean(logits, labels), self.margins(logits.detach(), labels)
 
     @abstractmethod
-    def rows(self, batch: Batch) -> Tensor:
-        """What the metrics need to know of each sample of an evaluation batch, in the model's present mode."""
+    def rows(self, network: nn.Module, batch: Batch) -> Tensor:
+        """A row of numbers for each sample of an evaluation batch, from which `metrics` are computed."""
 
     @staticmethod
     @abstractmethod
     def metrics(rows: Tensor, /) -> dict[str, float]:
-        """The metrics of the evaluation split from the rows of all its samples."""
+        """The metrics of the evaluation split, from the rows of all its samples."""
 
     @staticmethod
     @abstractmethod
     def outcomes(rows: Tensor, /) -> Tensor:
-        """A whole number for each sample, by which runs can be compared sample by sample."""
+        """An integer for each sample, by which runs are compared sample by sample."""
 
 
 class Classification(Task):
@@ -120,9 +119,9 @@ class Classification(Task):
     def size(dataset: Any) -> tuple[Any, ...]:
         return dataset.shape, dataset.num_classes
 
-    def rows(self, batch: Batch) -> Tensor:
+    def rows(self, network: nn.Module, batch: Batch) -> Tensor:
         images, labels = batch
-        return metrics.classification_rows(self.model(images), labels)
+        return metrics.classification_rows(network(images), labels)
 
     margins = staticmethod(multiclass_margin)
     metrics = staticmethod(metrics.classification_metrics)
@@ -165,9 +164,9 @@ class Recommendation(Task):
     def size(dataset: Any) -> tuple[Any, ...]:
         return dataset.num_users, dataset.num_items
 
-    def rows(self, batch: Batch) -> Tensor:
+    def rows(self, network: nn.Module, batch: Batch) -> Tensor:
         users, items = batch
-        scores = self.model(users[:, None].expand_as(items).reshape(-1), items.reshape(-1))
+        scores = network(users[:, None].expand_as(items).reshape(-1), items.reshape(-1))
         return metrics.ranks(scores.view_as(items), items)
 
     margins = staticmethod(binary_margin)
@@ -190,15 +189,16 @@ def _kind(config: Config) -> type[Task]:
     raise ConfigError(f"dataset={config.dataset.name}: no such dataset; choose from {known}")
 
 
-def reader(config: Config) -> Callable[[], Any]:
-    """What reads the dataset, onto the CPU. Raises ConfigError at once for a key that it does not take."""
+def dataset_reader(config: Config) -> Callable[[], Any]:
+    """A function that reads the dataset onto the CPU. Raises ConfigError at once for a key that it does not take."""
     load = _kind(config).datasets[config.dataset.name]
     return partial(load, Path(config.data_dir), config.eval.split, **arguments("dataset", config.dataset, load))
 
 
-def build(config: Config) -> Callable[..., Task]:
-    """Check that the chosen members fit together, before any data is read; the result loads and builds on a device,
-    with the dataset given to it or one of its own.
+def task_builder(config: Config) -> Callable[..., Task]:
+    """Check that dataset, model and loss fit together, before any data is read.
+
+    The result is a function from a device, and optionally a loaded dataset, to the task.
 
     The model is initialized on the CPU from `config.seed`, so that every device starts from the same weights.
     """
@@ -211,7 +211,7 @@ def build(config: Config) -> Callable[..., Task]:
             choices = ", ".join(members)
             raise ConfigError(f"{group}={name}: does not fit dataset={config.dataset.name}; choose from {choices}")
     model, loss = kind.models[config.model.name], kind.losses[config.loss.name]
-    load = reader(config)
+    load = dataset_reader(config)
     model_arguments = arguments("model", config.model, model)
     loss_arguments = arguments("loss", config.loss, loss)
 

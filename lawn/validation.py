@@ -142,7 +142,6 @@ def _problems(c: Config) -> Iterator[str]:
         "model.init": ("he2017", "torch"),
         "eval.split": ("test", "val"),
         "optim.scope": ("all", "final_homogeneous"),
-        "schedule.name": ("linear", "constant"),
         "diagnostics.name": ("off", "on"),
         "logger.mode": ("online", "offline", "disabled"),
         "dataset.loader": ("torch", "dali"),

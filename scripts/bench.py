@@ -15,9 +15,9 @@ import torch
 
 from lawn.errors import UserError
 from lawn.files import write_text
-from lawn.train.loop import Run
 from lawn.train.provenance import environment
 from lawn.train.throughput import synchronize
+from lawn.train.trainer import Trainer
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "bench"
 Row = dict[str, Any]
@@ -56,10 +56,10 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def training_rate(run: Run) -> float:
+def training_rate(run: Trainer) -> float:
     """Samples a second in the training part of the run's next epoch, on the run's own clock."""
     before = run.seconds["train"]
-    run.next_epoch()
+    run.train_epoch()
     return run.task.dataset.num_train / (run.seconds["train"] - before)
 
 

@@ -19,9 +19,9 @@ import pandas as pd
 import torch
 
 from lawn.compose import compose
-from lawn.task import build
-from lawn.train.loop import Run
-from lawn.train.ranks import Ranks
+from lawn.task import task_builder
+from lawn.train.distributed import World
+from lawn.train.trainer import Trainer
 from scripts import bench
 
 SECONDS = 2.0  # of each run in a round: as many epochs, in turns, as that takes
@@ -52,12 +52,12 @@ def measure(given: Namespace, *keys: str) -> bench.Row:
     device = torch.device(given.device)
     common = (*keys, f"data_dir={given.data_dir.resolve()}", "train.epochs=100000", "eval.every=100000")
     without, on = compose(*common), compose(*common, "diagnostics=on")
-    dataset = build(without)(device).dataset
+    dataset = task_builder(without)(device).dataset
     runs = {
-        name: Run(config, build(config)(device, dataset), Ranks(device))
+        name: Trainer(config, task_builder(config)(device, dataset), World(device))
         for name, config in (("without", without), ("with", on))
     }
-    epochs = {name: partial(bench.seconds, run.next_epoch, device) for name, run in runs.items()}
+    epochs = {name: partial(bench.seconds, run.train_epoch, device) for name, run in runs.items()}
     count = max(1, round(SECONDS / bench.turns(epochs, 1)["without"][0]))
     found = bench.turns(epochs, given.rounds * count)
     found["figure"] = [figure_seconds(runs["with"])]
@@ -68,7 +68,7 @@ def measure(given: Namespace, *keys: str) -> bench.Row:
     }
 
 
-def figure_seconds(run: Run) -> float:
+def figure_seconds(run: Trainer) -> float:
     """Of drawing in a process of its own, since a run's process imports matplotlib for it."""
     with TemporaryDirectory() as folder:
         pd.DataFrame(run.rows).to_csv(Path(folder) / "metrics.csv", index=False)

@@ -28,10 +28,10 @@ from torchvision.datasets import ImageFolder
 from lawn.compose import compose
 from lawn.config import Config
 from lawn.data.batching import Batching
-from lawn.task import build
-from lawn.train.loop import Run
-from lawn.train.ranks import Ranks
+from lawn.task import task_builder
+from lawn.train.distributed import World
 from lawn.train.throughput import peak_flops
+from lawn.train.trainer import Trainer
 from scripts import bench
 from scripts.generated import CLASSES, HEIGHT, WIDTH, write_cifar, write_photos
 from scripts.plain_images import WORKERS, Plain, nothing, plain_cifar, plain_imagenet, plain_loader
@@ -60,13 +60,13 @@ SIZES = {
 class Bare:
     """Forward and backward of a run's network, compiled, laid out and in number formats as there, and nothing else."""
 
-    def __init__(self, run: Run, size: int) -> None:
+    def __init__(self, run: Trainer, size: int) -> None:
         self.run = run
-        self.model = copy.deepcopy(run.task.model).train()
+        self.model = copy.deepcopy(run.model).train()
         self.network = run.execution.compiled(self.model)
         images = torch.randn(run.batching.batch_size, 3, size, size, device=run.device)
         labels = torch.randint(CLASSES, (len(images),), device=run.device)
-        self.images, self.labels = run.execution.lay_out((images, labels))
+        self.images, self.labels = run.execution.to_memory_format((images, labels))
 
     def passes(self) -> None:
         """As many as an epoch has updates."""
@@ -78,10 +78,10 @@ class Bare:
 
 
 def measure_training(config: Config, samples: Dataset, size: int, rounds: int, device: torch.device) -> bench.Row:
-    task = build(config)(device)
+    task = task_builder(config)(device)
     loader = plain_loader(samples, config.train.batch_size, device)
     plain = Plain(copy.deepcopy(task.model), loader, device)  # a run lays out its own
-    run = Run(config, task, Ranks(device))
+    run = Trainer(config, task, World(device))
     bare, count, precision = Bare(run, size), task.dataset.num_train, run.execution.precision
 
     def plain_rate() -> float:
@@ -117,7 +117,7 @@ def measure_input(
     config: Config, samples: Dataset, peak: Callable[[], float], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Images a second of ours and of the plain loader, and what `peak` gives."""
-    dataset, batching = build(config)(device).dataset, Batching(config.train.batch_size)
+    dataset, batching = task_builder(config)(device).dataset, Batching(config.train.batch_size)
     generator, loader = torch.Generator(device), plain_loader(samples, batching.batch_size, device)
 
     def ours() -> None:

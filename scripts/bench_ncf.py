@@ -28,10 +28,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from lawn.compose import compose
 from lawn.data.batching import Batching
 from lawn.data.interactions import Interactions
-from lawn.task import build
-from lawn.train.loop import Run
-from lawn.train.ranks import Ranks
+from lawn.task import task_builder
+from lawn.train.distributed import World
 from lawn.train.throughput import flops_per_sample, peak_flops
+from lawn.train.trainer import Trainer
 from scripts import bench
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,10 +113,10 @@ def measure(name: str, batch_size: int, rounds: int, data_dir: Path, device: tor
     overrides = (f"dataset={name}", f"data_dir={data_dir.resolve()}", f"train.batch_size={batch_size}")
     # As many epochs as make the choices of a long run, none of them evaluated.
     config = compose(*overrides, "train.epochs=1000", "eval.every=1000", f"model.factors={FACTORS}")
-    task = build(config)(device)
+    task = task_builder(config)(device)
     assert isinstance(task.dataset, Interactions)
     plain = Plain(task.dataset, batch_size, device)
-    run = Run(config, task, Ranks(device))
+    run = Trainer(config, task, World(device))
     found = bench.turns(
         {
             "ours": lambda: bench.training_rate(run),
@@ -126,7 +126,7 @@ def measure(name: str, batch_size: int, rounds: int, data_dir: Path, device: tor
         rounds,
     )
     _, batch = next(task.dataset.train_batches(Batching(batch_size), torch.Generator(device)))
-    flops = {"of the network": plain.flops(), "computed": flops_per_sample(task, batch)}
+    flops = {"of the network": plain.flops(), "computed": flops_per_sample(task, task.model, batch)}
     share = bench.median_ratio(found["ours"], found["peak"])
     return {
         "samples_per_second": round(statistics.median(found["ours"])),

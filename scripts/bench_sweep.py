@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from lawn.compose import compose
-from lawn.task import build
-from lawn.train.loop import Run
-from lawn.train.ranks import Ranks
-from lawn.train.together import Together
+from lawn.task import task_builder
+from lawn.train.distributed import World
+from lawn.train.trainer import Trainer
+from lawn.train.vectorized import VectorizedTrainer
 from scripts import bench
 
 SWEEPS = {  # by device: runs, batch size, factors, optimizer, whether each run has a seed of its own
@@ -46,13 +46,15 @@ def measure(given: Namespace, count: int, batch_size: int, factors: int, optim: 
         *("train.epochs=1000", "eval.every=1000", *(["optim.free_epochs=0.5"] if "lawn" in optim else [])),
     ]
     configs = [compose(*common, f"optim.lr={1e-4 * (k + 1):g}", f"seed={k if seeds else 0}") for k in range(count)]
-    dataset = build(configs[0])(device).dataset
-    alone, *runs = (Run(config, build(config)(device, dataset), Ranks(device)) for config in (configs[0], *configs))
-    together = Together(runs)
+    dataset = task_builder(configs[0])(device).dataset
+    alone, *runs = (
+        Trainer(config, task_builder(config)(device, dataset), World(device)) for config in (configs[0], *configs)
+    )
+    vectorized = VectorizedTrainer(runs)
 
     def epoch_together() -> float:
         before = sum(run.seconds["train"] for run in runs)
-        together.next_epoch()
+        vectorized.train_epoch()
         return sum(run.seconds["train"] for run in runs) - before
 
     def epoch_alone() -> float:

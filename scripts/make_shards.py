@@ -18,7 +18,7 @@ import numpy as np
 from webdataset import ShardWriter
 
 from lawn.data.imagenet import Files, parts
-from lawn.data.photos import decode
+from lawn.data.jpeg import decode
 from lawn.data.shards import INDEX
 from lawn.errors import DataError, UserError
 from lawn.files import write_text

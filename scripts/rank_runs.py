@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from lawn.errors import RunError
 from lawn.files import write_text
-from lawn.train.record import LAST_KEY, read_config, read_environment, read_result
+from lawn.train.run_directory import LAST_KEY, read_config, read_environment, read_result
 
 
 def read(folder: Path, split: str) -> pd.DataFrame:

@@ -7,7 +7,7 @@ import torch
 from lawn.config import Config, register
 from lawn.data.movielens import movielens1m
 from lawn.data.ratings import read_ratings
-from tests.data.test_images import write_cifar
+from tests.data.test_in_memory import write_cifar
 from tests.helpers import compose, synthetic_ratings, write_folders, write_ratings, write_three_files
 
 torch.set_num_threads(1)  # small tensors: threads only get in each other's way

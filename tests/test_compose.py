@@ -1,7 +1,7 @@
 import pytest
 
 from lawn import compose as module
-from lawn.compose import compose, refuse_sweeps, unchecked
+from lawn.compose import compose, compose_unchecked, refuse_sweeps
 from lawn.errors import ConfigError, UserError
 
 
@@ -24,7 +24,7 @@ def test_what_cannot_be_is_one_line_without_hydras_traceback(override, words):
 
 
 def test_a_sweep_preset_has_to_be_a_point_of_its_grid():
-    _, swept = unchecked("sweep=e_free")
+    _, swept = compose_unchecked("sweep=e_free")
     assert list(swept) == ["optim.free_epochs"]
     with pytest.raises(ConfigError, match=r"^sweep=e_free: optim.free_epochs has the values .*; add -m"):
         refuse_sweeps(["sweep=e_free"], swept)

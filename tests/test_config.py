@@ -3,8 +3,8 @@ import pytest
 from lawn.config import GROUPS, config_hash, identity, run_name
 from lawn.errors import ConfigError
 from lawn.optimizers import OPTIMIZERS, optimizer_arguments
-from lawn.task import TASKS, build
-from lawn.train import logger
+from lawn.task import TASKS, task_builder
+from lawn.train.logger import LOGGERS, logger_builder
 from tests.helpers import ROOT, compose
 
 MEMBERS = [
@@ -18,9 +18,9 @@ def test_every_member_composes_and_its_arguments_fit(group, member):
     dataset = {"ncf_mlp": "movielens100k", "bce": "movielens100k", "vgg19": "cifar10", "resnet50": "imagenet"}
     overrides = [f"dataset={dataset[member]}"] if member in dataset else []
     config = compose(*overrides, f"{group}={member}")
-    build(config)
+    task_builder(config)
     optimizer_arguments(config)
-    logger.make(config)
+    logger_builder(config)
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
@@ -29,7 +29,7 @@ def test_every_member_composes_and_its_arguments_fit(group, member):
 )
 def test_every_dataset_goes_with_every_optimizer_and_a_single_epoch(dataset, optim):
     config = compose(f"dataset={dataset}", f"optim={optim}", "train.epochs=1")
-    build(config)
+    task_builder(config)
     optimizer_arguments(config)
 
 
@@ -39,7 +39,7 @@ def test_groups_and_code_name_the_same_members():
     assert files["dataset"] == {name for task in TASKS for name in task.datasets}
     assert files["model"] == {name for task in TASKS for name in task.models}
     assert files["loss"] == {name for task in TASKS for name in task.losses}
-    assert files["logger"] == set(logger.LOGGERS)
+    assert files["logger"] == set(LOGGERS)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_keys_that_do_not_apply(overrides, message):
 )
 def test_members_that_do_not_fit(overrides, message):
     with pytest.raises(ConfigError, match=message):
-        build(compose(*overrides))
+        task_builder(compose(*overrides))
 
 
 def test_a_schedule_free_optimizer_brings_its_schedule():
@@ -127,13 +127,13 @@ def test_a_schedule_free_optimizer_brings_its_schedule():
 @pytest.mark.parametrize("dataset", DATASETS)
 @pytest.mark.parametrize("gamma", [0.5, 2, 5])
 def test_focal_loss_goes_with_every_dataset(dataset, gamma):
-    build(compose(f"dataset={dataset}", "loss=focal", f"loss.gamma={gamma}"))
+    task_builder(compose(f"dataset={dataset}", "loss=focal", f"loss.gamma={gamma}"))
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
 @pytest.mark.parametrize("loss", ["label_smoothing", "flooding"])
 def test_the_other_losses_of_the_paper_go_with_every_dataset(dataset, loss):
-    build(compose(f"dataset={dataset}", f"loss={loss}"))
+    task_builder(compose(f"dataset={dataset}", f"loss={loss}"))
 
 
 def test_the_hash_is_of_what_defines_the_run():

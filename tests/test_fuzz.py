@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import run as run_module
 from lawn.config import GROUPS, Config
 from lawn.train import launch
-from lawn.train.record import RunDirectory
+from lawn.train.run_directory import RunDirectory
 from tests.helpers import ROOT
 
 MEMBERS = {group: sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml")) for group in GROUPS}
@@ -169,8 +169,8 @@ def command(arguments: list[str]) -> tuple[int, list[Config]]:
         return {}
 
     with (
-        patch.object(launch, "_run", take),
-        patch.object(launch, "_run_in_ranks", take),
+        patch.object(launch, "run_rank", take),
+        patch.object(launch, "run_in_processes", take),
         patch.object(sys, "argv", ["run.py", *arguments]),
         patch.dict("os.environ", HYDRA_FULL_ERROR="0"),
     ):

@@ -14,8 +14,8 @@ import torch
 from lawn.data.cifar import cifar10
 from lawn.errors import DataError, RunError
 from lawn.train import train
-from lawn.train.record import CHECKPOINT_VERSION, RunDirectory
-from tests.data.test_images import write_cifar
+from lawn.train.run_directory import CHECKPOINT_VERSION, RunDirectory
+from tests.data.test_in_memory import write_cifar
 from tests.helpers import ROOT
 
 UNPICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lawn.data.cifar import cifar10, cifar100
+from lawn.data.download import CountMismatch
 from lawn.data.imagenet import FolderImages, imagenet
 from lawn.data.movielens import movielens1m, movielens100k
 from lawn.data.pinterest import pinterest
-from lawn.data.published import Deviation
 from lawn.errors import DataError, UserError
 
 IMAGES: dict[str, Any] = {"seed": 0, "val_fraction": 0.1}
@@ -71,7 +71,7 @@ def show(name: str, data: Any, mode: str) -> None:
         damaged = list(data.damaged()) if isinstance(data, FolderImages) else []
         for line in damaged:
             print(f"damaged: {line}", flush=True)
-        wrong = [warning for warning in data.warnings if isinstance(warning, Deviation)]
+        wrong = [warning for warning in data.warnings if isinstance(warning, CountMismatch)]
         if damaged or wrong:
             raise DataError(f"{name}: {len(wrong)} counts are not as published, {len(damaged)} files are damaged")
 

@@ -1,4 +1,4 @@
-"""How the samples of an epoch are shared out: over updates, over micro-batches, over ranks."""
+"""The split of an epoch's samples into updates, micro-batches and ranks."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -9,11 +9,12 @@ from typing import NamedTuple, TypeVar
 T = TypeVar("T")
 
 
-class Part(NamedTuple):
+class MicroBatch(NamedTuple):
     """One micro-batch of one rank: positions `start` to `stop` in the order of the epoch.
 
     `share` is its weight in the mean loss of the update, whose samples are at positions `update`. It is 0 where an
-    update has too few samples for all ranks: then the part is a sample of another rank, computed and not counted.
+    update has fewer samples than there are ranks: the micro-batch is then a sample of another rank, computed but not
+    counted.
     """
 
     start: int
@@ -24,50 +25,53 @@ class Part(NamedTuple):
     last: bool
 
     @property
-    def within(self) -> slice:
+    def within_update(self) -> slice:
         """The same positions, counted from the first sample of the update."""
         return slice(self.start - self.update.start, self.stop - self.update.start)
 
 
 @dataclass(frozen=True)
 class Batching:
-    """The global batch, cut into parts of equal size to within one sample, the same number for every rank, none
-    larger than `micro_batch_size`. Where the number of parts is the same, a sample is in the same part for any number
-    of ranks, so that batch norm sees the same. The first `skip` updates of an epoch are left out: they are done."""
+    """Splits each global batch into micro-batches of at most `micro_batch_size` samples.
+
+    Their sizes differ by at most one sample, and each rank has equally many. For the same total number of
+    micro-batches a sample is in the same one on any number of ranks, so batch norm sees the same samples. The first
+    `skip` updates of an epoch, which are done, are omitted.
+    """
 
     batch_size: int
     micro_batch_size: int | None = None
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     skip: int = 0
 
     def updates(self, samples: int) -> int:
-        """Updates in an epoch of that many samples."""
+        """The updates in an epoch of so many samples."""
         return ceil(samples / self.batch_size)
 
-    def parts(self, samples: int) -> Iterator[Part]:
-        """The parts of this rank in an epoch of that many samples."""
+    def micro_batches(self, samples: int) -> Iterator[MicroBatch]:
+        """The micro-batches of this rank in an epoch of so many samples."""
         for start in range(self.skip * self.batch_size, samples, self.batch_size):
             size = min(self.batch_size, samples - start)
             update = slice(start, start + size)
-            each = ceil(size / self.world)
+            each = ceil(size / self.world_size)
             rounds = ceil(each / (self.micro_batch_size or each))
-            pieces = rounds * self.world
+            pieces = rounds * self.world_size
             for k in range(rounds):
                 piece = self.rank * rounds + k
                 begin, end = (start + size * i // pieces for i in (piece, piece + 1))
                 share = (end - begin) / size
                 if begin == end:
                     begin, end = (begin, begin + 1) if begin < update.stop else (begin - 1, begin)
-                yield Part(begin, end, update, share, first=k == 0, last=k == rounds - 1)
+                yield MicroBatch(begin, end, update, share, first=k == 0, last=k == rounds - 1)
 
-    def rest(self, batches: Iterable[T], samples: int) -> Iterator[tuple[Part, T]]:
-        """The parts with their batches, from batches of the whole epoch, skipped updates among them."""
-        whole = list(replace(self, skip=0).parts(samples))
-        parts = list(self.parts(samples))
-        yield from zip(parts, islice(batches, len(whole) - len(parts), None), strict=True)
+    def remaining(self, batches: Iterable[T], samples: int) -> Iterator[tuple[MicroBatch, T]]:
+        """Pairs of micro-batch and batch, from the batches of the whole epoch including those of skipped updates."""
+        whole = list(replace(self, skip=0).micro_batches(samples))
+        remaining = list(self.micro_batches(samples))
+        yield from zip(remaining, islice(batches, len(whole) - len(remaining), None), strict=True)
 
 
-def chunk(samples: int, rank: int, world: int) -> slice:
-    """The share of a rank when nothing is random: consecutive samples, equally many to within one."""
-    return slice(samples * rank // world, samples * (rank + 1) // world)
+def shard(samples: int, rank: int, world_size: int) -> slice:
+    """The consecutive samples of a rank in evaluation; the sizes of the ranks differ by at most one."""
+    return slice(samples * rank // world_size, samples * (rank + 1) // world_size)

@@ -6,9 +6,8 @@ from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
-from lawn.data.fetch import download, member
-from lawn.data.images import DeviceImages, device_images
-from lawn.data.published import deviations
+from lawn.data.download import count_mismatches, download, member
+from lawn.data.in_memory import InMemoryImages, in_memory_images
 from lawn.errors import DataError
 from lawn.files import atomic
 
@@ -45,25 +44,25 @@ CIFAR100 = Release(
 )
 
 
-def cifar10(root: Path, split: str, *, seed: int, val_fraction: float, limit: int | None = None) -> DeviceImages:
+def cifar10(root: Path, split: str, *, seed: int, val_fraction: float, limit: int | None = None) -> InMemoryImages:
     """Reads `root`/cifar10; downloads to it what is not there."""
     return _load(root / "cifar10", CIFAR10, 10, split, seed, val_fraction, limit)
 
 
-def cifar100(root: Path, split: str, *, seed: int, val_fraction: float, limit: int | None = None) -> DeviceImages:
+def cifar100(root: Path, split: str, *, seed: int, val_fraction: float, limit: int | None = None) -> InMemoryImages:
     """Reads `root`/cifar100; downloads to it what is not there."""
     return _load(root / "cifar100", CIFAR100, 100, split, seed, val_fraction, limit)
 
 
 def _load(
     folder: Path, release: Release, classes: int, split: str, seed: int, val_fraction: float, limit: int | None
-) -> DeviceImages:
+) -> InMemoryImages:
     for part in PARTS:
         if not (folder / f"{part}.npz").exists():
             _cache(folder, release, part)
     train, test = (_read(folder / f"{part}.npz", classes) for part in PARTS)
     found = {"training images": len(train[1]), "test images": len(test[1])}
-    return device_images(
+    return in_memory_images(
         train,
         test,
         split=split,
@@ -72,7 +71,7 @@ def _load(
         seed=seed,
         num_classes=classes,
         padding=PADDING,
-        warnings=deviations(folder.name, found, PUBLISHED),
+        warnings=count_mismatches(folder.name, found, PUBLISHED),
     )
 
 

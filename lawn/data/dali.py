@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lawn.data.batching import Batching, Part, chunk
+from lawn.data.batching import Batching, MicroBatch, shard
 from lawn.data.imagenet import Files, FolderImages
-from lawn.data.photos import RATIO, SCALE, decode, epoch, normalized, short_side
+from lawn.data.jpeg import RATIO, SCALE, decode, epoch, normalized, short_side
 from lawn.errors import ConfigError, DataError
 
 try:
@@ -30,16 +30,18 @@ class DaliImages(FolderImages):
 
     def train_batches(
         self, batching: Batching, generator: torch.Generator
-    ) -> Iterator[tuple[Part, tuple[Tensor, Tensor]]]:
+    ) -> Iterator[tuple[MicroBatch, tuple[Tensor, Tensor]]]:
         seed = generator.initial_seed()
         order, _ = epoch(seed, self.num_train)
-        parts = replace(batching, skip=0).parts(self.num_train)  # the draws of a pipeline are in its order
-        rows = [order[part.start : part.stop] for part in parts]
+        micro_batches = replace(batching, skip=0).micro_batches(self.num_train)  # as a pipeline draws
+        rows = [order[micro_batch.start : micro_batch.stop] for micro_batch in micro_batches]
         drawn = int(np.random.SeedSequence([seed, batching.rank]).generate_state(1)[0] >> 1)
-        yield from batching.rest(self._decoded(self.train, rows, drawn), self.num_train)
+        yield from batching.remaining(self._decoded(self.train, rows, drawn), self.num_train)
 
-    def eval_batches(self, rank: int = 0, world: int = 1, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
-        mine = chunk(len(self.held_out.labels), rank, world)
+    def eval_batches(
+        self, rank: int = 0, world_size: int = 1, batch_size: int = 256
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        mine = shard(len(self.held_out.labels), rank, world_size)
         if mine.start < mine.stop:
             yield from self._decoded(self.held_out, torch.arange(mine.start, mine.stop).split(batch_size))
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lawn.data.images import DeviceImages, device_images
+from lawn.data.in_memory import InMemoryImages, in_memory_images
 
 TEST_SIZE = 360  # a fifth, stratified, always the same
 
 
-def digits(root: Path, split: str, *, seed: int, val_fraction: float, limit: int | None = None) -> DeviceImages:
+def digits(root: Path, split: str, *, seed: int, val_fraction: float, limit: int | None = None) -> InMemoryImages:
     """`root` is not used. Pixels are 0 to 16. No augmentation: a mirrored digit is another one or none."""
     from sklearn.datasets import load_digits  # a second to import: only for those who use it
     from sklearn.model_selection import train_test_split
@@ -19,7 +19,7 @@ def digits(root: Path, split: str, *, seed: int, val_fraction: float, limit: int
     train_x, test_x, train_y, test_y = train_test_split(
         images, data.target, test_size=TEST_SIZE, random_state=0, stratify=data.target
     )
-    return device_images(
+    return in_memory_images(
         (train_x, train_y),
         (test_x, test_y),
         split=split,

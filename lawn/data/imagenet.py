@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lawn.data.batching import Batching, Part, chunk
+from lawn.data.batching import Batching, MicroBatch, shard
+from lawn.data.download import count_mismatches
 from lawn.data.fingerprint import Fingerprint, checksum
-from lawn.data.images import split_and_limit
-from lawn.data.photos import Crop, Photos, decode, epoch, seeded
-from lawn.data.published import deviations
+from lawn.data.in_memory import split_and_limit
+from lawn.data.jpeg import Crop, JPEGImages, decode, epoch, seeded
 from lawn.errors import DataError
 
 PUBLISHED = {"classes": 1000, "training images": 1_281_167, "validation images": 50_000}
@@ -28,7 +28,7 @@ class Files(NamedTuple):
     labels: np.ndarray
 
 
-class FolderImages(Photos):
+class FolderImages(JPEGImages):
     """Images decoded and augmented by worker processes, moved to the device batch by batch.
 
     What becomes of an image in an epoch depends on nothing but the epoch's seed and the image's number.
@@ -48,14 +48,16 @@ class FolderImages(Photos):
 
     def train_batches(
         self, batching: Batching, generator: torch.Generator
-    ) -> Iterator[tuple[Part, tuple[Tensor, Tensor]]]:
+    ) -> Iterator[tuple[MicroBatch, tuple[Tensor, Tensor]]]:
         """One epoch in random order: normalized float images and labels. The last batch may be smaller."""
         self._epoch.batching, self._epoch.seed = batching, generator.initial_seed()
-        yield from zip(batching.parts(self.num_train), self._batches(self._train_loader), strict=True)
+        yield from zip(batching.micro_batches(self.num_train), self._batches(self._train_loader), strict=True)
 
-    def eval_batches(self, rank: int = 0, world: int = 1, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+    def eval_batches(
+        self, rank: int = 0, world_size: int = 1, batch_size: int = 256
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """A rank's share of the evaluation split, in order, without augmentation."""
-        mine = chunk(len(self.held_out.labels), rank, world)
+        mine = shard(len(self.held_out.labels), rank, world_size)
         drawn = [(index, 0) for index in range(mine.start, mine.stop)]  # the center needs no seed
         yield from self._batches(self._loader(Samples(self.held_out, self.plain), batch_size=batch_size, sampler=drawn))
 
@@ -108,8 +110,8 @@ class Epoch:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order, seeds = epoch(self.seed, self.samples)
-        for part in self.batching.parts(self.samples):
-            index = order[part.start : part.stop]
+        for micro_batch in self.batching.micro_batches(self.samples):
+            index = order[micro_batch.start : micro_batch.stop]
             yield list(zip(index.tolist(), seeds[index].tolist(), strict=True))
 
 
@@ -156,7 +158,7 @@ def imagenet(
     limit: int | None = None,
     loader: str | None = None,
     shards: str | None = None,
-) -> Photos:
+) -> JPEGImages:
     """Reads `root`/imagenet, or `shards`. split="val" holds out a stratified `val_fraction` of the training images.
 
     Training: random resized crop and flip; evaluation: resize the short side to image_size * 256/224, center crop.
@@ -184,7 +186,7 @@ def imagenet(
     )
     if held_paths is not None and held_labels is not None:
         held_out = Files(held_paths, held_labels)
-    warnings = deviations("imagenet", found, PUBLISHED)
+    warnings = count_mismatches("imagenet", found, PUBLISHED)
     return kind(Files(paths, labels), held_out, len(classes), image_size, workers, warnings)
 
 

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lawn.data.batching import Batching, Part, chunk
+from lawn.data.batching import Batching, MicroBatch, shard
 from lawn.data.fingerprint import Fingerprint, checksum
 
 
@@ -50,7 +50,7 @@ class Interactions:
 
     def train_batches(
         self, batching: Batching, generator: torch.Generator
-    ) -> Iterator[tuple[Part, tuple[Tensor, Tensor, Tensor]]]:
+    ) -> Iterator[tuple[MicroBatch, tuple[Tensor, Tensor, Tensor]]]:
         """One epoch in random order: users, items and labels (1.0 positive, 0.0 negative)."""
         negatives = self.unseen.sample(self.users, self.negatives, generator)
         items = torch.cat([self.items[:, None], negatives], dim=1)
@@ -59,14 +59,14 @@ class Interactions:
         samples[:, 0] |= 1
         samples = samples.flatten()
         order = torch.randperm(self.num_train, generator=generator, device=items.device, dtype=torch.int32)
-        for part in batching.parts(self.num_train):
-            sample = samples.index_select(0, order[part.start : part.stop])
-            yield part, (sample >> 32, (sample >> 1) & 0x7FFFFFFF, (sample & 1).float())
+        for micro_batch in batching.micro_batches(self.num_train):
+            sample = samples.index_select(0, order[micro_batch.start : micro_batch.stop])
+            yield micro_batch, (sample >> 32, (sample >> 1) & 0x7FFFFFFF, (sample & 1).float())
 
-    def eval_batches(self, rank: int = 0, world: int = 1, pairs: int = 2**18) -> Iterator[tuple[Tensor, Tensor]]:
+    def eval_batches(self, rank: int = 0, world_size: int = 1, pairs: int = 2**18) -> Iterator[tuple[Tensor, Tensor]]:
         """A rank's users [B] and their candidates [B, 1 + C], about `pairs` of a user and an item at a time."""
         users = max(1, pairs // self.candidates.shape[1])
-        mine = chunk(len(self.candidates), rank, world)
+        mine = shard(len(self.candidates), rank, world_size)
         yield from zip(self.candidate_users[mine].split(users), self.candidates[mine].split(users), strict=True)
 
     @cached_property

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from lawn.data.fetch import download, member
+from lawn.data.download import download, member
+from lawn.data.he2017 import he2017
 from lawn.data.interactions import Interactions
 from lawn.data.ratings import count_warnings, leave_one_out, naming, read_ratings
-from lawn.data.three_files import three_files
 from lawn.errors import DataError
 from lawn.files import atomic
 
@@ -35,7 +35,7 @@ def movielens1m(
     """
     options = {"seed": seed, "negatives": negatives, "candidates": candidates}
     if prefix is not None:
-        return three_files(root, prefix, split, published=PUBLISHED["ml-1m"], **options)
+        return he2017(root, prefix, split, published=PUBLISHED["ml-1m"], **options)
     return _official(root, "ml-1m", "ratings.dat", "::", split=split, **options)
 
 

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
+from lawn.data.he2017 import he2017
 from lawn.data.interactions import Interactions
-from lawn.data.three_files import three_files
 
 PUBLISHED = {"users": 55_187, "items": 9_916, "ratings": 1_500_809}
 
 
 def pinterest(root: Path, split: str, *, seed: int, negatives: int, candidates: int, prefix: str) -> Interactions:
     """Reads `root`/PREFIX/PREFIX.*, three files; the released ones are pinterest-20 and downloaded when not there."""
-    return three_files(root, prefix, split, seed=seed, negatives=negatives, candidates=candidates, published=PUBLISHED)
+    return he2017(root, prefix, split, seed=seed, negatives=negatives, candidates=candidates, published=PUBLISHED)

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lawn.data.download import count_mismatches
 from lawn.data.interactions import Interactions, Unseen
-from lawn.data.published import deviations
 from lawn.errors import ConfigError, DataError
 
 
@@ -244,4 +244,4 @@ def count_warnings(name: str, published: dict[str, int], *ratings: Ratings) -> l
         "items": len(np.unique(np.concatenate([r.items for r in ratings]))),
         "ratings": sum(map(len, ratings)),
     }
-    return deviations(name, found, published)
+    return count_mismatches(name, found, published)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from lawn.data.batching import Batching, Part, chunk
+from lawn.data.batching import Batching, MicroBatch, shard
+from lawn.data.download import count_mismatches
 from lawn.data.fingerprint import Fingerprint, checksum
-from lawn.data.photos import Crop, Photos, decode, epoch, seeded
-from lawn.data.published import deviations
+from lawn.data.jpeg import Crop, JPEGImages, decode, epoch, seeded
 from lawn.errors import ConfigError, DataError
 
 try:
@@ -49,12 +49,12 @@ class Sample(NamedTuple):
     label: bytes  # a number in decimal digits
 
 
-class ShardImages(Photos):
+class ShardImages(JPEGImages):
     """Images streamed from shards by worker processes.
 
-    An epoch is every shard in random order, laid end to end; each rank reads a stretch of it, of as many samples as
-    its parts have, each of its workers a stretch of that, and shuffles within a buffer. So an epoch has every sample
-    once, for any number of ranks and workers; its order depends on them, the augmentation of a sample does not.
+    An epoch concatenates all shards in random order. Each rank reads a consecutive range of it, as long as its
+    micro-batches together; each worker reads a part of that range and shuffles within a buffer. So an epoch has every
+    sample once on any number of ranks and workers. Its order depends on them; the augmentation of a sample does not.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class ShardImages(Photos):
     @property
     def num_train(self) -> int:
         """Training samples of one epoch."""
-        return sum(shard.size for shard in self.train)
+        return sum(s.size for s in self.train)
 
     def train_batches(
         self, batching: Batching, generator: torch.Generator
-    ) -> Iterator[tuple[Part, tuple[Tensor, Tensor]]]:
+    ) -> Iterator[tuple[MicroBatch, tuple[Tensor, Tensor]]]:
         """One epoch: normalized float images and labels. The last batch may be smaller."""
         seed = generator.initial_seed()
         order, _ = epoch(seed, len(self.train))
@@ -84,18 +84,23 @@ class ShardImages(Photos):
         start = sum(sum(self._sizes(replace(whole, rank=rank))) for rank in range(batching.rank))
         shards = [self.train[k] for k in order.tolist()]
         stream = Stream(shards, start, self._sizes(whole), self.num_classes, self.augment, seed)
-        yield from batching.rest(self._batches(self._loader(stream, batch_size=None)), self.num_train)
+        yield from batching.remaining(self._batches(self._loader(stream, batch_size=None)), self.num_train)
 
-    def eval_batches(self, rank: int = 0, world: int = 1, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+    def eval_batches(
+        self, rank: int = 0, world_size: int = 1, batch_size: int = 256
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """A rank's share of the evaluation split, without augmentation, in an order that depends on the workers."""
-        mine = chunk(sum(shard.size for shard in self.held_out), rank, world)
+        mine = shard(sum(s.size for s in self.held_out), rank, world_size)
         sizes = [min(batch_size, mine.stop - start) for start in range(mine.start, mine.stop, batch_size)]
         stream = Stream(self.held_out, mine.start, sizes, self.num_classes, self.plain)
         yield from self._batches(self._loader(stream, batch_size=None))
 
     def _sizes(self, batching: Batching) -> list[int]:
         """Samples in each of a rank's parts; 0 for those that do not count."""
-        return [part.stop - part.start if part.share else 0 for part in batching.parts(self.num_train)]
+        return [
+            micro_batch.stop - micro_batch.start if micro_batch.share else 0
+            for micro_batch in batching.micro_batches(self.num_train)
+        ]
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -103,7 +108,7 @@ class ShardImages(Photos):
         names = [f"{shard.url.rpartition('/')[2]} {shard.size}" for shard in [*self.train, *self.held_out]]
         return {
             "training images": self.num_train,
-            "evaluation images": sum(shard.size for shard in self.held_out),
+            "evaluation images": sum(s.size for s in self.held_out),
             "classes": self.num_classes,
             "checksum of the shards' names": checksum(names),
         }
@@ -111,7 +116,7 @@ class ShardImages(Photos):
     def statistics(self) -> dict[str, object]:
         return {
             "training images": self.num_train,
-            "evaluation images": sum(shard.size for shard in self.held_out),
+            "evaluation images": sum(s.size for s in self.held_out),
             "classes": self.num_classes,
             "training shards": len(self.train),
         }
@@ -142,7 +147,7 @@ class Stream(IterableDataset):
         mine = self.sizes[worker::workers]
         start = self.start + sum(sum(self.sizes[other::workers]) for other in range(worker))
         samples = between(self.shards, start, start + sum(mine))
-        total = sum(shard.size for shard in self.shards)
+        total = sum(s.size for s in self.shards)
         seeds = None
         if self.seed is not None:
             samples = shuffle(BUFFER, initial=BUFFER, rng=random.Random(f"{self.seed}, {start}"))(samples)
@@ -168,37 +173,37 @@ class Stream(IterableDataset):
 
 def between(shards: Sequence[Shard], start: int, stop: int) -> Iterator[Sample]:
     """The samples at positions `start` to `stop` of the shards laid end to end."""
-    for shard in shards:
-        first, last = max(start, 0), min(stop, shard.size)
+    for one in shards:
+        first, last = max(start, 0), min(stop, one.size)
         if first < last:
-            yield from read(shard, first, last)
-        start, stop = start - shard.size, stop - shard.size
+            yield from read(one, first, last)
+        start, stop = start - one.size, stop - one.size
 
 
-def read(shard: Shard, start: int, stop: int) -> Iterator[Sample]:
-    """The samples at positions `start` to `stop` of one shard. Raises DataError where it is not as its index says.
+def read(source: Shard, start: int, stop: int) -> Iterator[Sample]:
+    """The samples at positions `start` to `stop` of one source. Raises DataError where it is not as its index says.
 
     Of a sample `jpg` and `cls` are read and nothing else, so that there is nothing that could be unpickled.
     """
     wanted = {"select_files": lambda name: name.lower().endswith((".jpg", ".cls"))}
     count = 0
     try:
-        stream = gopen(shard.url)
+        stream = gopen(source.url)
         try:
-            for sample in group_by_keys(tar_file_expander([{"url": shard.url, "stream": stream}], **wanted)):
+            for sample in group_by_keys(tar_file_expander([{"url": source.url, "stream": stream}], **wanted)):
                 if start <= count < stop:
-                    name = f"{shard.url}: {sample['__key__']}"
-                    yield Sample(shard.first + count, name, sample.get("jpg", b""), sample.get("cls", b""))
+                    name = f"{source.url}: {sample['__key__']}"
+                    yield Sample(source.first + count, name, sample.get("jpg", b""), sample.get("cls", b""))
                 count += 1
-                if count == stop < shard.size:
+                if count == stop < source.size:
                     return
         finally:
             set_options(stream, ignore_errors=True)  # whoever has what he came for closes a pipe early
             stream.close()
     except Exception as error:  # what the damage or the network makes it raise
-        raise DataError(f"{shard.url}: {_reason(error)} after {count} samples; get the shard again") from error
-    if count != shard.size:
-        raise DataError(f"{shard.url}: {count} samples, but {INDEX} has {shard.size}; get both again")
+        raise DataError(f"{source.url}: {_reason(error)} after {count} samples; get the shard again") from error
+    if count != source.size:
+        raise DataError(f"{source.url}: {count} samples, but {INDEX} has {source.size}; get both again")
 
 
 def shard_images(
@@ -209,19 +214,19 @@ def shard_images(
     classes, train, held_out = read_index(prefix)
     found = {
         "classes": len(classes),
-        "training images": sum(shard.size for shard in train),
-        "validation images": sum(shard.size for shard in held_out),
+        "training images": sum(s.size for s in train),
+        "validation images": sum(s.size for s in held_out),
     }
     if split == "val":
         wanted = val_fraction * found["training images"]
-        keep = next(k for k in range(len(train) - 1, -1, -1) if sum(shard.size for shard in train[k:]) >= wanted)
+        keep = next(k for k in range(len(train) - 1, -1, -1) if sum(s.size for s in train[k:]) >= wanted)
         if not keep:
             raise ConfigError(
                 f"dataset.val_fraction={val_fraction}: eval.split=val holds out whole shards, and {prefix} has "
                 f"{len(train)}; make smaller ones"
             )
         train, held_out = train[:keep], train[keep:]
-    warnings = deviations("imagenet", found, published)
+    warnings = count_mismatches("imagenet", found, published)
     return ShardImages(train, held_out, len(classes), image_size, workers, warnings)
 
 

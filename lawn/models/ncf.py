@@ -62,7 +62,7 @@ class NCFMLP(nn.Module):
     def _tables_are_smaller(self, batch_size: int) -> bool:
         return self.user.num_embeddings + self.item.num_embeddings <= 2 * batch_size
 
-    def forward_many(self, weights: dict[str, Tensor], users: Tensor, items: Tensor) -> Tensor:
+    def forward_vectorized(self, weights: dict[str, Tensor], users: Tensor, items: Tensor) -> Tensor:
         """Logits [K, B] of K networks of this form with `weights` [K, ...], each for its own pairs [K, B].
 
         The same as K calls of `forward`, in as many kernels as one.

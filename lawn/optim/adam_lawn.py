@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from lawn.optim import native, update
+from lawn.optim import cpu_kernels, update
 from lawn.optim.base import LAWNOptimizer, counter
-from lawn.optim.phase import Part, fitting, gradients
+from lawn.optim.phase import GroupUpdate, fitting, gradients
 
 
 class AdamLAWN(LAWNOptimizer):
@@ -52,7 +52,7 @@ class AdamLAWN(LAWNOptimizer):
         grads = gradients(params)
         # On a CPU torch's default is one weight after the other, and its fused form takes equal strides for granted.
         on_cpu = all(p.is_cpu and p.is_floating_point() for p in params)
-        in_one_pass = group["fused"] is not False and on_cpu and native.alike(params, grads, first, second)
+        in_one_pass = group["fused"] is not False and on_cpu and cpu_kernels.alike(params, grads, first, second)
         adam(
             params,
             grads,
@@ -72,10 +72,10 @@ class AdamLAWN(LAWNOptimizer):
             decoupled_weight_decay=True,
         )
 
-    def _constrained_update(self, part: Part) -> Tensor | None:
+    def _constrained_update(self, part: GroupUpdate) -> Tensor | None:
         return self._constrained_adam(part, trust=False)
 
-    def _constrained_adam(self, part: Part, *, trust: bool) -> Tensor | None:
+    def _constrained_adam(self, part: GroupUpdate, *, trust: bool) -> Tensor | None:
         """The constrained update of Adam-LAWN, and with `trust` of LAMB-LAWN."""
         group = part.group
         first, second, steps = self._state_of(group, part.params)

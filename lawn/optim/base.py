@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lawn.optim import keys, phase
-from lawn.optim.watch import Watch
+from lawn.optim.zero_check import ZeroCheck
 
 # Keys of torch's optimizers that do not say what an update is, or say what it is here anyway.
 IMPLEMENTATION = {"foreach", "capturable", "differentiable", "decoupled_weight_decay"}
@@ -30,12 +30,12 @@ class LAWNOptimizer(Optimizer, ABC):
         if defaults["lr"] < 0:
             raise ValueError(f"lr must not be negative, got {defaults['lr']}")
         free_steps = keys.checked_steps(free_steps)
-        self._watch = Watch()
+        self._watch = ZeroCheck()
         super().__init__(params, {**defaults, "weight_decay": 0.0, "free_steps": free_steps, "fused": fused})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._watch = Watch()
+        self._watch = ZeroCheck()
         keys.restore(self.state)
         for kept in self.state.values():
             if "step" in kept:  # on the host, where reading it waits for nothing
@@ -151,7 +151,7 @@ class LAWNOptimizer(Optimizer, ABC):
         """Update `params`, which all have a gradient, as the base optimizer does."""
 
     @abstractmethod
-    def _constrained_update(self, part: phase.Part) -> Tensor | None:
+    def _constrained_update(self, part: phase.GroupUpdate) -> Tensor | None:
         """Update the constrained parameters, each on the sphere of its norm; which blocks are zero, as in `update`."""
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lawn.optim.adam_lawn import AdamLAWN, check_adam, moments
-from lawn.optim.phase import Part, gradients
+from lawn.optim.phase import GroupUpdate, gradients
 from lawn.optim.update import real
 
 
@@ -82,7 +82,7 @@ class LAMBLAWN(AdamLAWN):
     def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         lamb(self, group, params, group["weight_decay"], float("inf"), True)
 
-    def _constrained_update(self, part: Part) -> Tensor | None:
+    def _constrained_update(self, part: GroupUpdate) -> Tensor | None:
         return self._constrained_adam(part, trust=True)
 
 

@@ -18,7 +18,7 @@ class NonFiniteError(ValueError):
 
 
 @dataclass
-class Part:
+class GroupUpdate:
     """The parameters of a group that a step updates: the free ones, and the constrained ones block after block."""
 
     group: Group
@@ -27,14 +27,14 @@ class Part:
     sizes: list[int]  # how many of `params` each block has
     norms: list[float]  # c of each block; 0.0 where it is not fixed yet
 
-    def kinds(self) -> list["Part"]:
+    def kinds(self) -> list["GroupUpdate"]:
         """The blocks in parts of one device and dtype each, which an update can work on at once."""
         if len({(p.device, p.dtype) for p in self.params}) < 2:
             return [self] if self.params else []
-        kinds: dict[tuple[torch.device, torch.dtype], Part] = {}
+        kinds: dict[tuple[torch.device, torch.dtype], GroupUpdate] = {}
         for block, c in zip(self.blocks(), self.norms, strict=True):
             key = block[0].device, block[0].dtype
-            part = kinds.setdefault(key, Part(self.group, [], [], [], []))
+            part = kinds.setdefault(key, GroupUpdate(self.group, [], [], [], []))
             part.params += block
             part.sizes.append(len(block))
             part.norms.append(c)
@@ -76,7 +76,7 @@ def is_dummy(optimizer: Optimizer) -> bool:
     return bool(gradients) and not any(g.is_sparse or bool(g.any()) for g in gradients)
 
 
-def begin(optimizer: Optimizer, known: set[tuple[Tensor, ...]]) -> list[Part]:
+def begin(optimizer: Optimizer, known: set[tuple[Tensor, ...]]) -> list[GroupUpdate]:
     """What a step works on, with the norms it needs: those of weights that are constrained for the first time are
     measured now. Norms of blocks that are not among the `known` ones, to which they are added, were loaded: they are
     compared to the weights', which waits for a device.
@@ -123,7 +123,7 @@ def switch(optimizer: Optimizer, chosen: list[int]) -> None:
         group = optimizer.param_groups[index]
         refuse(group, index)
         whole = _blocks(group, [p for p in group["params"] if p.requires_grad and is_bound(group, p)])
-        part = Part(group, [], [p for block in whole for p in block], [len(block) for block in whole], [])
+        part = GroupUpdate(group, [], [p for block in whole for p in block], [len(block) for block in whole], [])
         part.norms = _measured(part, index)
         parts.append(part)
     for part in parts:
@@ -134,7 +134,7 @@ def switch(optimizer: Optimizer, chosen: list[int]) -> None:
                 optimizer.state[p][NORM] = norms.get(p, 0.0)
 
 
-def refuse_zero(part: Part, index: int, block: int) -> None:
+def refuse_zero(part: GroupUpdate, index: int, block: int) -> None:
     """Raise for a block of a step whose weights have become zero since their norm was fixed."""
     p = part.params[sum(part.sizes[:block])]
     raise ValueError(
@@ -164,7 +164,7 @@ def fitting(group: Group, params: list[Tensor], kept: list[Tensor]) -> list[Tens
     return kept
 
 
-def _split(group: Group, state: State) -> Part:
+def _split(group: Group, state: State) -> GroupUpdate:
     """The parameters with a gradient. A block whose parameters have gradients only in part is whole."""
     due = is_due(group)
     free, bound, norms = [], [], []
@@ -185,10 +185,10 @@ def _split(group: Group, state: State) -> Part:
         else:
             free.append(p)
     if group["blocks"] is None:
-        return Part(group, free, bound, [1] * len(bound), norms)
+        return GroupUpdate(group, free, bound, [1] * len(bound), norms)
     whole = _blocks(group, bound)
     joint = [min((state.get(p) or {}).get(NORM, 0.0) for p in block) for block in whole]  # 0.0: one has joined
-    return Part(group, free, [p for block in whole for p in block], [len(block) for block in whole], joint)
+    return GroupUpdate(group, free, [p for block in whole for p in block], [len(block) for block in whole], joint)
 
 
 def _blocks(group: Group, bound: list[Tensor]) -> list[list[Tensor]]:
@@ -203,7 +203,7 @@ def _blocks(group: Group, bound: list[Tensor]) -> list[list[Tensor]]:
     return [block for block in members.values() if needed.intersection(block)]
 
 
-def _measured(part: Part, index: int) -> list[float]:
+def _measured(part: GroupUpdate, index: int) -> list[float]:
     """The present norms of a part's blocks. Raises ValueError for one that cannot be fixed."""
     norms = _present(part)
     for block, c in enumerate(norms):
@@ -216,7 +216,7 @@ def _measured(part: Part, index: int) -> list[float]:
     return norms
 
 
-def _present(part: Part) -> list[float]:
+def _present(part: GroupUpdate) -> list[float]:
     """The present norm of each block."""
     kinds = part.kinds()
     found = [update.norms(kind.params, kind.sizes).tolist() for kind in kinds]
@@ -226,7 +226,7 @@ def _present(part: Part) -> list[float]:
     return [of_block[block[0]] for block in part.blocks()]
 
 
-def _compare(part: Part, index: int, known: set[tuple[Tensor, ...]]) -> None:
+def _compare(part: GroupUpdate, index: int, known: set[tuple[Tensor, ...]]) -> None:
     """Raise ValueError for a norm that was loaded with the state of another weight, or was that of another block."""
     blocks = list(map(tuple, part.blocks()))
     if known.issuperset(blocks):

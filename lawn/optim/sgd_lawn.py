@@ -8,7 +8,7 @@ from torch.optim.sgd import sgd
 
 from lawn.optim import update
 from lawn.optim.base import LAWNOptimizer
-from lawn.optim.phase import Part, fitting, gradients
+from lawn.optim.phase import GroupUpdate, fitting, gradients
 
 
 class SGDLAWN(LAWNOptimizer):
@@ -61,7 +61,7 @@ class SGDLAWN(LAWNOptimizer):
             maximize=False,
         )
 
-    def _constrained_update(self, part: Part) -> Tensor | None:
+    def _constrained_update(self, part: GroupUpdate) -> Tensor | None:
         group = part.group
         buffers = self._state_of(group, part.params)
         blocks = update.Blocks(part.params, part.sizes, part.norms, gradients(part.params), buffers, [])

@@ -7,9 +7,9 @@ With r the base optimizer's update made from the projected gradient, and u = r -
 Since u is tangent, ||w - lr u||^2 = w.w + lr^2 u.u needs no pass over memory of its own, and as
 u.u = r.r - (w.r)^2 / w.w, neither does u. w.w is measured, not taken to be c^2: rounding does not pile up over steps.
 
-Plain torch operations here, a handful for all blocks; native.c on the CPU and triton.py on a GPU do the same in three
-passes over memory. Sums run in float64 on the CPU, where float32 sums over millions of terms are good to five digits
-only. A complex tensor is its real view.
+Plain torch operations here, a handful for all blocks; cpu_kernels.c on the CPU and triton_kernels.py on a GPU do the
+same in three passes over memory. Sums run in float64 on the CPU, where float32 sums over millions of terms are good to
+five digits only. A complex tensor is its real view.
 """
 
 import os
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lawn.optim import native
+from lawn.optim import cpu_kernels
 
 CHUNK = {"cpu": 1 << 20}  # elements that the plain update works on at a time, as far as whole blocks allow
 CHUNK_ELSEWHERE = 1 << 24
@@ -88,7 +88,7 @@ def adam(
     if (gpu := gpu_kernels(blocks.lists, fused)) is not None:
         factors = {"first": (beta1, 1 - beta1), "second": (beta2, 1 - beta2), "eps": eps}
         return gpu.step(blocks, scales, lr, adam=True, trust=trust, **factors)
-    if (compiled := native.library(fused, *blocks.lists)) is not None:
+    if (compiled := cpu_kernels.library(fused, *blocks.lists)) is not None:
         return compiled.adam(blocks.lists, blocks.sizes, blocks.norms, scales, float(lr), beta1, beta2, eps, trust)
     zero = []
     for part, at, scale in _chunks(blocks, scales):
@@ -112,7 +112,7 @@ def sgd(blocks: Blocks, *, lr: float | Tensor, momentum: float, fused: bool | No
     if (gpu := gpu_kernels(blocks.lists, fused)) is not None:
         factors = {"first": (momentum, 1.0), "second": (0.0, 0.0), "eps": 0.0}
         return gpu.step(blocks, torch.ones(2, len(blocks.sizes), device="cpu"), lr, adam=False, trust=False, **factors)
-    if (compiled := native.library(fused, *blocks.lists)) is not None:
+    if (compiled := cpu_kernels.library(fused, *blocks.lists)) is not None:
         return compiled.sgd(blocks.lists, blocks.sizes, blocks.norms, float(lr), momentum)
     zero = []
     for part, at in _chunks(blocks):
@@ -131,7 +131,7 @@ def project(blocks: Blocks, before: list[Tensor], out: list[Tensor], fused: bool
     blocks = replace(blocks, first=real(before), second=real(out))
     if (gpu := gpu_kernels(blocks.lists, fused)) is not None:
         gpu.project(blocks)
-    elif (compiled := native.library(fused, *blocks.lists)) is not None:
+    elif (compiled := cpu_kernels.library(fused, *blocks.lists)) is not None:
         compiled.project(blocks.lists, blocks.sizes)
     else:
         for part, at in _chunks(blocks):
@@ -146,7 +146,7 @@ def retract(blocks: Blocks, before: list[Tensor], fused: bool | None) -> Tensor 
     blocks = replace(blocks, first=real(before))
     if (gpu := gpu_kernels(blocks.lists, fused)) is not None:
         return gpu.retract(blocks)
-    if (compiled := native.library(fused, *blocks.lists)) is not None:
+    if (compiled := cpu_kernels.library(fused, *blocks.lists)) is not None:
         return compiled.retract(blocks.lists, blocks.sizes, blocks.norms)
     zero = []
     for part, at in _chunks(blocks):
@@ -156,16 +156,16 @@ def retract(blocks: Blocks, before: list[Tensor], fused: bool | None) -> Tensor 
 
 
 def gpu_kernels(lists: Sequence[list[Tensor]], fused: bool | None) -> ModuleType | None:
-    """triton.py, if `fused` allows it and it can work on all tensors at once; None otherwise."""
+    """triton_kernels.py, if `fused` allows it and it can work on all tensors at once; None otherwise."""
     like = lists[0][0]
     if fused is False or not (like.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return None
     try:
-        from lawn.optim import triton
+        from lawn.optim import triton_kernels
     except ImportError:
         return None
     fits = all(t.device == like.device and t.dtype == like.dtype for tensors in lists for t in tensors)
-    return triton if fits and like.dtype in triton.DTYPES and native.alike(*lists) else None
+    return triton_kernels if fits and like.dtype in triton_kernels.DTYPES and cpu_kernels.alike(*lists) else None
 
 
 def code(weight: Tensor, fused: bool | None) -> tuple[str, str]:
@@ -175,9 +175,9 @@ def code(weight: Tensor, fused: bool | None) -> tuple[str, str]:
         return "torch", ""
     if gpu_kernels([[weight]], fused) is not None:
         return "triton", ""
-    if native.library(None, [weight]) is not None:
+    if cpu_kernels.library(None, [weight]) is not None:
         return "native", ""
-    return "torch", native.build(weight.dtype)[1] if weight.is_cpu and weight.dtype in native.REAL else ""
+    return "torch", cpu_kernels.build(weight.dtype)[1] if weight.is_cpu and weight.dtype in cpu_kernels.REAL else ""
 
 
 def real(tensors: list[Tensor]) -> list[Tensor]:

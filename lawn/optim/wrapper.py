@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lawn.optim import keys, phase, update
 from lawn.optim.base import LAWNOptimizer
-from lawn.optim.watch import Watch
+from lawn.optim.zero_check import ZeroCheck
 
 HOOKED = sys.modules[Optimizer.__module__].__file__
 
@@ -64,11 +64,11 @@ class LAWN:
         self.optimizer = optimizer
         self._free_steps = free_steps
         self._fused = fused
-        self._watch = Watch()
+        self._watch = ZeroCheck()
         self._before: dict[Tensor, Tensor] = {}  # weights where the step began; kept, to be used again
         self._projected: dict[Tensor, Tensor] = {}
         self._gradients: dict[Tensor, Tensor | None] = {}  # the caller's, while the optimizer sees projected ones
-        self._parts: list[phase.Part] | None = None  # of the step that is under way
+        self._parts: list[phase.GroupUpdate] | None = None  # of the step that is under way
         self._skipped = self._dummy = False  # what that step is, if it is no update
         self._step: FrameType | None = None  # the call of `step` that it is
         self._inner = 0  # calls of parents' steps inside it
@@ -117,7 +117,7 @@ class LAWN:
         return keys.completed(state_dict, optimizer.param_groups, list(keys.DEFAULTS))
 
     def _restore(self, optimizer: Optimizer) -> None:
-        self._watch = Watch()
+        self._watch = ZeroCheck()
         keys.restore(optimizer.state)
 
     def _prepare_added(self) -> None:

@@ -1,9 +1,19 @@
-"""The training loop and the run directory."""
+"""Training runs, and run directories."""
 
-from lawn.train.launch import check, run, train
-from lawn.train.many import train_many, train_together
-from lawn.train.notice import Stopped
-from lawn.train.ranks import started_by_torchrun
-from lawn.train.submitted import reported
+from lawn.train.distributed import launched_by_torchrun
+from lawn.train.launch import run, train
+from lawn.train.multirun import train_many, train_vectorized
+from lawn.train.prepare import prepare
+from lawn.train.signals import Stopped
+from lawn.train.submitit_jobs import report_submitit_jobs
 
-__all__ = ["Stopped", "check", "reported", "run", "started_by_torchrun", "train", "train_many", "train_together"]
+__all__ = [
+    "Stopped",
+    "launched_by_torchrun",
+    "prepare",
+    "report_submitit_jobs",
+    "run",
+    "train",
+    "train_many",
+    "train_vectorized",
+]

@@ -1,22 +1,24 @@
 """Batch norm needs more than one value of a channel."""
 
+from torch import nn
+
 from lawn.data.batching import Batching
 from lawn.errors import ConfigError
 from lawn.task import Batch, Task
 from lawn.train.throughput import on_meta
 
 
-def refuse_single_values(task: Task, batch: Batch, batching: Batching) -> None:
-    """Raises ConfigError where a part of the epoch is one sample and the model cannot be trained on that: a batch norm
-    of it sees maps of 1 x 1. `batch` is any of the epoch, for the shapes; nothing is computed.
+def refuse_single_values(task: Task, model: nn.Module, batch: Batch, batching: Batching) -> None:
+    """Raise ConfigError if a micro-batch of the epoch is one sample and a batch norm of the model sees maps of 1 x 1.
+
+    `batch` is any batch of the epoch, for its shapes; nothing is computed.
     """
     samples = task.dataset.num_train
-    if min(part.stop - part.start for part in batching.parts(samples)) > 1:
+    if min(micro_batch.stop - micro_batch.start for micro_batch in batching.micro_batches(samples)) > 1:
         return
-    shadow = on_meta(task)
-    shadow.model.train()
+    shadow = on_meta(model).train()
     try:
-        shadow.loss_and_margins(tuple(t[:1].to("meta") for t in batch))
+        task.loss_and_margins(shadow, tuple(t[:1].to("meta") for t in batch))
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lawn.config import TrainConfig
 from lawn.optim import LAWNOptimizer, update
-from lawn.train.progress import say
+from lawn.train.progress import echo
 
 WORTH_COMPILING = 1000  # updates: fewer may not win back the time that compiling takes
 
@@ -69,7 +69,7 @@ class Execution:
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def lay_out(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def to_memory_format(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Images in the layout of the weights."""
         if not self.channels_last:
             return batch
@@ -84,7 +84,7 @@ def constrained_step(optimizer: Optimizer) -> dict[str, str]:
     group = optimizer.param_groups[0]
     code, problem = update.code(group["params"][0], group["fused"])
     if problem:
-        say(f"warning: constrained steps are not compiled, so they are slower and round otherwise: {problem}")
+        echo(f"warning: constrained steps are not compiled, so they are slower and round otherwise: {problem}")
     return {"constrained_step": code}
 
 

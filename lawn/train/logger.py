@@ -1,4 +1,4 @@
-"""Where the rows of metrics.csv also go."""
+"""Loggers: where the rows of metrics.csv go beside the file."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 
 from lawn.config import Config, arguments, identity
 from lawn.errors import ConfigError
-from lawn.train.progress import say
+from lawn.train.progress import echo
 
-PATIENCE_SECONDS = 60.0  # with wandb, for each thing that it is asked to do
+TIMEOUT_SECONDS = 60.0  # of each call to wandb
 
 
 class CSVLogger:
-    """Nothing more: metrics.csv is always written."""
+    """Does nothing: metrics.csv is always written."""
 
     def __init__(self, config: Config, run_id: str, directory: Path) -> None: ...
     def log(self, row: dict[str, Any]) -> None: ...
@@ -24,8 +24,11 @@ class CSVLogger:
 
 
 class WandbLogger:
-    """One wandb run for each run directory, kept when the run is resumed. A failure, and a server that does not answer,
-    is reported once and ends the logging, not the run; that of the process's other runs too where nothing answers."""
+    """One wandb run for each run directory, continued when the run is resumed.
+
+    A failure is printed once and ends the logging, not the run. A server that does not answer ends the logging of all
+    runs of the process.
+    """
 
     silent: ClassVar[bool] = False
 
@@ -39,7 +42,7 @@ class WandbLogger:
                 id=run_id,
                 name=directory.name,
                 resume="allow",
-                reinit="create_new",  # runs that are trained together log at the same time
+                reinit="create_new",  # vectorized runs log at the same time
                 dir=str(directory),
                 config={**identity(config), "logger": asdict(config.logger)},
             )
@@ -59,7 +62,7 @@ class WandbLogger:
             self._attempt(lambda: self._run.finish())
 
     def _attempt(self, action: Callable[[], Any]) -> Any:
-        """What it returns, or None: whatever a remote service does, the run goes on."""
+        """The result of the action, or None if it fails: the run goes on whatever a remote service does."""
         found: Future[Any] = Future()
 
         def work() -> None:
@@ -70,13 +73,13 @@ class WandbLogger:
 
         Thread(target=work, daemon=True).start()
         try:
-            return found.result(PATIENCE_SECONDS)
+            return found.result(TIMEOUT_SECONDS)
         except TimeoutError:
-            problem = f"no answer in {PATIENCE_SECONDS:g} s"
+            problem = f"no answer in {TIMEOUT_SECONDS:g} s"
             WandbLogger.silent = True
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
-        say(f"wandb: {problem}; logging to it ends here")
+        echo(f"wandb: {problem}; logging to it ends here")
         self._run = None
 
 
@@ -84,8 +87,8 @@ Logger = CSVLogger | WandbLogger
 LOGGERS: dict[str, type[CSVLogger] | type[WandbLogger]] = {"csv": CSVLogger, "wandb": WandbLogger}
 
 
-def make(config: Config) -> Callable[[str, Path], Logger]:
-    """Check the chosen logger; the result starts it for a run's id and directory. Raises ConfigError."""
+def logger_builder(config: Config) -> Callable[[str, Path], Logger]:
+    """Check the chosen logger; the result starts it, given a run's id and directory. Raises ConfigError."""
     if config.logger.name not in LOGGERS:
         raise ConfigError(f"logger={config.logger.name}: no such logger; choose from {', '.join(LOGGERS)}")
     kind = LOGGERS[config.logger.name]

@@ -12,7 +12,7 @@ from tqdm import tqdm
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def say(line: str, stream: IO[str] | None = None) -> None:
+def echo(line: str, stream: IO[str] | None = None) -> None:
     """Print a line to `stream` (stdout), if anyone still reads that."""
     with _or_not(stream or sys.stdout):
         print(line, file=stream, flush=True)
@@ -53,7 +53,7 @@ class Progress:
                 self._bar.set_postfix_str(text, refresh=False)
                 self._bar.update()
         elif row["epoch"] == self._total or time.monotonic() - self._last > SECONDS_BETWEEN_LINES:
-            say(f"{self._name}  epoch {row['epoch']}/{self._total}  {text}")
+            echo(f"{self._name}  epoch {row['epoch']}/{self._total}  {text}")
             self._last = time.monotonic()
 
     def close(self) -> None:

@@ -5,25 +5,23 @@ import time
 from functools import lru_cache
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lawn.task import Batch, Task
 
 
-def flops_per_sample(task: Task, batch: Batch) -> float:
+def flops_per_sample(task: Task, model: nn.Module, batch: Batch) -> float:
     """Matrix and convolution FLOPs of forward and backward for one sample, counted without computing anything."""
-    shadow = on_meta(task)
     with FlopCounterMode(display=False) as counter:
-        loss, _ = shadow.loss_and_margins(tuple(t.to("meta") for t in batch))
+        loss, _ = task.loss_and_margins(on_meta(model), tuple(t.to("meta") for t in batch))
         loss.backward()
     return counter.get_total_flops() / len(batch[0])
 
 
-def on_meta(task: Task) -> Task:
-    """The task with a model that has shapes and no values, and does not ask other ranks for statistics."""
-    shadow = copy.copy(task)
-    shadow.model = shadow.network = copy.deepcopy(task.model).to("meta").eval()
-    return shadow
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy with shapes and without values, in eval mode: batch norm does not communicate with other ranks."""
+    return copy.deepcopy(model).to("meta").eval()
 
 
 @lru_cache

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lawn.data.batching import Batching, chunk
+from lawn.data.batching import Batching, shard
 
 cases = st.tuples(st.integers(1, 60), st.integers(1, 25), st.none() | st.integers(1, 9), st.integers(1, 7))
 
@@ -12,21 +12,29 @@ cases = st.tuples(st.integers(1, 60), st.integers(1, 25), st.none() | st.integer
 @given(cases)
 def test_ranks_take_an_epoch_apart_exactly(case):
     samples, batch_size, micro, world = case
-    ranks = [list(Batching(batch_size, micro, rank, world).parts(samples)) for rank in range(world)]
-    taken = Counter(k for parts in ranks for part in parts if part.share for k in range(part.start, part.stop))
+    ranks = [list(Batching(batch_size, micro, rank, world).micro_batches(samples)) for rank in range(world)]
+    taken = Counter(
+        k
+        for micro_batches in ranks
+        for micro_batch in micro_batches
+        if micro_batch.share
+        for k in range(micro_batch.start, micro_batch.stop)
+    )
     assert taken == Counter(range(samples))
-    assert len({len(parts) for parts in ranks}) == 1
+    assert len({len(micro_batches) for micro_batches in ranks}) == 1
     updates: dict[int, list] = {}
-    for parts in ranks:
-        for part in parts:
-            assert 1 <= part.stop - part.start <= (micro or batch_size)
-            assert part.update.start <= part.start < part.stop <= part.update.stop
-            assert range(samples)[part.update][part.within] == range(part.start, part.stop)
-            updates.setdefault(part.update.start, []).append(part)
+    for micro_batches in ranks:
+        for micro_batch in micro_batches:
+            assert 1 <= micro_batch.stop - micro_batch.start <= (micro or batch_size)
+            assert micro_batch.update.start <= micro_batch.start < micro_batch.stop <= micro_batch.update.stop
+            assert range(samples)[micro_batch.update][micro_batch.within_update] == range(
+                micro_batch.start, micro_batch.stop
+            )
+            updates.setdefault(micro_batch.update.start, []).append(micro_batch)
     assert len(updates) == Batching(batch_size).updates(samples)
-    for parts in updates.values():
-        assert sum(part.share for part in parts) == pytest.approx(1)
-        sizes = {part.stop - part.start for part in parts}
+    for micro_batches in updates.values():
+        assert sum(micro_batch.share for micro_batch in micro_batches) == pytest.approx(1)
+        sizes = {micro_batch.stop - micro_batch.start for micro_batch in micro_batches}
         assert max(sizes) - min(sizes) <= 1
 
 
@@ -34,26 +42,28 @@ def test_ranks_take_an_epoch_apart_exactly(case):
 def test_each_update_of_a_rank_has_a_first_and_a_last_part(case):
     samples, batch_size, micro, world = case
     for rank in range(world):
-        parts = list(Batching(batch_size, micro, rank, world).parts(samples))
-        for before, part in zip([None, *parts], [*parts, None], strict=True):
-            begins = before is None or part is None or before.update != part.update
-            assert part is None or part.first == begins
+        micro_batches = list(Batching(batch_size, micro, rank, world).micro_batches(samples))
+        for before, micro_batch in zip([None, *micro_batches], [*micro_batches, None], strict=True):
+            begins = before is None or micro_batch is None or before.update != micro_batch.update
+            assert micro_batch is None or micro_batch.first == begins
             assert before is None or before.last == begins
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
-def test_parts_depend_on_their_number_alone(each, rounds, world):
-    """One rank with as many parts as several ranks have together has the same parts."""
+def test_micro_batches_depend_on_their_number_alone(each, rounds, world):
+    """One rank with as many micro_batches as several ranks have together has the same micro_batches."""
     size = each * rounds * world
-    alone = [(part.start, part.stop) for part in Batching(size, each).parts(3 * size)]
+    alone = [(micro_batch.start, micro_batch.stop) for micro_batch in Batching(size, each).micro_batches(3 * size)]
     shared = [
-        (part.start, part.stop) for rank in range(world) for part in Batching(size, each, rank, world).parts(3 * size)
+        (micro_batch.start, micro_batch.stop)
+        for rank in range(world)
+        for micro_batch in Batching(size, each, rank, world).micro_batches(3 * size)
     ]
     assert sorted(shared) == alone
 
 
 @given(st.integers(0, 50), st.integers(1, 9))
 def test_chunks(samples, world):
-    chunks = [range(samples)[chunk(samples, rank, world)] for rank in range(world)]
-    assert [k for some in chunks for k in some] == list(range(samples))
-    assert max(map(len, chunks)) - min(map(len, chunks)) <= 1
+    shards = [range(samples)[shard(samples, rank, world)] for rank in range(world)]
+    assert [k for some in shards for k in some] == list(range(samples))
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1

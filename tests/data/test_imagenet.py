@@ -14,7 +14,7 @@ from torchvision.datasets import ImageFolder
 
 from lawn.data.batching import Batching
 from lawn.data.imagenet import FolderImages, imagenet
-from lawn.data.photos import decode
+from lawn.data.jpeg import decode
 from lawn.data.prefetch import on_device
 from lawn.errors import ConfigError, DataError
 from tests.helpers import write_folders

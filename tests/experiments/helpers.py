@@ -3,11 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.pool import Ended
+from experiments.definitions.spec import Cell, Experiment, Measure
+from experiments.execution.pool import JobResult
+from experiments.execution.runner import run
+from experiments.planning.study import studies
 from experiments.records import Store
-from experiments.runner import run
-from experiments.spec import Cell, Experiment, Measure
-from experiments.study import studies
 from tests.helpers import FIXTURES
 
 SHORT = ("dataset=digits", "train.epochs=3", "model.widths=[8]", "dataset.limit=100")
@@ -32,12 +32,14 @@ MINI = Experiment(
 TUNED = Experiment("tuned", "Tuned", (Cell("Adam", (*SHORT, "optim=adam"), sweep="peak_lr"),), (ACCURACY,), seeds=2)
 
 
-def fill(experiment: Experiment, folder: Path, seeds: int = 2, budget: int = 0, *extra: str) -> list[Ended]:
+def run_experiment(
+    experiment: Experiment, folder: Path, seeds: int = 2, budget: int = 0, *extra: str
+) -> list[JobResult]:
     """Run all of an experiment on one device slot, with runs in folder/runs and records in folder/results; what
     failed."""
     placed = (f"runs_dir={folder}/runs", *extra)
-    unwell = run(studies(experiment, budget, extra=placed, seeds=seeds), Store(folder / "results"), ["cpu"])
-    return [ended for ended in unwell if not ended.diverged]
+    unsuccessful = run(studies(experiment, budget, extra=placed, seeds=seeds), Store(folder / "results"), ["cpu"])
+    return [ended for ended in unsuccessful if not ended.diverged]
 
 
 def miniature(experiment: Experiment, tuned: bool = False) -> Experiment:

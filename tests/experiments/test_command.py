@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from experiments import __main__ as command
-from experiments.spec import Cell
+from experiments.definitions.spec import Cell
 from tests.experiments.helpers import MINI, TUNED
 
 

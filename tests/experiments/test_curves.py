@@ -7,12 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import report
-from experiments.curves import FULL, SHORT, TUNING_CURVES, CurvesPage
+from experiments.definitions.tuning_curves import FULL, SHORT, TUNING_CURVES
+from experiments.execution.runner import missing
+from experiments.planning.study import studies
 from experiments.records import Store
-from experiments.runner import missing
-from experiments.study import studies
-from tests.experiments.helpers import ACCURACY, fill
+from experiments.reporting import report
+from experiments.reporting.curves import CurvesPage
+from tests.experiments.helpers import ACCURACY, run_experiment
 
 SMALL = ("dataset=digits", "model.widths=[8]", "dataset.limit=100", "optim=adam")
 
@@ -24,7 +25,7 @@ def small(tmp_path_factory):
     cells = (replace(cell, panel=SHORT, epochs=(2,)), replace(cell, panel=FULL, epochs=(6,)))
     experiment = replace(TUNING_CURVES, cells=cells, measures=(ACCURACY,))
     folder = tmp_path_factory.mktemp("curves")
-    assert fill(experiment, folder) == []
+    assert run_experiment(experiment, folder) == []
     return experiment, folder / "results"
 
 
@@ -61,5 +62,5 @@ def test_a_grid_with_holes_has_no_curve(small, tmp_path):
     (tmp_path / "tuning" / "tuning_curves.jsonl").write_text("".join(lines[1:]))
     page = report.of(experiment, Store(tmp_path))
     assert len(page.curves) == 1
-    assert not any("stood at place" in line for line in page.verdict)
-    assert report.of(experiment, Store(tmp_path / "nothing")).verdict == []
+    assert not any("stood at place" in line for line in page.summary)
+    assert report.of(experiment, Store(tmp_path / "nothing")).summary == []

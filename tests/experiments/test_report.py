@@ -12,28 +12,29 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import records, report
+from experiments import records
 from experiments.__main__ import EXPERIMENTS, SIMULATIONS
-from experiments.layout import show
-from experiments.outcomes import Outcome, comparisons, verdict
-from experiments.page import entry
+from experiments.definitions.spec import Cell, Experiment, Measure, Paper
+from experiments.planning.study import Tuning, studies
 from experiments.records import Record, Store
+from experiments.reporting import report
+from experiments.reporting.layout import show
+from experiments.reporting.outcomes import Outcome, comparisons, summary
+from experiments.reporting.page import entry
+from experiments.reporting.statistics import compare, compare_paired, holm, mean_and_error
 from experiments.simulation import SimulationPage
-from experiments.spec import Cell, Experiment, Measure, Paper
-from experiments.statistics import compare, compare_paired, holm, mean_and_error
-from experiments.study import Tuning, studies
 from lawn.compose import compose
 from lawn.config import run_name
 from lawn.errors import RunError
-from lawn.train.record import packed
-from tests.experiments.helpers import ACCURACY, MINI, TUNED, fill
+from lawn.train.run_directory import packed
+from tests.experiments.helpers import ACCURACY, MINI, TUNED, run_experiment
 from tests.helpers import RECOMMENDERS, ROOT
 
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mini")
-    assert fill(replace(MINI, cells=MINI.cells[:2]), folder) == []
+    assert run_experiment(replace(MINI, cells=MINI.cells[:2]), folder) == []
     return folder / "results"
 
 
@@ -159,7 +160,7 @@ def test_unfinished_runs_are_not_recorded(tmp_path):
 def test_warnings_of_the_runs_stand_below_the_table(tmp_path, tiny_data):
     cell = Cell("SGD", ("dataset=movielens100k", "optim=sgd", *RECOMMENDERS, "train.epochs=1"))
     small = Experiment("small", "A small one", (cell,), (Measure("test_hr10", "HR@10", 1),), seeds=2)
-    assert fill(small, tmp_path, 2, 0, f"data_dir={tiny_data}") == []
+    assert run_experiment(small, tmp_path, 2, 0, f"data_dir={tiny_data}") == []
     page = report.Page(small, Store(tmp_path / "results"))
     report.write(page, tmp_path / "results")
     text = (tmp_path / "results" / "small.md").read_text()
@@ -218,7 +219,7 @@ def test_the_verdict_names_what_differs_from_the_paper():
     first, second = comparisons(experiment, found)
     assert (first.gain.difference, first.paper, first.turned) == (-2.0, 2.0, True)
     assert (second.gain.difference, second.paper, second.turned) == (6.0, 2.0, False)
-    lines = verdict(experiment, found)
+    lines = summary(experiment, found)
     assert lines[0] == (
         "With LAWN the number is better in 1 of 2 comparisons (p < 0.05 in 1) and worse in 1 (p < 0.05 in 0); "
         "Welch's test over seeds, p after Holm's correction for 2 comparisons."
@@ -227,20 +228,20 @@ def test_the_verdict_names_what_differs_from_the_paper():
     assert "Adam-LAWN against Adam at 1k (here -2, p = 0.07, paper +2)." in lines[1]
     assert lines[2] == ("Order at 1k: Adam > Adam-LAWN > SGD; in the paper Adam-LAWN > Adam > SGD.")
     assert lines[3] == "Order at 100k: Adam-LAWN > Adam > SGD; as in the paper."
-    assert verdict(experiment, [made_up(o.cell) for o in found]) == []
+    assert summary(experiment, [made_up(o.cell) for o in found]) == []
 
 
 def test_different_budgets_are_not_compared():
     experiment, found = table()
     found[2] = made_up(found[2].cell, 64.0, 65.0, 66.0, epochs=30)
     assert [c.column for c in comparisons(experiment, found)] == ["100k"]
-    assert not any("Order at 1k" in line for line in verdict(experiment, found))
+    assert not any("Order at 1k" in line for line in summary(experiment, found))
 
 
 def test_an_error_is_better_when_it_is_smaller():
     experiment, found = table(smaller_is_better=True)
     assert [c.gain.difference for c in comparisons(experiment, found)] == [2.0, -6.0]
-    assert "Order at 1k: SGD > Adam-LAWN > Adam; in the paper SGD > Adam > Adam-LAWN." in verdict(experiment, found)
+    assert "Order at 1k: SGD > Adam-LAWN > Adam; in the paper SGD > Adam > Adam-LAWN." in summary(experiment, found)
 
 
 def test_the_longest_budget_that_is_filled_is_shown(tmp_path):
@@ -255,7 +256,7 @@ def test_the_longest_budget_that_is_filled_is_shown(tmp_path):
         (experiment, 2, -1, 2, "128; 2 of 4 epochs"),
         (one, 2, 0, 4, "128; 2 and 4 of 4 epochs"),
     ):
-        assert fill(run, tmp_path, seeds, budget) == []
+        assert run_experiment(run, tmp_path, seeds, budget) == []
         page = report.Page(experiment, Store(tmp_path / "results"))
         assert page.found[0].epochs == epochs
         assert page.panels[0].columns == [head]
@@ -264,7 +265,7 @@ def test_the_longest_budget_that_is_filled_is_shown(tmp_path):
 
 def test_a_grid_with_holes_keeps_its_settings(tmp_path):
     """Records of a tuning that is not complete stand beside the settings that they are of."""
-    fill(TUNED, tmp_path, 1)
+    run_experiment(TUNED, tmp_path, 1)
     store = Store(tmp_path / "results")
     (study,) = studies(TUNED)
     path = tmp_path / "results" / "tuning" / "tuned.jsonl"
@@ -279,7 +280,7 @@ def test_a_grid_with_holes_keeps_its_settings(tmp_path):
 
 
 def test_lines_of_tuning_files_are_in_the_order_of_their_names(tmp_path):
-    fill(TUNED, tmp_path, 1)
+    run_experiment(TUNED, tmp_path, 1)
     path = tmp_path / "results" / "tuning" / "tuned.jsonl"
     names = [json.loads(line)["name"] for line in path.read_text().splitlines()]
     assert names == sorted(set(names))
@@ -287,7 +288,7 @@ def test_lines_of_tuning_files_are_in_the_order_of_their_names(tmp_path):
 
 
 def test_a_damaged_line_of_a_tuning_file_is_named(tmp_path):
-    fill(TUNED, tmp_path, 1)
+    run_experiment(TUNED, tmp_path, 1)
     path = tmp_path / "results" / "tuning" / "tuned.jsonl"
     lines = path.read_text().splitlines()
     for damaged in (lines[1][:-9], "[]", lines[1].replace('"lr": ', '"lr": 1'), lines[1].replace(' "hash"', ' "hush"')):
@@ -325,7 +326,7 @@ def test_a_tuning_file_that_is_damaged_while_runs_go_on_is_named(tmp_path):
 
 def test_two_runners_record_into_one_file(tmp_path):
     """What one adds the other sees, and neither loses a line."""
-    fill(TUNED, tmp_path, 1)
+    run_experiment(TUNED, tmp_path, 1)
     (study,) = studies(TUNED, extra=(f"runs_dir={tmp_path}/runs",))
     first, second = Store(tmp_path / "new"), Store(tmp_path / "new")
     jobs = study.tuning(Store(tmp_path / "results")).jobs
@@ -338,7 +339,7 @@ def test_two_runners_record_into_one_file(tmp_path):
 
 
 def test_dirty_and_different_versions_of_the_code_are_shown(tmp_path):
-    assert fill(replace(MINI, cells=MINI.cells[:2]), tmp_path) == []
+    assert run_experiment(replace(MINI, cells=MINI.cells[:2]), tmp_path) == []
     folder = tmp_path / "results" / "runs"
     changes = [
         {"git": "a" * 40, "dirty": False},
@@ -365,7 +366,7 @@ def test_dirty_and_different_versions_of_the_code_are_shown(tmp_path):
 def test_a_record_that_is_not_what_it_says_is_refused(tmp_path, part):
     """Of whatever experiment it is."""
     one = replace(MINI, cells=MINI.cells[:1])
-    assert fill(one, tmp_path, 1) == []
+    assert run_experiment(one, tmp_path, 1) == []
     (path,) = (tmp_path / "results" / "runs").glob("*.json")
     content = json.loads(path.read_text())
     if part == "config":
@@ -423,20 +424,20 @@ def test_a_wide_error_is_explained():
         for outcome in page.found:
             error = mean_and_error([record.value("headline") for record in outcome.records if not record.diverged])[1]
             if error > 2 and experiment.measures[0].key == "headline":
-                assert any(f"standard error of {outcome.cell.name} is" in line for line in page.verdict)
+                assert any(f"standard error of {outcome.cell.name} is" in line for line in page.summary)
 
 
 def test_collapsed_seeds_are_told():
     cell = Cell("SGD", (), panel="MovieLens", column="batch 1k")
     experiment = Experiment("t", "T", (cell,), (ACCURACY,))
-    (line,) = verdict(experiment, [made_up(cell, 60.0, 0.5, 58.0, 59.0)])
+    (line,) = summary(experiment, [made_up(cell, 60.0, 0.5, 58.0, 59.0)])
     assert line == (
         "The standard error of MovieLens, batch 1k, SGD is 14.63 points: its seeds give 0.50 to 60.00; 1 of 4 seeds "
         "collapsed, to 0.50."
     )
-    (line,) = verdict(experiment, [made_up(cell, 40.0, 50.0, 60.0)])
+    (line,) = summary(experiment, [made_up(cell, 40.0, 50.0, 60.0)])
     assert line.endswith("its seeds give 40.00 to 60.00; no seed collapsed.")
-    assert verdict(experiment, [made_up(cell, 59.0, 60.0, 61.0)]) == []
+    assert summary(experiment, [made_up(cell, 59.0, 60.0, 61.0)]) == []
 
 
 def with_outcomes(outcome: Outcome, ranks: np.ndarray) -> Outcome:
@@ -476,9 +477,9 @@ def test_holm_is_over_the_table():
 @pytest.mark.parametrize(
     ("path", "blocks"),
     [
-        ("README.md", ("summary table4",)),
+        ("README.md", ("summary-table table4",)),
         ("docs/getting-started.md", ("output demo",)),
-        ("results/README.md", ("verdict table4", "verdict figure1", "verdict tuning_curves", "verdict automatic")),
+        ("results/README.md", ("summary table4", "summary figure1", "summary tuning_curves", "summary automatic")),
     ],
 )
 def test_pages_have_these_blocks(path, blocks):
@@ -486,9 +487,15 @@ def test_pages_have_these_blocks(path, blocks):
     assert all(f"<!-- {block} -->\n" in text for block in blocks)
 
 
+def test_the_overview_lists_every_page():
+    text = (ROOT / "results" / "README.md").read_text()
+    for name, experiment in {**EXPERIMENTS, **SIMULATIONS}.items():
+        assert f"- [{experiment.title}]({name}.md)\n" in text
+
+
 def test_a_summary_is_the_first_panel_without_links():
     page = report.of(EXPERIMENTS["table4"], Store(ROOT / "results"))
-    head, _, *rows = report.summary(page).splitlines()
+    head, _, *rows = report.summary_table(page).splitlines()
     assert head.startswith("| MovieLens-100k | batch 1k; ")
     assert len(rows) == sum(any(entry.ours or entry.paper for entry in entries) for _, entries in page.panels[0].rows)
     assert "](" not in "".join(rows)

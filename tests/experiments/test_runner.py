@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
-from experiments import report
 from experiments.__main__ import EXPERIMENTS
-from experiments.pool import Pool, _failure, _Running, visible_gpus
+from experiments.definitions.spec import Cell, Experiment
+from experiments.execution.pool import Pool, _failure, _Running, visible_gpus
+from experiments.execution.runner import RuntimeEstimate, duration, missing, run
+from experiments.planning.study import Study, studies
 from experiments.records import Record, Store
-from experiments.runner import Pace, duration, missing, run
-from experiments.spec import Cell, Experiment
-from experiments.study import Study, studies
+from experiments.reporting import report
 from lawn.compose import compose
 from lawn.config import config_hash
-from tests.experiments.helpers import ACCURACY, MINI, SHORT, TUNED, fill, miniature
+from tests.experiments.helpers import ACCURACY, MINI, SHORT, TUNED, miniature, run_experiment
 from tests.helpers import FIXTURES, ROOT
 
 TABLES = [e for e in EXPERIMENTS.values() if e.name not in ("demo", "figure2", "tuning_curves")]  # others' cells
@@ -38,7 +38,7 @@ SLOW = ("table1", "table2", "table3", "table5", "automatic", "flattening_digits"
 def test_a_miniature_of_each_table(experiment, tmp_path, tiny_data):
     tuned = experiment.name == "table4"
     small = miniature(experiment, tuned)
-    assert fill(small, tmp_path, 1, -1, f"data_dir={tiny_data}") == []
+    assert run_experiment(small, tmp_path, 1, -1, f"data_dir={tiny_data}") == []
     page = report.Page(small, Store(tmp_path / "results"))
     for outcome in page.found:
         assert outcome.records, outcome.cell.name
@@ -54,7 +54,7 @@ def test_a_miniature_of_each_table(experiment, tmp_path, tiny_data):
 
 
 def test_diverged_runs_are_results(tmp_path, capsys):
-    assert fill(replace(MINI, cells=MINI.cells[:2]), tmp_path) == []
+    assert run_experiment(replace(MINI, cells=MINI.cells[:2]), tmp_path) == []
     out = capsys.readouterr().out
     assert out.count("diverged") == 2
     assert "4 of 4 done, 0 running, 0 failed, 0:00:00 left" in out
@@ -85,7 +85,7 @@ def test_ranks_see_the_gpus_of_their_job(present, visible):
 
 
 def test_the_best_setting_on_validation_fills_the_cell(tmp_path):
-    assert fill(TUNED, tmp_path) == []
+    assert run_experiment(TUNED, tmp_path) == []
     store = Store(tmp_path / "results")
     (study,) = studies(TUNED)
     tuning = study.tuning(store)
@@ -124,13 +124,13 @@ def command_of(record: Record) -> str:
 
 def test_the_command_of_figure_1_is_quoted(tmp_path, tiny_data):
     figure = miniature(EXPERIMENTS["figure1"])
-    assert fill(figure, tmp_path, 1, -1, f"data_dir={tiny_data}") == []
+    assert run_experiment(figure, tmp_path, 1, -1, f"data_dir={tiny_data}") == []
     for record in Store(tmp_path / "results").all():
         assert command_of(record) == record.hash
 
 
 def test_what_a_killed_writer_leaves_is_no_record(tmp_path):
-    fill(replace(MINI, cells=MINI.cells[:1]), tmp_path, 1)
+    run_experiment(replace(MINI, cells=MINI.cells[:1]), tmp_path, 1)
     store = Store(tmp_path / "results")
     (record,) = store.all()
     (store.runs / f".{record.name}.json.abc.json").write_text('{"hash"')
@@ -175,7 +175,7 @@ def test_a_damaged_run_directory_is_that_runs_failure_alone(tmp_path):
     folder = tmp_path / "runs" / study.outstanding(Store(tmp_path))[0].name
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("hash: [")
-    (failed,) = fill(experiment, tmp_path, 1)
+    (failed,) = run_experiment(experiment, tmp_path, 1)
     assert "config.yaml: cannot be read" in str(failed.failure)
     assert len(list((tmp_path / "results" / "runs").glob("*.json"))) == 1
 
@@ -196,7 +196,7 @@ def test_a_cell_that_cannot_be_composed_says_why(sweep, overrides, problem):
     assert study.problem.startswith(problem)
     assert "\n" not in study.problem
     assert study.outstanding(Store(Path("nowhere"))) == []
-    assert list(study.filling(Store(Path("nowhere")))) == []
+    assert list(study.final_runs(Store(Path("nowhere")))) == []
 
 
 @pytest.mark.slow
@@ -204,7 +204,7 @@ def test_what_failed_together_is_tried_alone(tmp_path, capsys):
     cells = tuple(Cell(f"{lr}", (*SHORT[:1], *SHORT[2:], "train.epochs=600", f"optim.lr={lr}")) for lr in (0.01, 0.02))
     experiment = Experiment("two", "Two", cells, (ACCURACY,))
     killer = subprocess.Popen([sys.executable, "-c", KILL, str(tmp_path / "runs"), "digits-mlp-adam_lawn-"])
-    assert fill(experiment, tmp_path, 1) == []
+    assert run_experiment(experiment, tmp_path, 1) == []
     assert killer.wait(10) == 0
     out = capsys.readouterr().out
     assert out.count("killed by SIGKILL; once more, alone") == 2
@@ -277,12 +277,12 @@ def test_killed_and_started_again(tmp_path, capsys):
     assert len(recorded) >= 3
     _wait_until_nobody_writes(tmp_path / "runs")
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/DONE")}
-    assert fill(KILLED, tmp_path) == []
+    assert run_experiment(KILLED, tmp_path) == []
     after = [record.name for record in Store(tmp_path / "results").all()]
     assert capsys.readouterr().out.count(" done, ") == len(after) - len(recorded)
     assert set(recorded) < set(after)
     assert finished.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/DONE")}.items()
-    assert fill(KILLED, tmp_path) == []
+    assert run_experiment(KILLED, tmp_path) == []
     assert " done, " not in capsys.readouterr().out
 
 
@@ -345,18 +345,18 @@ def test_what_is_missing_and_how_long_it_takes(tmp_path):
     (study,), (more,) = studies(TUNED), studies(TUNED, seeds=3)
     assert len(missing(study, store)) == 6 + 6 + 2
     assert len(missing(more, store)) == 6 + 6 + 3
-    assert Pace(store).seconds([study.grid.config]) is None
+    assert RuntimeEstimate(store).seconds([study.grid.config]) is None
     assert duration(None) == "unknown"
-    fill(replace(MINI, cells=MINI.cells[:1]), tmp_path)
-    pace = Pace(store)
+    run_experiment(replace(MINI, cells=MINI.cells[:1]), tmp_path)
+    estimate = RuntimeEstimate(store)
     records = list(store.all())
     each = sorted(sum(r.result["seconds"].values()) for r in records)
     expected = (each[0] + each[1]) / 2
     config = study.grid.config
-    assert pace.seconds([config]) == pytest.approx(expected)
+    assert estimate.seconds([config]) == pytest.approx(expected)
     twice = replace(config, train=replace(config.train, epochs=6, batch_size=1000))
-    assert pace.seconds([config, twice]) == pytest.approx(3 * expected)
-    fill(TUNED, tmp_path)
+    assert estimate.seconds([config, twice]) == pytest.approx(3 * expected)
+    run_experiment(TUNED, tmp_path)
     assert missing(study, store) == []
     assert len(missing(more, store)) == 1
     assert duration(3661.4) == "1:01:01"

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import report, search
+from experiments.definitions.spec import Cell, Experiment
+from experiments.planning import search
+from experiments.planning.study import studies
 from experiments.records import Store
-from experiments.spec import Cell, Experiment
-from experiments.study import studies
-from tests.experiments.helpers import ACCURACY, fill
+from experiments.reporting import report
+from tests.experiments.helpers import ACCURACY, run_experiment
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3)
 
@@ -125,7 +126,7 @@ RUNGS = Experiment(
 @pytest.fixture(scope="module")
 def climbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rungs")
-    assert fill(RUNGS, folder) == []
+    assert run_experiment(RUNGS, folder) == []
     return folder
 
 
@@ -178,11 +179,11 @@ def test_killed_in_and_between_rungs_nothing_is_lost(climbed, tmp_path, monkeypa
 
     monkeypatch.setattr(Store, "write", stop)
     with pytest.raises(KeyboardInterrupt):
-        fill(RUNGS, tmp_path)
+        run_experiment(RUNGS, tmp_path)
     monkeypatch.setattr(Store, "write", write)
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/DONE")}
     assert set(written) <= {path.parent.name for path in done}
-    assert fill(RUNGS, tmp_path) == []
+    assert run_experiment(RUNGS, tmp_path) == []
     assert done.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/DONE")}.items()
     names = [[record.name for record in Store(folder / "results").all()] for folder in (climbed, tmp_path)]
     assert names[0] == names[1]
@@ -192,6 +193,6 @@ def test_a_setting_that_cannot_be_stops_only_its_cell(tmp_path):
     """Nothing can be chosen for it; the other cell is filled."""
     bad = replace(RUNGS.cells[0], overrides=(*RUNGS.cells[0].overrides, "hydra.sweeper.params={optim.lr: '-1,1'}"))
     both = replace(RUNGS, cells=(bad, RUNGS.cells[1]))
-    assert fill(both, tmp_path) == []
+    assert run_experiment(both, tmp_path) == []
     page = report.Page(both, Store(tmp_path / "results"))
     assert [len(outcome.records) for outcome in page.found] == [0, 2]

@@ -11,10 +11,20 @@ import torch
 
 from experiments import __main__ as command
 from experiments import simulation
-from experiments import smd_rayleigh as smd
-from experiments.outcomes import mean_and_error
-from experiments.rayleigh import Point, Walk, angle, eigenvalues, excess, flow_time, gradient, images, noise_gradient
-from experiments.smd_page import SMD_RAYLEIGH
+from experiments.reporting.outcomes import mean_and_error
+from experiments.spherical_motion import measurements as smd
+from experiments.spherical_motion.page import SMD_RAYLEIGH
+from experiments.spherical_motion.rayleigh import (
+    Point,
+    Walk,
+    angle,
+    eigenvalues,
+    excess,
+    flow_time,
+    gradient,
+    images,
+    noise_gradient,
+)
 from lawn.diagnostics import equilibrium_angle, equilibrium_norm
 from lawn.train import provenance
 from tests.helpers import ROOT
@@ -272,7 +282,7 @@ def test_uncommitted_code_is_visible(monkeypatch, tmp_path):
         asked.append(arguments)
         if "--show-toplevel" in arguments:
             return str(root)
-        return "a" * 40 if arguments[0] == "rev-parse" else " M experiments/smd_rayleigh.py" * dirty
+        return "a" * 40 if arguments[0] == "rev-parse" else " M experiments/spherical_motion/measurements.py" * dirty
 
     monkeypatch.setattr(provenance, "_git", git)
     for dirty in (False, True):

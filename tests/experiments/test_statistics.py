@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from experiments.statistics import Comparison, best_of, compare, compare_paired, holm
+from experiments.reporting.statistics import Comparison, best_of, compare, compare_paired, holm
 
 
 def hits(rng: np.random.Generator, seeds: int, users: np.ndarray, spread: float, shift: float = 0.0) -> np.ndarray:

@@ -8,12 +8,12 @@ import torch
 from omegaconf import OmegaConf
 
 from experiments.__main__ import EXPERIMENTS
-from experiments.study import Study, studies
+from experiments.planning.study import Study, studies
 from lawn.compose import compose
 from lawn.config import arguments, run_name
 from lawn.models.mlp import mlp
 from lawn.optimizers import OPTIMIZERS, optimizer_arguments
-from lawn.task import TASKS, build
+from lawn.task import TASKS, task_builder
 from tests.helpers import ROOT
 
 COUNTS = {"table1": 10, "table2": 24, "table3": 30, "table4": 60, "table5": 48, "table6": 4, "figure2": 32}
@@ -87,7 +87,7 @@ def test_every_cell_composes_and_builds(experiment):
         budget = [f"train.epochs={cell.epochs[0]}"] if cell.epochs else []
         sweep = [f"sweep={cell.sweep}"] if cell.sweep else []
         config = compose(*cell.overrides, *budget, *sweep)
-        build(config)
+        task_builder(config)
         chosen = optimizer_arguments(config)
         if "free_steps" in chosen:
             chosen["free_steps"] = 1

@@ -140,7 +140,7 @@ def test_release_keeps_the_function():
     assert set(model.state_dict()) == set(small().state_dict())
 
 
-def test_select():
+def test_param_groups():
     model = small()
     assert bound_norms(model, lambda name: name.startswith("4")) == ["4.weight"]
     assert not parametrize.is_parametrized(model[0])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from lawn import LAMB, LAMBLAWN, SGDLAWN, AdamLAWN
-from lawn.optim import native, update
+from lawn.optim import cpu_kernels, update
 from lawn.optim.keys import is_constrained
 from lawn.optim.reference import ReferenceLAWN
 from tests.optim.helpers import Maker, fixed_norms, wrapped
@@ -61,7 +61,7 @@ def advance(optimizer: Optimizer, seed: int, start: int, stop: int, *, gaps: boo
 @given(sizes=shapes, seed=seeds, free_steps=st.integers(0, 6), steps=st.integers(1, 12), cut=st.integers(0, 3))
 @settings(max_examples=25, deadline=None)
 def test_equals_algorithm_1(kind, rule, fused, sizes, seed, free_steps, steps, cut):
-    assert native.library(True, random_weights([(2, 2)], 0)) is not None, "these tests want a C compiler"
+    assert cpu_kernels.library(True, random_weights([(2, 2)], 0)) is not None, "these tests want a C compiler"
     params = random_weights(sizes, seed)
     cut = min(cut, len(params) - 1)  # two param groups with rates of their own, or one
     parts = [part for part in (params[:cut], params[cut:]) if part]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from lawn import LAMB, LAMBLAWN, LAWN, SGDLAWN, AdamLAWN, LAMBPlus
-from lawn.optim import keys, native, phase
+from lawn.optim import cpu_kernels, keys, phase
 from tests.optim.helpers import Maker, fixed_norms, wrapped
 
 OWN: dict[str, Maker] = {"AdamLAWN": AdamLAWN, "SGDLAWN": SGDLAWN, "LAMBLAWN": LAMBLAWN}
@@ -506,7 +506,7 @@ def test_lamb_with_a_weight_of_zero_moves():
 
 @pytest.mark.parametrize("fused", [None, True])
 def test_without_a_compiler(monkeypatch, fused, recwarn):
-    monkeypatch.setattr(native, "build", lambda dtype: (None, "no C compiler was found"))
+    monkeypatch.setattr(cpu_kernels, "build", lambda dtype: (None, "no C compiler was found"))
     weight, bias = layer()
     if fused:
         with pytest.warns(UserWarning, match="no C compiler"):
@@ -522,10 +522,10 @@ def build(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", "/dev/null/home")
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
-    monkeypatch.setattr(native, "TEMPORARY", ())
+    monkeypatch.setattr(cpu_kernels, "TEMPORARY", ())
     (tmp_path / "temporary").mkdir()
-    yield native.build.__wrapped__
-    native.build.cache_clear()
+    yield cpu_kernels.build.__wrapped__
+    cpu_kernels.build.cache_clear()
 
 
 def test_a_compiler_that_fails(build, monkeypatch, tmp_path):
@@ -544,7 +544,7 @@ def test_a_compiler_that_fails(build, monkeypatch, tmp_path):
 def test_what_was_built_is_taken_from_the_cache(build, monkeypatch, tmp_path):
     assert build(torch.float32)[0] is not None
     (kept,) = (tmp_path / "cache" / "lawn").iterdir()
-    monkeypatch.setattr(native, "_built", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(cpu_kernels, "_built", lambda *_: pytest.fail("built again"))
     assert build(torch.float32)[0] is not None
     assert list((tmp_path / "cache" / "lawn").iterdir()) == [kept]
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from lawn.data.batching import Batching
-from lawn.task import Task, build
-from lawn.train import train, train_together
-from lawn.train.loop import Run, epoch_seed
-from lawn.train.ranks import Ranks
-from lawn.train.record import RunDirectory
+from lawn.task import Task, task_builder
+from lawn.train import train, train_vectorized
+from lawn.train.distributed import World
+from lawn.train.run_directory import RunDirectory
+from lawn.train.trainer import Trainer, epoch_seed
 from tests.helpers import compose
 
 CPU = torch.device("cpu")
@@ -19,7 +19,7 @@ EXPLODES = ("optim=sgd", "optim.momentum=0", "optim.lr=1e30", "train.batch_size=
 
 def gradients_at_the_start(config) -> dict[str, float]:
     """Norms, of the first update, by torch alone."""
-    task = build(config)(CPU)
+    task = task_builder(config)(CPU)
     generator = torch.Generator().manual_seed(epoch_seed(config.seed, 1))
     _, (images, labels) = next(task.dataset.train_batches(Batching(config.train.batch_size), generator))
     torch.nn.functional.cross_entropy(task.model(images), labels).backward()
@@ -53,15 +53,15 @@ def test_a_loss_that_is_not_finite_once(tiny, monkeypatch, update):
     """The last finite row is that of the epoch before."""
     compute, calls = Task.loss_and_margins, 0
 
-    def poisoned(self, batch):
+    def poisoned(self, network, batch):
         nonlocal calls
         calls += batch[0].device == CPU  # and not where only FLOPs are counted
-        loss, margins = compute(self, batch)
+        loss, margins = compute(self, network, batch)
         return (loss * torch.inf if calls == update else loss), margins
 
     config = tiny("train.batch_size=16", "optim=sgd", "optim.lr=0.1")
-    sane = Run(config, build(config)(CPU), Ranks(CPU))
-    rows = [sane.next_epoch() for _ in range((update - 1) // 13)]
+    sane = Trainer(config, task_builder(config)(CPU), World(CPU))
+    rows = [sane.train_epoch() for _ in range((update - 1) // 13)]
     monkeypatch.setattr(Task, "loss_and_margins", poisoned)
     result = train(config)
     epoch = (update - 1) // 13 + 1
@@ -84,7 +84,7 @@ def test_the_same_alone_and_together(tiny, tmp_path):
     exploding = ("optim=adamw", "optim.lr=1e30", "optim.weight_decay=0", "train.batch_size=16")
     keys = [exploding, ("seed=1", *EXPLODES), ("train.batch_size=16",)]
     together = [tiny(*more, f"runs_dir={tmp_path}/together") for more in keys]
-    train_together(together)
+    train_vectorized(together)
     assert divergence(together[2]) is None
     for config, more in zip(together[:2], keys, strict=False):
         alone = tiny(*more)
@@ -114,9 +114,9 @@ def test_of_images_in_parts(tiny_data):
     """Micro-batches: what is looked at is the gradient of the update."""
     keys = ("dataset=cifar10", "dataset.limit=12", "train.batch_size=4", "train.micro_batch_size=2", "train.epochs=2")
     config = compose(*keys, "optim=sgd", "optim.lr=1e20", f"data_dir={tiny_data}", "device=cpu")
-    run = Run(config, build(config)(CPU), Ranks(CPU))
-    run.next_epoch()
+    run = Trainer(config, task_builder(config)(CPU), World(CPU))
+    run.train_epoch()
     assert run.status == "diverged"
     assert run.divergence is not None
     assert run.divergence["step"] in (2, 3)
-    assert run.divergence["largest_gradient"]["layer"] in dict(run.task.model.named_parameters())
+    assert run.divergence["largest_gradient"]["layer"] in dict(run.model.named_parameters())

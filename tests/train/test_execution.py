@@ -11,15 +11,15 @@ from lawn.data.batching import Batching
 from lawn.errors import ConfigError
 from lawn.models.ncf import NCFMLP
 from lawn.models.vgg import VGG19
-from lawn.optim import native
-from lawn.task import build
+from lawn.optim import cpu_kernels
+from lawn.task import task_builder
 from lawn.train import train
 from lawn.train.batchnorm import refuse_single_values
+from lawn.train.distributed import World, init_on_one_machine
 from lawn.train.execution import Execution, constrained_step
-from lawn.train.loop import Run
-from lawn.train.ranks import Ranks, joined_on_one_machine
-from lawn.train.record import RunDirectory
+from lawn.train.run_directory import RunDirectory
 from lawn.train.throughput import flops_per_sample, peak_flops
+from lawn.train.trainer import Trainer
 from tests.helpers import FIXTURES, compose, run
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -88,11 +88,11 @@ def test_speed_is_not_part_of_a_runs_name(tiny):
 
 def test_layout_goes_with_the_weights(networks):
     images, labels = torch.rand(2, 3, 4, 4), torch.zeros(2, dtype=torch.long)
-    laid_out, same = Execution("fp32", True, "off", False).lay_out((images, labels))
+    laid_out, same = Execution("fp32", True, "off", False).to_memory_format((images, labels))
     assert laid_out.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(laid_out, images)
     assert same is labels
-    assert Execution("fp32", False, "off", False).lay_out((images, labels))[0] is images
+    assert Execution("fp32", False, "off", False).to_memory_format((images, labels))[0] is images
 
 
 def test_gradients_lie_in_memory_as_their_weights():
@@ -101,7 +101,7 @@ def test_gradients_lie_in_memory_as_their_weights():
     how = Execution("fp32", True, "off", False)
     how.prepare(model, CPU)
     for _ in range(2):  # the second adds to the first
-        (images,) = how.lay_out((torch.rand(2, 3, 3, 3),))
+        (images,) = how.to_memory_format((torch.rand(2, 3, 3, 3),))
         model(images).sum().backward()
     assert not model[0].weight.is_contiguous()
     assert all(p.grad.stride() == p.stride() for p in model.parameters())
@@ -116,23 +116,23 @@ def test_the_peak_leaves_the_settings_of_products_alone():
 def test_moments_are_resumed_in_the_layout_of_the_weights(tiny):
     """A checkpoint of another layout, as before a change of train.channels_last."""
     config = tiny("optim=adam")
-    run, resumed = (Run(config, build(config)(CPU), Ranks(CPU)) for _ in range(2))
-    run.next_epoch()
+    run, resumed = (Trainer(config, task_builder(config)(CPU), World(CPU)) for _ in range(2))
+    run.train_epoch()
     state = copy.deepcopy(run.state_dict())
     for moments in state["optimizer"]["state"].values():
         moments["exp_avg"] = moments["exp_avg"].t().contiguous().t()
     resumed.load_state_dict(state)
-    assert resumed.next_epoch() == run.next_epoch()
+    assert resumed.train_epoch() == run.train_epoch()
 
 
 def test_flops_are_counted_without_the_other_ranks(tiny, tmp_path):
     config = tiny()
-    task = build(config)(CPU)
-    task.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.SyncBatchNorm(64), torch.nn.Linear(64, 10))
+    task = task_builder(config)(CPU)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.SyncBatchNorm(64), torch.nn.Linear(64, 10))
     batch = (torch.rand(3, 1, 8, 8), torch.zeros(3, dtype=torch.long))
-    with joined_on_one_machine("cpu", 0, 1, str(tmp_path / "store")):
-        assert flops_per_sample(task, batch) == 3 * 2 * 640
-    assert task.model.training
+    with init_on_one_machine("cpu", 0, 1, str(tmp_path / "store")):
+        assert flops_per_sample(task, model, batch) == 3 * 2 * 640
+    assert model.training
 
 
 @pytest.mark.slow
@@ -149,11 +149,11 @@ def test_the_deterministic_switch_is_torchs_own_and_ends_with_the_run(tiny, monk
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     config = tiny("train.deterministic=true")
     assert config_hash(config) == config_hash(tiny())
-    run = Run(config, build(config)(CPU), Ranks(CPU))
+    run = Trainer(config, task_builder(config)(CPU), World(CPU))
     assert run.execution.deterministic
     assert torch.are_deterministic_algorithms_enabled()
-    assert run.next_epoch()["train_loss"] is not None
-    Run(tiny(), build(config)(CPU), Ranks(CPU))
+    assert run.train_epoch()["train_loss"] is not None
+    Trainer(tiny(), task_builder(config)(CPU), World(CPU))
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -200,9 +200,9 @@ def test_a_sample_alone_is_fine_elsewhere(tiny_data):
     """Where its maps are larger, or there is no batch norm."""
     for name, keys in (("imagenet", ("dataset.image_size=64",)), ("imagenet", ("model=mlp", "model.widths=[8]"))):
         config = compose(f"dataset={name}", *FIXTURES[name], *keys, "dataset.limit=9", f"data_dir={tiny_data}")
-        task = build(config)(torch.device("cpu"))
+        task = task_builder(config)(torch.device("cpu"))
         (_, batch), *_ = task.dataset.train_batches(Batching(4), torch.Generator().manual_seed(0))
-        refuse_single_values(task, batch, Batching(4))
+        refuse_single_values(task, task.model, batch, Batching(4))
 
 
 def test_steps_that_are_not_compiled_are_told(tiny, monkeypatch, capsys):
@@ -210,7 +210,7 @@ def test_steps_that_are_not_compiled_are_told(tiny, monkeypatch, capsys):
     weight = [torch.nn.Parameter(torch.ones(2, 2))]
     assert constrained_step(torch.optim.Adam(weight)) == {}
     assert constrained_step(AdamLAWN(weight)) == {"constrained_step": "native"}
-    monkeypatch.setattr(native, "build", lambda dtype: (None, "no C compiler was found"))
+    monkeypatch.setattr(cpu_kernels, "build", lambda dtype: (None, "no C compiler was found"))
     assert constrained_step(AdamLAWN(weight, fused=False)) == {"constrained_step": "torch"}
     assert capsys.readouterr().out == ""
     config = tiny("train.epochs=1")

@@ -25,16 +25,16 @@ import torch
 
 import run
 from experiments.records import Store
+from lawn.child_signals import SIGNALS
 from lawn.config import Config
 from lawn.errors import RunError, UserError
 from lawn.files import locked
-from lawn.signals import SIGNALS
 from lawn.task import Classification
-from lawn.train import Stopped, logger, train, train_many, train_together
-from lawn.train.loop import Run
-from lawn.train.progress import say
-from lawn.train.record import CHECKPOINT_VERSION, RunDirectory
-from lawn.train.trouble import explained
+from lawn.train import Stopped, logger, train, train_many, train_vectorized
+from lawn.train.progress import echo
+from lawn.train.run_directory import CHECKPOINT_VERSION, RunDirectory
+from lawn.train.torch_errors import translate_torch_errors
+from lawn.train.trainer import Trainer
 from lawn.validation import explain
 from tests import helpers
 from tests.helpers import ROOT, Paused, compose, synthetic_ratings, write_folders, write_ratings
@@ -123,7 +123,7 @@ def begun(config: Config) -> int:
 def free(config: Config) -> bool:
     """Whether the ranks that a killed process has started are gone."""
     try:
-        with RunDirectory(config).alone():
+        with RunDirectory(config).lock():
             return True
     except RunError:
         return False
@@ -131,16 +131,16 @@ def free(config: Config) -> bool:
 
 def after(updates: int, act: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Do something after so many updates of this process."""
-    update, made = Run.after_update, 0
+    update, made = Trainer.after_update, 0
 
-    def counted(run: Run) -> None:
+    def counted(run: Trainer) -> None:
         nonlocal made
         update(run)
         made += 1
         if made == updates:
             act()
 
-    monkeypatch.setattr(Run, "after_update", counted)
+    monkeypatch.setattr(Trainer, "after_update", counted)
 
 
 def send(number: signal.Signals) -> Callable[[], None]:
@@ -266,14 +266,14 @@ def test_augmentation_and_statistics_go_on_in_the_middle(kind, tiny_data, tmp_pa
 def test_runs_that_are_trained_together_stop_at_the_end_of_the_epoch(tiny, tmp_path, monkeypatch):
     keys = [("seed=1",), ("optim.lr=0.02",), ("optim.free_epochs=1",)]
     whole, stopped = ([tiny(*DIGITS, *more, f"runs_dir={tmp_path}/{name}") for more in keys] for name in ("w", "s"))
-    train_together(whole)
+    train_vectorized(whole)
     with monkeypatch.context() as patch:
         after(3 * 15, send(signal.SIGTERM), patch)
         with pytest.raises(Stopped, match=r"SIGTERM: .* with 2 others has stopped in epoch 2, after 26 updates"):
-            train_together(stopped)
+            train_vectorized(stopped)
     states = [RunDirectory(config).load() for config in stopped]
     assert [state and (state["epoch"], state["left"]) for state in states] == [(2, None)] * 3
-    train_together(stopped)
+    train_vectorized(stopped)
     for one, other in zip(stopped, whole, strict=True):
         check_equal(one, other)
 
@@ -281,7 +281,7 @@ def test_runs_that_are_trained_together_stop_at_the_end_of_the_epoch(tiny, tmp_p
 def test_one_that_was_left_in_the_middle_is_taken_in_by_others(tiny):
     configs = [tiny(*DIGITS, f"seed={seed}") for seed in range(2)]
     stop(configs[0], 20)
-    train_together(configs)
+    train_vectorized(configs)
     assert all(RunDirectory(config).result()["status"] == "done" for config in configs)
 
 
@@ -354,11 +354,11 @@ def test_the_command_on_other_data(tmp_path, devices):
 def test_another_process_on_the_same_run_is_refused(tiny):
     """The lock is that of a process which is alive, and no more."""
     config = tiny(*DIGITS)
-    with RunDirectory(config).alone():
+    with RunDirectory(config).lock():
         with pytest.raises(RunError, match="another process is at work on this run"):
             train(config)
         with pytest.raises(RunError, match="another process is at work on this run"):
-            train_together([config, tiny(*DIGITS, "seed=1")])
+            train_vectorized([config, tiny(*DIGITS, "seed=1")])
     assert (RunDirectory(config).path / ".lock").exists()
     assert train(config)["status"] == "done"
 
@@ -367,7 +367,7 @@ def test_another_process_on_the_same_run_is_refused(tiny):
 def test_of_three_that_are_started_together_one_runs(tmp_path):
     """The real command; that one waits in its first update until the others have been refused."""
     keys = ("model.widths=[16]", "dataset.limit=200", "train.epochs=2", "device=cpu", f"run_dir={tmp_path}/run")
-    three = [Paused(tmp_path / f"{k}", "lawn.train.loop:Run.after_update", *keys) for k in range(3)]
+    three = [Paused(tmp_path / f"{k}", "lawn.train.trainer:Trainer.after_update", *keys) for k in range(3)]
     while sum(one.process.poll() is None for one in three) > 1:
         time.sleep(0.05)
     ends = sorted(one.go() for one in three)
@@ -425,8 +425,8 @@ def test_what_is_said_to_nobody_is_dropped():
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as stream:
-        say("one", stream)
-        say("two", stream)
+        echo("one", stream)
+        echo("two", stream)
         assert Path(f"/proc/self/fd/{stream.fileno()}").readlink() == Path(os.devnull)
 
 
@@ -604,9 +604,9 @@ def test_a_run_directory_is_another_runs_before_its_first_checkpoint_too(tiny, t
     """Asked again with the lock held: the other may have begun in between."""
     one, other = (tiny(f"seed={seed}", f"run_dir={tmp_path}/run") for seed in range(2))
     late = RunDirectory(other)
-    with RunDirectory(one).alone():
+    with RunDirectory(one).lock():
         RunDirectory(one).begin({})
-    with pytest.raises(RunError, match="holds run"), late.alone():
+    with pytest.raises(RunError, match="holds run"), late.lock():
         pass
     with pytest.raises(RunError, match="holds run"):
         train(other)
@@ -808,7 +808,7 @@ WORKER = "DataLoader worker (pid 7) is killed by signal: "
     ],
 )
 def test_what_data_workers_die_of(text, words):
-    with pytest.raises(RunError) as caught, explained(rank=0):
+    with pytest.raises(RunError) as caught, translate_torch_errors(rank=0):
         raise RuntimeError(text)
     assert f"a data worker {words}" in str(caught.value)
     assert ("dataset.workers=0" in str(caught.value)) == ("shared memory" in words)
@@ -816,7 +816,7 @@ def test_what_data_workers_die_of(text, words):
 
 def test_a_mistake_in_a_data_worker_keeps_its_traceback():
     text = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\nRuntimeError: shapes differ"
-    with pytest.raises(RuntimeError, match="Original Traceback"), explained(rank=0):
+    with pytest.raises(RuntimeError, match="Original Traceback"), translate_torch_errors(rank=0):
         raise RuntimeError(text)
 
 
@@ -847,7 +847,7 @@ def test_a_wandb_server_that_hangs(tiny, monkeypatch, capsys, asked):
     answers[asked] = lambda *_, **__: hanging.wait(60)
     stub = SimpleNamespace(log=answers["log"], finish=answers["finish"], summary={})
     monkeypatch.setattr(wandb, "init", lambda **_: answers["init"]() or stub)
-    monkeypatch.setattr(logger, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(logger, "TIMEOUT_SECONDS", 0.2)
     monkeypatch.setattr(logger.WandbLogger, "silent", False)
     assert train(tiny("logger=wandb"))["status"] == "done"
     hanging.set()
@@ -883,7 +883,7 @@ def test_a_real_wandb_with_a_server_that_hangs_at_the_end(tiny):
     closing = Event()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     Thread(target=server.serve_forever, daemon=True).start()
-    code = "from lawn.train import logger; logger.PATIENCE_SECONDS = 8; import sys, run; sys.exit(run.main())"
+    code = "from lawn.train import logger; logger.TIMEOUT_SECONDS = 8; import sys, run; sys.exit(run.main())"
     where = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "WANDB_API_KEY": "0" * 40}
     command = [sys.executable, "-c", code, *overrides(config), "logger=wandb"]
     try:

@@ -5,9 +5,9 @@ import warnings
 import pytest
 import torch
 
-from lawn.task import build
-from lawn.train.loop import Run
-from lawn.train.ranks import Ranks
+from lawn.task import task_builder
+from lawn.train.distributed import World
+from lawn.train.trainer import Trainer
 from tests.helpers import FIXTURES, compose
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -17,20 +17,20 @@ KINDS = {
 }
 
 
-def make(tiny_data, kind: str, *keys: str) -> Run:
+def make(tiny_data, kind: str, *keys: str) -> Trainer:
     common = ("train.epochs=6", "optim=adam_lawn", "optim.free_epochs=1", "eval.every=6", f"data_dir={tiny_data}")
     config = compose(*KINDS[kind], *common, *keys)
     device = torch.device("cuda")
-    return Run(config, build(config)(device), Ranks(device))
+    return Trainer(config, task_builder(config)(device), World(device))
 
 
-def synchronizations(run: Run) -> int:
+def synchronizations(run: Trainer) -> int:
     """Of one epoch of training."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            run.next_epoch()
+            run.train_epoch()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)
@@ -41,8 +41,8 @@ def test_more_updates_do_not_synchronize_more_often(tiny_data, kind):
     few, many = make(tiny_data, kind), make(tiny_data, kind, "train.batch_size=5")
     counts = []
     for run in (few, many):
-        run.next_epoch()
-        run.next_epoch()  # the first of the constrained phase may look at the norms
+        run.train_epoch()
+        run.train_epoch()  # the first of the constrained phase may look at the norms
         counts.append(synchronizations(run))
     assert many.step > few.step
     assert counts[0] == counts[1]
@@ -54,7 +54,7 @@ def test_compiled_or_not_an_epoch_is_the_same(tiny_data, kind, how):
     keys = ("train.precision=fp32", "optim.lr=1e-3")
     plain, fast = make(tiny_data, kind, *keys), make(tiny_data, kind, *keys, f"train.compile={how}")
     for _ in range(3):
-        one, other = plain.next_epoch(), fast.next_epoch()
+        one, other = plain.train_epoch(), fast.train_epoch()
     assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-3)
     assert other["weight_norm"] == pytest.approx(one["weight_norm"], rel=1e-4)
 
@@ -62,8 +62,8 @@ def test_compiled_or_not_an_epoch_is_the_same(tiny_data, kind, how):
 def test_bf16_and_channels_last_are_what_images_get(tiny_data):
     run = make(tiny_data, "images")
     assert (run.execution.precision, run.execution.channels_last) == ("bf16", True)
-    assert run.next_epoch()["train_loss"] is not None
-    assert all(p.dtype == torch.float32 for p in run.task.model.parameters())
+    assert run.train_epoch()["train_loss"] is not None
+    assert all(p.dtype == torch.float32 for p in run.model.parameters())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,6 +72,6 @@ def test_deterministic_runs_give_the_same_bits(tiny_data, kind):
     for _ in range(2):
         run = make(tiny_data, kind, "train.deterministic=true")
         for _ in range(3):
-            run.next_epoch()
-        ends.append([p.clone() for p in run.task.model.parameters()])
+            run.train_epoch()
+        ends.append([p.clone() for p in run.model.parameters()])
     assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))

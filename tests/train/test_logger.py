@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from lawn.errors import ConfigError
-from lawn.train import check, logger
+from lawn.train import logger, prepare
 from tests.helpers import ROOT, run
 
 SHORT = ("dataset=digits", "train.epochs=2", "model.widths=[8]", "dataset.limit=100", "device=cpu", "logger=wandb")
@@ -19,7 +19,7 @@ def test_wandbs_own_variables_hold_where_no_key_is_given(tiny, tmp_path, monkeyp
     monkeypatch.setattr(wandb, "init", lambda **keys: given.update(keys))
 
     def start(*overrides):
-        logger.make(tiny("logger=wandb", *overrides))("id", tmp_path)
+        logger.logger_builder(tiny("logger=wandb", *overrides))("id", tmp_path)
         return given["mode"], given["project"]
 
     for variable, value in (("WANDB_MODE", "offline"), ("WANDB_PROJECT", "theirs")):
@@ -41,13 +41,13 @@ def test_the_command_with_wandb_turned_off(tmp_path):
 def test_wandb_that_is_not_installed_is_refused(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"^logger=wandb: the package wandb is not installed; pip install wandb$"):
-        check(tiny("logger=wandb"))
+        prepare(tiny("logger=wandb"))
     monkeypatch.delitem(sys.modules, "wandb")
     (tmp_path / "wandb").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.setattr(sys, "path_importer_cache", {})
     with pytest.raises(ConfigError, match="the package wandb is not installed"):
-        check(tiny("logger=wandb"))
+        prepare(tiny("logger=wandb"))
 
 
 @pytest.mark.slow

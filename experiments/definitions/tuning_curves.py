@@ -1,0 +1,35 @@
+"""Tuning curves: which grids are run for them."""
+
+from dataclasses import replace
+
+from experiments.definitions.spec import Cell, Experiment, Measure
+from experiments.definitions.tables import PANELS, TABLE4
+
+SHORT, FULL = (f"{PANELS['movielens100k']}, {schedule}" for schedule in ("short schedules", "the paper's schedules"))
+CHECKED = ("Adam, eps 1e-8", "Adam-LAWN"), "batch 10k"  # cells whose grid is run for the whole schedule, too
+
+
+def _whole(cell: Cell, panel: str, epochs: int) -> Cell:
+    return replace(cell, panel=panel, epochs=(epochs,), paper=None, seeds=None, whole=True)
+
+
+_CELLS = [cell for cell in TABLE4.cells if cell.panel == PANELS["movielens100k"]]
+TUNING_CURVES = Experiment(
+    "tuning_curves",
+    "Tuning curves: the best of k random settings",
+    (
+        *(_whole(cell, SHORT, cell.epochs[-1]) for cell in _CELLS),
+        *(
+            _whole(cell, FULL, cell.epochs[0])
+            for cell in _CELLS
+            if cell.row in CHECKED[0] and cell.column == CHECKED[1]
+        ),
+    ),
+    (Measure("headline", "validation HR@10, %"),),
+    figure="tuning",
+    pairs=TABLE4.pairs,
+    notes=(
+        "The grids are those of table 4, of 48 settings each; eps tuned has 144. Short schedules have a tenth of the "
+        "paper's epochs, 75 where it has 500.",
+    ),
+)

@@ -1,0 +1,1 @@
+"""Running the jobs of studies on the devices of this machine."""

@@ -1,0 +1,1 @@
+"""What to run next, from the records alone."""

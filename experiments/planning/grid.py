@@ -1,0 +1,142 @@
+"""The runs of a grid: what a sweep preset expands to, one run for each point, and for some beyond its ends."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.planning import search
+from experiments.planning.search import Point
+from experiments.records import Store
+from lawn.compose import compose_unchecked
+from lawn.config import Config, run_name
+from lawn.errors import ConfigError
+from lawn.explain import explain
+from lawn.validation import validate
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study; `overrides` are what run.py is given for the same run."""
+
+    config: Config
+    overrides: tuple[str, ...]
+    setting: tuple[str, ...] = ()  # the hyperparameters that the study has chosen or tries, as overrides
+    tunes: str | None = None  # the experiment whose hyperparameters it helps to choose; None: it fills a cell
+
+    @cached_property
+    def name(self) -> str:
+        return run_name(self.config)
+
+    @property
+    def uses_all_devices(self) -> bool:
+        """Whether it takes all devices at once: on one of them it would take days."""
+        return self.config.dataset.name == "imagenet"
+
+
+@cache  # studies of several budgets search in the same short grid
+class Grid:
+    """`overrides` of run.py and a sweep preset, whose points they are run at; None: there is one point, as it is.
+
+    `tunes` names the experiment whose hyperparameters it helps to choose, `extra` overrides say where and how to run.
+    """
+
+    def __init__(
+        self, overrides: tuple[str, ...], sweep: str | None, selection: str, extra: tuple[str, ...], tunes: str
+    ) -> None:
+        self.overrides = overrides
+        self._sweep = sweep
+        self._selection = selection
+        self._extra = extra
+        self._tunes = tunes
+        self._jobs: dict[tuple[Point, int], Job | None] = {}
+
+    @cached_property
+    def problem(self) -> str | None:
+        """Why there is no run of it: a key or a value that cannot be; None where there is no such."""
+        try:
+            _ = self.config, [self._job(point, 0) for point in self.points]  # all of them are composed and checked
+            if self._sweep and not self.points:
+                return f"sweep={self._sweep}: no such sweep, or an empty one"
+        except (ConfigError, HydraException, OmegaConfBaseException) as error:
+            return explain(error)
+        return None
+
+    @cached_property
+    def _composition(self) -> tuple[DictConfig, dict[str, str]]:
+        sweep = () if self._sweep is None else (f"sweep={self._sweep}",)
+        return compose_unchecked(*self.overrides, *sweep, *self._extra)
+
+    @cached_property
+    def _changed(self) -> DictConfig:
+        """One for all jobs, since each has a value for the same keys."""
+        return self._composition[0].copy()
+
+    @cached_property
+    def config(self) -> Config:
+        """The cell as it is, at no point of its grid."""
+        return validate(self._composition[0])
+
+    @cached_property
+    def axes(self) -> dict[str, list[str]]:
+        """The values of each hyperparameter of the sweep preset; none where nothing is tuned."""
+        swept = self._composition[1].items() if self._sweep else ()
+        parsed = [_parsed(f"{key}={values}") for key, values in swept]
+        return {axis.key_or_group: list(axis.sweep_string_iterator()) for axis in parsed}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(map(len, self.axes.values()))
+
+    @cached_property
+    def points(self) -> list[Point]:
+        return search.grid(self.shape) if self.axes else []
+
+    @cached_property
+    def _extended(self) -> dict[str, list[str | None]]:
+        """The axes with a value more at both ends, where there is one."""
+        ends = {key: search.beyond(values) for key, values in self.axes.items()}
+        return {key: [*values, ends[key][1], ends[key][0]] for key, values in self.axes.items()}  # index -1 is the last
+
+    def _job(self, point: Point, seed: int) -> Job:
+        """Raises ConfigError where there is no such run."""
+        values = [values[index] for values, index in zip(self._extended.values(), point, strict=True)]
+        setting = tuple(f"{key}={value}" for key, value in zip(self.axes, values, strict=True))
+        if None in values:
+            raise ConfigError(f"{setting}: beyond the grid")
+        chosen = (*setting, f"eval.split={self._selection}", f"seed={seed}")
+        for override in map(_parsed, chosen):
+            # Far faster than to compose the config with them.
+            OmegaConf.update(self._changed, override.key_or_group, override.value())
+        overrides = (*self.overrides, f"sweep={self._sweep}", *chosen)
+        return Job(validate(self._changed), overrides, setting, self._tunes)
+
+    def job(self, point: Point, seed: int = 0) -> Job | None:
+        """The run that tries a point of the grid, or one beyond its ends; None where it cannot be run."""
+        if (point, seed) not in self._jobs:
+            try:
+                self._jobs[point, seed] = self._job(point, seed)
+            except (ConfigError, OmegaConfBaseException):
+                self._jobs[point, seed] = None
+        return self._jobs[point, seed]
+
+    def jobs(self, points: Iterable[Point] | None = None, seeds: Iterable[int] = (0,)) -> list[Job]:
+        """Of these points, or of the whole grid, with each of the seeds."""
+        asked = [(point, seed) for point in (self.points if points is None else points) for seed in seeds]
+        return [job for point, seed in asked if (job := self.job(point, seed)) is not None]
+
+    def score(self, store: Store, point: Point, seed: int = 0) -> float | None:
+        """The headline metric of a point at the end of its run; None while there is no record."""
+        job = self.job(point, seed)
+        record = None if job is None else store.read(job.name)
+        return None if record is None else record.headline
+
+
+@cache  # the settings of a grid are made of few values
+def _parsed(override: str) -> Override:
+    return OverridesParser.create().parse_override(override)

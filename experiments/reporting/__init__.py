@@ -1,0 +1,1 @@
+"""From records to numbers, sentences, pages and figures."""

@@ -1,0 +1,58 @@
+"""What pages are made of: tables of text, and how numbers are written."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isnan
+
+from experiments.records import Record
+from experiments.reporting.statistics import mean_and_error
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What stands in one place of a table, as text."""
+
+    ours: str  # "mean (standard error, n)", "Fail", or nothing
+    paper: str  # the paper's number, "Fail", or nothing
+    difference: str
+    marked: bool
+    records: list[Record]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A table of numbers, a row for each method."""
+
+    title: str
+    columns: list[str]
+    rows: list[tuple[str, list[Entry]]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Any other table."""
+
+    head: Sequence[str]
+    rows: list[list[str]]
+
+
+def show(values: list[float], digits: int) -> str:
+    """'mean (standard error, n)', or 'mean (n=1)' of a single value, or '' of none."""
+    if not values:
+        return ""
+    (mean, error), text = mean_and_error(values), form(digits)
+    return f"{mean:{text}} (n=1)" if isnan(error) else f"{mean:{text}} ({error:{text}}, n={len(values)})"
+
+
+def form(digits: int) -> str:
+    """The format of a number with so many digits after the point; negative: significant ones, in powers of ten."""
+    return f".{digits}f" if digits >= 0 else f".{-digits - 1}e"
+
+
+def signed(number: float) -> str:
+    """Three significant digits with the sign; nothing for NaN."""
+    return "" if isnan(number) else f"{number:+.3g}"
+
+
+def plain(number: str) -> str:
+    return f"{float(number):g}"

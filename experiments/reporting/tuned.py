@@ -1,0 +1,128 @@
+"""How the hyperparameters of cells were chosen, in tables and words."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from experiments.planning import search
+from experiments.reporting.layout import Table, plain
+from experiments.reporting.outcomes import Outcome, place
+
+HEAD = (
+    *("", "", "chosen", "mean of its seeds; of the next best, %", "place in the short search"),
+    *("runs: short + full + other seeds", "epochs trained", "at an end of the grid"),
+)
+
+
+def protocol(selection: str) -> str:
+    """How hyperparameters are chosen, in words."""
+    split = "the validation split" if selection == "val" else "the TEST split, as the paper most likely did"
+    biased = "" if selection == "val" else "; the numbers are biased upwards"
+    return (
+        f"Hyperparameters are chosen on {split}, in the same way for every row: the whole grid for the shorter "
+        f"schedule, if there is one; then, for the whole schedule, {2 * search.BEST} runs for each hyperparameter, of "
+        f"the best and their neighbours; then the best {search.BEST} with {len(search.CONFIRMING_SEEDS)} more seeds. "
+        f"The best mean wins; a setting that diverges or collapses for a seed loses{biased}."
+    )
+
+
+def grids(found: Sequence[Outcome]) -> list[str]:
+    """The settings that were tried, a line for each preset and budget."""
+    lines: dict[str, None] = {}
+    for outcome in found:
+        if outcome.study is None or not outcome.tried:
+            continue
+        for grid in filter(None, (outcome.study.shorter, outcome.study.grid)):
+            axes = "; ".join(f"{axis} {', '.join(map(plain, values))}" for axis, values in grid.axes.items())
+            epochs = grid.config.train.epochs
+            lines[f"`sweep={outcome.cell.sweep}`, {epochs} epochs: {axes}"] = None
+    return list(lines)
+
+
+def table(found: Sequence[Outcome]) -> Table | None:
+    """A row for each cell whose hyperparameters have been chosen."""
+    rows = [_row(outcome) for outcome in found if outcome.setting]
+    return Table(HEAD, rows) if rows else None
+
+
+def _row(outcome: Outcome) -> list[str]:
+    study, tuning = outcome.study, outcome.tuning
+    assert study is not None
+    assert tuning.chosen is not None
+    recorded = {job.name: record for job, record in outcome.tried}
+    scores: dict[tuple[str, ...], list[float]] = {job.setting: [] for job in tuning.confirming}
+    for job in (*tuning.full, *tuning.confirming):
+        if job.setting in scores:
+            scores[job.setting].append(recorded[job.name].headline)
+    best = search.mean(scores.pop(outcome.setting))
+    others = [search.mean(values) for values in scores.values() if search.stands(values)]
+    counts = " + ".join(str(len(jobs)) for jobs in (tuning.short, tuning.full, tuning.confirming) if jobs)
+    diverged = sum(record.diverged for record in recorded.values())
+    return [
+        place(outcome.cell.panel, outcome.cell.column),
+        outcome.cell.row,
+        written(outcome.setting),
+        f"{best:.2f}" + (f"; {max(others):.2f}" if others else ""),
+        _standing(outcome) if tuning.short else "",
+        counts + (f", {diverged} diverged" if diverged else ""),
+        f"{sum(record.config['train']['epochs'] for record in recorded.values()):,}",
+        ", ".join(_ends(study.grid.axes, tuning.chosen)),
+    ]
+
+
+def written(setting: tuple[str, ...]) -> str:
+    """Hyperparameters as they are read: lr 0.01, free_epochs 7.5."""
+    pairs = (override.split("=", 1) for override in setting)
+    return ", ".join(f"{key.split('.')[1]} {plain(value)}" for key, value in pairs)
+
+
+def _standing(outcome: Outcome) -> str:
+    """The place of the chosen setting among those of the shorter schedule."""
+    assert outcome.study is not None
+    assert outcome.tuning.chosen is not None
+    recorded = {job.name: record.headline for job, record in outcome.tried}
+    points = outcome.study.grid.points
+    scores = {point: recorded[job.name] for point, job in zip(points, outcome.tuning.short, strict=True)}
+    order = search.ranked(points, scores.get)
+    chosen = outcome.tuning.chosen
+    return f"{order.index(chosen) + 1} of {len(order)}" if chosen in order else "beyond its grid"
+
+
+def _ends(axes: dict[str, list[str]], point: search.Point) -> list[str]:
+    """The hyperparameters that lie at an end of the grid, or beyond it."""
+    places = [(key.split(".")[1], index, len(values)) for (key, values), index in zip(axes.items(), point, strict=True)]
+    return [
+        key if index in (0, length - 1) else f"{key} beyond"
+        for key, index, length in places
+        if length > 1 and not 0 < index < length - 1
+    ]
+
+
+def frame(found: Sequence[Outcome]) -> pd.DataFrame:
+    """Every run that chose hyperparameters: a row each."""
+    rows = []
+    for outcome in found:
+        parts = {"short": outcome.tuning.short, "full": outcome.tuning.full, "seeds": outcome.tuning.confirming}
+        recorded = {job.name: record for job, record in outcome.tried}
+        for part, jobs in parts.items():
+            for job in jobs:
+                record = recorded.get(job.name)
+                if record is None:
+                    continue
+                rows.append(
+                    {
+                        "panel": outcome.cell.panel,
+                        "column": outcome.cell.column,
+                        "row": outcome.cell.row,
+                        "part": part,
+                        "epochs": record.config["train"]["epochs"],
+                        "seed": record.config["seed"],
+                        **dict(override.split("=", 1) for override in job.setting),
+                        "status": record.result["status"],
+                        f"{record.result['split']}_{record.result['headline']}": record.headline,
+                        "train_loss": record.result["last"]["train_loss"],
+                        "chosen": job.setting == outcome.setting,
+                        "record": record.name,
+                    }
+                )
+    return pd.DataFrame(rows)

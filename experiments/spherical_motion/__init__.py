@@ -1,0 +1,1 @@
+"""Spherical motion dynamics on a noisy Rayleigh quotient, a simulation."""

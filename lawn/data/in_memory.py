@@ -1,0 +1,213 @@
+"""Labelled images that live on the device as uint8 and are augmented there."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lawn.data.batching import Batching, MicroBatch, shard
+from lawn.data.fingerprint import Fingerprint, checksum
+from lawn.errors import ConfigError
+
+
+@dataclass
+class InMemoryImages:
+    """A whole dataset on one device.
+
+    Shapes: images uint8 [N, C, H, W], labels int64 [N]; `mean` and `std` are per channel, in units of pixels.
+    `padding` pixels of zeros and a random crop and flip augment the training images; 0 turns augmentation off.
+    """
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    num_classes: int
+    mean: list[float]
+    std: list[float]
+    padding: int
+    warnings: list[str]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        c, h, w = self.train_images.shape[1:]
+        return c, h, w
+
+    @property
+    def num_train(self) -> int:
+        """Training samples of one epoch."""
+        return len(self.train_labels)
+
+    def to(self, device: torch.device) -> "InMemoryImages":
+        self.train_images, self.train_labels = self.train_images.to(device), self.train_labels.to(device)
+        self.test_images, self.test_labels = self.test_images.to(device), self.test_labels.to(device)
+        return self
+
+    def train_batches(
+        self, batching: Batching, generator: torch.Generator
+    ) -> Iterator[tuple[MicroBatch, tuple[Tensor, Tensor]]]:
+        """One epoch in random order: normalized float images and labels. The last batch may be smaller."""
+        device = self.train_labels.device
+        order = torch.randperm(self.num_train, generator=generator, device=device)
+        if self.padding:  # what the skipped updates have drawn
+            for start in range(0, batching.skip * batching.batch_size, batching.batch_size):
+                draw_crops(min(batching.batch_size, self.num_train - start), 2 * self.padding + 1, generator, device)
+        for micro_batch in batching.micro_batches(self.num_train):
+            index = order[micro_batch.start : micro_batch.stop]
+            if not self.padding:
+                images = self.train_images[index]
+            else:
+                if micro_batch.first:  # drawn for the whole update, however it is split
+                    size = micro_batch.update.stop - micro_batch.update.start
+                    offsets, mirrored = draw_crops(size, 2 * self.padding + 1, generator, device)
+                images = crop_flip(
+                    self._padded,
+                    index,
+                    self.shape,
+                    offsets[:, micro_batch.within_update],
+                    mirrored[micro_batch.within_update],
+                )
+            yield micro_batch, (self._normalize(images), self.train_labels[index])
+
+    def eval_batches(
+        self, rank: int = 0, world_size: int = 1, batch_size: int = 2048
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """A rank's share of the evaluation split, in order, without augmentation."""
+        mine = shard(len(self.test_labels), rank, world_size)
+        images, labels = self.test_images[mine].split(batch_size), self.test_labels[mine].split(batch_size)
+        for some, of_some in zip(images, labels, strict=True):
+            yield self._normalize(some), of_some
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        train, test = (images.permute(0, 2, 3, 1) for images in (self.train_images, self.test_images))  # as in memory
+        return {
+            "training images": self.num_train,
+            "evaluation images": len(self.test_labels),
+            "checksum": checksum(train, self.train_labels, test, self.test_labels),
+        }
+
+    def statistics(self) -> dict[str, object]:
+        each = self.train_labels.bincount(minlength=self.num_classes)
+        return {
+            "training images": self.num_train,
+            "evaluation images": len(self.test_labels),
+            "classes": self.num_classes,
+            "training images of a class": f"{each.min()} to {each.max()}",
+            "shape": " x ".join(map(str, self.shape)),
+            "mean of the channels": ", ".join(f"{value / 255:.4f}" for value in self.mean),
+            "deviation of the channels": ", ".join(f"{value / 255:.4f}" for value in self.std),
+        }
+
+    @cached_property
+    def _padded(self) -> Tensor:
+        padded = torch.nn.functional.pad(self.train_images, [self.padding] * 4)
+        return padded.contiguous(memory_format=torch.channels_last)
+
+    @cached_property
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        mean, std = torch.tensor([self.mean, self.std], device=self.train_images.device)[:, None, :, None, None]
+        return mean, std
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        mean, std = self._statistics
+        return (images.float() - mean) / std
+
+
+def draw_crops(count: int, room: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For `count` images the offsets from the top and the left [2, count], below `room`, and whether to mirror."""
+    offsets = torch.randint(room, (2, count), generator=generator, device=device)
+    return offsets, torch.randint(2, (count,), generator=generator, device=device).bool()
+
+
+def crop_flip(padded: Tensor, index: Tensor, shape: tuple[int, int, int], offsets: Tensor, mirrored: Tensor) -> Tensor:
+    """Crop images `index` of `padded` [N, C, H + 2p, W + 2p] to `shape` at `offsets`, some of them mirrored.
+
+    One gather of whole pixels: all channels of a pixel lie together (channels_last), in `padded` and in the result.
+    """
+    _, height, width = shape
+    top, left = offsets
+    across = torch.arange(width, device=padded.device)
+    rows = top[:, None] + torch.arange(height, device=padded.device)
+    columns = left[:, None] + torch.where(mirrored[:, None], across.flip(0), across)
+    pixels = padded.permute(0, 2, 3, 1)[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return pixels.permute(0, 3, 1, 2)
+
+
+def split_and_limit(
+    images: np.ndarray, labels: np.ndarray, *, split: str, val_fraction: float, limit: int | None, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Training images and labels, and the stratified holdout (None, None for split="test"), all drawn by `seed`.
+
+    Raises ConfigError when `limit` is more than what there is.
+    """
+    held_images = held_labels = None
+    if split == "val":
+        from sklearn.model_selection import train_test_split  # a second to import: only for those who use it
+
+        try:
+            images, held_images, labels, held_labels = train_test_split(
+                images, labels, test_size=val_fraction, random_state=seed, stratify=labels
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f"dataset.val_fraction={val_fraction}: no stratified split of {len(labels)} images ({str(error)[:200]})"
+            ) from error
+    if limit is not None:
+        if limit > len(labels):
+            raise ConfigError(f"dataset.limit={limit}: there are only {len(labels)} training images")
+        chosen = np.random.default_rng(seed).permutation(len(labels))[:limit]
+        images, labels = images[chosen], labels[chosen]
+    return images, labels, held_images, held_labels
+
+
+def in_memory_images(
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    *,
+    split: str,
+    val_fraction: float,
+    limit: int | None,
+    seed: int,
+    num_classes: int,
+    padding: int,
+    warnings: list[str],
+) -> InMemoryImages:
+    """Bind uint8 arrays [N, H, W, C] and their labels. Mean and deviation are those of the training images used."""
+    images, labels, held_images, held_labels = split_and_limit(
+        *train, split=split, val_fraction=val_fraction, limit=limit, seed=seed
+    )
+    if held_images is not None and held_labels is not None:
+        test = held_images, held_labels
+    mean, std = _channel_statistics(images)
+    return InMemoryImages(
+        train_images=_channels_first(images),
+        train_labels=torch.from_numpy(labels.astype(np.int64)),
+        test_images=_channels_first(test[0]),
+        test_labels=torch.from_numpy(test[1].astype(np.int64)),
+        num_classes=num_classes,
+        mean=mean,
+        std=std,
+        padding=padding,
+        warnings=warnings,
+    )
+
+
+def _channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, from how often each of the 256 values occurs."""
+    values = np.arange(256.0)
+    mean, std = [], []
+    for channel in range(images.shape[-1]):
+        share = np.bincount(images[..., channel].ravel(), minlength=256) / images[..., channel].size
+        mean.append(float(share @ values))
+        std.append(float(np.sqrt(share @ (values - mean[-1]) ** 2)))
+    return mean, std
+
+
+def _channels_first(images: np.ndarray) -> Tensor:
+    """[N, H, W, C] as [N, C, H, W], in memory as it was (channels_last)."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)

@@ -1,0 +1,242 @@
+/* The constrained updates of cpu_kernels.py, compiled once with REAL float and once with double.
+
+   A block is a set of tensors that share one norm c (nearly always one): those from at[b] to at[b + 1]. Every function
+   works on all blocks, and makes three passes over the memory of each: the dot products that project the gradient; the
+   moments, and the dot products of the update r they give; the move. The projected update is tangent, so the norm
+   after the move is known before it is made. A block of zeros, which cannot be projected, is left as it is: zero[b].
+
+   Sums run in REAL over a chunk and in double over the chunks. */
+
+#include <math.h>
+#include <stdint.h>
+
+#define CHUNK 2048
+#define SERIAL 32768 /* below that many elements threads cost more than they give */
+
+typedef struct {
+    double ww, wr, rr;
+} Dots;
+
+/* w <- keep w - take r with keep and take such that r is projected on the tangent space at w, multiplied by the step,
+   and the outcome has norm c. The step is lr, times c / ||r|| of the projected r if `trust` (LAMB). */
+static void coefficients(Dots d, double c, double lr, int trust, double *keep, double *take) {
+    double along = d.wr / d.ww;
+    double tangent = fmax(d.rr - along * d.wr, 0.0);
+    double step = trust && tangent > 0 ? lr * c / sqrt(tangent) : lr;
+    double scale = c / sqrt(d.ww + step * step * tangent);
+    *keep = scale * (1 + step * along);
+    *take = scale * step;
+}
+
+/* Small blocks are shared among threads, a large one takes all of them. */
+#define EACH_BLOCK(BODY)                                                                                               \
+    _Pragma("omp parallel for schedule(static) if (!alone(blocks, at, n))") for (int64_t b = 0; b < blocks; b++) {     \
+        if (elements(at[b], at[b + 1], n) <= SERIAL)                                                                   \
+            BODY;                                                                                                      \
+    }                                                                                                                  \
+    for (int64_t b = 0; b < blocks; b++) {                                                                             \
+        if (elements(at[b], at[b + 1], n) > SERIAL)                                                                    \
+            BODY;                                                                                                      \
+    }
+
+static int64_t elements(int64_t from, int64_t to, const int64_t *n) {
+    int64_t sum = 0;
+    for (int64_t t = from; t < to; t++)
+        sum += n[t];
+    return sum;
+}
+
+/* Whether the small blocks are too few for more than one thread. */
+static int alone(int64_t blocks, const int64_t *at, const int64_t *n) {
+    int64_t small = 0;
+    for (int64_t b = 0; b < blocks; b++) {
+        int64_t k = elements(at[b], at[b + 1], n);
+        small += k <= SERIAL ? k : 0;
+    }
+    return small <= SERIAL;
+}
+
+/* w.g / w.w, or NaN where w is zero */
+static double gradient_along(int64_t from, int64_t to, REAL **w, REAL **g, const int64_t *n) {
+    double ww = 0, wg = 0;
+    for (int64_t t = from; t < to; t++) {
+        const REAL *restrict wt = w[t], *restrict gt = g[t];
+#pragma omp parallel for schedule(static) reduction(+ : ww, wg) if (n[t] > SERIAL)
+        for (int64_t start = 0; start < n[t]; start += CHUNK) {
+            int64_t end = start + CHUNK < n[t] ? start + CHUNK : n[t];
+            REAL sww = 0, swg = 0;
+#pragma omp simd reduction(+ : sww, swg)
+            for (int64_t i = start; i < end; i++) {
+                sww += wt[i] * wt[i];
+                swg += wt[i] * gt[i];
+            }
+            ww += sww;
+            wg += swg;
+        }
+    }
+    return ww == 0 ? NAN : wg / ww;
+}
+
+static int is_zero(int64_t from, int64_t to, REAL **w, const int64_t *n) {
+    for (int64_t t = from; t < to; t++)
+        for (int64_t i = 0; i < n[t]; i++)
+            if (w[t][i] != 0)
+                return 0;
+    return 1;
+}
+
+static void adam_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, REAL **v, const int64_t *n, double c,
+                       double lr, double beta1, double beta2, double eps_, double mscale_, double vscale_, int trust,
+                       uint8_t *zero) {
+    const REAL b1 = beta1, b2 = beta2, a1 = 1 - beta1, a2 = 1 - beta2, eps = eps_, mscale = mscale_, vscale = vscale_;
+    const double share = gradient_along(from, to, w, g, n);
+    if (isnan(share) && (*zero = is_zero(from, to, w, n)))
+        return;
+    const REAL along = share;
+    double ww = 0, wr = 0, rr = 0, keep, take;
+    for (int64_t t = from; t < to; t++) {
+        const REAL *restrict wt = w[t], *restrict gt = g[t];
+        REAL *restrict mt = m[t], *restrict vt = v[t];
+#pragma omp parallel for schedule(static) reduction(+ : ww, wr, rr) if (n[t] > SERIAL)
+        for (int64_t start = 0; start < n[t]; start += CHUNK) {
+            int64_t end = start + CHUNK < n[t] ? start + CHUNK : n[t];
+            REAL sww = 0, swr = 0, srr = 0;
+#pragma omp simd reduction(+ : sww, swr, srr)
+            for (int64_t i = start; i < end; i++) {
+                REAL p = gt[i] - along * wt[i];
+                REAL mi = b1 * mt[i] + a1 * p;
+                REAL vi = b2 * vt[i] + a2 * p * p;
+                REAL r = mi / (SQRT(vi) * vscale + eps) * mscale;
+                mt[i] = mi;
+                vt[i] = vi;
+                sww += wt[i] * wt[i];
+                swr += wt[i] * r;
+                srr += r * r;
+            }
+            ww += sww;
+            wr += swr;
+            rr += srr;
+        }
+    }
+    coefficients((Dots){ww, wr, rr}, c, lr, trust, &keep, &take);
+    const REAL a = keep, b = take * mscale;
+    for (int64_t t = from; t < to; t++) {
+        REAL *restrict wt = w[t];
+        const REAL *restrict mt = m[t], *restrict vt = v[t];
+#pragma omp parallel for simd schedule(static) if (n[t] > SERIAL)
+        for (int64_t i = 0; i < n[t]; i++)
+            wt[i] = a * wt[i] - b * mt[i] / (SQRT(vt[i]) * vscale + eps);
+    }
+}
+
+/* r = m / (sqrt(v) * vscale + eps) * mscale, with the bias corrections of each block in mscale and vscale */
+void adam(int64_t blocks, const int64_t *at, const int64_t *n, const double *c, uint8_t *zero, REAL **w, REAL **g,
+          REAL **m, REAL **v, const double *mscale, const double *vscale, double lr, double beta1, double beta2,
+          double eps, int trust) {
+    EACH_BLOCK(adam_block(at[b], at[b + 1], w, g, m, v, n, c[b], lr, beta1, beta2, eps, mscale[b], vscale[b], trust,
+                          zero + b))
+}
+
+static void sgd_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, const int64_t *n, double c, double lr,
+                      double momentum, uint8_t *zero) {
+    const REAL mu = momentum;
+    const double share = gradient_along(from, to, w, g, n);
+    if (isnan(share) && (*zero = is_zero(from, to, w, n)))
+        return;
+    const REAL along = share;
+    double ww = 0, wr = 0, rr = 0, keep, take;
+    for (int64_t t = from; t < to; t++) {
+        const REAL *restrict wt = w[t], *restrict gt = g[t];
+        REAL *restrict mt = m[t];
+#pragma omp parallel for schedule(static) reduction(+ : ww, wr, rr) if (n[t] > SERIAL)
+        for (int64_t start = 0; start < n[t]; start += CHUNK) {
+            int64_t end = start + CHUNK < n[t] ? start + CHUNK : n[t];
+            REAL sww = 0, swr = 0, srr = 0;
+#pragma omp simd reduction(+ : sww, swr, srr)
+            for (int64_t i = start; i < end; i++) {
+                REAL r = mu * mt[i] + (gt[i] - along * wt[i]);
+                mt[i] = r;
+                sww += wt[i] * wt[i];
+                swr += wt[i] * r;
+                srr += r * r;
+            }
+            ww += sww;
+            wr += swr;
+            rr += srr;
+        }
+    }
+    coefficients((Dots){ww, wr, rr}, c, lr, 0, &keep, &take);
+    const REAL a = keep, b = take;
+    for (int64_t t = from; t < to; t++) {
+        REAL *restrict wt = w[t];
+        const REAL *restrict mt = m[t];
+#pragma omp parallel for simd schedule(static) if (n[t] > SERIAL)
+        for (int64_t i = 0; i < n[t]; i++)
+            wt[i] = a * wt[i] - b * mt[i];
+    }
+}
+
+/* heavy ball: b <- momentum b + g, r = b */
+void sgd(int64_t blocks, const int64_t *at, const int64_t *n, const double *c, uint8_t *zero, REAL **w, REAL **g,
+         REAL **m, double lr, double momentum) {
+    EACH_BLOCK(sgd_block(at[b], at[b + 1], w, g, m, n, c[b], lr, momentum, zero + b))
+}
+
+static void project_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **before, REAL **out, const int64_t *n) {
+    const double share = gradient_along(from, to, w, g, n);
+    const REAL along = isnan(share) && is_zero(from, to, w, n) ? 0 : share;
+    for (int64_t t = from; t < to; t++) {
+        const REAL *restrict wt = w[t], *restrict gt = g[t];
+        REAL *restrict bt = before[t], *restrict ot = out[t];
+#pragma omp parallel for simd schedule(static) if (n[t] > SERIAL)
+        for (int64_t i = 0; i < n[t]; i++) {
+            bt[i] = wt[i];
+            ot[i] = gt[i] - along * wt[i];
+        }
+    }
+}
+
+/* For the wrapper, before the base optimizer's step: copy w to before and put the projected gradient into out. */
+void project(int64_t blocks, const int64_t *at, const int64_t *n, const double *c, uint8_t *zero, REAL **w, REAL **g,
+             REAL **before, REAL **out) {
+    EACH_BLOCK(project_block(at[b], at[b + 1], w, g, before, out, n))
+}
+
+static void retract_block(int64_t from, int64_t to, REAL **w, REAL **before, const int64_t *n, double c,
+                          uint8_t *zero) {
+    double ww = 0, wr = 0, rr = 0, keep, take;
+    for (int64_t t = from; t < to; t++) {
+        const REAL *restrict wt = w[t], *restrict bt = before[t];
+#pragma omp parallel for schedule(static) reduction(+ : ww, wr, rr) if (n[t] > SERIAL)
+        for (int64_t start = 0; start < n[t]; start += CHUNK) {
+            int64_t end = start + CHUNK < n[t] ? start + CHUNK : n[t];
+            REAL sww = 0, swr = 0, srr = 0;
+#pragma omp simd reduction(+ : sww, swr, srr)
+            for (int64_t i = start; i < end; i++) {
+                REAL r = bt[i] - wt[i];
+                sww += bt[i] * bt[i];
+                swr += bt[i] * r;
+                srr += r * r;
+            }
+            ww += sww;
+            wr += swr;
+            rr += srr;
+        }
+    }
+    *zero = ww == 0 && is_zero(from, to, before, n);
+    coefficients((Dots){ww, wr, rr}, c, 1.0, 0, &keep, &take);
+    const REAL a = *zero ? 1 : keep, b = *zero ? 0 : take;
+    for (int64_t t = from; t < to; t++) {
+        REAL *restrict wt = w[t];
+        const REAL *restrict bt = before[t];
+#pragma omp parallel for simd schedule(static) if (n[t] > SERIAL)
+        for (int64_t i = 0; i < n[t]; i++)
+            wt[i] = a * bt[i] - b * (bt[i] - wt[i]);
+    }
+}
+
+/* After it: the update r = before - w is projected at before, taken, and rescaled to norm c. */
+void retract(int64_t blocks, const int64_t *at, const int64_t *n, const double *c, uint8_t *zero, REAL **w,
+             REAL **before) {
+    EACH_BLOCK(retract_block(at[b], at[b + 1], w, before, n, c[b], zero + b))
+}

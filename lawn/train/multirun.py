@@ -1,0 +1,101 @@
+"""Several runs in this process: one after the other, or vectorized as one batched model."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+
+from lawn.config import Config, config_hash, run_name
+from lawn.data.batching import Batching
+from lawn.errors import ConfigError, UserError
+from lawn.train.distributed import World, local_device, set_device
+from lawn.train.launch import train
+from lawn.train.prepare import PreparedRun, prepare
+from lawn.train.recorder import RunRecorder
+from lawn.train.session import report_done, start_or_resume, stopped
+from lawn.train.signals import deferred_signals
+from lawn.train.torch_errors import translate_torch_errors
+from lawn.train.trainer import Trainer
+from lawn.train.vectorized import VectorizedTrainer, max_vectorized_runs, vectorization_key
+
+
+def train_many(configs: Sequence[Config]) -> list[Exception]:
+    """Train runs, up to `train.vectorize` compatible ones at a time as one batched model.
+
+    Returns the errors of those that failed; the others are trained nevertheless.
+    """
+    failures: list[Exception] = []
+    waiting = list({config_hash(config): (config, vectorization_key(config)) for config in configs}.values())
+    while waiting:
+        first, key = waiting[0]
+        group = [entry for entry in waiting if key is not None and entry[1] == key] or waiting[:1]
+        group = group[: first.train.vectorize]
+        waiting = [entry for entry in waiting if entry not in group]
+        try:
+            if len(group) > 1:
+                train_vectorized([config for config, _ in group])
+            else:
+                train(first)
+        except (UserError, OSError) as error:
+            failures.append(error)
+    return failures
+
+
+@translate_torch_errors(rank=0)
+def train_vectorized(configs: Sequence[Config]) -> None:
+    """Train runs of one `vectorization_key` as one batched model, in as many groups as the memory requires.
+
+    Each run has the directory and, to rounding, the result of the run alone; env.json has the size of its group.
+    Raises ConfigError for runs that cannot be vectorized.
+    """
+    device = local_device(configs[0].device)
+    keys = {vectorization_key(config) for config in configs}
+    if len(keys) > 1 or None in keys:
+        raise ConfigError("runs that differ in more than seed, optimizer and schedule cannot be trained together")
+    runs = [prepare(config) for config in configs]
+    set_device(device)
+    waiting = []
+    for run in runs:
+        if run.directory.done:
+            report_done(run)
+        else:
+            waiting.append(run)
+    if not waiting:
+        return
+    task = waiting[0].build_task(device)
+    generator = torch.Generator(device).manual_seed(0)
+    _, batch = next(task.dataset.train_batches(Batching(configs[0].train.batch_size), generator))
+    size = max_vectorized_runs(task, batch)
+    while waiting:
+        group, waiting = waiting[:size], waiting[size:]
+        if len(group) == 1:
+            train(group[0].config)
+        else:
+            _train_group(group, task.dataset, World(device))
+
+
+def _train_group(group: list[PreparedRun], dataset: object, world: World) -> None:
+    with ExitStack() as locks, deferred_signals() as request:
+        recorders: dict[Trainer, RunRecorder] = {}
+        for run in group:
+            locks.enter_context(run.directory.lock())
+            task = run.build_task(world.device, dataset)
+            config = replace(run.config, train=replace(run.config.train, compile="off"))
+            details = {"together": len(group)}
+            trainer, recorder = start_or_resume(replace(run, config=config), task, world, run.directory, **details)
+            assert recorder is not None  # there is a directory
+            recorders[trainer] = recorder
+            if not trainer.between_epochs:  # it was paused when it ran alone; the group begins with whole epochs
+                trainer.train_epoch()
+                recorder.record_epoch(trainer)
+        vectorized = VectorizedTrainer(list(recorders))
+        while trained := vectorized.train_epoch():
+            for trainer in trained:
+                recorders[trainer].record_epoch(trainer)
+            if request.signal and any(trainer.status == "running" for trainer in recorders):
+                for trainer, recorder in recorders.items():
+                    recorder.save_checkpoint(trainer.state_dict())
+                raise stopped(request, trained[0], f"{run_name(group[0].config)} with {len(group) - 1} others")
+        for trainer, recorder in recorders.items():
+            recorder.finish(trainer)

@@ -1,0 +1,92 @@
+"""Writes the rows, checkpoints and result of a run."""
+
+import time
+from typing import Any
+
+from lawn.config import Config
+from lawn.train.logger import Logger
+from lawn.train.progress import Progress, echo
+from lawn.train.run_directory import RunDirectory, packed
+from lawn.train.throughput import peak_flops
+from lawn.train.trainer import Trainer
+
+
+class RunRecorder:
+    """Shows and logs each epoch, saves checkpoints when they are due, and writes the result. On the main rank only."""
+
+    def __init__(self, config: Config, directory: RunDirectory, logger: Logger, epochs_done: int) -> None:
+        self._directory = directory
+        self._logger = logger
+        self._progress = Progress(directory.name, epochs_done, config.train.epochs)
+        self._seconds = config.train.checkpoint_seconds
+        self._saved = time.monotonic()
+
+    def record_epoch(self, trainer: Trainer) -> None:
+        """Show and log the newest row; save a checkpoint if one is due or the run has ended."""
+        row = trainer.rows[-1]
+        with trainer.clock("log"):
+            self._progress.epoch(row)
+            self._logger.log(row)
+            if self.due or trainer.status != "running":
+                self.save_checkpoint(trainer.state_dict())
+
+    @property
+    def due(self) -> bool:
+        """Whether a checkpoint is due."""
+        return time.monotonic() - self._saved >= self._seconds
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        self._directory.write_metrics(state["rows"])
+        self._directory.save(state)
+        self._saved = time.monotonic()
+
+    def finish(self, trainer: Trainer) -> dict[str, Any]:
+        """Write the result and mark the run as finished; returns the result."""
+        self._progress.close()
+        result = outcome(trainer)
+        self._directory.write_metrics(trainer.rows)
+        if trainer.diagnostics:  # before the run is marked: if the figure fails, the next call draws it
+            self._directory.draw()
+        self._directory.finish(result)
+        self._logger.finish(result)
+        echo(summary(result))
+        return result
+
+
+def outcome(trainer: Trainer) -> dict[str, Any]:
+    """How a run ended. The headline is the last epoch's metric; `best` is over the epochs of the same split, so on the
+    test split it is selected on test and no table prints it."""
+    split, name = trainer.config.eval.split, trainer.task.headline
+    key = f"{split}_{name}"
+    evaluated = [row for row in trainer.rows if row.get(key) is not None]
+    best = max(evaluated, key=lambda row: row[key] or 0.0, default=None)
+    peak = peak_flops(trainer.device, trainer.execution.precision)
+    rate = trainer.task.dataset.num_train * trainer.epoch / max(trainer.seconds["train"], 1e-9)
+    return {
+        "status": trainer.status,
+        "split": split,
+        "headline": name,
+        "last": trainer.rows[-1],
+        "best": best and {"epoch": best["epoch"], name: best[key]},
+        "divergence": trainer.divergence,
+        "outcomes": None if trainer.outcomes is None else packed(trainer.outcomes),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "samples_per_second": round(rate, 1),
+        "peak_share": round(rate * trainer.flops / (trainer.world.size * peak), 4) if trainer.flops else None,
+        "seconds": {what: round(value, 3) for what, value in trainer.seconds.items()},
+        "warnings": trainer.task.warnings,
+    }
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The last line of a run."""
+    last, divergence = result["last"], result["divergence"]
+    metrics = [f"{k} {v:.4g}" for k, v in last.items() if k.startswith(result["split"]) and v is not None]
+    share = "" if result["peak_share"] is None else f" ({100 * result['peak_share']:.0f} % of the matmul peak)"
+    spent = ", ".join(f"{what} {value:.1f} s" for what, value in result["seconds"].items())
+    ended = f"after epoch {last['epoch']}: {'  '.join(metrics) or 'no evaluation'}"
+    if divergence:
+        largest = divergence["largest_gradient"]
+        where = f" in {largest['layer']}, norm {largest['norm']:.2g}" if largest else ": none was finite"
+        ended = f"at update {divergence['step']}, in epoch {last['epoch']}; largest gradient before{where}"
+    return f"{result['status']} {ended}; {result['samples_per_second']:,.0f} samples/s{share}; {spent}"

@@ -1,0 +1,125 @@
+"""One rank's part of a run, from the run directory and back to it."""
+
+import time
+from contextlib import nullcontext, suppress
+from dataclasses import asdict
+from typing import Any
+
+from lawn.config import run_name
+from lawn.data.download import downloads_disabled
+from lawn.data.fingerprint import differences
+from lawn.errors import RunError, UserError
+from lawn.task import Task, dataset_reader
+from lawn.train.distributed import World
+from lawn.train.execution import constrained_step
+from lawn.train.prepare import PreparedRun
+from lawn.train.progress import echo
+from lawn.train.provenance import environment
+from lawn.train.recorder import RunRecorder
+from lawn.train.run_directory import RunDirectory
+from lawn.train.signals import Stopped, StopRequest, deferred_signals
+from lawn.train.trainer import Trainer
+
+AGREE_SECONDS = 0.1
+
+
+def run_rank(run: PreparedRun, world: World) -> dict[str, Any]:
+    """Train until the run ends; returns its result. Only the main rank touches the run directory.
+
+    Raises Stopped at a signal.
+    """
+    directory = run.directory if world.is_main else None
+    result = world.broadcast(directory.result() if directory and directory.done else None)
+    if result is not None:
+        if directory:
+            report_done(run)
+        return result
+    with world.main_process_first():
+        task = run.build_task(world.device)
+    with directory.lock() if directory else nullcontext(), deferred_signals() as request:
+        trainer, recorder = start_or_resume(run, task, world, directory)
+        pause = _PauseCheck(trainer, recorder, request)
+        while trainer.status == "running":
+            if trainer.train_epoch(pause) is not None and recorder:
+                recorder.record_epoch(trainer)
+            if not trainer.between_epochs or (trainer.status == "running" and pause(at_once=True)):
+                raise stopped(request, trainer, run_name(run.config))
+        return world.broadcast(recorder.finish(trainer) if recorder else {})
+
+
+def report_done(run: PreparedRun) -> None:
+    """Print that a run is done already, and a warning if its data differs from the data at hand, if there is any."""
+    directory = run.directory
+    echo(f"{directory.path}: done already")
+    recorded = directory.fingerprint
+    if recorded is None:  # an older version has not recorded it
+        return
+    with suppress(UserError, OSError), downloads_disabled():
+        if changed := differences(recorded, dataset_reader(run.config)().fingerprint):
+            echo(f"warning: {directory.path}: was run on other data ({changed}); delete it to run it again")
+
+
+def start_or_resume(
+    run: PreparedRun, task: Task, world: World, directory: RunDirectory | None, **details: object
+) -> tuple[Trainer, RunRecorder | None]:
+    """The run in the state of its last checkpoint, if there is one. `details` are added to env.json."""
+    trainer = Trainer(run.config, task, world)
+    if directory:
+        for warning in task.warnings:
+            echo(f"warning: {warning}")
+    state = world.broadcast(directory.load() if directory else None)
+    data = task.dataset.fingerprint
+    if state is not None and (changed := differences(state.get("data", {}), data)):
+        where = directory.path if directory else run_name(run.config)
+        raise RunError(f"{where}: was begun on other data ({changed}); put those back, or delete it to start over")
+    if directory:
+        step = {} if details else constrained_step(trainer.optimizer)  # vectorized runs have a step of their own
+        execution = {"ranks": world.size, "execution": asdict(trainer.execution), **step}
+        directory.begin({**environment(world.device), "data": data, **execution, **details})
+    if state is not None:
+        trainer.load_state_dict(state)
+    if not directory:
+        return trainer, None
+    if state is not None:
+        within = "" if trainer.between_epochs else f"in epoch {trainer.epoch}, after {trainer.step} updates"
+        echo(f"{directory.path}: going on {within or f'after epoch {trainer.epoch}'}")
+    logger = run.start_logger(directory.hash, directory.path)
+    return trainer, RunRecorder(run.config, directory, logger, len(trainer.rows))
+
+
+def stopped(request: StopRequest, trainer: Trainer, name: str) -> Stopped:
+    where = f"{name} has stopped in epoch {trainer.epoch}, after {trainer.step} updates"
+    return Stopped(f"{request.signal}: {where}; the same command goes on from there")
+
+
+class _PauseCheck:
+    """Decides between two updates whether the run has to stop, and saves a checkpoint then and when one is due.
+
+    The ranks decide together about every AGREE_SECONDS, because the collective operation delays them.
+    """
+
+    def __init__(self, trainer: Trainer, recorder: RunRecorder | None, request: StopRequest) -> None:
+        self._trainer, self._recorder, self._request = trainer, recorder, request
+        self._last_step, self._last_time, self._next_step = trainer.step, time.monotonic(), trainer.step
+
+    def __call__(self, at_once: bool = False) -> bool:
+        trainer, recorder = self._trainer, self._recorder
+        alone = trainer.world.size == 1
+        if not alone and trainer.step < self._next_step and not at_once:
+            return False
+        save, stop = 1, 2
+        action = stop if self._request.signal else int(recorder is not None and not at_once and recorder.due)
+        if not alone:
+            now = time.monotonic()
+            seconds = (now - self._last_time) / max(1, trainer.step - self._last_step)  # of an update
+            action, microseconds = trainer.world.all_reduce_max(action, round(1e6 * seconds))
+            self._last_step, self._last_time = trainer.step, now
+            self._next_step = trainer.step + max(1, round(1e6 * AGREE_SECONDS / max(1, microseconds)))
+        if action in (save, stop):
+            with trainer.clock("log"):
+                state = trainer.state_dict()
+                if recorder:
+                    recorder.save_checkpoint(state)
+        if action == stop and self._request.signal is None:
+            self._request.signal = "a signal to another rank"
+        return action == stop

@@ -1,0 +1,208 @@
+"""One step for the optimizers of several runs that are trained as one batched model.
+
+The updates are those of the optimizers' own `step`, with a leading run axis: where an optimizer has a number, there is
+a tensor here with a number for each run. So many small runs take as many kernels, and as much Python, as one.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from lawn.optim import keys, phase, update
+from lawn.optim.adam_lawn import AdamLAWN
+from lawn.optim.base import LAWNOptimizer
+from lawn.optim.lamb import LAMB, LAMBLAWN, LAMBPlus
+from lawn.optim.sgd_lawn import SGDLAWN
+
+
+@dataclass(frozen=True)
+class _Rule:
+    adaptive: bool  # moments as in Adam; else momentum
+    decay: str | None = None  # of the "gradient", the "weight" (decoupled) or the "update"
+    max_trust: float | None = None  # the trust ratio is at most this; None: there is none
+    trust_vectors: bool = True
+
+
+RULES: dict[type[Optimizer], _Rule] = {
+    SGD: _Rule(adaptive=False, decay="gradient"),
+    SGDLAWN: _Rule(adaptive=False),
+    Adam: _Rule(adaptive=True, decay="gradient"),
+    AdamW: _Rule(adaptive=True, decay="weight"),
+    AdamLAWN: _Rule(adaptive=True),
+    LAMB: _Rule(adaptive=True, decay="update", max_trust=math.inf),
+    LAMBPlus: _Rule(adaptive=True, decay="update", max_trust=LAMBPlus.max_trust, trust_vectors=False),
+    LAMBLAWN: _Rule(adaptive=True, max_trust=math.inf),
+}
+OTHER = ("amsgrad", "maximize", "dampening", "blocks")  # options that are left to the optimizers' own step
+
+
+class _Weight:
+    """A parameter of K optimizers: w [K, ...]. Numbers of the optimizers have the shape [K, 1, ...]."""
+
+    def __init__(self, w: Tensor, slices: Sequence[Tensor], optimizers: Sequence[Optimizer], adaptive: bool) -> None:
+        self.w = w
+        self.slices = slices
+        self.optimizers = optimizers
+        self.groups = [_holder(optimizer, own) for optimizer, own in zip(optimizers, slices, strict=True)]
+        self.decay = self._column([group.get("weight_decay", 0) for group in self.groups])
+        self.decays = any(group.get("weight_decay") for group in self.groups)
+        if adaptive:
+            self.beta1, self.beta2 = (self._column([group["betas"][i] for group in self.groups]) for i in (0, 1))
+            self.eps = self._column([group["eps"] for group in self.groups])
+            self.first, self.second = self._state("exp_avg", w), self._state("exp_avg_sq", w)
+            own = all(isinstance(optimizer, Adam) for optimizer in optimizers)  # torch's keeps it where it is needed
+            beside = w if own and self.groups[0].get("fused") else torch.empty(0)
+            self.steps = self._state("step", torch.empty(len(slices), device=beside.device))
+        else:
+            self.momentum = self._column([group["momentum"] for group in self.groups])
+            self.nesterov = [bool(group.get("nesterov")) for group in self.groups]
+            self.first = self._state("momentum_buffer", w)
+        for optimizer, p in zip(optimizers, slices, strict=True):
+            if isinstance(optimizer, LAWNOptimizer):
+                optimizer.state[p].setdefault(keys.NORM, 0.0)
+        self.read_norms()
+
+    def read_norms(self) -> None:
+        """The norms that the optimizers have fixed, infinite where they have not; None where none has."""
+        states = [optimizer.state[p] for optimizer, p in zip(self.optimizers, self.slices, strict=True)]
+        found = [state.get(keys.NORM) or math.inf for state in states]
+        self.norm = self._column(found) if any(math.isfinite(c) for c in found) else None
+
+    def _column(self, numbers: Sequence[float]) -> Tensor:
+        return over(torch.tensor(numbers, dtype=self.w.dtype, device=self.w.device), self.w)
+
+    def _state(self, name: str, like: Tensor) -> Tensor:
+        """A tensor of the shape of `like` whose slices are, from now on, this state of the optimizers."""
+        found = [optimizer.state[p].get(name) for optimizer, p in zip(self.optimizers, self.slices, strict=True)]
+        stack = torch.stack([zero if f is None else f for f, zero in zip(found, torch.zeros_like(like), strict=True)])
+        for optimizer, p, row in zip(self.optimizers, self.slices, stack, strict=True):
+            optimizer.state[p][name] = row
+        return stack
+
+
+class VectorizedStep:
+    """The steps of K optimizers of one class, in one. Their state stays theirs: each can go on alone.
+
+    Args:
+        optimizers: K optimizers for which `possible` holds.
+        weights: tensors [K, ...], without gradients: all parameters, stacked.
+        slices: for each of them the K parameters that its slices are.
+    """
+
+    def __init__(
+        self, optimizers: Sequence[Optimizer], weights: Sequence[Tensor], slices: Sequence[Sequence[Tensor]]
+    ) -> None:
+        self._optimizers = list(optimizers)
+        self._rule = RULES[type(optimizers[0])]
+        pairs = zip(weights, slices, strict=True)
+        self._weights = [_Weight(w, each, self._optimizers, self._rule.adaptive) for w, each in pairs]
+        self._counts = self._weights[0].steps.tolist() if self._rule.adaptive else []
+
+    @staticmethod
+    def possible(optimizers: Sequence[Optimizer]) -> bool:
+        """Whether they are of one class, and use nothing that only their own step knows."""
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        alike = len({type(optimizer) for optimizer in optimizers}) == 1 and type(optimizers[0]) in RULES
+        decays = any(isinstance(o, LAWNOptimizer) and g["weight_decay"] for o in optimizers for g in o.param_groups)
+        return alike and not decays and not any(group.get(key) for group in groups for key in OTHER)
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor]) -> set[int]:
+        """One update of every weight, by its gradient [K, ...]. Returns the optimizers whose weights were not finite
+        when they were to be constrained; they are left free.
+        """
+        failed = self._switch()
+        scales: list[list[float]] = []
+        if self._rule.adaptive:
+            self._counts = [count + 1 for count in self._counts]
+            betas = [optimizer.param_groups[0]["betas"] for optimizer in self._optimizers]
+            powers = list(zip(betas, self._counts, strict=True))
+            scales = [[1 / (1 - b[0] ** t) for b, t in powers], [1 / math.sqrt(1 - b[1] ** t) for b, t in powers]]
+        rates = [[float(group["lr"]) for group in weight.groups] for weight in self._weights]
+        first = self._weights[0].w
+        numbers = torch.tensor(rates + scales, dtype=first.dtype).to(first.device, non_blocking=True)
+        for weight, gradient, lr in zip(self._weights, gradients, numbers, strict=False):
+            self._update(weight, gradient, over(lr, weight.w), [over(x, weight.w) for x in numbers[len(rates) :]])
+        return failed
+
+    def _switch(self) -> set[int]:
+        """Constrain those for which it is time; count the update."""
+        failed, switched = set(), False
+        for k, optimizer in enumerate(self._optimizers):
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at
+            if not isinstance(optimizer, LAWNOptimizer):
+                continue
+            groups = enumerate(optimizer.param_groups)
+            if due := [index for index, group in groups if keys.is_due(group) and not group["switched"]]:
+                try:
+                    phase.switch(optimizer, due)
+                    switched = True
+                except phase.NonFiniteError:
+                    failed.add(k)
+            for group in optimizer.param_groups:
+                group["steps"] += 1
+        if switched:
+            for weight in self._weights:
+                weight.read_norms()
+        return failed
+
+    def _update(self, weight: _Weight, g: Tensor, lr: Tensor, scales: list[Tensor]) -> None:
+        """`lawn.optim.update` explains the constrained part."""
+        rule, w, c = self._rule, weight.w, weight.norm
+        trust = rule.max_trust is not None and (rule.trust_vectors or w.ndim > 2)
+        ww = dot(w, w) if trust or c is not None else lr
+        if c is not None:
+            g = torch.addcmul(g, w, torch.where(c.isfinite(), dot(w, g) / ww, 0), value=-1)
+        if weight.decays and rule.decay == "gradient":
+            g = torch.addcmul(g, w, weight.decay)
+        r = self._direction(weight, g, scales)
+        if weight.decays and rule.decay == "update":
+            r = torch.addcmul(r, w, weight.decay)
+        keep = 1 - lr * weight.decay if weight.decays and rule.decay == "weight" else None
+        take = lr
+        rr = dot(r, r) if trust or c is not None else lr
+        if trust:
+            ratio = torch.where((ww > 0) & (rr > 0), (ww / rr).sqrt(), 1).clamp(max=rule.max_trust)
+            take = lr * ratio
+        if c is not None:
+            on_sphere = update.coefficients(ww, dot(w, r), rr, c, lr, trust=trust)
+            keep = torch.where(c.isfinite(), on_sphere[0], 1)
+            take = torch.where(c.isfinite(), on_sphere[1], take)
+        if keep is not None:
+            w.mul_(keep)
+        w.addcmul_(r, take, value=-1)
+
+    def _direction(self, weight: _Weight, g: Tensor, scales: list[Tensor]) -> Tensor:
+        """What Adam or SGD would subtract from the weight, at a rate of 1."""
+        if self._rule.adaptive:
+            weight.steps.add_(1)
+            weight.first.lerp_(g, 1 - weight.beta1)
+            weight.second.lerp_(g * g, 1 - weight.beta2)
+            first_scale, second_scale = scales  # m_hat / (sqrt(v_hat) + eps), both divided by the scale of m_hat
+            roots = weight.second.sqrt().mul_(second_scale / first_scale).add_(weight.eps / first_scale)
+            return weight.first / roots
+        weight.first.mul_(weight.momentum).add_(g)
+        if not any(weight.nesterov):
+            return weight.first
+        nesterov = over(torch.tensor(weight.nesterov, device=g.device), g)
+        return torch.where(nesterov, torch.addcmul(g, weight.first, weight.momentum), weight.first)
+
+
+def _holder(optimizer: Optimizer, own: Tensor) -> dict[str, Any]:
+    """The group that holds a parameter."""
+    return next(group for group in optimizer.param_groups for p in group["params"] if p is own)
+
+
+def over(numbers: Tensor, w: Tensor) -> Tensor:
+    """[K] as [K, 1, ...], to be broadcast over w [K, ...]."""
+    return numbers.view(-1, *[1] * (w.ndim - 1))
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sums over all but the first axis: [K, 1, ...]."""
+    return (a * b).sum(dim=tuple(range(1, a.ndim)), keepdim=True)

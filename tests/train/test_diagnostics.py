@@ -1,0 +1,269 @@
+"""diagnostics=on and optim.free_epochs=auto, in whole runs."""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from lawn.config import config_hash
+from lawn.diagnostics import LossSurface, UpdateMonitor, figure
+from lawn.diagnostics.__main__ import main as diagnostics_main
+from lawn.diagnostics.onset import THRESHOLD
+from lawn.errors import ConfigError, RunError
+from lawn.train import train, train_many
+from lawn.train.run_directory import RunDirectory
+from lawn.train.trainer import Trainer
+from tests.helpers import ROOT, compose
+
+AUTO = ("optim.free_epochs=auto", "optim.lr=1e-2", "train.batch_size=50")
+
+
+def rows(config) -> list[dict[str, str]]:
+    with (RunDirectory(config).path / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_columns_and_nothing_else_changes(tiny):
+    plain, watched = tiny(), tiny("diagnostics=on", "diagnostics.samples=64")
+    train(plain)
+    train(watched)
+    for one, other in zip(rows(plain), rows(watched), strict=True):
+        assert one.items() <= other.items()
+        more = set(other) - set(one)
+        weights = {name.partition("/")[2] for name in more if "/" in name}
+        assert weights == {"1.weight", "3.weight"}
+        quantities = {name.partition("/")[0] for name in more if "/" in name}
+        assert quantities == {"norm", "gradient_norm", "radial", "angle", "effective_lr"}
+        quantiles = [float(other[f"margin_p{q}"]) for q in (10, 25, 50, 75, 90)]
+        assert quantiles == sorted(quantiles)
+        assert float(other["hessian_top"]) > 0
+        assert float(other["gradient_covariance"]) > 0
+
+
+def test_the_numbers_are_those_of_the_library(tiny, monkeypatch):
+    """By a monitor of our own."""
+    config = tiny("diagnostics=on", "train.epochs=1", "train.batch_size=10")  # 20 updates, of which a tenth
+    own = []
+    prepare = Trainer.__init__
+
+    def init(run, *arguments):
+        prepare(run, *arguments)
+        own.append(UpdateMonitor(run.model, run.optimizer, every=10))
+
+    monkeypatch.setattr(Trainer, "__init__", init)
+    train(config)
+    (row,) = rows(config)
+    for weight, means in own[0].means().items():
+        for quantity, value in means.items():
+            assert float(row[f"{quantity}/{weight}"]) == pytest.approx(value)
+
+
+def test_curvature_is_of_the_same_samples_at_every_evaluation(tiny, monkeypatch):
+    seen = []
+    build = LossSurface.__init__
+
+    def init(surface, model, loss, inputs, labels, chunk):
+        seen.append(labels)
+        build(surface, model, loss, inputs, labels, chunk)
+
+    monkeypatch.setattr(LossSurface, "__init__", init)
+    train(tiny("diagnostics=on", "diagnostics.samples=40", "eval.every=2"))
+    assert len(seen) == 2
+    assert len(seen[0]) == 40
+    assert torch.equal(*seen)
+
+
+def test_a_run_with_diagnostics_is_another_run_and_without_the_same_as_ever(tiny):
+    assert config_hash(tiny("diagnostics=on")) != config_hash(tiny())
+    assert config_hash(tiny("diagnostics=off")) == config_hash(tiny())
+
+
+@pytest.mark.parametrize("dataset", ["movielens100k", pytest.param("cifar10", marks=pytest.mark.slow)])
+def test_other_tasks(dataset, tiny_data, tmp_path):
+    keys = (f"dataset={dataset}", "train.epochs=1", "train.batch_size=8", "diagnostics=on", "diagnostics.samples=8")
+    small = ("model.factors=4", "dataset.candidates=20") if dataset == "movielens100k" else ("dataset.limit=16",)
+    config = compose(*keys, *small, f"data_dir={tiny_data}", "device=cpu", f"runs_dir={tmp_path}")
+    train(config)
+    (row,) = rows(config)
+    assert float(row["hessian_top"]) > 0
+    assert all(value != "" for value in row.values())
+
+
+def test_the_switch_is_where_the_margins_are_high(tiny):
+    """And the column tells when it was: the norms stay from then on."""
+    config = tiny(*AUTO, "train.epochs=20")
+    train(config)
+    found = rows(config)
+    free = float(found[-1]["free_epochs"])
+    assert 0 < free < 20
+    first = next(k for k, row in enumerate(found) if row["constrained"] == "1")
+    assert first == int(free)
+    margins = [float(row["margin_p50"]) for row in found]
+    assert max(margins[: first - 1]) < THRESHOLD < margins[-1]
+    assert len({round(float(row["weight_norm"]), 4) for row in found[first:]}) == 1
+
+
+def test_a_fixed_switch_at_the_same_update_is_the_same_run(tiny):
+    automatic = tiny(*AUTO, "train.epochs=20")
+    train(automatic)
+    free = rows(automatic)[-1]["free_epochs"]
+    fixed = tiny(*AUTO[1:], "train.epochs=20", f"optim.free_epochs={free}")
+    train(fixed)
+    for one, other in zip(rows(automatic), rows(fixed), strict=True):
+        assert other.items() <= one.items()
+
+
+@pytest.mark.parametrize("how", ["micro_batch_size=7", pytest.param("devices=2", marks=pytest.mark.slow)])
+def test_parts_and_ranks_switch_together(tiny, tmp_path, how):
+    keys = (*AUTO, "train.epochs=20", "diagnostics=on")
+    whole, other = (tiny(*keys, *own, f"run_dir={tmp_path}/{len(own)}") for own in ((), (f"train.{how}",)))
+    for config in (whole, other):
+        train(config)
+    for row, same in zip(rows(whole), rows(other), strict=True):
+        assert float(same["free_epochs"]) == float(row["free_epochs"])
+        for name in row:
+            assert float(same[name]) == pytest.approx(float(row[name]), rel=1e-3, abs=1e-4), name
+
+
+def test_watched_runs_are_trained_alone(tiny):
+    configs = [tiny(*AUTO, f"seed={seed}", "train.vectorize=4") for seed in range(2)]
+    assert train_many(configs) == []
+    for config in configs:
+        assert "free_epochs" in rows(config)[-1]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["optim.free_epochs=soon"], "optim.free_epochs=soon: must be a number of epochs, or auto"),
+        (["optim.free_epochs=[1]"], "must be a number of epochs, or auto"),
+        (["optim.free_epochs=true"], "must be a number of epochs, or auto"),
+        (["optim=adam", "optim.free_epochs=auto"], "optim.free_epochs=auto: does not apply to optim=adam"),
+        (["optim.free_epochs=auto", "train.logit_scale=0.2"], "needs a number for optim.free_epochs"),
+        (["diagnostics.samples=10"], "diagnostics.samples=10: needs diagnostics=on"),
+        (["diagnostics=on", "diagnostics.updates=null"], "diagnostics.updates: diagnostics=on needs a value"),
+        (["diagnostics=on", "diagnostics.samples=1"], "diagnostics.samples=1: must be a finite number above 1"),
+    ],
+)
+def test_refused(tiny, keys, message):
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        train(tiny(*keys))
+
+
+def test_the_figure_at_the_end_and_of_several_runs(tiny, tmp_path, capsys):
+    configs = [tiny(*keys, "diagnostics=on") for keys in (("optim=adam",), ("optim.free_epochs=1",))]
+    for config in configs:
+        train(config)
+        assert (RunDirectory(config).path / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
+    first, second = (str(RunDirectory(config).path) for config in configs)
+    assert diagnostics_main([first, f"LAWN={second}", "--out", f"{tmp_path}/both.png"]) == 0
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    shown = figure.draw({"Adam": figure.read(Path(first)), "LAWN": figure.read(Path(second))})
+    by_title = {axis.get_ylabel(): axis for axis in shown.axes}
+    assert len(by_title) == 7  # no curvature was measured
+    angles = by_title["angle of an update, rad"]
+    expected = [float(row["angle/1.weight"]) * float(row["angle/3.weight"]) for row in rows(configs[0])]
+    (thick,) = (line for line in angles.lines if line.get_label() == "Adam")
+    assert list(thick.get_ydata()) == pytest.approx([value**0.5 for value in expected])
+    assert len([line for line in angles.lines if line.get_linestyle() == ":"]) == 1  # the switch, of LAWN alone
+    capsys.readouterr()
+
+
+LACKING = "module://not_installed.backend_inline"
+OTHERS = [pytest.param(backend, marks=pytest.mark.slow) for backend in ("nonsense", "TkAgg")]
+
+
+@pytest.mark.parametrize("backend", [LACKING, *OTHERS])
+def test_no_display_and_no_backend_is_needed(tmp_path, backend):
+    """MPLBACKEND as a notebook leaves it to what it starts."""
+    keys = ["dataset=digits", "dataset.limit=100", "model.widths=[8]", "train.epochs=1", "diagnostics=on"]
+    environment = {**os.environ, "MPLBACKEND": backend, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "run.py", *keys, f"run_dir={tmp_path}/run"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_figure_that_failed_is_drawn_by_the_next_call(tiny, monkeypatch):
+    config = tiny("diagnostics=on", "train.epochs=2")
+    path = RunDirectory(config).path
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no font")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(figure, "save", fail)
+        with pytest.raises(RuntimeError, match="no font"):
+            train(config)
+    assert not (path / "DONE").exists()
+    before = rows(config)
+    train(config)
+    assert (path / "DONE").exists()
+    assert (path / "diagnostics.png").exists()
+    assert rows(config) == before
+
+
+def test_what_cannot_be_drawn_is_one_line(tiny, tmp_path, capsys):
+    plain = tiny("train.epochs=1")
+    train(plain)
+    capsys.readouterr()
+    for path, reason in ((RunDirectory(plain).path, "is not of a run with diagnostics=on"), (tmp_path, "cannot be")):
+        assert diagnostics_main([str(path), "--out", f"{tmp_path}/x.png"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert reason in line
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_names_of_runs(tiny, tmp_path, capsys):
+    """A path with an equals sign is a path; two runs of one name are refused."""
+    where = [tmp_path / "lr=1" / "run", tmp_path / "lr=2" / "run"]
+    train(tiny("train.epochs=1", "diagnostics=on", f"run_dir='{where[0]}'"))
+    shutil.copytree(*where)
+    first, second = map(str, where)
+    out = f"{tmp_path}/x.png"
+    assert diagnostics_main([first, "--out", out]) == 0
+    capsys.readouterr()
+    assert diagnostics_main([first, second, "--out", out]) == ConfigError.exit_code
+    assert "another run is called run; give names" in capsys.readouterr().err
+    assert diagnostics_main([first, f"b={second}", "--out", out]) == 0
+
+
+def test_numbers_that_are_not_above_0_are_left_out_of_logarithmic_panels():
+    rows = pd.DataFrame({"epoch": [1, 2], "constrained": 0, "train_loss": [1.0, 0.0], "angle/a": [4.0, 4.0]})
+    rows["angle/b"] = [0.0, 9.0]
+    axes = {axis.get_ylabel(): axis for axis in figure.draw({"run": rows}).axes}
+    thick = axes["angle of an update, rad"].lines[-1]
+    assert list(thick.get_ydata()) == pytest.approx([4, 6])
+    assert min(axes["training loss, nats"].get_ylim()) > 0.01
+
+
+def test_a_table_that_a_spreadsheet_has_saved_again_is_one_line(tiny):
+    config = tiny("diagnostics=on", "train.epochs=1")
+    train(config)
+    path = RunDirectory(config).path
+    (path / "metrics.csv").write_text((path / "metrics.csv").read_text().replace(",", ";"))
+    with pytest.raises(RunError, match=r"metrics.csv: has no columns epoch and train_loss"):
+        figure.read(path)
+
+
+@pytest.mark.parametrize("left", ["epoch,train_loss\n1,0.5\n2,0.4", "epoch,train_loss\n1,0.5\n3,0.4\n"])
+def test_a_table_that_is_cut_is_refused(tmp_path, left):
+    """In the middle of a number, or with a row that is missing."""
+    (tmp_path / "metrics.csv").write_text(left)
+    with pytest.raises(RunError, match=r"metrics.csv: is not whole; delete DONE beside it, and the same command"):
+        figure.read_metrics(tmp_path)
+    (tmp_path / "metrics.csv").write_text("epoch,train_loss\n1,0.5\n2,0.41\n")
+    assert list(figure.read_metrics(tmp_path)["train_loss"]) == [0.5, 0.41]
+
+
+def test_a_diverged_run_has_a_figure_too(tiny):
+    config = tiny("optim=sgd", "optim.lr=1e30", "optim.weight_decay=0", "diagnostics=on")
+    assert train(config)["status"] == "diverged"
+    assert (RunDirectory(config).path / "diagnostics.png").exists()

@@ -1,0 +1,408 @@
+import csv
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from lawn.config import config_hash
+from lawn.data.batching import Batching
+from lawn.errors import ConfigError, RunError
+from lawn.models.ncf import NCFMLP
+from lawn.models.vgg import VGG19
+from lawn.optimizers import OPTIMIZERS, PACKAGES, constrained, optimizer_arguments
+from lawn.task import task_builder
+from lawn.train import train
+from lawn.train.distributed import World
+from lawn.train.run_directory import RunDirectory, packed, unpacked
+from lawn.train.throughput import flops_per_sample
+from lawn.train.trainer import Trainer, epoch_seed
+from tests.helpers import RECOMMENDERS, compose, synthetic_ratings, write_ratings
+
+CPU = torch.device("cpu")
+
+
+def directory(config) -> Path:
+    return RunDirectory(config).path
+
+
+def rows(config) -> list[dict[str, str]]:
+    with (directory(config) / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_run_directory(tiny):
+    config = tiny("optim.free_epochs=2")
+    result = train(config)
+    path = directory(config)
+    assert {p.name for p in path.iterdir()} == {
+        *("DONE", "config.yaml", "env.json", "metrics.csv", "result.json", "timing.json", "checkpoint.pt"),
+        ".lock",
+    }
+    given, timing = (json.loads((path / name).read_text()) for name in ("result.json", "timing.json"))
+    assert result == {**given, **timing}
+    assert result["status"] == "done"
+    assert result["last"]["epoch"] == 4
+    assert result["best"]["accuracy"] == max(float(row["test_accuracy"]) for row in rows(config))
+    assert 100 * unpacked(result["outcomes"]).mean() == pytest.approx(result["last"]["test_accuracy"])
+    assert [row["constrained"] for row in rows(config)] == ["0", "0", "1", "1"]
+    norms = [float(row["weight_norm"]) for row in rows(config)]
+    assert norms[2] == pytest.approx(norms[1], rel=1e-6)
+    assert norms[0] != pytest.approx(norms[1], rel=1e-6)
+    assert f"hash: {config_hash(config)}" in (path / "config.yaml").read_text()
+    assert json.loads((path / "env.json").read_text())["packages"]["torch"] == version("torch")
+
+
+def test_the_rank_of_every_test_user_is_kept(tiny_data, tmp_path):
+    places = (f"data_dir={tiny_data}", f"runs_dir={tmp_path}", "device=cpu", "train.epochs=2")
+    result = train(compose("dataset=movielens100k", "optim=adam_lawn", *places, *RECOMMENDERS))
+    ranks = unpacked(result["outcomes"])
+    assert len(ranks) == 30
+    for k in (5, 10, 20):
+        assert 100 * (ranks < k).mean() == pytest.approx(result["last"][f"test_hr{k}"])
+
+
+@given(st.lists(st.integers(0, 2**15 - 1)))
+def test_outcomes_come_back(numbers):
+    assert unpacked(packed(torch.tensor(numbers, dtype=torch.long))).tolist() == numbers
+
+
+@pytest.mark.parametrize("text", ["", "AAAA", "not base64", "eJwDAAAAAAE"])
+def test_damaged_outcomes(text):
+    with pytest.raises(ValueError, match=r"."):
+        unpacked(text)
+
+
+def test_done_runs_are_not_run_again(tiny, capsys):
+    config = tiny()
+    result = train(config)
+    checkpoint = (directory(config) / "checkpoint.pt").stat()
+    assert train(config) == result
+    assert "done already" in capsys.readouterr().out
+    assert (directory(config) / "checkpoint.pt").stat() == checkpoint
+
+
+class PowerCutError(Exception):
+    pass
+
+
+RESUMED = [
+    *(("adam_lawn", after) for after in (1, 2, 3)),
+    *(
+        pytest.param(name, 2, marks=[pytest.mark.slow] * ("lawn" not in name))
+        for name in sorted({*OPTIMIZERS} - {"adam_lawn"})
+    ),
+]
+
+
+@pytest.mark.parametrize(("optim", "after"), RESUMED)
+def test_resume_is_exact(tiny, tmp_path, monkeypatch, optim, after):
+    overrides = [f"optim={optim}", "train.checkpoint_seconds=0", "optim.lr=0.01"]
+    if "lawn" in optim:
+        overrides += ["optim.free_epochs=2", "train.logit_scale=0.2"]
+    whole, broken = (tiny(*overrides, f"run_dir={tmp_path}/{name}") for name in ("whole", "broken"))
+    train(whole)
+    train_epoch = Trainer.train_epoch
+
+    def fail(self, *pause):
+        if self.epoch == after:
+            raise PowerCutError
+        return train_epoch(self, *pause)
+
+    monkeypatch.setattr(Trainer, "train_epoch", fail)
+    with pytest.raises(PowerCutError):
+        train(broken)
+    monkeypatch.setattr(Trainer, "train_epoch", train_epoch)
+    assert len(rows(broken)) == after
+    train(broken)
+    a, b = (torch.load(directory(c) / "checkpoint.pt", weights_only=True) for c in (whole, broken))
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+    assert (directory(whole) / "metrics.csv").read_bytes() == (directory(broken) / "metrics.csv").read_bytes()
+
+
+# Compiling AdamCPR takes longer than all the others.
+@pytest.mark.parametrize(
+    "optim", [pytest.param(o, marks=[pytest.mark.slow] * (o == "adam_cpr")) for o in sorted(OPTIMIZERS)]
+)
+def test_every_optimizer_learns(tiny, optim):
+    lr = 0.1 if "sgd" in optim else 0.02 if "lamb" in optim else 0.01
+    result = train(tiny(f"optim={optim}", f"optim.lr={lr}", "train.epochs=15", "train.batch_size=20"))
+    assert result["status"] == "done"
+    assert result["last"]["train_loss"] < 1  # ln 10 = 2.3 at the start
+    assert result["last"]["test_accuracy"] > 60
+
+
+def test_hoffers_weights_keep_the_norms_that_they_began_with(tiny):
+    config = tiny("optim=adam_hoffer", "optim.lr=0.01")
+    task = task_builder(config)(torch.device("cpu"))
+    before = [p.norm().item() for p in task.model.parameters()]
+    run = Trainer(config, task, World(CPU))
+    values = [layer.weight.detach().clone() for layer in task.model if hasattr(layer, "weight")]
+    run.train_epoch()
+    layers = [layer.weight.detach() for layer in task.model if hasattr(layer, "weight")]
+    assert [w.norm().item() for w in layers] == pytest.approx(before, rel=1e-6)
+    assert not any(torch.equal(a, b) for a, b in zip(values, layers, strict=True))
+
+
+def test_logits_are_attenuated_at_the_switch_and_norms_fixed_there(tiny):
+    """Figure 1: the free phase, then the output layer times alpha, then the constraint."""
+    free = 20
+    common = f"train.epochs={free + 2}", f"optim.free_epochs={free}", "optim.lr=0.01", "train.batch_size=20"
+    config = tiny(*common, "train.logit_scale=0.2")
+    task = task_builder(config)(torch.device("cpu"))
+    run = Trainer(config, task, World(CPU))
+    norms = []
+    for _ in range(free + 2):
+        run.train_epoch()
+        norms.append([p.norm().item() for p in task.model.parameters()])
+    hidden, output = norms[free - 1]
+    assert norms[free] == pytest.approx([hidden, 0.2 * output], rel=1e-5)
+    assert norms[free + 1] == pytest.approx(norms[free], rel=1e-6)
+    margins = [row["margin_p50"] for row in run.rows]
+    assert margins[free] < 0.4 * margins[free - 1]
+    plain = tiny(*common)
+    other = Trainer(plain, task_builder(plain)(torch.device("cpu")), World(CPU))
+    assert [other.train_epoch()["train_loss"] for _ in range(free)] == [row["train_loss"] for row in run.rows[:free]]
+
+
+def test_scope_of_the_constraint(tiny):
+    """All weights of the digits MLP are a homogeneous sub-network; in VGG-19 only the last layer is."""
+    both = [
+        Trainer(c, task_builder(c)(torch.device("cpu")), World(CPU)).optimizer.param_groups
+        for c in (tiny(), tiny("optim.scope=final_homogeneous"))
+    ]
+    assert [[p.shape for p in g["params"]] for g in both[0]] == [[p.shape for p in g["params"]] for g in both[1]]
+    model = VGG19((3, 32, 32), 10, batch_norm=True)
+    bound, free = constrained(model, "final_homogeneous", True)
+    assert [tuple(p.shape) for p in bound["params"]] == [(10, 512), (10,)]
+    assert bound["blocks"] == [0, 0]
+    assert len(free["params"]) == len(list(model.parameters())) - 2
+    with pytest.raises(ConfigError, match=r"optim.scope=final_homogeneous: no final homogeneous sub-network"):
+        constrained(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh()), "final_homogeneous", False)
+
+
+def test_muon_leaves_embeddings_and_the_output_layer_to_adamw():
+    model = NCFMLP(10, 20, factors=4, layers=2, init="torch")
+    groups = OPTIMIZERS["muon"](model, lr=0.01, betas=[0.9, 0.999], momentum=0.9, weight_decay=0.1).param_groups
+    by_muon, apart, others = groups
+    assert [g["use_fallback"] for g in groups] == [False, True, True]
+    assert [tuple(p.shape) for p in by_muon["params"]] == [(8, 16), (4, 8)]
+    assert [tuple(p.shape) for p in apart["params"]] == [(10, 8), (20, 8), (1, 4)]
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.1, 0.0]
+    assert [g["nesterov"] for g in groups] == [True, False, False]
+    assert all(p.ndim == 1 for p in others["params"])
+
+
+def test_a_config_that_was_not_validated_is_one_line():
+    for config in (OmegaConf.create({"seed": 0}), {"seed": 0}, None):
+        with pytest.raises(ConfigError, match=r"a config of type \w+: pass what lawn.validation.validate makes of it"):
+            train(config)
+
+
+def test_what_torchrun_has_left_in_the_environment_is_not_a_rank(tiny, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert train(tiny("train.epochs=1"))["status"] == "done"
+
+
+def test_a_package_that_is_not_installed_is_one_line(monkeypatch):
+    monkeypatch.setitem(PACKAGES, "adamp", "no_such_package")
+    with pytest.raises(ConfigError, match=r"optim=adamp: the package no_such_package is not installed; pip install"):
+        optimizer_arguments(compose("optim=adamp"))
+
+
+def test_divergence_is_a_result(tiny):
+    config = tiny("optim=sgd", "optim.lr=1e20")
+    result = train(config)
+    assert result["status"] == "diverged"
+    assert result["last"]["train_loss"] is None
+    assert (directory(config) / "DONE").exists()
+    json.loads((directory(config) / "result.json").read_text(), parse_constant=pytest.fail)  # no NaN in JSON
+
+
+def test_weights_that_are_lost_with_the_last_update_are_a_divergence(tiny):
+    result = train(tiny("optim=sgd", "optim.lr=1e38", "train.epochs=1", "train.batch_size=200"))
+    assert result["status"] == "diverged"
+    assert result["last"]["train_loss"] is not None
+    assert "test_accuracy" not in result["last"]
+
+
+def test_divergence_before_the_switch_is_a_result_too(tiny):
+    result = train(tiny("optim=sgd_lawn", "optim.lr=1e20", "train.batch_size=16", "optim.free_epochs=0.5"))
+    assert result["status"] == "diverged"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model=vgg19"], "model=vgg19: its CIFAR form takes 32 x 32 images, not 8 x 8"),
+        (["eval.split=val", "dataset.val_fraction=0.001"], "dataset.val_fraction=0.001: no stratified split"),
+        (["device=meta"], "device=meta: cannot be used"),
+    ],
+)
+def test_what_only_the_data_can_tell_is_one_line(tmp_path, overrides, words):
+    with pytest.raises(ConfigError, match=words) as error:
+        train(compose(f"runs_dir={tmp_path}", *overrides))
+    assert "\n" not in str(error.value)
+
+
+def test_a_resumed_run_lists_its_environments(tiny):
+    config = tiny()
+    train(config)
+    first = json.loads((directory(config) / "env.json").read_text())
+    (directory(config) / "DONE").unlink()
+    train(config)
+    assert json.loads((directory(config) / "env.json").read_text()) == {**first, "resumed": [first]}
+
+
+def test_another_runs_directory_is_refused(tiny, tmp_path):
+    train(tiny(f"run_dir={tmp_path}/here"))
+    with pytest.raises(RunError, match="holds run"):
+        train(tiny(f"run_dir={tmp_path}/here", "seed=1"))
+
+
+def test_a_damaged_checkpoint_is_named(tiny, monkeypatch):
+    config = tiny()
+    train(config)
+    path = directory(config)
+    (path / "DONE").unlink()
+    (path / "checkpoint.pt").write_bytes((path / "checkpoint.pt").read_bytes()[:500])
+    with pytest.raises(RunError, match=r"checkpoint.pt: cannot be read .*delete checkpoint.pt to start over"):
+        train(config)
+
+
+def test_unwritable_directory(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be written"):
+        train(tiny(f"run_dir={tmp_path}/file/run"))
+
+
+def test_validation_split_names_its_columns(tiny):
+    config = tiny("eval.split=val", "eval.every=3")
+    result = train(config)
+    assert "val_accuracy" in result["last"]
+    assert "test_accuracy" not in result["last"]
+    assert [bool(row["val_accuracy"]) for row in rows(config)] == [False, False, True, True]
+
+
+def test_recommendation(tmp_path):
+    write_ratings(tmp_path / "ml-100k" / "u.data", synthetic_ratings())
+    config = compose(
+        "dataset=movielens100k", "train.epochs=30", "train.batch_size=100", "dataset.candidates=40", "model.factors=4",
+        "optim.lr=0.01", f"data_dir={tmp_path}", f"runs_dir={tmp_path}/runs", "device=cpu",
+    )  # fmt: skip
+    result = train(config)
+    assert result["status"] == "done"
+    assert result["last"]["train_loss"] < 0.45  # the labels' own entropy is 0.5
+    assert 0 <= result["last"]["test_ndcg10"] <= result["last"]["test_hr10"] <= 100
+    assert len(result["warnings"]) == 3
+
+
+def test_hit_ratios_that_say_nothing_are_a_warning(tmp_path):
+    write_ratings(tmp_path / "ml-100k" / "u.data", synthetic_ratings())
+    for candidates, named in ((5, "HR@5 and HR@10 and HR@20"), (10, "HR@10 and HR@20"), (20, "HR@20"), (21, None)):
+        config = compose(
+            "dataset=movielens100k", "train.epochs=1", f"dataset.candidates={candidates}", "model.factors=4",
+            f"data_dir={tmp_path}", f"runs_dir={tmp_path}/runs", "device=cpu",
+        )  # fmt: skip
+        found = [warning for warning in train(config)["warnings"] if "HR@" in warning]
+        note = f"dataset.candidates={candidates}: for {named} all ranks, or all but the last, are hits; "
+        assert found == ([f"{note}take more than 20 candidates"] if named else [])
+
+
+def test_the_directory_of_now_has_a_name_too(tiny, tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    train(tiny("run_dir=.", "diagnostics=on"))
+    assert capsys.readouterr().out.startswith("here  epoch 1/4  train_loss")
+
+
+def test_flops_of_a_linear_network(tiny):
+    config = tiny()
+    task = task_builder(config)(torch.device("cpu"))
+    _, batch = next(task.dataset.train_batches(Batching(50), torch.Generator()))
+    forward = 2 * (64 * 16 + 16 * 10)
+    backward = 2 * (64 * 16 + 2 * 16 * 10)  # no gradient for the images
+    assert flops_per_sample(task, task.model, batch) == forward + backward
+    assert task.model[1].weight.device.type == "cpu"
+
+
+def test_the_switch_comes_after_free_epochs_even_where_they_are_fractions(tiny):
+    config = tiny("optim.free_epochs=1.5", "train.batch_size=20", "schedule.warmup_epochs=3.9")
+    run = Trainer(config, task_builder(config)(torch.device("cpu")), World(CPU))
+    assert run.optimizer.param_groups[0]["free_steps"] == 15
+    assert (run.scheduler.warmup_steps, run.scheduler.total_steps) == (39, 40)
+    config = tiny("optim.free_epochs=0.001")
+    run = Trainer(config, task_builder(config)(torch.device("cpu")), World(CPU))
+    assert run.optimizer.param_groups[0]["free_steps"] == 1  # only 0 means none
+
+
+def test_epoch_seeds_differ():
+    seeds = {epoch_seed(seed, epoch) for seed in range(30) for epoch in range(30)}
+    assert len(seeds) == 900
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_device(tiny):
+    with pytest.raises(ConfigError, match="device=warp: cannot be used"):
+        train(tiny("device=warp"))
+
+
+def test_a_failing_wandb_does_not_fail_the_run(tiny, monkeypatch, capsys):
+    import wandb
+
+    def refuse(**_):
+        raise ConnectionError("no server")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    assert train(tiny("logger=wandb"))["status"] == "done"
+    assert "wandb: ConnectionError: no server; logging to it ends here" in capsys.readouterr().out
+
+
+def test_wandb_gets_rows_and_result(tiny, monkeypatch):
+    import wandb
+
+    class Stub:
+        def __init__(self) -> None:
+            self.rows, self.summary, self.finished = [], {}, False
+
+        def log(self, row, step):
+            self.rows.append((step, row))
+
+        def finish(self):
+            self.finished = True
+
+    stub, given = Stub(), {}
+    monkeypatch.setattr(wandb, "init", lambda **keys: given.update(keys) or stub)
+    config = tiny("logger=wandb", "logger.mode=offline")
+    train(config)
+    assert [step for step, _ in stub.rows] == [1, 2, 3, 4]
+    assert stub.finished
+    assert stub.summary["status"] == "done"
+    assert (given["id"], given["mode"], given["resume"]) == (config_hash(config), "offline", "allow")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # wandb's own
+def test_wandb_offline_keeps_one_run_for_a_directory(tiny, monkeypatch):
+    """The real wandb, without a network: stopped and resumed, it writes twice to the run whose id is the hash."""
+    config = tiny("logger=wandb", "logger.mode=offline", "train.checkpoint_seconds=0")
+    train_epoch = Trainer.train_epoch
+
+    def stop(self, *pause):
+        if self.epoch == 2:
+            raise PowerCutError
+        return train_epoch(self, *pause)
+
+    monkeypatch.setattr(Trainer, "train_epoch", stop)
+    with pytest.raises(PowerCutError):
+        train(config)
+    monkeypatch.undo()
+    assert train(config)["status"] == "done"
+    folders = list((directory(config) / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2
+    assert {folder.name.rsplit("-", 1)[1] for folder in folders} == {config_hash(config)}
+    assert any(path for folder in folders for path in folder.glob("*.wandb"))

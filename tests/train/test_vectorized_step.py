@@ -1,0 +1,146 @@
+"""The joint step of several optimizers, against the steps that each takes by itself."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from lawn.optim import LAMB, LAMBLAWN, SGDLAWN, AdamLAWN, LAMBPlus
+from lawn.optim.keys import NORM
+from lawn.train.vectorized_step import RULES, VectorizedStep
+from tests.optim.helpers import fixed_norms
+
+# What members of one class may differ in; the third has the defaults.
+NUMBERS: dict[type[Optimizer], list[dict[str, Any]]] = {
+    SGD: [{"momentum": 0.9, "weight_decay": 0.1, "nesterov": True}, {"momentum": 0.5}, {}],
+    SGDLAWN: [{"momentum": 0.9, "free_steps": 3}, {"momentum": 0.5, "free_steps": 0}, {}],
+    Adam: [{"weight_decay": 0.1}, {"betas": (0.5, 0.9), "eps": 1e-3}, {}],
+    AdamW: [{"weight_decay": 0.3}, {"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.0}, {}],
+    AdamLAWN: [{"free_steps": 3}, {"betas": (0.5, 0.9), "free_steps": 0}, {}],
+    LAMB: [{"weight_decay": 0.3}, {"betas": (0.5, 0.9), "eps": 1e-3}, {}],
+    LAMBPlus: [{"weight_decay": 0.3}, {"betas": (0.5, 0.9), "eps": 1e-3}, {}],
+    LAMBLAWN: [{"free_steps": 3}, {"betas": (0.5, 0.9), "free_steps": 0}, {}],
+}
+SHAPES = ((3, 4), (4,), (1, 3), (2, 2, 3))
+
+
+def gradient_of(seed: int, step: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(100 * seed + step)
+    return [torch.randn(3, *shape, generator=generator, dtype=dtype) for shape in SHAPES]
+
+
+class Members:
+    """Three optimizers of one class, on weights that are slices of stacked tensors."""
+
+    def __init__(self, kind: type[Optimizer], seed: int, dtype: torch.dtype = torch.float64) -> None:
+        self.stacks = gradient_of(seed, 0, dtype)
+        self.slices = [[nn.Parameter(row) for row in stack] for stack in self.stacks]
+        self.optimizers = []
+        for k, numbers in enumerate(NUMBERS[kind]):
+            first, *others = [own[k] for own in self.slices]
+            groups: list[dict[str, Any]] = [{"params": [first]}, {"params": others, "lr": 0.02}]
+            self.optimizers.append(kind(groups, lr=0.05 + 0.01 * k, **numbers))
+
+    def alone(self, gradients: list[Tensor], first: int = 0) -> None:
+        """Each takes its own step, from this one on."""
+        for own, stack in zip(self.slices, gradients, strict=True):
+            for p, g in zip(own, stack, strict=True):
+                p.grad = g.clone()
+        for optimizer in self.optimizers[first:]:
+            optimizer.step()
+
+
+def check(one: Members, other: Members) -> None:
+    for a, b in zip(one.stacks, other.stacks, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_every_rule_is_tried():
+    assert NUMBERS.keys() == RULES.keys()
+
+
+@pytest.mark.parametrize("kind", RULES)
+@given(seed=st.integers(0, 1000), steps=st.integers(1, 8), resumed=st.integers(0, 8))
+@settings(max_examples=15, deadline=None)
+def test_the_joint_step_is_the_steps_of_all(kind, seed, steps, resumed):
+    """Whatever was done alone before and after: the state is the optimizers' own."""
+    joint, alone = Members(kind, seed), Members(kind, seed)
+    for step in range(resumed):
+        joint.alone(gradient_of(seed, step + 1))
+        alone.alone(gradient_of(seed, step + 1))
+    check(joint, alone)
+    assert VectorizedStep.possible(joint.optimizers)
+    vectorized = VectorizedStep(joint.optimizers, joint.stacks, joint.slices)
+    for step in range(resumed, resumed + steps):
+        assert vectorized.step(gradient_of(seed, step + 1)) == set()
+        alone.alone(gradient_of(seed, step + 1))
+    check(joint, alone)
+    for one, other in zip(joint.optimizers, alone.optimizers, strict=True):
+        for mine, expected in zip(one.param_groups, other.param_groups, strict=True):
+            assert mine.get("steps") == expected.get("steps")
+            assert mine.get("switched") == expected.get("switched")
+        assert fixed_norms(one) == pytest.approx(fixed_norms(other), rel=1e-9)
+        kept, needed = one.state_dict()["state"], other.state_dict()["state"]
+        assert {p for p in kept if NORM in kept[p]} == {p for p in needed if NORM in needed[p]}
+    joint.alone(gradient_of(seed, 99))
+    alone.alone(gradient_of(seed, 99))
+    check(joint, alone)
+
+
+@pytest.mark.parametrize("kind", [AdamLAWN, SGDLAWN, LAMBLAWN])
+def test_norms_hold_over_many_steps_in_float32(kind):
+    members = Members(kind, 0, torch.float32)
+    vectorized = VectorizedStep(members.optimizers, members.stacks, members.slices)
+    norms = [own[1].norm().item() for own in members.slices]
+    for step in range(400):
+        vectorized.step(gradient_of(1, step, torch.float32))
+    for own, shape, norm in zip(members.slices, SHAPES, norms, strict=True):
+        if len(shape) > 1:
+            assert own[1].norm().item() == pytest.approx(norm, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_a_member_that_is_not_finite_touches_no_other(kind):
+    joint, alone = Members(kind, 0), Members(kind, 0)
+    vectorized = VectorizedStep(joint.optimizers, joint.stacks, joint.slices)
+    lost = set()
+    for step in range(5):
+        gradients = gradient_of(0, step + 1)
+        alone.alone(gradients, first=1)
+        gradients = [g.clone().index_fill_(0, torch.tensor([0]), torch.nan) for g in gradients]
+        lost |= vectorized.step(gradients)
+    assert lost == ({0} if "free_steps" in NUMBERS[kind][0] else set())
+    for a, b in zip(joint.stacks, alone.stacks, strict=True):
+        assert a[0].isnan().any()
+        torch.testing.assert_close(a[1:], b[1:], rtol=1e-9, atol=1e-12)
+
+
+def test_what_only_their_own_step_knows_is_left_to_it():
+    weights = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+    assert VectorizedStep.possible([SGD([w], lr=0.1) for w in weights])
+    assert not VectorizedStep.possible([SGD([weights[0]], lr=0.1), Adam([weights[1]])])
+    assert not VectorizedStep.possible([Adam([w], amsgrad=True) for w in weights])
+    assert not VectorizedStep.possible([SGD([w], momentum=0.9, dampening=0.5) for w in weights])
+    assert not VectorizedStep.possible([torch.optim.RMSprop([w]) for w in weights])
+    assert not VectorizedStep.possible([AdamLAWN([{"params": [w], "blocks": [0]}]) for w in weights])
+
+
+def test_a_copy_of_the_state_is_whole():
+    """The moments are slices; a checkpoint of one optimizer goes on by itself."""
+    members = Members(AdamLAWN, 0)
+    vectorized = VectorizedStep(members.optimizers, members.stacks, members.slices)
+    for step in range(5):
+        vectorized.step(gradient_of(0, step + 1))
+    fresh = Members(AdamLAWN, 0)
+    for optimizer, other, k in zip(fresh.optimizers, members.optimizers, range(3), strict=True):
+        optimizer.load_state_dict(copy.deepcopy(other.state_dict()))
+        for own, others in zip(fresh.slices, members.slices, strict=True):
+            own[k].data.copy_(others[k].data)
+    fresh.alone(gradient_of(0, 6))
+    members.alone(gradient_of(0, 6))
+    check(fresh, members)
