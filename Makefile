@@ -57,7 +57,7 @@ lint: $(READY) ## ruff, mypy, and the documentation with warnings as errors
 	$(MAKE) docs
 
 docs: $(READY) ## build the documentation site in site/
-	$(PYTHON) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 
 format: $(READY) ## put the code in ruff's format
 	$(PYTHON) -m ruff check --fix .

@@ -124,6 +124,8 @@ def summary_table(page: AnyPage) -> str:
         return ""
     panel = page.panels[0]
     table = _grid(panel, _with_paper)
-    rows = [[str(name), *cells] for name, cells in zip(table.index, table.to_numpy().tolist(), strict=True) if any(cells)]
+    rows = [
+        [str(name), *cells] for name, cells in zip(table.index, table.to_numpy().tolist(), strict=True) if any(cells)
+    ]
     head = [panel.title, *panel.columns]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
