@@ -35,7 +35,6 @@ _TABLES = (TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6, FIGURE1, FIGURE2)
 _BEYOND = (TUNING_CURVES, AUTOMATIC, FLATTENING_DIGITS, FLATTENING_MOVIELENS100K)
 EXPERIMENTS = {e.name: e for e in (DEMO, *_TABLES, *_BEYOND)}
 SIMULATIONS = {s.name: s for s in (SMD_RAYLEIGH,)}
-README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -132,7 +131,7 @@ def _where(record: Record | None) -> str:
 
 def write(given: argparse.Namespace) -> int:
     """Write the pages of the experiments named, or of all with the index. The project's own are renewed together, with
-    README.md."""
+    the blocks of README.md, results/README.md and docs/."""
     for name in given.names:
         _known(name)
     own = given.results.resolve() == report.RESULTS and given.selection == "val"
@@ -150,8 +149,8 @@ def write(given: argparse.Namespace) -> int:
     if own or (not given.names and given.selection == "val"):
         report.write_index(pages, given.results)
         print(given.results / "index.html")
-    if own and README.exists():
-        report.embed(README, pages)
+    if own:
+        report.embed(pages)
     return 0
 
 

@@ -27,10 +27,6 @@ class Panel:
     columns: list[str]
     rows: list[tuple[str, list[Entry]]]
 
-    @property
-    def filled(self) -> bool:
-        return any(entry.ours for _, entries in self.rows for entry in entries)
-
 
 @dataclass(frozen=True)
 class Table:

@@ -388,7 +388,7 @@ def test_a_record_that_is_not_what_it_says_is_refused(tmp_path, part):
 
 @pytest.mark.parametrize("name", [*EXPERIMENTS, *SIMULATIONS])
 def test_committed_results_are_those_of_the_records(name, tmp_path, monkeypatch):
-    """Every number of a committed page, and of it in README.md, is computed again; figures are not drawn."""
+    """Every number of a committed page, and of its blocks in other pages, is computed again; no figure is drawn."""
     for drawing in ("draw", "save"):
         monkeypatch.setattr(report, drawing, lambda *_: None)
     page: report.AnyPage = (
@@ -402,9 +402,8 @@ def test_committed_results_are_those_of_the_records(name, tmp_path, monkeypatch)
     for path in written:
         assert (tmp_path / path).read_text() == (ROOT / "results" / path).read_text()
     assert page.figured == (ROOT / "results" / f"{name}.svg").exists()
-    shutil.copy(ROOT / "README.md", tmp_path / "README.md")
-    report.embed(tmp_path / "README.md", [page])
-    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+    for path in report.embedding():
+        assert report.embedded(path, [page]) == path.read_text()
 
 
 def test_every_record_is_shown():
@@ -475,18 +474,38 @@ def test_holm_is_over_the_table():
     assert all(isnan(pair.adjusted) and isnan(pair.gain.p) for pair in comparisons(experiment, single))
 
 
-def test_the_readme_shows_these_tables():
-    for name in ("demo", "table4", "figure1"):
-        assert f"<!-- table {name} -->" in (ROOT / "README.md").read_text()
+@pytest.mark.parametrize(
+    ("path", "blocks"),
+    [
+        ("README.md", ("summary-table table4",)),
+        ("docs/getting-started.md", ("output demo",)),
+        ("results/README.md", ("summary table4", "summary figure1", "summary tuning_curves", "summary automatic")),
+    ],
+)
+def test_pages_have_these_blocks(path, blocks):
+    text = (ROOT / path).read_text()
+    assert all(f"<!-- {block} -->\n" in text for block in blocks)
 
 
-def test_every_number_of_the_readmes_tables_links_to_its_records():
-    text = (ROOT / "README.md").read_text()
-    for block in re.findall(r"<!-- table \w+ -->\n(.*?)<!-- end -->", text, flags=re.DOTALL):
-        rows = [line for line in block.splitlines() if line.startswith("| ") and "n=" in line]
-        assert rows or "Nothing of it has been run." in block
-        for row in rows:
+def test_the_overview_lists_every_page():
+    text = (ROOT / "results" / "README.md").read_text()
+    for name, experiment in {**EXPERIMENTS, **SIMULATIONS}.items():
+        assert f"- [{experiment.title}]({name}.md)\n" in text
+
+
+def test_a_summary_is_the_first_panel_without_links():
+    page = report.of(EXPERIMENTS["table4"], Store(ROOT / "results"))
+    head, _, *rows = report.summary_table(page).splitlines()
+    assert head.startswith("| MovieLens-100k | batch 1k; ")
+    assert len(rows) == sum(any(entry.ours or entry.paper for entry in entries) for _, entries in page.panels[0].rows)
+    assert "](" not in "".join(rows)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_number_of_a_table_links_to_its_records(name):
+    for row in (ROOT / "results" / f"{name}.md").read_text().splitlines():
+        if row.startswith("| ") and "n=" in row:
             (first, *_), links = re.findall(r"n=\d+\)( <sup>.*?</sup>)?", row), re.findall(r"\]\(([^)]*)\)", row)
             assert first
             assert links
-            assert all((ROOT / link).exists() for link in links)
+            assert all((ROOT / "results" / link).exists() for link in links)
