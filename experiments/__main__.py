@@ -25,7 +25,7 @@ from experiments.execution.runner import MAX_VECTORIZED, RuntimeEstimate, durati
 from experiments.planning.study import SELECTIONS, SETTABLE, Study, studies
 from experiments.records import Record, Store
 from experiments.reporting import report
-from experiments.simulation import Simulation, SimulationPage
+from experiments.reporting.simulations import Simulation, simulation_page
 from experiments.spherical_motion.page import SMD_RAYLEIGH
 from lawn.errors import ConfigError, UserError
 from lawn.train import Stopped
@@ -136,15 +136,16 @@ def write(given: argparse.Namespace) -> int:
         _known(name)
     own = given.results.resolve() == report.RESULTS and given.selection == "val"
     store = Store(given.results)
+    names = [*EXPERIMENTS, *SIMULATIONS] if own or not given.names else given.names
     pages = [
-        SimulationPage(SIMULATIONS[name], given.results)
+        simulation_page(SIMULATIONS[name], given.results)
         if name in SIMULATIONS
-        else report.of(EXPERIMENTS[name], store, given.selection)
-        for name in ([*EXPERIMENTS, *SIMULATIONS] if own or not given.names else given.names)
+        else report.page_of(EXPERIMENTS[name], store, given.selection)
+        for name in names
     ]
-    for page in pages:
+    for name, page in zip(names, pages, strict=True):
         report.write(page, given.results)
-        if page.experiment.name in given.names:
+        if name in given.names:
             print(f"{report.terminal(page)}\n\n{given.results / page.name}.md")
     if own or (not given.names and given.selection == "val"):
         report.write_index(pages, given.results)
