@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def plan(given: argparse.Namespace) -> int:
-    """Print what would run."""
+    """Print the cells, the state of their runs and the estimated time."""
     store = Store(given.results)
     estimate = RuntimeEstimate(store)
     rows, configs, total = [], [], 0
@@ -90,7 +90,7 @@ def plan(given: argparse.Namespace) -> int:
 
 
 def execute(given: argparse.Namespace) -> int:
-    """Run what is missing, then report."""
+    """Run the missing runs, then write the pages."""
     store = Store(given.results)
     slots = _slots(given.devices, given.jobs)
     to_run, simulations = _studies(given), _simulations(given)
@@ -102,12 +102,12 @@ def execute(given: argparse.Namespace) -> int:
                 simulation.execute(given.results, given.short)
         write(given)
     finally:
-        failed = _tell(to_run, unsuccessful, store)
+        failed = _report_failures(to_run, unsuccessful, store)
     return UserError.exit_code if failed else 0
 
 
-def _tell(studies: list[Study], unsuccessful: list[JobResult], store: Store) -> bool:
-    """Name what could not be run, failed or diverged, with the reason; whether anything has failed."""
+def _report_failures(studies: list[Study], unsuccessful: list[JobResult], store: Store) -> bool:
+    """Print the runs that could not start, failed or diverged, with the reason; returns whether any failed."""
     failed = {shlex.join(study.cell.overrides): study.problem for study in studies if study.problem}
     for ended in unsuccessful:
         name = f"{ended.job.name} ({shlex.join(ended.job.overrides)})"
@@ -121,7 +121,7 @@ def _tell(studies: list[Study], unsuccessful: list[JobResult], store: Store) -> 
 
 
 def _where(record: Record | None) -> str:
-    """At which update a run has diverged, and in which layer; nothing in records of before it was recorded."""
+    """The update and layer at which a run diverged; empty for older records."""
     divergence = record and record.result.get("divergence")
     if not divergence:
         return ""

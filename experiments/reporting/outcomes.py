@@ -18,13 +18,13 @@ _study = cache(Study)  # a figure shows cells of the tables
 
 @dataclass(frozen=True)
 class Outcome:
-    """A cell at the budget that is reported, and the records that fill it; none: it has not been run."""
+    """A cell at its reported budget, with the records of its final runs."""
 
     cell: Cell
-    study: Study | None  # None: nothing on this dataset has been recorded, or the cell cannot be run
+    study: Study | None  # None: no record of this dataset, or the cell cannot be run
     records: list[Record]
     tuning: Tuning
-    tried: list[tuple[Job, Record]]  # of the tuning, what has been run
+    tried: list[tuple[Job, Record]]  # the recorded runs of the tuning
 
     @property
     def failed(self) -> bool:
@@ -32,31 +32,31 @@ class Outcome:
 
     @property
     def epochs(self) -> int | None:
-        """What the runs had, or would have in the paper; None where nothing was run and the dataset says it."""
+        """The epochs of the runs, or else of the paper; None if neither is known."""
         if self.records:
             return int(self.records[0].config["train"]["epochs"])
         return self.cell.epochs[0] if self.cell.epochs else None
 
     @property
     def setting(self) -> tuple[str, ...]:
-        """The hyperparameters that were chosen; none where nothing is tuned, or the tuning has not ended."""
+        """The chosen hyperparameters; empty if nothing is tuned or the tuning has not ended."""
         chosen = self.tuning.chosen
         job = None if self.study is None or chosen is None else self.study.grid.job(chosen)
         return () if job is None else job.setting
 
     def values(self, measure: Measure) -> list[float]:
-        """One for each seed; none of a cell that failed."""
+        """A value for each seed; empty for a cell that failed."""
         return [] if self.failed else [record.value(measure.key) for record in self.records]
 
     def mean(self, measure: Measure) -> float:
         return mean_and_error(self.values(measure))[0]
 
     def difference(self, measure: Measure) -> float:
-        """Ours less the paper's; NaN where one of them is missing."""
+        """Our mean minus the paper's number; NaN if one of them is missing."""
         return self.mean(measure) - paper(self.cell)
 
     def marked(self, measure: Measure) -> bool:
-        """Whether the difference exceeds both standard errors; one that is not known is not exceeded."""
+        """Whether the difference exceeds both standard errors; False if the paper gives none."""
         error = self.cell.paper.error if self.cell.paper else None
         if error is None:
             return False
@@ -65,7 +65,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two rows in one column: a method, and its rival with LAWN."""
+    """Two rows of one column: a method, and its rival with LAWN."""
 
     panel: str
     column: str
@@ -88,7 +88,7 @@ class Pair:
 
 
 def outcomes(experiment: Experiment, store: Store, selection: str = "val") -> list[Outcome]:
-    """An outcome for each cell: the longest of its budgets that is filled, else that has any run."""
+    """An outcome for each cell, at the longest of its budgets with all final runs, or else with any run."""
     return [_outcome(cell, store, selection, cell.seeds or experiment.seeds) for cell in experiment.cells]
 
 
@@ -109,7 +109,7 @@ def _outcome(cell: Cell, store: Store, selection: str, seeds: int) -> Outcome:
 
 
 def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Pair]:
-    """Every pair of rows in every column where both have numbers, after the same number of epochs."""
+    """All pairs of rows with numbers in a column, after the same number of epochs."""
     measure = experiment.measures[0]
     at = {(o.cell.panel, o.cell.column, o.cell.row): o for o in found if o.values(measure)}
     compared = []
@@ -131,7 +131,7 @@ def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Pair]:
 
 
 def _gain(base: Outcome, rival: Outcome, measure: Measure) -> tuple[Comparison, bool]:
-    """How much better the rival is; over the test samples and the seeds, where records have what came out for each."""
+    """The gain of the rival; paired over test samples if the records have their outcomes, and whether it is."""
     sign = -1 if measure.smaller_is_better else 1
     arms = [[record.scores for record in outcome.records] for outcome in (rival, base)]
     known = measure.key == "headline" and all(scores is not None for arm in arms for scores in arm)
