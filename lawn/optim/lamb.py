@@ -23,7 +23,9 @@ class LAMB(Optimizer):
 
     Args:
         params: parameters or parameter groups.
-        lr, betas, eps: as in Adam; eps 1e-6 as in the paper's section 4.
+        lr: learning rate.
+        betas: decay rates of the moments.
+        eps: added to the root of the second moment; 1e-6 as in section 4 of the paper.
         weight_decay: added to the update, inside the trust ratio.
     """
 
