@@ -1,14 +1,18 @@
 """Composing configs from the overrides of a command line."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf, flag_override
 
-from lawn.config import Config, register
+from lawn.config import GROUPS, Config, register
 from lawn.errors import ConfigError, UserError
 from lawn.explain import explain, is_hydra_error
 from lawn.validation import validate
@@ -23,22 +27,65 @@ def compose(*overrides: str) -> Config:
 
 def compose_unchecked(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
     """The composed config before validation, and the values of each key that a multirun would sweep over."""
-    register()
-    if not CONF.is_dir():
-        raise UserError(f"{CONF}: not there; configs are in a checkout: pip install -e '.[harness]' in one")
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = hydra.compose("config", list(overrides), return_hydra_config=True)
-        axes = OmegaConf.to_container(composed.hydra.sweeper.params or OmegaConf.create(), resolve=True)
+        return _without_hydra(_compose(*overrides))
     except Exception as error:
         if not is_hydra_error(error):
             raise
         raise ConfigError(explain(error)) from None  # a notebook would show the whole chain of errors
+
+
+def compose_many(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
+    """The same as compose_unchecked, several times as fast for many configs with the same members of groups.
+
+    Hydra composes each choice of members once in a process, and the values of keys are set on a copy.
+    """
+    try:
+        parsed = [parse_override(override) for override in overrides]
+        values = [override for override in parsed if _sets_value(override)]
+        choices = (str(override.input_line) for override in parsed if override not in values)
+        composed = _compose_choices(*choices).copy()
+        for value in values:
+            OmegaConf.update(composed, value.key_or_group, value.value())
+        return _without_hydra(composed)
+    except Exception as error:
+        if not is_hydra_error(error):
+            raise
+        return compose_unchecked(*overrides)  # whose error names the override
+
+
+def _compose(*overrides: str) -> DictConfig:
+    register()
+    if not CONF.is_dir():
+        raise UserError(f"{CONF}: not there; configs are in a checkout: pip install -e '.[harness]' in one")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose("config", list(overrides), return_hydra_config=True)
+
+
+def _without_hydra(composed: DictConfig) -> tuple[DictConfig, dict[str, str]]:
+    """Remove the node `hydra`, and return the values that its sweeper has."""
+    axes = OmegaConf.to_container(composed.hydra.sweeper.params or OmegaConf.create(), resolve=True)
     assert isinstance(axes, dict)
-    swept = {str(key): str(values) for key, values in axes.items()}
     with flag_override(composed, ["struct", "readonly"], False):
         del composed["hydra"]
-    return composed, swept
+    return composed, {str(key): str(values) for key, values in axes.items()}
+
+
+@cache
+def parse_override(override: str) -> Override:
+    return OverridesParser.create().parse_override(override)
+
+
+@cache
+def _compose_choices(*choices: str) -> DictConfig:
+    return _compose(*choices)
+
+
+def _sets_value(override: Override) -> bool:
+    """Whether the override sets one value of a key of the schema."""
+    section = override.key_or_group.partition(".")[0]
+    known = section in {field.name for field in fields(Config)} and override.key_or_group not in GROUPS
+    return known and override.type is OverrideType.CHANGE and not override.is_sweep_override()
 
 
 def refuse_sweeps(overrides: Iterable[str], swept: Mapping[str, Any]) -> None:

@@ -16,10 +16,24 @@ from lawn.errors import ConfigError
 from lawn.explain import explain, takes
 
 INTEGER_LIMIT = 2**63  # of integers without another upper bound
+RULES = dict(rules())
 
 
 def validate(composed: DictConfig) -> Config:
     """Resolve a composed config and check every value. Raises ConfigError with one line that names the key."""
+    config = resolve(composed)
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError with the first problem of a config."""
+    for problem in _problems(config):
+        raise ConfigError(problem)
+
+
+def resolve(composed: DictConfig) -> Config:
+    """The typed config, with every interpolation and path resolved. Raises ConfigError for a value of another type."""
     _refuse_unknown_keys(composed, Config, "")
     try:
         config = OmegaConf.to_object(composed)
@@ -28,13 +42,11 @@ def validate(composed: DictConfig) -> Config:
     assert isinstance(config, Config)
     config.optim.free_epochs = _free_epochs(config.optim.free_epochs)
     _without_signed_zeros(config)
-    for key, rule in rules():
+    for key, rule in RULES.items():
         if rule.path:
             owner, _, name = key.rpartition(".")
             section = getattr(config, owner) if owner else config
             setattr(section, name, _expanded(key, getattr(section, name)))
-    for problem in _problems(config):
-        raise ConfigError(problem)
     return config
 
 
@@ -86,18 +98,17 @@ def _refuse_unknown_keys(node: DictConfig, schema: type, prefix: str) -> None:
 
 def _problems(c: Config) -> Iterator[str]:
     """The problems of a config, one line each, in the order to be reported."""
-    limits = dict(rules())
     for key, value, optional in _values(c):
         if value is None and not optional:
             yield f"{key}: needs a value"
-        limit = limits[key].below or INTEGER_LIMIT
+        limit = RULES[key].below or INTEGER_LIMIT
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int) and abs(number) >= limit > 1:
                 yield f"{key}={value}: must be below {limit}"
             if number == "":
                 yield f"{key}: must not be empty"
     # train.epochs first: the defaults of other keys are proportional to it.
-    for key, rule in sorted(limits.items(), key=lambda entry: entry[0] != "train.epochs"):
+    for key, rule in sorted(RULES.items(), key=lambda entry: entry[0] != "train.epochs"):
         value = _get(c, key)
         if value is None:
             continue

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lawn.compose import compose as compose
+from lawn.compose import compose_many
+from lawn.config import Config
 from lawn.data.interactions import Interactions
 from lawn.data.ratings import Ratings, renumber
+from lawn.validation import validate
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,6 +28,11 @@ FIXTURES = {
     "movielens1m": RECOMMENDERS,
     "pinterest": RECOMMENDERS,
 }
+
+
+def compose(*overrides: str) -> Config:
+    """The config of these overrides; Hydra composes each choice of members once."""
+    return validate(compose_many(*overrides)[0])
 
 
 def run(*arguments: str, script: str = "run.py", **environment: str) -> subprocess.CompletedProcess[str]:

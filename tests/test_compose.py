@@ -1,7 +1,7 @@
 import pytest
 
 from lawn import compose as module
-from lawn.compose import compose, compose_unchecked, refuse_sweeps
+from lawn.compose import compose, compose_many, compose_unchecked, refuse_sweeps
 from lawn.errors import ConfigError, UserError
 
 
@@ -35,3 +35,33 @@ def test_without_a_checkout_the_remedy_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "CONF", tmp_path / "conf")
     with pytest.raises(UserError, match=r"conf: not there; configs are in a checkout: pip install -e '.\[harness\]'"):
         compose()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("optim=adam", "dataset=cifar10", "optim.lr=1e-2", "train.epochs=7", "seed=3", "runs_dir='a b'"),
+        ("sweep=cifar/adam_lawn", "dataset=cifar10", "optim=adam_lawn", "train.epochs=30", "optim.betas=[0.8,0.9]"),
+        ("dataset=movielens1m", "optim=adam_hoffer", "train.epochs=300", "sweep=ncf/adam_hoffer"),
+        ("hydra.sweeper.params={optim.lr: '1,2'}", "++model.widths=[8]", "optim.free_epochs=${scaled:1,2}"),
+        ("preset=null", "~sweep", "dataset.limit=null"),
+    ],
+)
+def test_composing_many_gives_what_composing_one_gives(overrides):
+    composed, swept = compose_many(*overrides)
+    again, _ = compose_many(*overrides)
+    assert (composed, swept) == compose_unchecked(*overrides)
+    assert again == composed
+    assert again is not composed
+
+
+@pytest.mark.parametrize(
+    "override", ["optim.lrr=1", "optim.lr=fast", "optim=adm", "optim=adam,sgd", "optim.lr=1,2", "a=[1"]
+)
+def test_composing_many_raises_what_composing_one_raises(override):
+    errors = []
+    for composing in (compose_many, compose_unchecked):
+        with pytest.raises(ConfigError) as raised:
+            composing(override)
+        errors.append(str(raised.value))
+    assert errors[0] == errors[1]

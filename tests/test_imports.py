@@ -31,8 +31,6 @@ LAYERS = """
     experiments.planning
     experiments.execution
     experiments.reporting
-    experiments.simulation
-    experiments.reporting.report
     experiments.spherical_motion
     experiments.__main__
     scripts run tests
@@ -116,6 +114,12 @@ def find_problems(root: Path) -> list[str]:
         elif importer in reachable.get(imported, ()):
             problems.append(f"{place}: {importer} imports {imported}, which imports it")
     return problems
+
+
+def test_every_layer_has_a_module():
+    modules = find_modules(ROOT)
+    names = [name for name in layers() if name.startswith(("lawn", "experiments"))]
+    assert [name for name in names if not any(f"{module}.".startswith(f"{name}.") for module in modules)] == []
 
 
 def test_imports_point_down():

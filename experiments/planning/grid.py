@@ -1,11 +1,10 @@
 """The runs of a sweep preset: one for each point of its grid, and for points one step beyond its ends."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, reduce
+from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -13,12 +12,12 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.planning import search
 from experiments.planning.search import Point
 from experiments.records import Store
-from lawn.compose import compose_unchecked
+from lawn.compose import compose_many, parse_override
 from lawn.config import Config
 from lawn.errors import ConfigError
 from lawn.explain import explain
 from lawn.identity import run_name
-from lawn.validation import validate
+from lawn.validation import check, resolve, validate
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ class Grid:
         self._extra = extra
         self._tunes = tunes
         self._jobs: dict[tuple[Point, int], Job | None] = {}
+        self._values: dict[str, Any] = {}
 
     @cached_property
     def problem(self) -> str | None:
@@ -71,11 +71,10 @@ class Grid:
     @cached_property
     def _composition(self) -> tuple[DictConfig, dict[str, str]]:
         sweep = () if self._sweep is None else (f"sweep={self._sweep}",)
-        return compose_unchecked(*self.overrides, *sweep, *self._extra)
+        return compose_many(*self.overrides, *sweep, *self._extra)
 
     @cached_property
     def _changed(self) -> DictConfig:
-        """The config that `_job` changes: every job sets the same keys."""
         return self._composition[0].copy()
 
     @cached_property
@@ -87,7 +86,7 @@ class Grid:
     def axes(self) -> dict[str, list[str]]:
         """The values of each hyperparameter of the sweep preset; empty without a preset."""
         swept = self._composition[1].items() if self._sweep else ()
-        parsed = [_parsed(f"{key}={values}") for key, values in swept]
+        parsed = [parse_override(f"{key}={values}") for key, values in swept]
         return {axis.key_or_group: list(axis.sweep_string_iterator()) for axis in parsed}
 
     @property
@@ -111,11 +110,19 @@ class Grid:
         if None in values:
             raise ConfigError(f"{setting}: beyond the grid")
         chosen = (*setting, f"eval.split={self._selection}", f"seed={seed}")
-        for override in map(_parsed, chosen):
-            # Far faster than to compose the config with them.
-            OmegaConf.update(self._changed, override.key_or_group, override.value())
-        overrides = (*self.overrides, f"sweep={self._sweep}", *chosen)
-        return Job(validate(self._changed), overrides, setting, self._tunes)
+        config = replace(self.config, eval=replace(self.config.eval, split=self._selection), seed=seed)
+        for override in setting:
+            key = override.partition("=")[0]
+            config = _with_value(config, key, self._resolved(key, override))
+        check(config)
+        return Job(config, (*self.overrides, f"sweep={self._sweep}", *chosen), setting, self._tunes)
+
+    def _resolved(self, key: str, override: str) -> Any:
+        """The value that an override gives its key, resolved once for all points; no other key may depend on it."""
+        if override not in self._values:
+            OmegaConf.update(self._changed, key, parse_override(override).value())
+            self._values[override] = reduce(getattr, key.split("."), resolve(self._changed))
+        return self._values[override]
 
     def job(self, point: Point, seed: int = 0) -> Job | None:
         """The run at a point of the grid, or one step beyond its ends; None if it cannot be run."""
@@ -138,6 +145,8 @@ class Grid:
         return None if record is None else record.headline
 
 
-@cache  # the settings of a grid are made of few values
-def _parsed(override: str) -> Override:
-    return OverridesParser.create().parse_override(override)
+def _with_value(config: Config, key: str, value: Any) -> Config:
+    section, _, name = key.rpartition(".")
+    return replace(
+        config, **{section: replace(getattr(config, section), **{name: value})} if section else {name: value}
+    )

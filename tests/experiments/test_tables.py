@@ -136,6 +136,7 @@ def test_a_study_runs_what_the_command_line_runs(name):
 def test_grids_are_logarithmic_in_the_rate_and_differ_only_by_what_they_tune():
     for path in sorted((ROOT / "conf" / "sweep").glob("*/*.yaml")):
         axes = OmegaConf.load(path).hydra.sweeper.params
+        assert all(key.startswith(("optim.", "schedule.")) for key in axes)  # keys that no other key depends on
         rates = [float(rate) for rate in axes["optim.lr"].split(",")]
         steps = [b / a for a, b in pairwise(rates)]
         assert all(1.6 < step < 3.4 for step in steps), path
