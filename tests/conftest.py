@@ -1,18 +1,31 @@
+"""Fixtures of all tests. The process that only hands tests out to workers imports no torch: fixtures do."""
+
 import os
+import sys
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
-from lawn.config import Config, register
-from lawn.data.movielens import movielens1m
-from lawn.data.ratings import read_ratings
-from tests.data.test_in_memory import write_cifar
-from tests.helpers import compose, synthetic_ratings, write_folders, write_ratings, write_three_files
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads only get in each other's way
 
-torch.set_num_threads(1)  # small tensors: threads only get in each other's way
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # so in the processes that tests start
-register()
+
+@pytest.fixture(autouse=True, scope="session")
+def constants_read_once():
+    """The digits and the version of the code are read from files once a session, not for every run."""
+    if "lawn.train" not in sys.modules:  # no test asks for a run
+        yield
+        return
+    import sklearn.datasets
+
+    from lawn.train import session
+
+    environment = cache(session.environment)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sklearn.datasets, "load_digits", cache(sklearn.datasets.load_digits))
+        patch.setattr(session, "environment", lambda device: deepcopy(environment(device)))
+        yield
 
 
 @pytest.fixture
@@ -26,24 +39,19 @@ def data_dir() -> Path:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """A data_dir with a few samples of every dataset but the digits."""
+    from tests.helpers import write_tiny_data
+
     folder = tmp_path_factory.mktemp("data")
-    write_cifar(folder / "cifar10")
-    write_cifar(folder / "cifar100")
-    write_folders(folder)
-    write_ratings(folder / "ml-100k" / "u.data", synthetic_ratings())
-    write_ratings(folder / "ml-1m" / "ratings.dat", synthetic_ratings(), "::")
-    test = movielens1m(folder, "test", seed=0, negatives=4, candidates=20)
-    for prefix in ("ml-1m", "pinterest-20"):
-        (folder / prefix).mkdir(exist_ok=True)
-        write_three_files(folder / prefix, prefix, read_ratings(folder / "ml-1m" / "ratings.dat", "::"), test)
+    write_tiny_data(folder)
     return folder
 
 
 @pytest.fixture
 def tiny(tmp_path: Path):
     """Config of a digits run of a second, with more overrides."""
+    from tests.helpers import compose
 
-    def make(*overrides: str) -> Config:
+    def make(*overrides: str):
         return compose(
             "train.epochs=4",
             "model.widths=[16]",
@@ -54,3 +62,17 @@ def tiny(tmp_path: Path):
         )
 
     return make
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """run.py's main function: exit code, standard output and standard error of a command line."""
+    import run
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # main sets it for its process
+        code = run.main()
+        return code, *capsys.readouterr()
+
+    return call

@@ -7,14 +7,17 @@ from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from lawn.compose import compose_many
 from lawn.config import Config
 from lawn.data.interactions import Interactions
-from lawn.data.ratings import Ratings, renumber
+from lawn.data.movielens import movielens1m
+from lawn.data.ratings import Ratings, read_ratings, renumber
 from lawn.validation import validate
 
+torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -174,3 +177,25 @@ def write_folders(root: Path, classes: int = 3, each: int = 4) -> None:
             for k in range(each):
                 image = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
                 image.convert(("RGB", "L", "CMYK")[k % 3]).save(folder / f"{k}.JPEG")
+
+
+def write_cifar(folder: Path, train: int = 60, test: int = 20) -> None:
+    """CIFAR's two files with noise, and the ten labels in turn."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for part, count in (("train", train), ("test", test)):
+        images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        np.savez(folder / f"{part}.npz", images=images, labels=np.arange(count) % 10)
+
+
+def write_tiny_data(folder: Path) -> None:
+    """Every dataset but the digits, with a few samples."""
+    write_cifar(folder / "cifar10")
+    write_cifar(folder / "cifar100")
+    write_folders(folder)
+    write_ratings(folder / "ml-100k" / "u.data", synthetic_ratings())
+    write_ratings(folder / "ml-1m" / "ratings.dat", synthetic_ratings(), "::")
+    test = movielens1m(folder, "test", seed=0, negatives=4, candidates=20)
+    for prefix in ("ml-1m", "pinterest-20"):
+        (folder / prefix).mkdir(exist_ok=True)
+        write_three_files(folder / prefix, prefix, read_ratings(folder / "ml-1m" / "ratings.dat", "::"), test)

@@ -15,8 +15,7 @@ from lawn.data.cifar import cifar10
 from lawn.errors import DataError, RunError
 from lawn.train import train
 from lawn.train.run_directory import CHECKPOINT_VERSION, RunDirectory
-from tests.data.test_in_memory import write_cifar
-from tests.helpers import ROOT
+from tests.helpers import ROOT, write_cifar
 
 UNPICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 UNPACKING = {"extractall", "extract", "unpack_archive", "extract_archive", "download_and_extract_archive"}

@@ -17,14 +17,7 @@ from lawn.data.cifar import cifar10
 from lawn.data.digits import digits
 from lawn.data.in_memory import InMemoryImages, crop_flip, draw_crops
 from lawn.errors import ConfigError, DataError
-
-
-def write_cifar(folder: Path, train: int = 60, test: int = 20) -> None:
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for part, count in (("train", train), ("test", test)):
-        images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-        np.savez(folder / f"{part}.npz", images=images, labels=np.arange(count) % 10)
+from tests.helpers import write_cifar
 
 
 def test_crop_and_flip_are_those_of_a_loop():

@@ -1,13 +1,20 @@
 """Miniatures of experiments, of runs that take less than a second."""
 
+import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from experiments.definitions.spec import Cell, Experiment, Measure
-from experiments.execution.pool import JobResult
-from experiments.execution.runner import run
+from experiments.execution import runner
+from experiments.execution.pool import JobResult, Pool
+from experiments.planning.grid import Job
 from experiments.planning.study import studies
 from experiments.records import Store
+from lawn.errors import UserError
+from lawn.train import train, train_vectorized
 from tests.helpers import FIXTURES
 
 SHORT = ("dataset=digits", "train.epochs=3", "model.widths=[8]", "dataset.limit=100")
@@ -32,13 +39,57 @@ MINI = Experiment(
 TUNED = Experiment("tuned", "Tuned", (Cell("Adam", (*SHORT, "optim=adam"), sweep="peak_lr"),), (ACCURACY,), seeds=2)
 
 
+class SerialPool(Pool):
+    """Trains in the process of the tests, which takes a fraction of the CPU time of a process for every job."""
+
+    def __enter__(self) -> "SerialPool":
+        self._ended: list[JobResult] = []
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    @property
+    def running(self) -> int:
+        return len(self._ended)
+
+    def takes(self, job: Job) -> bool:
+        return not self._ended
+
+    def start(self, jobs: list[Job]) -> None:
+        begin = time.monotonic()
+        configs = [replace(job.config, device="cpu") for job in jobs]
+        log = Path(configs[0].runs_dir) / jobs[0].name / "output.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        failure = None
+        with log.open("a") as file, redirect_stdout(file), redirect_stderr(file):
+            try:
+                train_vectorized(configs) if len(configs) > 1 else train(configs[0])
+            except UserError as error:
+                failure = str(error)
+        seconds = (time.monotonic() - begin) / len(jobs)
+        self._ended = [JobResult(job, seconds, failure, len(jobs)) for job in jobs]
+
+    def wait(self, timeout: float) -> list[JobResult]:
+        ended, self._ended = self._ended, []
+        return ended
+
+
 def run_experiment(
-    experiment: Experiment, folder: Path, seeds: int = 2, budget: int = 0, *extra: str
+    experiment: Experiment,
+    folder: Path,
+    seeds: int = 2,
+    budget: int = 0,
+    extra: tuple[str, ...] = (),
+    selection: str = "val",
+    processes: bool = False,
 ) -> list[JobResult]:
-    """Run all of an experiment on one device slot, with runs in folder/runs and records in folder/results; what
-    failed."""
+    """Run all of an experiment, with runs in folder/runs and records in folder/results; returns the failed jobs."""
     placed = (f"runs_dir={folder}/runs", *extra)
-    unsuccessful = run(studies(experiment, budget, extra=placed, seeds=seeds), Store(folder / "results"), ["cpu"])
+    store = Store(folder / "results")
+    with pytest.MonkeyPatch.context() as patch:
+        if not processes:
+            patch.setattr(runner, "Pool", SerialPool)
+        unsuccessful = runner.run(studies(experiment, budget, selection, placed, seeds), store, ["cpu"])
     return [ended for ended in unsuccessful if not ended.diverged]
 
 

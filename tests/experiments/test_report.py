@@ -32,19 +32,6 @@ from tests.experiments.helpers import ACCURACY, MINI, TUNED, run_experiment
 from tests.helpers import RECOMMENDERS, ROOT
 
 
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mini")
-    assert run_experiment(replace(MINI, cells=MINI.cells[:2]), folder) == []
-    return folder / "results"
-
-
-@pytest.fixture
-def results(filled, tmp_path):
-    shutil.copytree(filled, tmp_path / "results")
-    return tmp_path / "results"
-
-
 def made_up(cell: Cell, *values: float, status: str = "done", epochs: int = 300) -> Outcome:
     records = [
         Record(
@@ -161,7 +148,7 @@ def test_unfinished_runs_are_not_recorded(tmp_path):
 def test_warnings_of_the_runs_stand_below_the_table(tmp_path, tiny_data):
     cell = Cell("SGD", ("dataset=movielens100k", "optim=sgd", *RECOMMENDERS, "train.epochs=1"))
     small = Experiment("small", "A small one", (cell,), (Measure("test_hr10", "HR@10", 1),), seeds=2)
-    assert run_experiment(small, tmp_path, 2, 0, f"data_dir={tiny_data}") == []
+    assert run_experiment(small, tmp_path, extra=(f"data_dir={tiny_data}",)) == []
     page = report.experiment_page(small, Store(tmp_path / "results"))
     report.write(page, tmp_path / "results")
     text = (tmp_path / "results" / "small.md").read_text()
@@ -264,15 +251,14 @@ def test_the_longest_budget_that_is_filled_is_shown(tmp_path):
     assert [row[0].ours.partition(" after ")[2] for _, row in page.panels[0].rows] == ["4 epochs", "2 epochs"]
 
 
-def test_a_grid_with_holes_keeps_its_settings(tmp_path):
+def test_a_grid_with_holes_keeps_its_settings(tuned):
     """Records of a tuning that is not complete stand beside the settings that they are of."""
-    run_experiment(TUNED, tmp_path, 1)
-    store = Store(tmp_path / "results")
+    store = Store(tuned / "results")
     (study,) = studies(TUNED)
-    path = tmp_path / "results" / "tuning" / "tuned.jsonl"
+    path = tuned / "results" / "tuning" / "tuned.jsonl"
     hole = study.grid.jobs()[1].name
     path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if hole not in line))
-    page = report.experiment_page(TUNED, Store(tmp_path / "results"))
+    page = report.experiment_page(TUNED, Store(tuned / "results"))
     assert list(page.tuning["optim.lr"].astype(float)) == [1e-4, 1e-3, 3e-3, 1e-2, 3e-2]
     for name, rate in zip(page.tuning["record"], page.tuning["optim.lr"], strict=True):
         assert store.read(name).config["optim"]["lr"] == float(rate)
@@ -280,24 +266,22 @@ def test_a_grid_with_holes_keeps_its_settings(tmp_path):
     assert page.tuned is None
 
 
-def test_lines_of_tuning_files_are_in_the_order_of_their_names(tmp_path):
-    run_experiment(TUNED, tmp_path, 1)
-    path = tmp_path / "results" / "tuning" / "tuned.jsonl"
+def test_lines_of_tuning_files_are_in_the_order_of_their_names(tuned):
+    path = tuned / "results" / "tuning" / "tuned.jsonl"
     names = [json.loads(line)["name"] for line in path.read_text().splitlines()]
     assert names == sorted(set(names))
     assert len(names) >= 12
 
 
-def test_a_damaged_line_of_a_tuning_file_is_named(tmp_path):
-    run_experiment(TUNED, tmp_path, 1)
-    path = tmp_path / "results" / "tuning" / "tuned.jsonl"
+def test_a_damaged_line_of_a_tuning_file_is_named(tuned):
+    path = tuned / "results" / "tuning" / "tuned.jsonl"
     lines = path.read_text().splitlines()
     for damaged in (lines[1][:-9], "[]", lines[1].replace('"lr": ', '"lr": 1'), lines[1].replace(' "hash"', ' "hush"')):
         path.write_text("\n".join([lines[0], damaged, *lines[2:]]))
         with pytest.raises(
             RunError, match=r"tuned.jsonl, line 2: damaged record \(.*\); delete the line and run again"
         ):
-            report.experiment_page(TUNED, Store(tmp_path / "results"))
+            report.experiment_page(TUNED, Store(tuned / "results"))
 
 
 @pytest.mark.parametrize("damage", ["folder", "loop", "unreadable", "bytes"])
@@ -325,23 +309,21 @@ def test_a_tuning_file_that_is_damaged_while_runs_go_on_is_named(tmp_path):
     assert path.read_text() == '{"name": "di'
 
 
-def test_two_runners_record_into_one_file(tmp_path):
+def test_two_runners_record_into_one_file(tuned):
     """What one adds the other sees, and neither loses a line."""
-    run_experiment(TUNED, tmp_path, 1)
-    (study,) = studies(TUNED, extra=(f"runs_dir={tmp_path}/runs",))
-    first, second = Store(tmp_path / "new"), Store(tmp_path / "new")
-    jobs = study.tuning(Store(tmp_path / "results")).jobs
+    (study,) = studies(TUNED, extra=(f"runs_dir={tuned}/runs",))
+    first, second = Store(tuned / "new"), Store(tuned / "new")
+    jobs = study.tuning(Store(tuned / "results")).jobs
     with ThreadPoolExecutor(4) as pool:
         for store, job in zip((first, second) * len(jobs), jobs, strict=False):
             pool.submit(store.write, job.config, job.overrides, job.tunes)
     assert all(store.has(job.name) for store in (first, second) for job in jobs)
-    merged, alone = (folder / "tuning" / "tuned.jsonl" for folder in (tmp_path / "new", tmp_path / "results"))
+    merged, alone = (folder / "tuning" / "tuned.jsonl" for folder in (tuned / "new", tuned / "results"))
     assert merged.read_text() == alone.read_text()
 
 
-def test_dirty_and_different_versions_of_the_code_are_shown(tmp_path):
-    assert run_experiment(replace(MINI, cells=MINI.cells[:2]), tmp_path) == []
-    folder = tmp_path / "results" / "runs"
+def test_dirty_and_different_versions_of_the_code_are_shown(results):
+    folder = results / "runs"
     changes = [
         {"git": "a" * 40, "dirty": False},
         {"git": "a" * 40, "dirty": True},
@@ -364,11 +346,10 @@ def test_dirty_and_different_versions_of_the_code_are_shown(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["config", "hash", "name"])
-def test_a_record_that_is_not_what_it_says_is_refused(tmp_path, part):
+def test_a_record_that_is_not_what_it_says_is_refused(results, part):
     """Of whatever experiment it is."""
     one = replace(MINI, cells=MINI.cells[:1])
-    assert run_experiment(one, tmp_path, 1) == []
-    (path,) = (tmp_path / "results" / "runs").glob("*.json")
+    (path,) = (results / "runs").glob("digits-mlp-adam-s0-*.json")
     content = json.loads(path.read_text())
     if part == "config":
         content["config"]["optim"]["lr"] *= 2

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,7 +39,7 @@ SLOW = ("table1", "table2", "table3", "table5", "automatic", "flattening_digits"
 def test_a_miniature_of_each_table(experiment, tmp_path, tiny_data):
     tuned = experiment.name == "table4"
     small = miniature(experiment, tuned)
-    assert run_experiment(small, tmp_path, 1, -1, f"data_dir={tiny_data}") == []
+    assert run_experiment(small, tmp_path, 1, -1, (f"data_dir={tiny_data}",)) == []
     page = report.experiment_page(small, Store(tmp_path / "results"))
     for outcome in page.outcomes:
         assert outcome.records, outcome.cell.name
@@ -54,7 +55,7 @@ def test_a_miniature_of_each_table(experiment, tmp_path, tiny_data):
 
 
 def test_diverged_runs_are_results(tmp_path, capsys):
-    assert run_experiment(replace(MINI, cells=MINI.cells[:2]), tmp_path) == []
+    assert run_experiment(replace(MINI, cells=MINI.cells[:2]), tmp_path, processes=True) == []
     out = capsys.readouterr().out
     assert out.count("diverged") == 2
     assert "4 of 4 done, 0 running, 0 failed, 0:00:00 left" in out
@@ -84,9 +85,8 @@ def test_ranks_see_the_gpus_of_their_job(present, visible):
     assert visible_gpus(["cuda:0", "cuda:2"], present) == visible
 
 
-def test_the_best_setting_on_validation_fills_the_cell(tmp_path):
-    assert run_experiment(TUNED, tmp_path) == []
-    store = Store(tmp_path / "results")
+def test_the_best_setting_on_validation_fills_the_cell(tuned):
+    store = Store(tuned / "results")
     (study,) = studies(TUNED)
     tuning = study.tuning(store)
     values: dict[float, list[float]] = {}
@@ -105,7 +105,7 @@ def test_the_best_setting_on_validation_fills_the_cell(tmp_path):
     assert all(record.path.parent.name == "runs" for record in records)
     for job in tuning.jobs:
         record = store.read(job.name)
-        assert record.path == tmp_path / "results" / "tuning" / "tuned.jsonl"
+        assert record.path == tuned / "results" / "tuning" / "tuned.jsonl"
         assert record.outcomes is None
         assert command_of(record) == record.hash == job.name[-12:]
     for record in records:
@@ -124,7 +124,7 @@ def command_of(record: Record) -> str:
 
 def test_the_command_of_figure_1_is_quoted(tmp_path, tiny_data):
     figure = miniature(EXPERIMENTS["figure1"])
-    assert run_experiment(figure, tmp_path, 1, -1, f"data_dir={tiny_data}") == []
+    assert run_experiment(figure, tmp_path, 1, -1, (f"data_dir={tiny_data}",)) == []
     for record in Store(tmp_path / "results").all():
         assert command_of(record) == record.hash
 
@@ -140,9 +140,8 @@ def test_what_a_killed_writer_leaves_is_no_record(tmp_path):
 
 
 def test_selection_on_test_is_another_study_and_says_so(tmp_path):
-    extra = (f"runs_dir={tmp_path}/runs",)
     store = Store(tmp_path / "results")
-    assert run(studies(TUNED, selection="test", extra=extra, seeds=1), store, ["cpu"]) == []
+    assert run_experiment(TUNED, tmp_path, 1, selection="test") == []
     page = report.experiment_page(TUNED, store, "test")
     assert page.name == "tuned-selected-on-test"
     assert "chosen on the TEST split" in page.measured
@@ -175,7 +174,7 @@ def test_a_damaged_run_directory_is_that_runs_failure_alone(tmp_path):
     folder = tmp_path / "runs" / study.outstanding(Store(tmp_path))[0].name
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("hash: [")
-    (failed,) = run_experiment(experiment, tmp_path, 1)
+    (failed,) = run_experiment(experiment, tmp_path, 1, processes=True)
     assert "config.yaml: cannot be read" in str(failed.failure)
     assert len(list((tmp_path / "results" / "runs").glob("*.json"))) == 1
 
@@ -204,7 +203,7 @@ def test_what_failed_together_is_tried_alone(tmp_path, capsys):
     cells = tuple(Cell(f"{lr}", (*SHORT[:1], *SHORT[2:], "train.epochs=600", f"optim.lr={lr}")) for lr in (0.01, 0.02))
     experiment = Experiment("two", "Two", cells, (ACCURACY,))
     killer = subprocess.Popen([sys.executable, "-c", KILL, str(tmp_path / "runs"), "digits-mlp-adam_lawn-"])
-    assert run_experiment(experiment, tmp_path, 1) == []
+    assert run_experiment(experiment, tmp_path, 1, processes=True) == []
     assert killer.wait(10) == 0
     out = capsys.readouterr().out
     assert out.count("killed by SIGKILL; once more, alone") == 2
@@ -277,12 +276,12 @@ def test_killed_and_started_again(tmp_path, capsys):
     assert len(recorded) >= 3
     _wait_until_nobody_writes(tmp_path / "runs")
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/DONE")}
-    assert run_experiment(KILLED, tmp_path) == []
+    assert run_experiment(KILLED, tmp_path, processes=True) == []
     after = [record.name for record in Store(tmp_path / "results").all()]
     assert capsys.readouterr().out.count(" done, ") == len(after) - len(recorded)
     assert set(recorded) < set(after)
     assert finished.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/DONE")}.items()
-    assert run_experiment(KILLED, tmp_path) == []
+    assert run_experiment(KILLED, tmp_path, processes=True) == []
     assert " done, " not in capsys.readouterr().out
 
 
@@ -340,7 +339,7 @@ def test_the_budget_of_time(tmp_path, capsys):
     _wait_until_nobody_writes(tmp_path / "runs")
 
 
-def test_what_is_missing_and_how_long_it_takes(tmp_path):
+def test_what_is_missing_and_how_long_it_takes(tuned, tmp_path):
     store = Store(tmp_path / "results")
     (study,), (more,) = studies(TUNED), studies(TUNED, seeds=3)
     assert len(missing(study, store)) == 6 + 6 + 2
@@ -356,7 +355,7 @@ def test_what_is_missing_and_how_long_it_takes(tmp_path):
     assert estimate.seconds([config]) == pytest.approx(expected)
     twice = replace(config, train=replace(config.train, epochs=6, batch_size=1000))
     assert estimate.seconds([config, twice]) == pytest.approx(3 * expected)
-    run_experiment(TUNED, tmp_path)
+    shutil.copytree(tuned / "results", tmp_path / "results", dirs_exist_ok=True)
     assert missing(study, store) == []
     assert len(missing(more, store)) == 1
     assert duration(3661.4) == "1:01:01"

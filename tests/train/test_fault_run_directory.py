@@ -1,0 +1,159 @@
+"""Run directories that are damaged, deleted, moved or another run's."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from experiments.records import Store
+from lawn.errors import RunError, UserError
+from lawn.train import train
+from lawn.train.run_directory import RunDirectory
+from tests.train.faults import ALWAYS, DIGITS, after, check_equal, copied
+
+
+@pytest.mark.parametrize("gone", ["deleted", "moved", "begun again"])
+@pytest.mark.parametrize("when", [3, 52])  # in the middle, and before the result is written
+def test_a_run_directory_that_goes_while_the_run_is_at_work(tiny, whole, tmp_path, monkeypatch, gone, when):
+    """It is not made again; of a moved one the same command goes on."""
+    config = tiny(*DIGITS, ALWAYS, f"run_dir={tmp_path}/run")
+    path = RunDirectory(config).path
+
+    def go() -> None:
+        if gone == "deleted":
+            shutil.rmtree(path)
+            return
+        path.rename(tmp_path / "moved")
+        if gone == "begun again":
+            path.mkdir()
+            (path / ".lock").touch()
+
+    with monkeypatch.context() as patch:
+        after(when, go, patch)
+        with pytest.raises(
+            RunError, match=r"run: was deleted or moved while the run was at work in it, .* last checkpoint$"
+        ):
+            train(config)
+    assert [file.name for file in path.glob("*")] == ([".lock"] if gone == "begun again" else [])
+    assert path.exists() == (gone == "begun again")
+    if gone == "deleted":
+        return
+    shutil.rmtree(path, ignore_errors=True)
+    (tmp_path / "moved").rename(path)
+    train(config)
+    check_equal(config, whole)
+
+
+def test_a_run_directory_is_another_runs_before_its_first_checkpoint_too(tiny, tmp_path):
+    """Asked again with the lock held: the other may have begun in between."""
+    one, other = (tiny(f"seed={seed}", f"run_dir={tmp_path}/run") for seed in range(2))
+    late = RunDirectory(other)
+    with RunDirectory(one).lock():
+        RunDirectory(one).begin({})
+    with pytest.raises(RunError, match="holds run"), late.lock():
+        pass
+    with pytest.raises(RunError, match="holds run"):
+        train(other)
+    assert train(one)["status"] == "done"
+
+
+@pytest.mark.parametrize("damage", [b"epoch,step\n1,", b"", None])
+def test_metrics_are_written_anew_from_the_checkpoint(stopped_run, tmp_path, damage):
+    config, whole = copied(stopped_run[0], tmp_path / "run"), stopped_run[1]
+    metrics = tmp_path / "run" / "metrics.csv"
+    metrics.unlink() if damage is None else metrics.write_bytes(damage)
+    train(config)
+    check_equal(config, whole)
+
+
+def test_what_a_killed_process_left_beside_is_cleared_away(stopped_run, tmp_path):
+    config, whole = copied(stopped_run[0], tmp_path / "run"), stopped_run[1]
+    for name in (".checkpoint.pt.abcd.pt", ".metrics.csv.efgh.csv"):
+        (tmp_path / "run" / name).write_bytes(b"half")
+    (tmp_path / "run" / "env.json").write_text('{"git": ')
+    train(config)
+    check_equal(config, whole)
+    assert {path.name for path in (tmp_path / "run").glob(".*")} == {".lock"}
+
+
+@pytest.mark.parametrize("damage", ["[", "", None])
+def test_a_damaged_result_is_written_again(stopped_run, tmp_path, damage):
+    config, whole = copied(stopped_run[1], tmp_path / "run"), stopped_run[1]
+    path = tmp_path / "run" / "result.json"
+    path.unlink() if damage is None else path.write_text(damage)
+    with pytest.raises(RunError, match=r"result.json: cannot be read .*; delete DONE beside it"):
+        train(config)
+    (tmp_path / "run" / "DONE").unlink()
+    train(config)
+    check_equal(config, whole)
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def unreadable(path: Path) -> None:
+    """Even for root: a file whose first byte is an error."""
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+
+
+@pytest.mark.parametrize("damage", [emptied, cut, a_folder, unreadable])
+@pytest.mark.parametrize(
+    "name", ["checkpoint.pt", "checkpoint_previous.pt", "config.yaml", "env.json", "metrics.csv", "output.log"]
+)
+def test_whatever_file_of_a_stopped_run_is_damaged_it_is_named_or_the_end_is_the_same(
+    stopped_run, tmp_path, capsys, name, damage
+):
+    config, whole = copied(stopped_run[0], tmp_path / "run"), stopped_run[1]
+    path = tmp_path / "run" / name
+    path.touch()
+    damage(path)
+    if (name == "config.yaml" and damage is not cut) or (damage is a_folder and name != "output.log"):
+        with pytest.raises(UserError) as caught:
+            train(config)
+        assert str(caught.value).startswith(f"{path}: ")
+        assert re.search("; (put it back|move it away)", str(caught.value))
+        assert "\n" not in str(caught.value)
+        return
+    train(config)
+    check_equal(config, whole)
+    env = json.loads((tmp_path / "run" / "env.json").read_text())
+    (now,) = env["resumed"]
+    lost = name == "env.json"
+    assert env["git"] == (None if lost else now["git"])
+    assert ("what the run was begun with is not known any more" in capsys.readouterr().out) == lost
+
+
+@pytest.mark.parametrize("damage", [emptied, cut, a_folder, unreadable])
+@pytest.mark.parametrize("name", ["config.yaml", "env.json", "metrics.csv", "result.json", "timing.json"])
+def test_whatever_file_of_a_finished_run_is_damaged_it_is_named_or_not_needed(stopped_run, tmp_path, name, damage):
+    """By a call that finds the run done, and where it is recorded."""
+    config = copied(stopped_run[1], tmp_path / "run")
+    path = tmp_path / "run" / name
+    damage(path)
+    needed = {"result.json", "timing.json"} | ({"config.yaml"} if damage is not cut else set())  # its hash comes first
+    calls: list[Callable[[], object]] = [lambda: train(config)] if name in needed else []
+    if name != "config.yaml" or damage is not cut:
+        calls.append(lambda: Store(tmp_path / "results").write(config, ()))
+    for call in calls:
+        with pytest.raises(RunError) as caught:
+            call()
+        assert str(caught.value).startswith(f"{path}: ")
+        assert re.search("; (put it back|delete DONE)", str(caught.value))
+        assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "results").rglob("*.json"))
+    if name not in needed:
+        assert train(config)["status"] == "done"
