@@ -1,6 +1,7 @@
 """Imports point down: a module imports its own layer and the layers below it, and no two modules import each other."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -125,6 +126,17 @@ def test_every_layer_has_a_module():
 def test_imports_point_down():
     problems = dict.fromkeys(find_problems(ROOT))
     assert not problems, "\n".join(problems)
+
+
+def test_the_optimizers_import_nothing_but_torch():
+    allowed = {*sys.stdlib_module_names, "lawn", "torch", "triton"}
+    modules = find_modules(ROOT)
+    lowest = {name: path for name, path in modules.items() if name == "lawn.__init__" or "lawn.optim." in name}
+    for name, path in lowest.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert {imported.partition(".")[0] for imported in names} <= allowed, f"{name}, line {node.lineno}"
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_selection_on_test_is_another_study_and_says_so(tmp_path):
     assert page.name == "tuned-selected-on-test"
     assert "chosen on the TEST split" in page.measured
     assert all(record.result["split"] == "test" for _, record in page.outcomes[0].tried)
-    assert report.experiment_page(TUNED, store).found[0].records == []
+    assert report.experiment_page(TUNED, store).outcomes[0].records == []
     assert "validation" in report.experiment_page(TUNED, store).measured
 
 

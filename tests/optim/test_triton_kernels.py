@@ -33,7 +33,7 @@ def adam(params: list[nn.Parameter], **keys) -> Optimizer:
 
 
 KINDS = [(AdamLAWN, "adam"), (LAMBLAWN, "lamb"), (SGDLAWN, "sgd"), (wrapped(adam), "adam")]
-SIZES = [(60, 70), (5, 4), (7,), (100, 90), (3, 2, 3, 3)]
+SIZES = [(60, 70), (5, 4), (7,), (3, 2, 3, 3)]  # the first in two chunks
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter's process")
@@ -56,7 +56,7 @@ def test_in_the_interpreter(marked, count):
     assert f"{count} passed" in done.stdout
 
 
-def run(kind, device: str, dtype: torch.dtype, fused: bool | None, steps: int = 6, **keys) -> list[torch.Tensor]:
+def run(kind, device: str, dtype: torch.dtype, fused: bool | None, steps: int = 4, **keys) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(size, generator=generator).to(device, dtype)) for size in SIZES]
     optimizer = kind(params, lr=0.02, free_steps=2, fused=fused, **keys)
@@ -79,7 +79,7 @@ def test_equals_algorithm_1(kind, rule):
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(size, generator=generator).double() for size in SIZES]
     reference = ReferenceLAWN(rule, weights, lr=0.02, free_steps=2)
-    for _ in range(6):
+    for _ in range(4):
         reference.step([torch.randn(size, generator=generator).double() for size in SIZES])
     for p, w in zip(got, reference.weights, strict=True):
         torch.testing.assert_close(p.double(), w, rtol=1e-4, atol=1e-5)
@@ -95,7 +95,7 @@ def test_bfloat16_equals_the_plain_update(kind):
 
 @interpreted
 def test_joined_blocks():
-    keys = {"constrain": True, "blocks": [0, 0, 1, 2, 2]}
+    keys = {"constrain": True, "blocks": [0, 0, 1, 1]}
 
     def kind(params, **more):
         return AdamLAWN([{"params": params, **keys}], **more)
