@@ -179,7 +179,7 @@ def test_workers_change_nothing_and_live_on(folders):
     alone, helped = load(folders), load(folders, workers=2)
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    next(helped.train_batches(Batching(3), torch.Generator().manual_seed(9)))  # left in the middle
+    next(helped.train_batches(Batching(3), torch.Generator().manual_seed(9)))  # the epoch is not finished
     processes = {worker.pid for worker in helped._train_loader._iterator._workers}
     epochs = []
     for seed, batching in ((4, Batching(5)), (5, Batching(7, 2))):

@@ -252,7 +252,7 @@ def test_an_index_that_is_absent(tmp_path):
         load(tmp_path)
 
 
-def test_keys_that_do_not_go_together(monkeypatch):
+def test_keys_that_exclude_each_other(monkeypatch):
     for override, message in (("limit=5", r"dataset.limit=5: needs folders"), ("loader=dali", "dataset.loader=dali: ")):
         with pytest.raises(ConfigError, match=message):
             compose("dataset=imagenet", "dataset.shards=somewhere", f"dataset.{override}")

@@ -289,7 +289,7 @@ def test_a_learning_rate_of_nothing_does_not_escape(seed, lr, kind):
         assert surface.escape(0.0, 2, covariance) == 1
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_not_changed():
     case = image(0)
     case.model.train()
     case.model[1].eval()  # frozen statistics

@@ -399,7 +399,7 @@ def test_every_record_is_shown():
         assert names <= shown, path
 
 
-def test_a_wide_error_is_explained():
+def test_a_large_standard_error_is_explained():
     """No mean of a committed page is uncertain by more than two points without a sentence that says why."""
     for experiment in EXPERIMENTS.values():
         page = report.page_of(experiment, Store(ROOT / "results"))

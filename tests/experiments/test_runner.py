@@ -1,4 +1,4 @@
-"""Running experiments: whole miniatures, killed and started again, failures, the pool and the pace."""
+"""Running experiments: whole miniatures, killed and started again, failures, the pool and the estimate of run times."""
 
 import json
 import os
@@ -199,7 +199,7 @@ def test_a_cell_that_cannot_be_composed_says_why(sweep, overrides, problem):
 
 
 @pytest.mark.slow
-def test_what_failed_together_is_tried_alone(tmp_path, capsys):
+def test_vectorized_runs_that_failed_are_tried_alone(tmp_path, capsys):
     cells = tuple(Cell(f"{lr}", (*SHORT[:1], *SHORT[2:], "train.epochs=600", f"optim.lr={lr}")) for lr in (0.01, 0.02))
     experiment = Experiment("two", "Two", cells, (ACCURACY,))
     killer = subprocess.Popen([sys.executable, "-c", KILL, str(tmp_path / "runs"), "digits-mlp-adam_lawn-"])
@@ -332,9 +332,8 @@ def _writes_below(process: Path, folder: Path) -> bool:
 def test_the_budget_of_time(tmp_path, capsys):
     long = Experiment("long", "Long", (Cell("Adam", ("dataset=digits", "train.epochs=100000")),), (ACCURACY,))
     store = Store(tmp_path / "results")
-    start = time.monotonic()
-    assert run(studies(long, extra=(f"runs_dir={tmp_path}/runs",), seeds=1), store, ["cpu"], budget=3) == []
-    assert 3 <= time.monotonic() - start < 60
+    assert run(studies(long, extra=(f"runs_dir={tmp_path}/runs",), seeds=1), store, ["cpu"], budget=1) == []
+    assert list(store.all()) == []
     assert "the time is up" in capsys.readouterr().out
     _wait_until_nobody_writes(tmp_path / "runs")
 

@@ -130,7 +130,7 @@ def climbed(tmp_path_factory):
     return folder
 
 
-def test_a_miniature_goes_through_rungs_confirmation_filling_and_report(climbed):
+def test_a_miniature_goes_from_the_short_budget_to_the_report(climbed):
     store = Store(climbed / "results")
     study = studies(RUNGS)[0]
     tuning = study.tuning(store)
@@ -167,7 +167,7 @@ SLOW = [pytest.param(recorded, marks=pytest.mark.slow) for recorded in (12, 31)]
 
 @pytest.mark.parametrize("recorded", [5, 16, 25, *SLOW])
 def test_killed_in_and_between_rungs_nothing_is_lost(climbed, tmp_path, monkeypatch, recorded):
-    """After so many records: in the first rung, after it, in the second, in the confirmation, while filling."""
+    """After so many records: in the first rung, after it, in the second, in the confirmation, in the final runs."""
     write = Store.write
     written = []
 

@@ -229,7 +229,7 @@ def test_tied_weights_come_once():
     assert bound_names(model, matching(model, "head")) == {"embed.weight"}
 
 
-def test_what_is_frozen_is_left_out():
+def test_frozen_parameters_are_not_grouped():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[0].weight.requires_grad_(False)
     model[1].bias.requires_grad_(False)

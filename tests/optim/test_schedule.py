@@ -8,7 +8,7 @@ from lawn.optim import LinearWarmup
 
 
 def rates(warmup: int, total: int, peak: float = 0.5) -> list[float]:
-    """The rate of every update, and then the one that is left."""
+    """The rate of every update, and then the one at the end."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=peak)
     schedule = LinearWarmupDecay(optimizer, warmup, total)
     seen = []

@@ -120,7 +120,7 @@ def test_a_fixed_switch_at_the_same_update_is_the_same_run(tiny):
 
 
 @pytest.mark.parametrize("how", ["micro_batch_size=7", pytest.param("devices=2", marks=pytest.mark.slow)])
-def test_parts_and_ranks_switch_together(tiny, tmp_path, how):
+def test_micro_batches_and_ranks_switch_at_the_same_epoch(tiny, tmp_path, how):
     keys = (*AUTO, "train.epochs=20", "diagnostics=on")
     whole, other = (tiny(*keys, *own, f"run_dir={tmp_path}/{len(own)}") for own in ((), (f"train.{how}",)))
     for config in (whole, other):
@@ -235,7 +235,7 @@ def test_names_of_runs(tiny, tmp_path, capsys):
     assert diagnostics_main([first, f"b={second}", "--out", out]) == 0
 
 
-def test_numbers_that_are_not_above_0_are_left_out_of_logarithmic_panels():
+def test_logarithmic_panels_show_positive_numbers_alone():
     rows = pd.DataFrame({"epoch": [1, 2], "constrained": 0, "train_loss": [1.0, 0.0], "angle/a": [4.0, 4.0]})
     rows["angle/b"] = [0.0, 9.0]
     axes = {axis.get_ylabel(): axis for axis in figure.draw({"run": rows}).axes}

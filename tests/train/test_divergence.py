@@ -80,7 +80,7 @@ def test_weights_that_are_not_finite_before_the_switch(tiny, capsys):
     assert found["largest_gradient"]["norm"] > 0
 
 
-def test_the_same_alone_and_together(tiny, tmp_path):
+def test_divergence_is_the_same_alone_and_vectorized(tiny, tmp_path):
     exploding = ("optim=adamw", "optim.lr=1e30", "optim.weight_decay=0", "train.batch_size=16")
     keys = [exploding, ("seed=1", *EXPLODES), ("train.batch_size=16",)]
     together = [tiny(*more, f"runs_dir={tmp_path}/together") for more in keys]

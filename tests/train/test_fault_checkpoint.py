@@ -60,7 +60,7 @@ def test_no_whole_checkpoint_is_an_error_and_so_is_one_of_another_run(stopped_ru
 
 
 @pytest.mark.parametrize("age", ["checkpoint", "config", "key", "no config"])
-def test_what_an_older_version_left(stopped_run, tmp_path, age):
+def test_files_of_an_older_version(stopped_run, tmp_path, age):
     """Of another format: named, and what to delete. Made with a key that is no more: it is another run's."""
     config = copied(stopped_run[0], tmp_path / "run")
     if age == "checkpoint":

@@ -96,7 +96,7 @@ def test_another_process_on_the_same_run_is_refused(tiny):
 
 
 @pytest.mark.slow
-def test_of_three_that_are_started_together_one_runs(tmp_path):
+def test_of_three_processes_of_one_run_one_runs(tmp_path):
     """The real command; that one waits in its first update until the others have been refused."""
     keys = ("model.widths=[16]", "dataset.limit=200", "train.epochs=2", "device=cpu", f"run_dir={tmp_path}/run")
     three = [Paused(tmp_path / f"{k}", "lawn.train.trainer:Trainer.after_update", *keys) for k in range(3)]
@@ -136,7 +136,7 @@ with locked(Path(sys.argv[1])) as free:
 
 
 def test_one_of_many_that_fails_does_not_keep_the_others(tiny, tmp_path):
-    """Nor a group that is trained together, of which one cannot go on."""
+    """Nor does a vectorized group of which one run cannot go on."""
     good = [tiny("train.vectorize=2", f"seed={seed}", "train.epochs=1") for seed in range(2)]
     bad = [tiny("train.vectorize=2", f"seed={seed}", "model.widths=[8]", f"run_dir={tmp_path}/bad") for seed in (1, 2)]
     (tmp_path / "bad").mkdir()

@@ -69,7 +69,7 @@ def test_metrics_are_written_anew_from_the_checkpoint(stopped_run, tmp_path, dam
     check_equal(config, whole)
 
 
-def test_what_a_killed_process_left_beside_is_cleared_away(stopped_run, tmp_path):
+def test_temporary_files_of_a_killed_process_are_removed(stopped_run, tmp_path):
     config, whole = copied(stopped_run[0], tmp_path / "run"), stopped_run[1]
     for name in (".checkpoint.pt.abcd.pt", ".metrics.csv.efgh.csv"):
         (tmp_path / "run" / name).write_bytes(b"half")

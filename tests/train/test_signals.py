@@ -33,8 +33,8 @@ def images(tiny_data, tmp_path):
     return (*IMAGES, f"data_dir={tiny_data}", f"run_dir={tmp_path}/run")
 
 
-def check_left(keys: tuple[str, ...], phase: str) -> None:
-    """What is left of a run that a signal has come to in this phase."""
+def check_files(keys: tuple[str, ...], phase: str) -> None:
+    """The files of a run that a signal has stopped in this phase."""
     directory = RunDirectory(compose(*keys))
     if phase in ("import", "data"):
         assert not directory.path.exists()
@@ -60,7 +60,7 @@ def check_signal(phase: str, number: signal.Signals, workers: int, devices: int,
     assert line.startswith(f"{number.name}: ")
     if phase in ("training", "evaluation"):
         assert re.search(r" has stopped in epoch 1, after [13] updates; the same command goes on from there$", line)
-    check_left(keys, phase)
+    check_files(keys, phase)
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_a_ctrl_c_at_a_terminal(terminal, devices):
     os.close(ours)
     assert code == Stopped.exit_code, said
     assert re.search(r"SIGINT: \S+ has stopped in epoch 1, after 1 updates; the same command goes on from there$", said)
-    check_left(keys, "training")
+    check_files(keys, "training")
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_a_terminal_that_is_closed(terminal):
     paused, keys = start(1)
     os.close(ours)
     assert paused.go()[0] == Stopped.exit_code
-    check_left(keys, "training")
+    check_files(keys, "training")
 
 
 @pytest.mark.parametrize("ignored", [signal.SIGHUP, signal.SIGINT])

@@ -203,7 +203,7 @@ def test_a_config_that_was_not_validated_is_one_line():
             train(config)
 
 
-def test_what_torchrun_has_left_in_the_environment_is_not_a_rank(tiny, monkeypatch):
+def test_variables_of_a_former_torchrun_do_not_make_a_rank(tiny, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert train(tiny("train.epochs=1"))["status"] == "done"
 

@@ -123,7 +123,7 @@ class PowerCutError(Exception):
     pass
 
 
-def test_stopped_runs_go_on_together_or_alone(tiny, tmp_path, monkeypatch):
+def test_stopped_runs_go_on_vectorized_or_alone(tiny, tmp_path, monkeypatch):
     """One of them had a checkpoint of an earlier epoch: it catches up."""
     keys = [("optim.lr=0.01",), ("optim.lr=0.02", "optim.free_epochs=2"), ("optim=sgd", "optim.lr=0.1")]
     saved = "train.checkpoint_seconds=0"

@@ -1,4 +1,4 @@
-"""The joint step of several optimizers, against the steps that each takes by itself."""
+"""The vectorized step of several optimizers equals the steps that each takes by itself."""
 
 import copy
 from typing import Any
@@ -67,7 +67,7 @@ def test_every_rule_is_tried():
 @pytest.mark.parametrize("kind", RULES)
 @given(seed=st.integers(0, 1000), steps=st.integers(1, 8), resumed=st.integers(0, 8))
 @settings(max_examples=15, deadline=None)
-def test_the_joint_step_is_the_steps_of_all(kind, seed, steps, resumed):
+def test_the_vectorized_step_is_the_steps_of_all(kind, seed, steps, resumed):
     """Whatever was done alone before and after: the state is the optimizers' own."""
     joint, alone = Members(kind, seed), Members(kind, seed)
     for step in range(resumed):
@@ -120,7 +120,7 @@ def test_a_member_that_is_not_finite_touches_no_other(kind):
         torch.testing.assert_close(a[1:], b[1:], rtol=1e-9, atol=1e-12)
 
 
-def test_what_only_their_own_step_knows_is_left_to_it():
+def test_optimizers_without_a_vectorized_step_take_their_own():
     weights = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
     assert VectorizedStep.possible([SGD([w], lr=0.1) for w in weights])
     assert not VectorizedStep.possible([SGD([weights[0]], lr=0.1), Adam([weights[1]])])
