@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments import __main__ as command
-from experiments import simulation
+from experiments.reporting import simulations
 from experiments.reporting.outcomes import mean_and_error
 from experiments.spherical_motion import measurements as smd
 from experiments.spherical_motion.page import SMD_RAYLEIGH
@@ -217,7 +217,7 @@ def test_the_page_comes_from_the_record_alone(call, results):
     content = json.loads(path.read_text())
     content["result"]["equilibrium"][0]["norm"] = [123.0, 125.0]
     path.write_text(json.dumps(content))
-    page = simulation.SimulationPage(command.SIMULATIONS["smd_rayleigh"], results)
+    page = simulations.simulation_page(command.SIMULATIONS["smd_rayleigh"], results)
     assert "124.0000 (1.0000, n=2)" in {entry.ours for _, row in page.panels[0].rows for entry in row}
 
 
