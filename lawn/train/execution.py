@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lawn.config import TrainConfig
-from lawn.optim import LAWNOptimizer, update
+from lawn.optim import LAWNOptimizer, dispatch
 from lawn.train.progress import echo
 
 WORTH_COMPILING = 1000  # updates: fewer may not win back the time that compiling takes
@@ -77,15 +77,17 @@ class Execution:
 
 
 def constrained_step(optimizer: Optimizer) -> dict[str, str]:
-    """For env.json: what constrained steps run in (`lawn.optim.update.code`); nothing of optimizers that have none. A
-    compiler or a folder that is wanting is said: without them a step is slower, and rounds otherwise."""
+    """Return the backend of constrained steps (`lawn.optim.dispatch.backend_of`) for env.json; {} for other optimizers.
+
+    Prints a warning if CPU kernels cannot be built: without them a step is slower and rounds differently.
+    """
     if not isinstance(optimizer, LAWNOptimizer):
         return {}
     group = optimizer.param_groups[0]
-    code, problem = update.code(group["params"][0], group["fused"])
+    backend, problem = dispatch.backend_of(group["params"][0], group["fused"])
     if problem:
         echo(f"warning: constrained steps are not compiled, so they are slower and round otherwise: {problem}")
-    return {"constrained_step": code}
+    return {"constrained_step": backend}
 
 
 def _keep_freed_memory() -> None:
