@@ -141,7 +141,7 @@ def decayed(model: nn.Module, weight_decay: float) -> Groups:
 
 
 def constrained(model: nn.Module, scope: str, include_bias: bool) -> Groups:
-    choose = {"all": param_groups.everything, "final_homogeneous": param_groups.final_homogeneous}[scope]
+    choose = {"all": param_groups.all_weights, "final_homogeneous": param_groups.final_homogeneous}[scope]
     try:
         return choose(model, include_bias=include_bias)
     except ValueError as error:

@@ -14,7 +14,19 @@ REMEDY = "leave it free with a param group that has constrain=False, or give it 
 
 
 class NonFiniteError(ValueError):
-    """Raised when the norm of a weight is infinite or NaN: training has diverged before the switch."""
+    """Raised when the norm of a weight is infinite or NaN at the switch, because training has diverged.
+
+    Examples:
+        >>> import torch
+        >>> from lawn import AdamLAWN
+        >>> from lawn.optim import NonFiniteError
+        >>> optimizer = AdamLAWN([torch.nn.Parameter(torch.full((2, 2), torch.nan))])
+        >>> try:
+        ...     optimizer.constrain()
+        ... except NonFiniteError as error:
+        ...     print(error)
+        cannot constrain parameter 0 of param group 0 (shape (2, 2)): its norm is nan
+    """
 
 
 @dataclass

@@ -50,11 +50,11 @@ class SGDLAWN(LAWNOptimizer):
         >>> from lawn import SGDLAWN
         >>> w = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
         >>> optimizer = SGDLAWN([w], lr=0.1, momentum=0.0, free_steps=0)
-        >>> w.grad = torch.tensor([[6.0, 13.0]])
+        >>> w.grad = torch.tensor([[-1.0, 7.0]])
         >>> optimizer.step()  # the tangent component of the gradient is [-4, 3]
         >>> w
         Parameter containing:
-        tensor([[3.3832, 3.6815]], requires_grad=True)
+        tensor([[3.3831, 3.6816]], requires_grad=True)
     """
 
     def __init__(
