@@ -2,9 +2,9 @@
 
 The gradient g of a scale-invariant weight w, for example of a layer with batch normalization, is orthogonal to w and
 inversely proportional to its norm: ||g|| = sqrt(L) / ||w||, where L is the squared norm of the gradient at w / ||w||.
-Gradients increase the norm of the weight and weight decay decreases it, until both effects cancel. Let w- and w+ be the
-iterates before and after w. SGD in torch with learning rate eta, momentum a (no dampening, no Nesterov) and weight decay
-d (added to the gradient) gives
+Gradients increase the norm of the weight and weight decay decreases it, until both effects cancel. Let w- and w+ be
+the iterates before and after w. torch's SGD with learning rate eta, momentum a (no dampening, no Nesterov) and weight
+decay d (added to the gradient) gives
 
     w+ = (1 + a - eta d) w - a w- - eta g,
 

@@ -18,8 +18,8 @@ class UpdateMonitor:
     - `gradient_norm`: norm ||g|| of the gradient before `step`. Gradients of a closure are not measured.
     - `radial`: |cos(g, w)|, the fraction of the gradient along w; 0 if the loss does not depend on ||w||.
     - `angle`: angle between w before and after the update, in radians.
-    - `effective_lr`: angle / (||w|| ||g||), the learning rate at which gradient descent would turn a weight of norm 1 by
-      the same angle; lr / ||w||^2 for SGD on a scale-invariant weight.
+    - `effective_lr`: angle / (||w|| ||g||), the learning rate at which gradient descent would turn a weight of norm 1
+      by the same angle; lr / ||w||^2 for SGD on a scale-invariant weight.
 
     The host does not wait for the device. A weight without gradient does not count in the means of that update. Create
     the monitor after other step hooks on the same optimizer (such as those of `lawn.LAWN`), so that its hooks run last.
