@@ -131,8 +131,8 @@ def focal(*, gamma: float) -> Loss:
         A loss of logits [B, K] and classes [B].
 
     References:
-        Lin et al. 2017, equation 4, [arXiv:1708.02002](https://arxiv.org/abs/1708.02002).
-        Gupta et al. 2021, section 4.5, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
+        - Lin et al. 2017, equation 4, [arXiv:1708.02002](https://arxiv.org/abs/1708.02002).
+        - Gupta et al. 2021, section 4.5, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
 
     Examples:
         >>> import torch
@@ -161,8 +161,8 @@ def binary_focal(*, gamma: float) -> Loss:
         A loss of logits [B] and labels [B], 0.0 or 1.0.
 
     References:
-        Lin et al. 2017, equation 4, [arXiv:1708.02002](https://arxiv.org/abs/1708.02002).
-        Gupta et al. 2021, section 4.5, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
+        - Lin et al. 2017, equation 4, [arXiv:1708.02002](https://arxiv.org/abs/1708.02002).
+        - Gupta et al. 2021, section 4.5, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
 
     Examples:
         >>> import torch

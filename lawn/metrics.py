@@ -110,8 +110,8 @@ def adaptive_calibration_error(confidence: Tensor, correct: Tensor) -> Tensor:
         The error as a fraction, a 0-dim tensor.
 
     References:
-        Nguyen & O'Connor 2015, [arXiv:1508.05154](https://arxiv.org/abs/1508.05154).
-        Mukhoti et al. 2020, [arXiv:2002.09437](https://arxiv.org/abs/2002.09437).
+        - Nguyen & O'Connor 2015, [arXiv:1508.05154](https://arxiv.org/abs/1508.05154).
+        - Mukhoti et al. 2020, [arXiv:2002.09437](https://arxiv.org/abs/2002.09437).
 
     Examples:
         >>> import torch

@@ -202,8 +202,8 @@ class LossSurface:
             ValueError: if `batch_size` is not in 1..m, or `covariance` is unknown.
 
         References:
-            Gupta et al. 2021, section 2.2, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
-            Wu et al. 2018, "How SGD selects the global minima in over-parameterized learning", NeurIPS.
+            - Gupta et al. 2021, section 2.2, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
+            - Wu et al. 2018, "How SGD selects the global minima in over-parameterized learning", NeurIPS.
         """
         noises = {"gradients": self._gradient_noise, "hessians": self._hessian_noise}
         if covariance not in noises:

@@ -55,8 +55,8 @@ def backend_of(weight: Tensor, fused: bool | None) -> tuple[str, str]:
         fused: as for `backend`.
 
     Returns:
-        `triton`, `native` (compiled CPU kernels) or `torch`, and the reason why CPU kernels cannot be built, with a
-        remedy, where `fused` allows them and they would fit.
+        The name `triton`, `native` (compiled CPU kernels) or `torch`.
+        The reason why CPU kernels that would fit cannot be built, with a remedy; empty otherwise.
     """
     if fused is False:
         return "torch", ""

@@ -56,8 +56,8 @@ def bound_norms(model: nn.Module, select: Callable[[str], bool] | None = None) -
             tied to a weight that is not selected. The model does not change then.
 
     References:
-        Hoffer et al. 2018, [arXiv:1803.01814](https://arxiv.org/abs/1803.01814).
-        Gupta et al. 2021, section 3, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
+        - Hoffer et al. 2018, [arXiv:1803.01814](https://arxiv.org/abs/1803.01814).
+        - Gupta et al. 2021, section 3, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
 
     Examples:
         >>> import torch

@@ -59,26 +59,26 @@ def add_defaults(groups: list[Group], index: int, free_steps: int | None) -> Non
     group.update({**known, "free_steps": check_free_steps(known["free_steps"])})
 
 
-def check_group(group: Group, index: int, what: str = "param group") -> None:
+def check_group(group: Group, index: int, label: str = "param group") -> None:
     """Raise ValueError or TypeError if LAWN does not support a param group."""
     module = sys.modules.get("torch.distributed.tensor")  # slow to import, and a DTensor exists only if it is imported
     if module is not None and any(isinstance(p, module.DTensor) for p in group["params"]):
         raise TypeError(
-            f"{what} {index} holds sharded parameters (DTensor): a norm over one shard is not the weight's; "
+            f"{label} {index} holds sharded parameters (DTensor): a norm over one shard is not the weight's; "
             "LAWN does not support FSDP2 or tensor parallelism yet, use DistributedDataParallel"
         )
     flat = [p for p in group["params"] if getattr(p, "_fsdp_flattened", False)]
     if flat and group.get("constrain") is not False and all(p.ndim < 2 for p in group["params"]):
         raise TypeError(
-            f"{what} {index} holds the flat parameters of FullyShardedDataParallel: a norm over one shard is not "
+            f"{label} {index} holds the flat parameters of FullyShardedDataParallel: a norm over one shard is not "
             "the weight's; LAWN does not support FSDP yet, use DistributedDataParallel"
         )
     blocks = group.get("blocks")
     if blocks is not None and len(blocks) != len(group["params"]):
-        raise ValueError(f"{what} {index}: blocks must have an int for each of {len(group['params'])} parameters")
+        raise ValueError(f"{label} {index}: blocks must have an int for each of {len(group['params'])} parameters")
     if group.get("weight_decay") and any(constrains(group, p) for p in group["params"]):
         raise ValueError(
-            f"{what} {index}: weight_decay={group['weight_decay']}, but LAWN replaces weight decay: "
+            f"{label} {index}: weight_decay={group['weight_decay']}, but LAWN replaces weight decay: "
             "set it to 0 there, or constrain=False to leave the group free"
         )
 

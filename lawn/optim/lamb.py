@@ -148,8 +148,8 @@ class LAMBLAWN(AdamLAWN):
         TypeError: if parameters are sharded (FSDP, tensor parallelism).
 
     References:
-        Gupta et al. 2021, section 3, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
-        You et al. 2020, Algorithm 2, [arXiv:1904.00962](https://arxiv.org/abs/1904.00962).
+        - Gupta et al. 2021, section 3, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
+        - You et al. 2020, Algorithm 2, [arXiv:1904.00962](https://arxiv.org/abs/1904.00962).
 
     Examples:
         >>> import torch
