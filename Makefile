@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .DEFAULT_GOAL := help
 TABLES := table1 table2 table3 table4 table5 table6 figure1 figure2 tuning_curves automatic flattening_digits flattening_movielens100k
 SIMULATIONS := smd_rayleigh
-.PHONY: help setup demo data report $(TABLES) $(SIMULATIONS) test test-all lint format bench bench-ncf bench-sweep bench-optim bench-images bench-diagnostics audit clean
+.PHONY: help setup demo data report $(TABLES) $(SIMULATIONS) test test-all lint docs format bench bench-ncf bench-sweep bench-optim bench-images bench-diagnostics audit clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,10 +22,10 @@ setup: $(READY) ## make the environment in .venv (uv where it is installed, else
 $(READY): pyproject.toml constraints.txt
 	@if command -v uv >/dev/null; then \
 		uv venv --quiet --allow-existing --python '>=3.11,<3.14' $(VENV) && \
-		uv pip install --quiet --compile-bytecode --python $(PYTHON) --constraint constraints.txt --editable '.[harness,baselines,bench,dev]'; \
+		uv pip install --quiet --compile-bytecode --python $(PYTHON) --constraint constraints.txt --editable '.[harness,baselines,bench,dev,docs]'; \
 	else \
 		python3 -m venv $(VENV) && \
-		$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[harness,baselines,bench,dev]'; \
+		$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[harness,baselines,bench,dev,docs]'; \
 	fi
 	@touch $@
 
@@ -50,10 +50,14 @@ test: $(READY) ## the fast test suite, under 3 minutes on 2 cores
 test-all: $(READY) ## every test, the slow ones too
 	$(PYTHON) -m pytest -n 2 --dist worksteal -m ''
 
-lint: $(READY) ## ruff and mypy
+lint: $(READY) ## ruff, mypy, and the documentation with warnings as errors
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	$(MAKE) docs
+
+docs: $(READY) ## build the documentation site in site/
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 
 format: $(READY) ## put the code in ruff's format
 	$(PYTHON) -m ruff check --fix .
@@ -85,4 +89,4 @@ audit: ## known vulnerabilities of the pinned packages (asks the network; needs 
 	uvx pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 clean: ## remove the environment, runs and caches; data stays
-	rm -rf $(VENV) runs demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) runs demo .pytest_cache .mypy_cache .ruff_cache .hypothesis site *.egg-info

@@ -9,8 +9,8 @@ from types import FrameType
 from typing import Any
 
 
-def leave(number: int, _: FrameType | None) -> None:
-    """What a signal does while the modules below are imported, which takes seconds."""
+def stop(number: int, _: FrameType | None) -> None:
+    """The signal handler during the imports below, which take seconds."""
     with suppress(OSError):
         os.write(2, f"{signal.Signals(number).name}: stopped before anything was begun\n".encode())
     os._exit(75)
@@ -19,7 +19,7 @@ def leave(number: int, _: FrameType | None) -> None:
 if __name__ == "__main__":
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):  # as in lawn.child_signals, which is not imported yet
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-            signal.signal(getattr(signal, name), leave)
+            signal.signal(getattr(signal, name), stop)
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -36,15 +36,15 @@ from lawn.train.signals import raise_on_signal
 from lawn.validation import validate
 
 register()
-PROCESS, DEBUG = os.getpid(), os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's own switch for tracebacks
+PROCESS, DEBUG = os.getpid(), os.environ.get("HYDRA_FULL_ERROR") == "1"  # Hydra's switch for tracebacks
 jobs: list[str] = []  # of this process
-failures: list[int] = []  # exit codes of those that failed: one does not keep a multirun from the others
-waiting: list[Config] = []  # runs that train.vectorize asks to train together
+failures: list[int] = []  # exit codes of failed jobs; the others of a multirun go on
+waiting: list[Config] = []  # runs with train.vectorize
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def run(composed: DictConfig) -> dict[str, Any] | None:
-    elsewhere = os.getpid() != PROCESS  # in a launcher's process, which hands result or error to the one that waits
+    elsewhere = os.getpid() != PROCESS  # in a process of a launcher, which returns result or error to this one
     job = HydraConfig.get()
     jobs.append(" ".join(job.overrides.task))
     of = f"in the job {jobs[-1]}: " if job.mode == RunMode.MULTIRUN else ""
@@ -56,11 +56,11 @@ def run(composed: DictConfig) -> dict[str, Any] | None:
             return train(config)
         prepare(config)
         waiting.append(config)
-    except (UserError, OSError) as error:  # the system's own: a full disk, a path that cannot be
+    except (UserError, OSError) as error:  # OSError: a full disk, an invalid path
         if elsewhere:
             echo(f"error: {error}", sys.stderr)
             raise (type(error) if isinstance(error, UserError) else UserError)(f"{of}{error}") from error
-        if launched_by_torchrun() or DEBUG:  # other ranks may be in the middle of this job: all end
+        if launched_by_torchrun() or DEBUG:  # other ranks may be in this job: all end
             raise
         fail(error, of)
     except Stopped as stop:
@@ -70,7 +70,7 @@ def run(composed: DictConfig) -> dict[str, Any] | None:
         passed_on.exit_code = stop.exit_code
         raise passed_on from stop
     except Exception:
-        if elsewhere:  # the one that waits gets it without its traceback
+        if elsewhere:  # the waiting process gets it without traceback
             traceback.print_exc()
         raise
     return None

@@ -22,10 +22,10 @@ from experiments.definitions.tables import TABLE1, TABLE2, TABLE3, TABLE4, TABLE
 from experiments.definitions.tuning_curves import TUNING_CURVES
 from experiments.execution.pool import JobResult
 from experiments.execution.runner import MAX_VECTORIZED, RuntimeEstimate, duration, missing, run
-from experiments.planning.study import PLACES, SELECTIONS, Study, studies
+from experiments.planning.study import SELECTIONS, SETTABLE, Study, studies
 from experiments.records import Record, Store
 from experiments.reporting import report
-from experiments.simulation import Simulation, SimulationPage
+from experiments.reporting.simulations import Simulation, simulation_page
 from experiments.spherical_motion.page import SMD_RAYLEIGH
 from lawn.errors import ConfigError, UserError
 from lawn.train import Stopped
@@ -35,7 +35,6 @@ _TABLES = (TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6, FIGURE1, FIGURE2)
 _BEYOND = (TUNING_CURVES, AUTOMATIC, FLATTENING_DIGITS, FLATTENING_MOVIELENS100K)
 EXPERIMENTS = {e.name: e for e in (DEMO, *_TABLES, *_BEYOND)}
 SIMULATIONS = {s.name: s for s in (SMD_RAYLEIGH,)}
-README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def plan(given: argparse.Namespace) -> int:
-    """Print what would run."""
+    """Print the cells, the state of their runs and the estimated time."""
     store = Store(given.results)
     estimate = RuntimeEstimate(store)
     rows, configs, total = [], [], 0
@@ -91,7 +90,7 @@ def plan(given: argparse.Namespace) -> int:
 
 
 def execute(given: argparse.Namespace) -> int:
-    """Run what is missing, then report."""
+    """Run the missing runs, then write the pages."""
     store = Store(given.results)
     slots = _slots(given.devices, given.jobs)
     to_run, simulations = _studies(given), _simulations(given)
@@ -103,12 +102,12 @@ def execute(given: argparse.Namespace) -> int:
                 simulation.execute(given.results, given.short)
         write(given)
     finally:
-        failed = _tell(to_run, unsuccessful, store)
+        failed = _report_failures(to_run, unsuccessful, store)
     return UserError.exit_code if failed else 0
 
 
-def _tell(studies: list[Study], unsuccessful: list[JobResult], store: Store) -> bool:
-    """Name what could not be run, failed or diverged, with the reason; whether anything has failed."""
+def _report_failures(studies: list[Study], unsuccessful: list[JobResult], store: Store) -> bool:
+    """Print the runs that could not start, failed or diverged, with the reason; returns whether any failed."""
     failed = {shlex.join(study.cell.overrides): study.problem for study in studies if study.problem}
     for ended in unsuccessful:
         name = f"{ended.job.name} ({shlex.join(ended.job.overrides)})"
@@ -122,7 +121,7 @@ def _tell(studies: list[Study], unsuccessful: list[JobResult], store: Store) -> 
 
 
 def _where(record: Record | None) -> str:
-    """At which update a run has diverged, and in which layer; nothing in records of before it was recorded."""
+    """The update and layer at which a run diverged; empty for older records."""
     divergence = record and record.result.get("divergence")
     if not divergence:
         return ""
@@ -132,26 +131,27 @@ def _where(record: Record | None) -> str:
 
 def write(given: argparse.Namespace) -> int:
     """Write the pages of the experiments named, or of all with the index. The project's own are renewed together, with
-    README.md."""
+    the blocks of README.md, results/README.md and docs/."""
     for name in given.names:
         _known(name)
     own = given.results.resolve() == report.RESULTS and given.selection == "val"
     store = Store(given.results)
+    names = [*EXPERIMENTS, *SIMULATIONS] if own or not given.names else given.names
     pages = [
-        SimulationPage(SIMULATIONS[name], given.results)
+        simulation_page(SIMULATIONS[name], given.results)
         if name in SIMULATIONS
-        else report.of(EXPERIMENTS[name], store, given.selection)
-        for name in ([*EXPERIMENTS, *SIMULATIONS] if own or not given.names else given.names)
+        else report.page_of(EXPERIMENTS[name], store, given.selection)
+        for name in names
     ]
-    for page in pages:
+    for name, page in zip(names, pages, strict=True):
         report.write(page, given.results)
-        if page.experiment.name in given.names:
+        if name in given.names:
             print(f"{report.terminal(page)}\n\n{given.results / page.name}.md")
     if own or (not given.names and given.selection == "val"):
         report.write_index(pages, given.results)
         print(given.results / "index.html")
-    if own and README.exists():
-        report.embed(README, pages)
+    if own:
+        report.embed(pages)
     return 0
 
 
@@ -186,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
             action="extend",
             default=[],
             metavar="KEY=VALUE",
-            help=f"for run.py: {', '.join(PLACES)}",
+            help=f"for run.py: {', '.join(SETTABLE)}",
         )
         if action is plan:
             continue

@@ -1,8 +1,8 @@
-"""Records: what remains of a finished run in results/runs/, one JSON file named like its run directory.
+"""Records of finished runs in results/runs/, one JSON file for each, named like its run directory.
 
-A record holds the run's identity and hash, the command that gives the same run, its environment, its result (with what
-came out for each evaluation sample), and its metrics.csv as columns. Records of the runs that chose an experiment's
-hyperparameters are lines of results/tuning/EXPERIMENT.jsonl, in the order of their names, without the last two.
+A record has the run's identity and hash, the command that repeats it, its environment, its result (with the outcome
+of each evaluation sample) and its metrics.csv as columns. Records of tuning runs are lines of
+results/tuning/EXPERIMENT.jsonl, sorted by name, without outcomes and metrics.
 """
 
 import json
@@ -19,41 +19,41 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lawn.config import Config, identity, identity_hash, run_name
+from lawn.config import Config
 from lawn.diagnostics.figure import read_metrics
 from lawn.errors import WRITTEN_AGAIN, RunError
 from lawn.files import locked, write_text
+from lawn.identity import identity, identity_hash, run_name
 from lawn.train.run_directory import RunDirectory, read_environment, unpacked
 
-DAMAGE = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)  # what reading a damaged record raises
-OF_ALL = ("code",)  # properties that a record has to have
+DAMAGE = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)  # raised by reading a damaged record
+OF_ALL = ("code",)  # properties that every record must have
 OF_A_RUN = (*OF_ALL, "headline", "seconds_per_epoch")
 
 
 @dataclass(frozen=True)
 class Record:
-    path: Path  # of the file that it lies in
+    path: Path  # of its file
     name: str  # of its run
     hash: str
     config: dict[str, Any]
     environment: dict[str, Any]
     result: dict[str, Any]
-    history: pd.DataFrame  # a row for each epoch, the columns of metrics.csv
+    history: pd.DataFrame  # metrics.csv: a row for each epoch
 
     @property
     def diverged(self) -> bool:
         return bool(self.result["status"] == "diverged")
 
     def value(self, key: str) -> float:
-        """A field of the last epoch, `headline` the metric that the task is known by; NaN where it is undefined, as all
-        are if the run diverged."""
+        """A field of the last epoch; `headline` is the task's headline metric. NaN if undefined or diverged."""
         name = f"{self.result['split']}_{self.result['headline']}" if key == "headline" else key
         value = None if self.diverged else self.result["last"][name]
         return nan if value is None else float(value)
 
     @property
     def headline(self) -> float:
-        """The metric that the task is known by, at the last epoch, in percent; NaN if the run diverged."""
+        """The task's headline metric at the last epoch, in percent; NaN if the run diverged."""
         return self.value("headline")
 
     @property
@@ -62,13 +62,13 @@ class Record:
 
     @property
     def outcomes(self) -> NDArray[np.int64] | None:
-        """Of each evaluation sample, as `Task.outcomes` has it [samples]; None in records of before they were kept."""
+        """The outcome of each evaluation sample, see `Task.outcomes` [samples]; None in older records."""
         text = self.result.get("outcomes")
         return None if text is None else unpacked(text)
 
     @property
     def scores(self) -> NDArray[np.float64] | None:
-        """What each evaluation sample adds to the headline metric, which is the mean of these, in percent [samples]."""
+        """The score of each evaluation sample, in percent [samples]; their mean is the headline metric."""
         outcomes, headline = self.outcomes, self.result["headline"]
         if outcomes is None:
             return None
@@ -77,24 +77,25 @@ class Record:
 
     @property
     def code(self) -> str:
-        """The version of the code that it was run with; several where it went on with another."""
+        """The version of the code; several if the run was resumed with another version."""
         return " then ".join(dict.fromkeys(map(_version, self.environments)))
 
     @property
     def environments(self) -> list[dict[str, Any]]:
-        """Where the run was started, and where it went on."""
+        """The environments in which the run was started and resumed."""
         return [self.environment, *self.environment.get("resumed", [])]
 
 
 class Store:
-    """The records below results/, by the names of their runs. What is read is kept, since finished runs do not change;
-    what others add meanwhile is seen.
+    """The records in results/, by the names of their runs.
+
+    Records are cached, because finished runs do not change; records that other processes add are seen.
     """
 
     def __init__(self, results: Path) -> None:
         self.runs, self.tuning = results / "runs", results / "tuning"
         self._read: dict[str, Record] = {}
-        self._seen: dict[Path, tuple[int, int]] = {}  # the tuning files that have been read, with time and size
+        self._seen: dict[Path, tuple[int, int]] = {}  # time and size of the tuning files that have been read
 
     def any_of(self, dataset: str) -> bool:
         """Whether a run on this dataset has been recorded."""
@@ -105,7 +106,7 @@ class Store:
         return self.read(name) is not None
 
     def read(self, name: str) -> Record | None:
-        """The record of a run, None where there is none. Raises RunError when it is not what its name says."""
+        """The record of a run; None without one. Raises RunError if its content does not match its name."""
         if name not in self._read:
             self._refresh()
             path = self.runs / f"{name}.json"
@@ -114,21 +115,23 @@ class Store:
         return self._read.get(name)
 
     def all(self) -> Iterator[Record]:
-        """Every record there is."""
+        """All records, sorted by name."""
         self._refresh()
         for path in sorted(self.runs.glob("[!.]*.json")):
             self.read(path.stem)
         yield from (self._read[name] for name in sorted(self._read))
 
     def write(self, config: Config, overrides: tuple[str, ...], tunes: str | None = None) -> Record:
-        """Record the finished run of `config`, among those that tune the experiment `tunes` if it does. Raises RunError
-        when it has not finished."""
+        """Record a finished run, in the tuning file of the experiment `tunes` if given.
+
+        Raises RunError if the run has not finished.
+        """
         directory = RunDirectory(config)
         if not directory.done:
             raise RunError(f"{directory.path}: not finished, so it cannot be recorded")
         environment, result = read_environment(directory.path), directory.result()
         for start in (environment, *environment.get("resumed", [])):
-            start.pop("command", None)  # folders of this machine, and nothing that the overrides do not say
+            start.pop("command", None)  # has the folders of this machine
         content = {
             "hash": directory.hash,
             "command": f"python run.py {shlex.join(overrides)}",
@@ -151,8 +154,8 @@ class Store:
         return self._read[name]
 
     def _refresh(self) -> None:
-        """Read the tuning files that have changed."""
-        for folder in (self.runs, self.tuning):  # else it would seem that nothing has been run
+        """Read the tuning files that have changed since."""
+        for folder in (self.runs, self.tuning):  # otherwise it would look as if nothing had been run
             if folder.exists() and not (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
                 raise RunError(f"{folder}: is no folder that can be read; make it one, or give other --results")
         for path in self.tuning.glob("[!.]*.jsonl"):
@@ -167,7 +170,7 @@ class Store:
 
 
 def _lines(path: Path) -> dict[str, Record]:
-    """Raises RunError with the number of a line that is damaged, or not what its name says."""
+    """The records of a tuning file. Raises RunError with the number of a damaged line."""
     found = {}
     for number, line in enumerate(_text(path).splitlines(), start=1):
         try:
@@ -187,7 +190,7 @@ def _text(path: Path) -> str:
 
 
 def _insert(path: Path, name: str, content: dict[str, Any]) -> None:
-    """Add a line to a tuning file, or replace the one of that name; others that do so wait."""
+    """Add a line to a tuning file, or replace the line with that name, under a lock."""
     while True:
         with locked(path.with_name(f".{path.name}.lock")) as held:
             if held:
@@ -204,14 +207,14 @@ def _insert(path: Path, name: str, content: dict[str, Any]) -> None:
 
 
 def save(path: Path, content: dict[str, Any]) -> Record:
-    """Write a record, a line for each of its parts."""
+    """Write a record with one line for each of its parts."""
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
     write_text(path, "{\n" + lines + "\n}\n")
     return read_record(path)
 
 
 def _record(path: Path, name: str, content: dict[str, Any], needed: tuple[str, ...] = OF_ALL) -> Record:
-    """Raises one of DAMAGE when the content is not what its name says, or lacks a part of a `needed` property."""
+    """Raises one of DAMAGE if the content does not match the name or lacks a `needed` property."""
     if not identity_hash(content["config"]) == content["hash"] == name.rpartition("-")[2]:
         raise ValueError("its config is not the one that its name stands for")
     record = Record(
@@ -229,7 +232,7 @@ def _record(path: Path, name: str, content: dict[str, Any], needed: tuple[str, .
 
 
 def read_record(path: Path, needed: tuple[str, ...] = OF_ALL) -> Record:
-    """Raises RunError when it is damaged, or not what its name says."""
+    """Read a record. Raises RunError if it is damaged or does not match its name."""
     try:
         return _record(path, path.stem, json.loads(_text(path)), needed)
     except DAMAGE as error:
@@ -241,7 +244,7 @@ def _version(environment: dict[str, Any]) -> str:
 
 
 def _short(value: float) -> float | int | None:
-    """Six significant digits are enough for a figure; an empty field is None."""
+    """The value with six significant digits, enough for a figure; None for an empty field."""
     if pd.isna(value):
         return None
     return int(value) if float(value).is_integer() else float(f"{value:.6g}")

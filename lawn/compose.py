@@ -1,4 +1,4 @@
-"""From the overrides of a command line to a checked config."""
+"""Composing configs from the overrides of a command line."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,12 +17,12 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 def compose(*overrides: str) -> Config:
-    """The config of `python run.py OVERRIDES`. Raises ConfigError for what cannot be composed or run."""
+    """The checked config of `python run.py OVERRIDES`. Raises ConfigError."""
     return validate(compose_unchecked(*overrides)[0])
 
 
 def compose_unchecked(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
-    """The composed config, not validated yet, and the values of each key that a multirun would sweep over."""
+    """The composed config before validation, and the values of each key that a multirun would sweep over."""
     register()
     if not CONF.is_dir():
         raise UserError(f"{CONF}: not there; configs are in a checkout: pip install -e '.[harness]' in one")
@@ -33,7 +33,7 @@ def compose_unchecked(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
     except Exception as error:
         if not is_hydra_error(error):
             raise
-        raise ConfigError(explain(error)) from None  # a notebook shows whatever it is from, some hundred lines
+        raise ConfigError(explain(error)) from None  # a notebook would show the whole chain of errors
     assert isinstance(axes, dict)
     swept = {str(key): str(values) for key, values in axes.items()}
     with flag_override(composed, ["struct", "readonly"], False):
@@ -42,7 +42,7 @@ def compose_unchecked(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
 
 
 def refuse_sweeps(overrides: Iterable[str], swept: Mapping[str, Any]) -> None:
-    """A sweep preset makes a grid of a multirun; one run has to be a point of it. Raises ConfigError."""
+    """Raises ConfigError unless the overrides choose one value of each swept key."""
     given = {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in overrides)}
     for key, values in swept.items():
         if key not in given:

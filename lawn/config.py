@@ -1,114 +1,194 @@
-"""The whole configuration as dataclasses: every key a user can set. lawn/validation.py checks the values.
+"""The configuration as dataclasses: every key that a user can set, with its bounds.
 
-A field that is None does not apply to the chosen member of its group (SGD has no betas); the YAML files under
-conf/ give the values. Units: epochs are passes over the training set; E_free and E_warmup may be fractions.
+A field that is None does not apply to the chosen member of its group (SGD has no betas); the YAML files under conf/
+give the values. Units: epochs are passes over the training set; E_free and E_warmup may be fractions.
+lawn/validation.py checks the values.
 """
 
-import hashlib
-import inspect
-import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-from lawn.errors import ConfigError
+
+@dataclass(frozen=True)
+class Rule:
+    """The description of a key, the bounds of its value, and whether it is part of the run's identity."""
+
+    description: str = ""
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    path: bool = False  # ~ and environment variables are expanded
+    identity: bool = True  # whether the result of the run depends on it
+
+
+def key(default: Any, description: str = "", **rule: Any) -> Any:
+    """A field with a rule."""
+    return field(default=default, metadata={"rule": Rule(description, **rule)})
 
 
 @dataclass
 class DatasetConfig:
     name: str = MISSING
-    seed: int = 0  # draws the validation split, the subset and the candidates: the same for every run seed
-    limit: int | None = None  # images: train on that many, drawn at random
-    val_fraction: float | None = None  # images: share of the training set held out by eval.split=val
-    image_size: int | None = None  # ImageNet: side of the training and evaluation crop, pixels
-    workers: int | None = None  # ImageNet: decoding processes
-    loader: str | None = None  # ImageNet: torch (the default) or dali, which decodes on the GPU
-    shards: str | None = None  # ImageNet: folder or URL of shards (scripts/make_shards.py) to stream; null: folders
-    prefix: str | None = None  # recommenders: read three files of this name (He et al. 2017); null: GroupLens' file
-    path: str | None = None  # movielens: file of ratings, below data_dir
-    negatives: int | None = None  # recommenders: fresh negatives per positive and epoch
-    candidates: int | None = None  # recommenders: items that the held-out one is ranked against
+    seed: int = key(
+        0,
+        "draws the validation split, the subset and the candidates, whatever the seed of the run",
+        at_least=0,
+        below=2**32,
+    )
+    limit: int | None = key(None, "images: train on so many, drawn at random", above=0)
+    val_fraction: float | None = key(
+        None, "images: share of the training set held out by eval.split=val", above=0, below=1
+    )
+    image_size: int | None = key(
+        None, "ImageNet: side of the training and evaluation crop, pixels", above=0, below=2**16
+    )
+    workers: int | None = key(None, "ImageNet: decoding processes", at_least=0, below=2**10, identity=False)
+    loader: str | None = key(
+        None, "ImageNet: torch (the default), or dali, which decodes on the GPU", choices=("torch", "dali")
+    )
+    shards: str | None = key(
+        None,
+        "ImageNet: folder or URL of shards (scripts/make_shards.py); null: folders of images",
+        identity=False,
+        path=True,
+    )
+    prefix: str | None = key(
+        None, "recommenders: read the three files of this name (He et al. 2017); null: GroupLens' file"
+    )
+    path: str | None = key(None, "movielens: file of ratings, below data_dir")
+    negatives: int | None = key(None, "recommenders: fresh negatives per positive and epoch", above=0)
+    candidates: int | None = key(None, "recommenders: items that the held-out item is ranked against", above=0)
 
 
 @dataclass
 class ModelConfig:
     name: str = MISSING
-    widths: list[int] | None = None  # mlp: hidden widths
-    batch_norm: bool | None = None  # vgg19
-    bias: bool | None = None  # vgg19, ncf_mlp: false, and no batch norm, makes the network fully homogeneous
-    factors: int | None = None  # ncf_mlp: width of the last hidden layer ("predictive factors")
-    layers: int | None = None  # ncf_mlp: hidden layers
-    init: str | None = None  # ncf_mlp: he2017 or torch
+    widths: list[int] | None = key(None, "mlp: hidden widths", below=2**16)
+    batch_norm: bool | None = key(None, "vgg19: batch norm after each convolution")
+    bias: bool | None = key(
+        None, "vgg19, ncf_mlp: biases; without them and batch norm the network is fully homogeneous"
+    )
+    factors: int | None = key(
+        None, "ncf_mlp: width of the last hidden layer (predictive factors)", above=0, below=2**16
+    )
+    layers: int | None = key(None, "ncf_mlp: hidden layers", above=0, below=2**5)
+    init: str | None = key(None, "ncf_mlp: initialization of He et al. 2017 or of torch", choices=("he2017", "torch"))
 
 
 @dataclass
 class OptimConfig:
     name: str = MISSING
-    lr: float = MISSING  # peak learning rate
+    lr: float = key(MISSING, "peak learning rate", above=0)
     betas: list[float] | None = None
-    eps: float | None = None
-    momentum: float | None = None
+    eps: float | None = key(None, at_least=0)
+    momentum: float | None = key(None, at_least=0, below=1)
     nesterov: bool | None = None
-    weight_decay: float | None = None  # on weights with two or more dimensions
-    free_epochs: Any = None  # LAWN: E_free, a float; or auto: until the onset of loss flattening
-    warm_start_epochs: float | None = None  # adam_cpr: epochs before the norms are bounded
-    scope: str | None = None  # LAWN: all weights (the default), or those of the final_homogeneous sub-network
-    include_bias: bool | None = None  # LAWN: a layer's bias shares the norm of its weight
-    fused: bool | None = None  # false: torch's plain step, and of LAWN too; null: a fused one where there is one
+    weight_decay: float | None = key(None, "weight decay of the parameters with two or more dimensions", at_least=0)
+    free_epochs: Any = key(None, "LAWN: E_free; auto: until the onset of loss flattening", at_least=0)
+    warm_start_epochs: float | None = key(None, "adam_cpr: epochs before the norms are bounded", above=0)
+    scope: str | None = key(
+        None,
+        "LAWN: constrain all weights (the default) or those of the final homogeneous sub-network",
+        choices=("all", "final_homogeneous"),
+    )
+    include_bias: bool | None = key(None, "LAWN: the bias of a layer shares the norm of its weight")
+    fused: bool | None = key(
+        None, "false: plain torch operations; null: fused kernels if there are any", identity=False
+    )
 
 
 @dataclass
 class LossConfig:
     name: str = MISSING
-    smoothing: float | None = None  # label_smoothing: share of the target that is spread over all classes
-    gamma: float | None = None  # focal
-    level: float | None = None  # flooding: the training loss to stay at, nats
+    smoothing: float | None = key(
+        None, "label_smoothing: share of the target spread over all classes", at_least=0, below=1
+    )
+    gamma: float | None = key(None, "focal: the exponent", at_least=0)
+    level: float | None = key(None, "flooding: the flood level of the training loss, nats", at_least=0)
 
 
 @dataclass
 class ScheduleConfig:
     name: str = MISSING
-    warmup_epochs: float = MISSING  # E_warmup
+    warmup_epochs: float = key(MISSING, "warmup epochs, E_warmup", at_least=0)
 
 
 @dataclass
 class TrainConfig:
-    epochs: int = MISSING  # E_total
-    batch_size: int = MISSING  # of all ranks together; recommenders count positives and negatives
-    micro_batch_size: int | None = None  # at most so many samples at once on a rank; their gradients are added up
-    devices: int | None = None  # ranks on this machine, each with its own GPU or its share of the CPU; null: 1
-    vectorize: int | None = None  # train so many runs of a multirun at once as one batched model, where they allow it
-    sync_batchnorm: bool | None = None  # batch norm over the parts of all ranks; else over each part by itself
-    deterministic: bool | None = None  # true: only operations that give the same bits again; slower on a GPU
-    precision: str | None = None  # fp32, tf32 or bf16; this and the next two: null chooses by device and model
-    channels_last: bool | None = None  # layout of images and convolutions
-    compile: str | None = None  # off, default or reduce-overhead (CUDA graphs): modes of torch.compile
-    logit_scale: float | None = None  # LAWN: multiply the output layer by this at the switch (Figure 1)
-    checkpoint_seconds: float = 30.0  # at most one checkpoint in that time, and one at the end
+    epochs: int = key(MISSING, "epochs of the run, E_total", above=0)
+    batch_size: int = key(
+        MISSING, "samples of an update over all ranks; recommenders count positives and negatives", above=0
+    )
+    micro_batch_size: int | None = key(
+        None, "at most so many samples in a forward pass of a rank; gradients are accumulated", above=0
+    )
+    devices: int | None = key(
+        None,
+        "ranks on this machine, each with a GPU or a share of the CPU; null: 1",
+        above=0,
+        below=2**10,
+        identity=False,
+    )
+    vectorize: int | None = key(
+        None, "train up to so many compatible runs of a multirun as one batched model", above=0, identity=False
+    )
+    sync_batchnorm: bool | None = key(None, "batch norm over the micro-batches of all ranks instead of each by itself")
+    deterministic: bool | None = key(
+        None, "use only operations that give the same bits again; slower on a GPU", identity=False
+    )
+    precision: str | None = key(
+        None,
+        "fp32, tf32 or bf16; null here and for the next two: by device and model",
+        choices=("fp32", "tf32", "bf16"),
+    )
+    channels_last: bool | None = key(None, "memory layout of images and convolutions", identity=False)
+    compile: str | None = key(
+        None,
+        "off, or a mode of torch.compile: default or reduce-overhead (CUDA graphs)",
+        choices=("off", "default", "reduce-overhead"),
+        identity=False,
+    )
+    logit_scale: float | None = key(None, "LAWN: multiply the output layer by this factor at the switch (Figure 1)")
+    checkpoint_seconds: float = key(
+        30.0, "seconds between checkpoints; there is always one at the end", at_least=0, identity=False
+    )
 
 
 @dataclass
 class EvalConfig:
-    split: str = "test"  # test, or val: the held-out part of the training set
-    every: int = 1  # epochs between evaluations; the last epoch is always evaluated
+    split: str = key("test", "test, or val: held out from the training set", choices=("test", "val"))
+    every: int = key(1, "epochs between evaluations; the last epoch is always evaluated", above=0)
 
 
 @dataclass
 class DiagnosticsConfig:
-    name: str = "off"  # off or on: measure the updates of every weight, and the quantiles of the margins
-    updates: int | None = None  # of an epoch that are measured; no more than about a tenth of all, but one at least
-    samples: int | None = None  # of the training set, to estimate curvature and noise of the loss on when evaluating
+    name: str = key(
+        "off", "off, or on: measure the updates of every weight and the quantiles of the margins", choices=("off", "on")
+    )
+    updates: int | None = key(
+        None, "measured updates of an epoch, at most about a tenth of all and at least one", above=0
+    )
+    samples: int | None = key(
+        None, "training samples on which curvature and gradient noise are estimated at evaluations", above=1
+    )
 
 
 @dataclass
 class LoggerConfig:
-    name: str = "csv"
-    project: str | None = None  # wandb: WANDB_PROJECT, or lawn, if it is not given
-    mode: str | None = None  # wandb: online, offline or disabled; null: what WANDB_MODE or `wandb offline` has set
+    name: str = key("csv", identity=False)
+    project: str | None = key(None, "wandb: the project; null: WANDB_PROJECT, or lawn", identity=False)
+    mode: str | None = key(
+        None,
+        "wandb: online, offline or disabled; null: by WANDB_MODE or `wandb offline`",
+        choices=("online", "offline", "disabled"),
+        identity=False,
+    )
 
 
 @dataclass
@@ -122,83 +202,34 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-    seed: int = 0  # initialization, order, augmentation, negatives
-    device: str = "auto"  # auto, cpu, cuda, cuda:N
-    data_dir: str = "data"  # holds one folder for each dataset
-    runs_dir: str = "runs"  # holds the run directories
-    run_dir: str | None = None  # this run's directory, instead of one named after its hash
+    seed: int = key(0, "seed of initialization, order, augmentation and negatives", at_least=0)
+    device: str = key("auto", "auto, cpu, cuda or cuda:N", identity=False)
+    data_dir: str = key("data", "folder that holds a folder for each dataset", identity=False, path=True)
+    runs_dir: str = key("runs", "folder that holds the run directories", identity=False, path=True)
+    run_dir: str | None = key(
+        None, "directory of this run, instead of one named by its hash in runs_dir", identity=False, path=True
+    )
 
 
 GROUPS = ("dataset", "model", "optim", "loss", "schedule", "diagnostics", "logger")
-# What a run gives does not depend on these, so its identity does not either.
-_NOT_IDENTITY = ("logger", "device", "data_dir", "runs_dir", "run_dir")
-_SPEED = {
-    "dataset": ("shards", "workers"),
-    "optim": ("fused",),
-    "train": ("channels_last", "checkpoint_seconds", "compile", "deterministic", "devices", "vectorize"),
-}
+
+
+def rules(schema: type = Config, prefix: str = "") -> Iterator[tuple[str, Rule]]:
+    """Every key with its rule, in the order of the schema."""
+    for entry in fields(schema):
+        if is_dataclass(entry.default_factory):
+            yield from rules(entry.default_factory, f"{entry.name}.")
+        else:
+            yield f"{prefix}{entry.name}", entry.metadata.get("rule", Rule())
 
 
 @cache
 def register() -> None:
-    """Make the schema known to Hydra, and `scaled` to the YAML files; call before composing.
+    """Register the schema with Hydra, and the resolver `scaled` with OmegaConf; call before composing.
 
-    `${scaled:E,T}` is E epochs of a run of T epochs, in proportion to this run's train.epochs.
+    `${scaled:E,T}` is E epochs of a run of T epochs, in proportion to train.epochs.
     """
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver(
         "scaled", lambda epochs, budget, *, _root_: epochs * _root_.train.epochs / budget, replace=True
     )
-
-
-def arguments(group: str, section: Any, builder: Callable[..., Any], renamed: dict[str, str] | None = None) -> dict:
-    """The keyword-only arguments that `section` sets for `builder`, without `name` and the fields that are None.
-
-    `renamed` maps a field to the builder's own word for it. Raises ConfigError for a field that the builder does
-    not take, and for one that it needs and does not get.
-    """
-    words = renamed or {}
-    given = {words.get(k, k): (k, v) for k, v in asdict(section).items() if v is not None and k != "name"}
-    accepted = {
-        p.name: p.default is p.empty for p in inspect.signature(builder).parameters.values() if p.kind is p.KEYWORD_ONLY
-    }
-    keys = {word: k for k, word in words.items()}
-    for word, (key, value) in given.items():
-        if word not in accepted:
-            known = ", ".join(keys.get(name, name) for name in accepted) or "no keys"
-            raise ConfigError(f"{group}.{key}={value}: does not apply to {group}={section.name}, which takes {known}")
-    for word, required in accepted.items():
-        if required and word not in given:
-            raise ConfigError(f"{group}.{keys.get(word, word)}: {group}={section.name} needs a value")
-    return {word: value for word, (_, value) in given.items()}
-
-
-def identity(config: Config) -> dict[str, Any]:
-    """What defines the run: the config without where things live, where and how fast they run and who is told.
-
-    Fields that are None are left out, so that a field added later does not rename the runs of today.
-    """
-    tree: dict[str, Any] = {key: value for key, value in asdict(config).items() if key not in _NOT_IDENTITY}
-    for group, names in _SPEED.items():
-        for name in names:
-            del tree[group][name]
-    if config.diagnostics.name == "off":
-        del tree["diagnostics"]
-    return {
-        key: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
-        for key, value in tree.items()
-    }
-
-
-def config_hash(config: Config) -> str:
-    """What a run is known by."""
-    return identity_hash(identity(config))
-
-
-def identity_hash(tree: dict[str, Any]) -> str:
-    """The first 12 hex digits of the SHA-256 of an identity, as sorted JSON."""
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def run_name(config: Config) -> str:
-    return f"{config.dataset.name}-{config.model.name}-{config.optim.name}-s{config.seed}-{config_hash(config)}"

@@ -1,22 +1,22 @@
-"""Errors that are the user's to mend: the command line prints each as one line and exits with its code."""
+"""Errors that the user can fix: the command line prints each as one line and exits with its code."""
 
-WRITTEN_AGAIN = "delete DONE beside it, and the same command writes it again"  # of what a finished run has left
+WRITTEN_AGAIN = "delete DONE beside it, and the same command writes it again"  # for files of a finished run
 
 
 class UserError(Exception):
-    """Base class; `exit_code` follows the shell's custom (2: bad usage)."""
+    """Base class; `exit_code` follows the convention of shells (2: bad usage)."""
 
     exit_code = 1
 
 
 class ConfigError(UserError):
-    """A key, a value or a combination that cannot be run."""
+    """A key, value or combination of them that is not possible."""
 
     exit_code = 2
 
 
 class DataError(UserError):
-    """Data that is absent, damaged or not what its name says."""
+    """Missing, damaged or unexpected data."""
 
 
 class RunError(UserError):

@@ -1,4 +1,4 @@
-"""One line for what Hydra and OmegaConf raise."""
+"""One-line messages for the errors of Hydra and OmegaConf."""
 
 import re
 from dataclasses import is_dataclass
@@ -12,7 +12,7 @@ from lawn.errors import UserError
 
 
 def takes(section: str) -> str:
-    """The keys of a section of the config; of the config itself for any other word."""
+    """The keys of a section of the config, or of the config itself for any other name."""
     default = Config()
     owner = getattr(default, section, None)
     name, owner = (section, owner) if is_dataclass(owner) else ("the config", default)
@@ -20,17 +20,17 @@ def takes(section: str) -> str:
 
 
 def is_hydra_error(error: BaseException) -> bool:
-    """Whether Hydra or what it rests on has raised this, of whatever type: the config cannot be composed."""
+    """Whether the error, of any type, was raised by Hydra or a package that it uses."""
     packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in walk_tb(error.__traceback__)]
     while packages and packages[-1] not in ("hydra", "omegaconf", "lawn", "run", "__main__"):
         packages.pop()
     if isinstance(error, OSError) and not isinstance(error, HydraException):
-        return False  # a path that cannot be
+        return False  # an invalid path
     return bool(packages) and packages[-1] in ("hydra", "omegaconf")
 
 
 def explain(error: BaseException) -> str:
-    """One line for an exception. Of Hydra's and OmegaConf's: the key first, then what is allowed there."""
+    """One line for an exception; for those of Hydra and OmegaConf the key, and then what is allowed there."""
     if isinstance(error, OverrideParseException):
         return _unreadable(error.override)
     if "Config group override must be" in str(error):
@@ -51,7 +51,7 @@ def explain(error: BaseException) -> str:
 
 
 def _unreadable(override: str) -> str:
-    """What is wrong with an override that is not of Hydra's grammar, and how to write it."""
+    """Why an override is not in Hydra's grammar, and how to write it."""
     override = " ".join(override.split())
     key, equals, value = override.partition("=")
     if not equals or not re.fullmatch(r"(\+\+?|~)?[\w.@/]+", key):
@@ -61,12 +61,14 @@ def _unreadable(override: str) -> str:
     inner = "'" if '"' in value else '"'
     outer = "'" if inner == '"' else '"'
     quoted = f"{key}={inner}{value}{inner}"
-    whole = quoted if outer in value else f"{outer}{quoted}{outer}"  # else the shell's quotes are the user's to find
+    whole = (
+        quoted if outer in value else f"{outer}{quoted}{outer}"
+    )  # with quotes of both kinds inside, the shell's are up to the user
     return f"{override}: cannot be read; quote the value, once for Hydra and once for the shell: {whole}"
 
 
 def _override(error: BaseException) -> str:
-    """The override that Hydra was at when it raised this."""
+    """The override that Hydra was parsing when it raised the error."""
     found = [frame.f_locals.get("override") for frame, _ in walk_tb(error.__traceback__)]
     lines = [line for override in reversed(found) if (line := getattr(override, "input_line", None))]
     return " ".join(lines[0].split()) if lines else "an override"

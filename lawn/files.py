@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic writes and lock files."""
 
 import os
 import sys
@@ -20,9 +20,11 @@ except ImportError:
 
 @contextmanager
 def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk and move it into place. What was there before
-    is kept as `previous`, if that is given; folders that were made for it go again where it fails. Raises UserError
-    where a folder has the name of the file."""
+    """Yield a temporary path beside `path`; on success flush it to disk and move it into place.
+
+    An existing file is kept as `previous`, if given. On failure, folders made for the file are removed. Raises
+    UserError if `path` is a folder.
+    """
     for target in (path, previous):
         if target is not None and target.is_dir():
             raise UserError(f"{target}: is a folder, where a file is to be written; move it away")
@@ -43,19 +45,19 @@ def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
         temporary.replace(path)
         _flush_folder(path.parent)
     except OSError as error:
-        if error.filename is None:  # as when the disk is full
+        if error.filename is None:  # for example on a full disk
             error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
         if not path.exists():
-            with suppress(OSError):  # another has put something there
+            with suppress(OSError):  # if it is not empty
                 for folder in made:
                     folder.rmdir()
 
 
 def _flush_folder(path: Path) -> None:
-    """A new name is on the disk only when its folder is."""
+    """A new file name is on the disk only after its folder is flushed."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -64,13 +66,17 @@ def _flush_folder(path: Path) -> None:
 
 
 _held: set[IO[str]] = set()
-os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])  # a lock is not to outlive its owner
+os.register_at_fork(
+    after_in_child=lambda: [file.close() for file in _held]
+)  # so that a lock does not outlive its owner
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[IO[str] | None]:
-    """Hold the lock file `path` inside; None where another process holds it. It ends with the process, however that
-    ends: nothing has to be cleaned up after a crash."""
+    """Hold the lock file `path` in the body; yields None if another process holds it.
+
+    The lock ends with the process, so a crash leaves nothing to clean up.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
@@ -86,7 +92,7 @@ def locked(path: Path) -> Iterator[IO[str] | None]:
 
 
 def still_at(path: Path, file: IO[str]) -> bool:
-    """Whether `path` is the file that was opened there."""
+    """Whether `path` is still the opened file."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from lawn.config import Config, arguments
+from lawn.arguments import arguments
+from lawn.config import Config
 from lawn.errors import ConfigError
 from lawn.optim import (
     LAMB,

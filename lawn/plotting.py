@@ -1,4 +1,4 @@
-"""matplotlib for figures that go to files, imported from here: without pyplot, and so without a backend."""
+"""matplotlib for figures in files: without pyplot, and so without a backend. Import matplotlib from here."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ from contextlib import suppress
 
 if "matplotlib" in sys.modules or "MPLBACKEND" not in os.environ:
     import matplotlib
-else:  # a notebook leaves it to what it starts, where that backend may not be installed: the import would fail
+else:  # a notebook's MPLBACKEND, inherited here, may not be installed
     _backend = os.environ.pop("MPLBACKEND")
     import matplotlib
 

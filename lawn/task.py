@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lawn import metrics
-from lawn.config import Config, arguments
+from lawn.arguments import arguments
+from lawn.config import Config
 from lawn.data.batching import Batching, MicroBatch
 from lawn.data.cifar import cifar10, cifar100
 from lawn.data.digits import digits

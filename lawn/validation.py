@@ -1,4 +1,4 @@
-"""A composed config is checked once, here: the first thing that is wrong with it is one line that names the key."""
+"""The check of a composed config: its first problem is reported in one line that names the key."""
 
 import math
 import os
@@ -11,17 +11,11 @@ from typing import Any, get_args
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lawn.config import Config
+from lawn.config import Config, rules
 from lawn.errors import ConfigError
 from lawn.explain import explain, takes
 
-PATHS = ("data_dir", "runs_dir", "run_dir", "dataset.shards")
-LIMITS = {  # of whole numbers, beyond which nothing is meant; 2**63 for all others
-    **dict.fromkeys(("dataset.workers", "train.devices"), 2**10),
-    **dict.fromkeys(("dataset.image_size", "model.widths", "model.factors"), 2**16),
-    "model.layers": 2**5,
-    "dataset.seed": 2**32,
-}
+INTEGER_LIMIT = 2**63  # of integers without another upper bound
 
 
 def validate(composed: DictConfig) -> Config:
@@ -34,17 +28,18 @@ def validate(composed: DictConfig) -> Config:
     assert isinstance(config, Config)
     config.optim.free_epochs = _free_epochs(config.optim.free_epochs)
     _without_signed_zeros(config)
-    for key in PATHS:
-        owner, _, name = key.rpartition(".")
-        section = getattr(config, owner) if owner else config
-        setattr(section, name, _expanded(key, getattr(section, name)))
+    for key, rule in rules():
+        if rule.path:
+            owner, _, name = key.rpartition(".")
+            section = getattr(config, owner) if owner else config
+            setattr(section, name, _expanded(key, getattr(section, name)))
     for problem in _problems(config):
         raise ConfigError(problem)
     return config
 
 
 def _without_signed_zeros(section: Any) -> None:
-    """-0.0 is 0.0, and a run with it no other run."""
+    """Replace -0.0 by 0.0, so that both are the same run."""
     for field in fields(section):
         value = getattr(section, field.name)
         if is_dataclass(value):
@@ -56,8 +51,10 @@ def _without_signed_zeros(section: Any) -> None:
 
 
 def _expanded(key: str, path: str | None) -> str | None:
-    """A path with ~ and variables of the environment in it, as a shell reads them; addresses and commands as they are.
-    Raises ConfigError."""
+    """A path with ~ and environment variables expanded as in a shell; URLs and commands are not changed.
+
+    Raises ConfigError for an unknown variable.
+    """
     if path is None or re.match(r"\w+:", path):
         return path
     expanded = os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111 (pathlib drops a ~ that it cannot expand)
@@ -67,7 +64,7 @@ def _expanded(key: str, path: str | None) -> str | None:
 
 
 def _free_epochs(value: Any) -> float | str | None:
-    if isinstance(value, str) and value != "auto":  # as OmegaConf reads a number that is quoted, or a variable's
+    if isinstance(value, str) and value != "auto":  # OmegaConf reads a quoted number, or that of a variable, as text
         with suppress(ValueError):
             return float(value)
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
@@ -78,7 +75,7 @@ def _free_epochs(value: Any) -> float | str | None:
 
 
 def _refuse_unknown_keys(node: DictConfig, schema: type, prefix: str) -> None:
-    """Hydra's `+key=value` adds to a dataclass what it does not have."""
+    """Raises ConfigError for a key that Hydra's `+key=value` has added."""
     for key in map(str, node):
         section = next((f for f in fields(schema) if f.name == key), None)
         if section is None:
@@ -88,70 +85,34 @@ def _refuse_unknown_keys(node: DictConfig, schema: type, prefix: str) -> None:
 
 
 def _problems(c: Config) -> Iterator[str]:
-    """What is wrong, a line each, in the order to be reported."""
+    """The problems of a config, one line each, in the order to be reported."""
+    limits = dict(rules())
     for key, value, optional in _values(c):
         if value is None and not optional:
             yield f"{key}: needs a value"
+        limit = limits[key].below or INTEGER_LIMIT
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int) and abs(number) >= LIMITS.get(key, 2**63):
-                yield f"{key}={value}: must be below {LIMITS.get(key, 2**63)}"
+            if isinstance(number, int) and abs(number) >= limit > 1:
+                yield f"{key}={value}: must be below {limit}"
             if number == "":
                 yield f"{key}: must not be empty"
-    lower_bounds: dict[str, tuple[float, bool]] = {  # key: bound, whether the bound itself is allowed
-        "train.epochs": (0, False),  # first: the defaults of others are in proportion to it
-        "dataset.limit": (0, False),
-        "dataset.val_fraction": (0, False),
-        "dataset.image_size": (0, False),
-        "dataset.workers": (0, True),
-        "dataset.negatives": (0, False),
-        "dataset.candidates": (0, False),
-        "model.factors": (0, False),
-        "model.layers": (0, False),
-        "optim.lr": (0, False),
-        "optim.eps": (0, True),
-        "optim.momentum": (0, True),
-        "optim.weight_decay": (0, True),
-        "optim.free_epochs": (0, True),
-        "optim.warm_start_epochs": (0, False),
-        "loss.smoothing": (0, True),
-        "loss.gamma": (0, True),
-        "loss.level": (0, True),
-        "schedule.warmup_epochs": (0, True),
-        "train.batch_size": (0, False),
-        "train.micro_batch_size": (0, False),
-        "train.devices": (0, False),
-        "train.vectorize": (0, False),
-        "train.checkpoint_seconds": (0, True),
-        "eval.every": (0, False),
-        "diagnostics.updates": (0, False),
-        "diagnostics.samples": (1, False),
-        "dataset.seed": (0, True),
-        "seed": (0, True),
-    }
-    for key, (bound, inclusive) in lower_bounds.items():
+    # train.epochs first: the defaults of other keys are proportional to it.
+    for key, rule in sorted(limits.items(), key=lambda entry: entry[0] != "train.epochs"):
         value = _get(c, key)
-        if value is None or value == "auto":
+        if value is None:
             continue
-        if not (math.isfinite(value) and (value > bound or (inclusive and value == bound))):
-            yield f"{key}={value}: must be a finite number {'at least' if inclusive else 'above'} {bound:g}"
-    for key in ("dataset.val_fraction", "loss.smoothing", "optim.momentum"):
-        value = _get(c, key)
-        if value is not None and value >= 1:
-            yield f"{key}={value}: must be below 1"
-    choices = {
-        "model.init": ("he2017", "torch"),
-        "eval.split": ("test", "val"),
-        "optim.scope": ("all", "final_homogeneous"),
-        "diagnostics.name": ("off", "on"),
-        "logger.mode": ("online", "offline", "disabled"),
-        "dataset.loader": ("torch", "dali"),
-        "train.precision": ("fp32", "tf32", "bf16"),
-        "train.compile": ("off", "default", "reduce-overhead"),
-    }
-    for key, allowed in choices.items():
-        value = _get(c, key)
-        if value is not None and value not in allowed:
-            yield f"{key}={value}: must be one of {', '.join(allowed)}"
+        if rule.choices and value not in rule.choices:
+            yield f"{key}={value}: must be one of {', '.join(rule.choices)}"
+        if isinstance(value, str | list):
+            continue
+        for bound, within, words in (
+            (rule.above, rule.above is None or value > rule.above, "above"),
+            (rule.at_least, rule.at_least is None or value >= rule.at_least, "at least"),
+        ):
+            if bound is not None and not (math.isfinite(value) and within):
+                yield f"{key}={value}: must be a finite number {words} {bound:g}"
+        if rule.below is not None and value >= rule.below:
+            yield f"{key}={value}: must be below {rule.below:g}"
     if c.optim.betas is not None and (len(c.optim.betas) != 2 or not all(0 <= b < 1 for b in c.optim.betas)):
         yield f"optim.betas={c.optim.betas}: must be two numbers in [0, 1)"
     if c.model.widths is not None and not all(width > 0 for width in c.model.widths):

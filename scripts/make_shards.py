@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from webdataset import ShardWriter
 
-from lawn.data.imagenet import Files, parts
+from lawn.data.folders import Files, list_split_folders
 from lawn.data.jpeg import decode
 from lawn.data.shards import INDEX
 from lawn.errors import DataError, UserError
@@ -30,7 +30,7 @@ def make(source: Path, target: Path, maxcount: int = 1000) -> None:
     """Shards of at most `maxcount` images of `source`/train and `source`/val, with their index, in `target`."""
     if (target / INDEX).exists():
         raise DataError(f"{target / INDEX}: is there already; remove it with its shards, or choose another folder")
-    classes, train, val = parts(source)
+    classes, train, val = list_split_folders(source)
     order = np.random.default_rng(0).permutation(len(train.labels))
     target.mkdir(parents=True, exist_ok=True)
     counts = {

@@ -11,7 +11,7 @@ from PIL import Image
 
 from lawn.compose import compose as compose
 from lawn.data.interactions import Interactions
-from lawn.data.ratings import Ratings, numbered
+from lawn.data.ratings import Ratings, renumber
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -137,7 +137,7 @@ def write_three_files(folder: Path, prefix: str, ratings: Ratings, test: Interac
     """What He et al. would have released for `ratings` and the candidates of `test`."""
     held = set(zip(test.candidate_users.tolist(), test.candidates[:, 0].tolist(), strict=True))
     parts: dict[str, list[str]] = {"train.rating": [], "test.rating": [], "test.negative": []}
-    (users,), (items,) = numbered(ratings.users)[0], numbered(ratings.items)[0]
+    (users,), (items,) = renumber(ratings.users)[0], renumber(ratings.items)[0]
     rows = zip(users.tolist(), items.tolist(), ratings.times.tolist(), strict=True)
     for user, item, time in sorted(rows, key=lambda row: row[0]):
         parts["test.rating" if (user, item) in held else "train.rating"].append(f"{user}\t{item}\t1\t{time}\n")

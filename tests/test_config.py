@@ -1,7 +1,8 @@
 import pytest
 
-from lawn.config import GROUPS, config_hash, identity, run_name
+from lawn.config import GROUPS
 from lawn.errors import ConfigError
+from lawn.identity import config_hash, identity, run_name
 from lawn.optimizers import OPTIMIZERS, optimizer_arguments
 from lawn.task import TASKS, task_builder
 from lawn.train.logger import LOGGERS, logger_builder

@@ -1,4 +1,4 @@
-"""What an experiment is: cells of a table or curves of a figure, as data."""
+"""Experiments as data: the cells of a table or the curves of a figure."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ from lawn.errors import ConfigError
 
 @dataclass(frozen=True)
 class Paper:
-    """What the paper prints in a cell."""
+    """The number that the paper prints in a cell."""
 
     value: float | None  # None: "Fail"
     error: float | None = None  # standard error; the upper end where the paper gives a range, None where it is silent
@@ -16,7 +16,7 @@ class Paper:
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of a table: which runs it is the mean of."""
+    """A number of a table, the mean of runs."""
 
     row: str
     overrides: tuple[str, ...]  # of run.py, without train.epochs where there are budgets
@@ -25,8 +25,8 @@ class Cell:
     epochs: tuple[int, ...] = ()  # budgets: the paper's, then a shorter one; empty: the dataset's own
     sweep: str | None = None  # preset below conf/sweep which its hyperparameters are chosen from; None: all are given
     paper: Paper | None = None  # None: the paper has no such cell
-    seeds: int | None = None  # runs that fill it; None: as many as the experiment says
-    whole: bool = False  # every point of the grid is run once, and that is all
+    seeds: int | None = None  # number of final runs; None: that of the experiment
+    whole: bool = False  # only run every point of the grid once
 
     @property
     def name(self) -> str:
@@ -39,7 +39,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Measure:
-    """A field of a run's last epoch, and how to print it; `headline` is the one that the run's task is known by."""
+    """A field of a run's last epoch and its format; `headline` is the headline metric of the task."""
 
     key: str
     title: str

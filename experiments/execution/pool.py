@@ -1,4 +1,4 @@
-"""Processes on device slots: one job on each slot at a time, each in a process of its own that can die alone."""
+"""Processes on device slots: each slot has one job at a time, in a process of its own."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ import torch
 
 from experiments.planning.grid import Job
 from lawn.child_signals import signals_blocked
-from lawn.config import Config, run_name
+from lawn.config import Config
 from lawn.errors import UserError
 from lawn.train import Stopped, train, train_vectorized
 from lawn.train.run_directory import RunDirectory
@@ -25,8 +25,8 @@ from lawn.train.signals import end_with_parent, raise_on_signal
 @dataclass(frozen=True)
 class JobResult:
     job: Job
-    seconds: float  # of its share, where several were trained together
-    failure: str | None  # why it has no result, in a line
+    seconds: float  # its share of the process, if several jobs were vectorized
+    failure: str | None  # why it has no result, in one line
     group_size: int  # jobs that were vectorized in its process
     diverged: bool = False
 
@@ -41,17 +41,18 @@ class _Running:
 
 
 class Pool:
-    """`slots` are device names, each as often as it takes processes at the same time. A process has one job, or several
-    that are trained together, and takes one slot; a job of several ranks takes all. A context manager: on leaving it
-    what still runs is stopped, and can go on from its checkpoint later. Output goes to output.log in the run directory
-    of the first job.
+    """Runs jobs on `slots`: device names, each repeated for every process that the device takes at the same time.
+
+    A process has one job, or several vectorized ones, and takes one slot; a job that uses all devices takes all. On
+    leaving the context, running jobs are stopped with a checkpoint. Output goes to output.log in the run directory of
+    the first job.
     """
 
     def __init__(self, slots: Sequence[str]) -> None:
         self._slots, self._free = list(slots), list(slots)
         self._running: list[_Running] = []
-        # On CPUs a server that has imported everything forks: a job starts at once instead of after some seconds, and
-        # without the state of its caller. A process that has looked at a GPU must not be forked.
+        # On CPUs a server that has imported everything forks: jobs start at once, without the state of the caller. A
+        # process that has used a GPU must not be forked.
         gpu = any(slot.startswith("cuda") for slot in slots)
         self._context = get_context("spawn") if gpu else get_context("forkserver")
         self._context.set_forkserver_preload(["experiments.execution.pool", "torch._dynamo", "sklearn.datasets"])
@@ -66,28 +67,28 @@ class Pool:
             running.process.join()
 
     def takes(self, job: Job) -> bool:
-        """Whether this job can be started now."""
+        """Whether the job can start now."""
         return len(self._free) == len(self._slots) if job.uses_all_devices else bool(self._free)
 
     @property
     def free(self) -> int:
-        """Slots."""
+        """The number of free slots."""
         return len(self._free)
 
     @property
     def running(self) -> int:
-        """Jobs."""
+        """The number of running jobs."""
         return sum(len(running.jobs) for running in self._running)
 
     def start(self, jobs: list[Job]) -> None:
-        """Start a job, or several that are trained together, on a free slot, or on all."""
-        wide = jobs[0].uses_all_devices
-        slots = [self._free.pop(0) for _ in (self._slots if wide else self._slots[:1])]
+        """Start a job, or several vectorized ones, on a free slot or on all slots."""
+        all_slots = jobs[0].uses_all_devices
+        slots = [self._free.pop(0) for _ in (self._slots if all_slots else self._slots[:1])]
         devices = list(dict.fromkeys(slots))
         configs = [replace(job.config, device=slots[0]) for job in jobs]
         if len(devices) > 1:
             configs = [replace(c, device="cuda", train=replace(c.train, devices=len(devices))) for c in configs]
-        log = Path(configs[0].runs_dir) / run_name(configs[0]) / "output.log"
+        log = Path(configs[0].runs_dir) / jobs[0].name / "output.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         threads = max(1, torch.get_num_threads() * len(slots) // len(self._slots))
         process = self._context.Process(target=_work, args=(configs, devices, threads, log))
@@ -96,7 +97,7 @@ class Pool:
         self._running.append(_Running(jobs, process, slots, time.monotonic(), log))
 
     def wait(self, timeout: float) -> list[JobResult]:
-        """The jobs that have ended; waits up to `timeout` seconds for the first."""
+        """The results of the jobs that have ended; waits up to `timeout` seconds for the first."""
         sentinels = wait([running.process.sentinel for running in self._running], timeout)
         ended = [running for running in self._running if running.process.sentinel in sentinels]
         for running in ended:
@@ -130,7 +131,7 @@ def _failure(running: _Running, job: Job) -> str | None:
 
 
 def _work(configs: list[Config], devices: list[str], threads: int, log: Path) -> None:
-    """The process of a job, or of several."""
+    """The main function of a process."""
     if len(devices) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
     output = log.open("a", encoding="utf8")
@@ -150,7 +151,7 @@ def _work(configs: list[Config], devices: list[str], threads: int, log: Path) ->
 
 
 def visible_gpus(devices: list[str], visible: str | None) -> str:
-    """CUDA_VISIBLE_DEVICES for these of the devices that are visible now: ranks count from 0."""
+    """CUDA_VISIBLE_DEVICES for a subset of the visible devices, in which ranks count from 0."""
     indices = [int(device.partition(":")[2]) for device in devices]
     names = (visible or "").split(",")
     return ",".join(names[k] if len(names) > max(indices) else str(k) for k in indices)

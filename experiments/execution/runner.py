@@ -1,4 +1,4 @@
-"""Run the jobs of studies until nothing is left, or the time is up."""
+"""Run the jobs of studies until all are done or the time is up."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,9 +23,9 @@ REFRESH_SECONDS = 5.0  # of the progress bar while no job ends
 
 
 class RuntimeEstimate:
-    """Seconds an epoch takes, by what was recorded of runs of the same dataset, model and batch size.
+    """Estimates run times from the recorded seconds per epoch of the same dataset, model and batch size.
 
-    A batch size of which there is nothing is taken to be like the nearest one that there is.
+    A batch size without records is estimated by the nearest one with records.
     """
 
     def __init__(self, store: Store) -> None:
@@ -39,7 +39,7 @@ class RuntimeEstimate:
         self._seen.setdefault(kind, []).append(record.seconds_per_epoch)
 
     def seconds(self, configs: Iterable[Config]) -> float | None:
-        """Of these runs one after the other; None where nothing like one of them was recorded."""
+        """The seconds of these runs one after the other; None if there is no similar record of one of them."""
         total = 0.0
         for config in configs:
             size = config.train.batch_size
@@ -52,8 +52,9 @@ class RuntimeEstimate:
 
 
 def missing(study: Study, store: Store) -> list[Config]:
-    """The runs that a study still needs. Those that are not known before others have ended are counted as far as they
-    can be foreseen, as runs of the cell at no point of its grid.
+    """The runs that a study still needs.
+
+    Runs that depend on the results of others are counted by their expected number, with the config of the cell.
     """
     if study.problem:
         return []
@@ -68,16 +69,16 @@ def duration(seconds: float | None) -> str:
 
 
 def vectorizable_with(job: Job, ready: Iterable[Job], slots: int, vectorize: int) -> list[Job]:
-    """The job and others that can be trained with it: an equal share for each of so many slots, at most `together`."""
+    """The job and those to vectorize with it: an equal share for each of the slots, at most `vectorize`."""
     family = vectorization_key(job.config)
-    if family is None or not _sound(job):
+    if family is None or not _can_start(job):
         return [job]
-    jobs = {other.name: other for other in ready if vectorization_key(other.config) == family and _sound(other)}
+    jobs = {other.name: other for other in ready if vectorization_key(other.config) == family and _can_start(other)}
     return list(jobs.values())[: min(vectorize, ceil(len(jobs) / slots))]
 
 
-def _sound(job: Job) -> bool:
-    """Whether it gets as far as reading data: one that does not must not take others with it."""
+def _can_start(job: Job) -> bool:
+    """Whether nothing refuses the job before its data is read; otherwise it would fail the jobs vectorized with it."""
     try:
         prepare(job.config)
     except UserError:
@@ -92,11 +93,11 @@ def run(
     budget: float | None = None,
     vectorize: int = MAX_VECTORIZED,
 ) -> list[JobResult]:
-    """Run what is missing and record it, until it is done or `budget` seconds are over; returns the jobs that failed,
-    and those that diverged. Up to `vectorize` runs of a small model are trained as one batched model.
+    """Run and record the missing runs until all are done or `budget` seconds are over.
 
-    A job that fails is not tried again here, unless others failed with it, and then alone; what depends on it is not
-    started, all others go on.
+    Returns the jobs that failed and those that diverged. Up to `vectorize` runs of a small model are trained as one
+    batched model. A failed job is not repeated, except that jobs that failed in one process are repeated alone. The
+    runs that depend on a failed job are not started; all others go on.
     """
     start = time.monotonic()
     estimate = RuntimeEstimate(store)

@@ -1,4 +1,4 @@
-"""The runs of a grid: what a sweep preset expands to, one run for each point, and for some beyond its ends."""
+"""The runs of a sweep preset: one for each point of its grid, and for points one step beyond its ends."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,9 +14,10 @@ from experiments.planning import search
 from experiments.planning.search import Point
 from experiments.records import Store
 from lawn.compose import compose_unchecked
-from lawn.config import Config, run_name
+from lawn.config import Config
 from lawn.errors import ConfigError
 from lawn.explain import explain
+from lawn.identity import run_name
 from lawn.validation import validate
 
 
@@ -26,8 +27,8 @@ class Job:
 
     config: Config
     overrides: tuple[str, ...]
-    setting: tuple[str, ...] = ()  # the hyperparameters that the study has chosen or tries, as overrides
-    tunes: str | None = None  # the experiment whose hyperparameters it helps to choose; None: it fills a cell
+    setting: tuple[str, ...] = ()  # the hyperparameters, as overrides
+    tunes: str | None = None  # the experiment that it tunes; None: a final run
 
     @cached_property
     def name(self) -> str:
@@ -35,15 +36,15 @@ class Job:
 
     @property
     def uses_all_devices(self) -> bool:
-        """Whether it takes all devices at once: on one of them it would take days."""
+        """Whether the run is parallelized over all devices: on one of them it would take days."""
         return self.config.dataset.name == "imagenet"
 
 
 @cache  # studies of several budgets search in the same short grid
 class Grid:
-    """`overrides` of run.py and a sweep preset, whose points they are run at; None: there is one point, as it is.
+    """The runs of `overrides` at the points of a sweep preset; without a preset there is only the config itself.
 
-    `tunes` names the experiment whose hyperparameters it helps to choose, `extra` overrides say where and how to run.
+    `tunes` names the experiment that the runs tune; `extra` overrides set where and how to run.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Grid:
 
     @cached_property
     def problem(self) -> str | None:
-        """Why there is no run of it: a key or a value that cannot be; None where there is no such."""
+        """Why the grid cannot be run: an invalid key or value; None if it can."""
         try:
             _ = self.config, [self._job(point, 0) for point in self.points]  # all of them are composed and checked
             if self._sweep and not self.points:
@@ -74,17 +75,17 @@ class Grid:
 
     @cached_property
     def _changed(self) -> DictConfig:
-        """One for all jobs, since each has a value for the same keys."""
+        """The config that `_job` changes: every job sets the same keys."""
         return self._composition[0].copy()
 
     @cached_property
     def config(self) -> Config:
-        """The cell as it is, at no point of its grid."""
+        """The config of the overrides, without a point of the grid."""
         return validate(self._composition[0])
 
     @cached_property
     def axes(self) -> dict[str, list[str]]:
-        """The values of each hyperparameter of the sweep preset; none where nothing is tuned."""
+        """The values of each hyperparameter of the sweep preset; empty without a preset."""
         swept = self._composition[1].items() if self._sweep else ()
         parsed = [_parsed(f"{key}={values}") for key, values in swept]
         return {axis.key_or_group: list(axis.sweep_string_iterator()) for axis in parsed}
@@ -99,12 +100,12 @@ class Grid:
 
     @cached_property
     def _extended(self) -> dict[str, list[str | None]]:
-        """The axes with a value more at both ends, where there is one."""
+        """The axes with one more value at both ends, if there is one."""
         ends = {key: search.beyond(values) for key, values in self.axes.items()}
         return {key: [*values, ends[key][1], ends[key][0]] for key, values in self.axes.items()}  # index -1 is the last
 
     def _job(self, point: Point, seed: int) -> Job:
-        """Raises ConfigError where there is no such run."""
+        """Raises ConfigError if the point cannot be run."""
         values = [values[index] for values, index in zip(self._extended.values(), point, strict=True)]
         setting = tuple(f"{key}={value}" for key, value in zip(self.axes, values, strict=True))
         if None in values:
@@ -117,7 +118,7 @@ class Grid:
         return Job(validate(self._changed), overrides, setting, self._tunes)
 
     def job(self, point: Point, seed: int = 0) -> Job | None:
-        """The run that tries a point of the grid, or one beyond its ends; None where it cannot be run."""
+        """The run at a point of the grid, or one step beyond its ends; None if it cannot be run."""
         if (point, seed) not in self._jobs:
             try:
                 self._jobs[point, seed] = self._job(point, seed)
@@ -126,12 +127,12 @@ class Grid:
         return self._jobs[point, seed]
 
     def jobs(self, points: Iterable[Point] | None = None, seeds: Iterable[int] = (0,)) -> list[Job]:
-        """Of these points, or of the whole grid, with each of the seeds."""
+        """The runs at these points, or of the whole grid, with each of the seeds."""
         asked = [(point, seed) for point in (self.points if points is None else points) for seed in seeds]
         return [job for point, seed in asked if (job := self.job(point, seed)) is not None]
 
     def score(self, store: Store, point: Point, seed: int = 0) -> float | None:
-        """The headline metric of a point at the end of its run; None while there is no record."""
+        """The headline metric of a point; None without a record."""
         job = self.job(point, seed)
         record = None if job is None else store.read(job.name)
         return None if record is None else record.headline

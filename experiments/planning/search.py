@@ -1,4 +1,4 @@
-"""How hyperparameters are chosen from a grid: which points to try next, from the scores of those that were tried.
+"""The search of hyperparameters on a grid: the next points to try, from the scores of those that were tried.
 
 1. Every point of the grid for a short budget, a complete schedule each.
 2. As many trials for the whole budget as the BEST have neighbours, 6 for each axis: first the BEST of the short ones,
@@ -35,7 +35,7 @@ def neighbours(point: Point, shape: Sequence[int]) -> list[Point]:
 
 
 def trials(shape: Sequence[int]) -> int:
-    """How many points are tried for the whole budget, where there is a shorter one."""
+    """The number of points to try with the whole budget after a search with a shorter one."""
     return min(2 * BEST * len(shape), prod(shape))
 
 
@@ -46,8 +46,9 @@ def explore(
     score: Score,
     possible: Callable[[Point], bool] = lambda _: True,
 ) -> list[Point]:
-    """The points to try for the whole budget, as many as follow from the scores that are known; not `possible` are some
-    beyond the ends.
+    """The points to try with the whole budget, as far as they follow from the known scores.
+
+    `possible` is False for points beyond an end of the grid that cannot be run.
 
     `start`: the points of the grid, in the order of a shorter budget, the best first; at most `limit` points are tried.
     Without a limit all of the grid are, in one step.
@@ -66,13 +67,12 @@ def explore(
 
 
 def ranked(points: Sequence[Point], score: Score) -> list[Point]:
-    """The best first; those that have diverged last, equals as they were."""
+    """Sorted from best to worst score, diverged points last; a stable sort."""
     return sorted(points, key=lambda point: -_finite(score(point)))
 
 
 def confirm(best: Sequence[Point], scores: Callable[[Point], list[float | None]]) -> list[Point]:
-    """Which of these, best first, to run with all seeds, as many as follow from the scores that are known: until BEST
-    of them stand, and at most twice as many."""
+    """The points, of `best` from best to worst, to run with all seeds: until BEST of them stand, at most 2 BEST."""
     asked: list[Point] = []
     standing = 0
     for point in best[: 2 * BEST]:
@@ -84,12 +84,12 @@ def confirm(best: Sequence[Point], scores: Callable[[Point], list[float | None]]
 
 
 def stands(scores: Sequence[float]) -> bool:
-    """Whether no seed has diverged or collapsed."""
+    """Whether no seed diverged or collapsed."""
     return not any(map(isnan, scores)) and min(scores) >= COLLAPSED * max(scores)
 
 
 def choose(confirmed: Sequence[Point], scores: Callable[[Point], list[float]]) -> Point:
-    """The best mean of those that stand, or of all where none does."""
+    """The point with the best mean among those that stand, or among all if none does."""
     return max(confirmed, key=lambda point: (stands(scores(point)), mean(scores(point))))
 
 
@@ -103,8 +103,8 @@ def _finite(score: float | None) -> float:
 
 
 def beyond(values: Sequence[str]) -> tuple[str | None, str | None]:
-    """The values one step before and after those of an axis, in the ratio of its last two; None: there is none, as
-    beyond 0, or of an axis that is not of numbers."""
+    """The values one step beyond both ends of an axis, by the ratio of the last two; None for an end at 0 and for a
+    non-numeric axis."""
     try:
         numbers = [float(value) for value in values]
     except ValueError:

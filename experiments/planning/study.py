@@ -1,7 +1,7 @@
-"""A study: a cell at a budget of epochs, expanded into the runs that choose its hyperparameters and those that fill it.
+"""Studies: a cell at a budget of epochs, with the runs that tune its hyperparameters and its final runs.
 
-Choosing follows `search`, on the validation split. Filling: the chosen setting with every seed, on test. What to run
-next follows from the records alone.
+Tuning follows `search`, on the validation split. The final runs use the chosen setting with every seed, on the test
+split. The next runs follow from the records alone.
 """
 
 from collections.abc import Iterator
@@ -16,23 +16,22 @@ from experiments.records import Record, Store
 from lawn.compose import compose
 from lawn.config import EvalConfig
 from lawn.errors import ConfigError
+from lawn.identity import NOT_IDENTITY
 
 SELECTIONS = ("val", "test")
 CONFIRMING = search.BEST * len(search.CONFIRMING_SEEDS)  # runs, if none of the best loses
-PLACES = (  # what --set may say: where and how fast, nothing that names another run
-    *("data_dir", "runs_dir", "logger", "logger.project", "logger.mode", "dataset.shards", "dataset.workers"),
-    *("train.channels_last", "train.checkpoint_seconds", "train.compile", "train.deterministic", "optim.fused"),
-)
+SET_BY_RUNNER = ("device", "run_dir", "train.devices", "train.vectorize", "logger.name")
+SETTABLE = ("logger", *(key for key in NOT_IDENTITY if key not in SET_BY_RUNNER))  # by --set
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """The choice of a study's hyperparameters, as far as it has come."""
+    """The state of a study's tuning."""
 
-    short: list[Job] = field(default_factory=list)  # the grid for a shorter budget
-    full: list[Job] = field(default_factory=list)  # for the whole budget, in the order of the search, with seed 0
-    confirming: list[Job] = field(default_factory=list)  # the best of these with other seeds
-    unknown: int = 0  # about how many more runs of the whole budget are not known yet
+    short: list[Job] = field(default_factory=list)  # the grid with a shorter budget
+    full: list[Job] = field(default_factory=list)  # with the whole budget and seed 0, in the order of the search
+    confirming: list[Job] = field(default_factory=list)  # the best of `full` with other seeds
+    unknown: int = 0  # estimated number of further runs with the whole budget
     chosen: Point | None = None
 
     @property
@@ -41,8 +40,10 @@ class Tuning:
 
 
 class Study:
-    """`budgets`: epochs, and those of a shorter schedule to search in, if there is one; none: the dataset's own number.
-    `extra` overrides say where and how to run; `experiment` is whose tuning it is.
+    """A cell at a budget.
+
+    `budgets` are the epochs, and optionally those of a shorter schedule to search on; without them the dataset's
+    default holds. `extra` overrides set where and how to run; `experiment` names the file of the tuning records.
     """
 
     def __init__(
@@ -66,11 +67,11 @@ class Study:
 
     @property
     def problem(self) -> str | None:
-        """Why there is no run of it; None where there is no such."""
+        """Why the cell cannot be run; None if it can."""
         return self.grid.problem or (self.shorter.problem if self.shorter is not None else None)
 
     def tuning(self, store: Store) -> Tuning:
-        """What has to be run to choose the hyperparameters, as far as it follows from what is recorded."""
+        """The runs that tune the hyperparameters, as far as they follow from the records."""
         if self.problem or not self.grid.points:
             return Tuning()
         if self.cell.whole:
@@ -84,7 +85,7 @@ class Study:
         return replace(self._search(store, start, limit), short=short)
 
     def _search(self, store: Store, start: list[Point], limit: int | None) -> Tuning:
-        """Of at most `limit` points, beginning with the first of `start`; see `search.explore`."""
+        """The search over at most `limit` points, beginning with the first of `start`; see `search.explore`."""
 
         def score(point: Point) -> float | None:
             return self.grid.score(store, point)
@@ -105,7 +106,7 @@ class Study:
         return Tuning([], full, confirming, 0, search.choose(confirmed, known) if done else None)
 
     def final_runs(self, store: Store) -> Iterator[Job]:
-        """The runs that fill the cell, seed after seed without end; none before its hyperparameters are chosen."""
+        """The final runs of the cell, for the seeds 0, 1, ... without end; none before the tuning has ended."""
         if self.problem or self.cell.whole:
             return
         setting: tuple[str, ...] = ()
@@ -121,12 +122,12 @@ class Study:
             yield Job(replace(config, seed=seed), (*self.grid.overrides, *setting, f"seed={seed}"), setting)
 
     def outstanding(self, store: Store) -> list[Job]:
-        """What can be run now: the missing runs of the tuning, and after it the missing runs of the cell."""
+        """The missing runs that can start now: those of the tuning, or after it the final ones."""
         tuning = [job for job in self.tuning(store).jobs if not store.has(job.name)]
         return tuning or [job for job in islice(self.final_runs(store), self.seeds) if not store.has(job.name)]
 
     def results(self, store: Store) -> list[Record]:
-        """The records that fill the cell: those of its seeds, and more as far as they go on."""
+        """The records of the final runs: those of the study's seeds, and consecutive further ones."""
         found = []
         for seed, job in enumerate(self.final_runs(store)):
             record = store.read(job.name)
@@ -144,15 +145,14 @@ def studies(
     extra: tuple[str, ...] = (),
     seeds: int | None = None,
 ) -> list[Study]:
-    """A study for each cell; `budget` counts in the cell's own, 0 the paper's and -1 the shortest; `seeds` None: as
-    many as the cell is to have.
+    """A study for each cell. `budget` indexes the cell's budgets: 0 is the paper's, -1 the shortest.
 
-    Raises ConfigError when `extra` says anything but where and how to run.
+    `seeds` overrides the number of final runs. Raises ConfigError if `extra` sets a key that names another run.
     """
     for override in extra:
-        if override.partition("=")[0] not in PLACES:
-            raise ConfigError(f"{override}: only where and how to run can be set: {', '.join(PLACES)}")
-    compose(*extra)  # what is wrong with these is said once, not of every cell
+        if override.partition("=")[0] not in SETTABLE:
+            raise ConfigError(f"{override}: only where and how to run can be set: {', '.join(SETTABLE)}")
+    compose(*extra)  # so that an error in them is reported once, not for every cell
     return [
         Study(
             cell,

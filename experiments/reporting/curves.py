@@ -1,130 +1,120 @@
-"""Tuning curves: how good the best of k random settings is, for every optimizer and batch size of table 4."""
-
-from functools import cached_property
+"""The page of the tuning curves: how good the best of k random settings is, for every optimizer and batch size."""
 
 import pandas as pd
 from scipy.stats import spearmanr
 
-from experiments.definitions.spec import Measure
+from experiments.definitions.spec import Experiment, Measure
 from experiments.definitions.tuning_curves import FULL, SHORT
 from experiments.planning import search
-from experiments.records import Record
+from experiments.records import Store
+from experiments.reporting import tuned
 from experiments.reporting.layout import Entry
-from experiments.reporting.outcomes import Outcome, places
-from experiments.reporting.page import Page, provenance
-from experiments.reporting.statistics import BestOf, best_of
+from experiments.reporting.outcomes import Outcome, outcomes, places
+from experiments.reporting.page import Page, figure_of, page_name, panels, provenance
+from experiments.reporting.statistics import BestOf
+from experiments.reporting.trials import curves, score
 
 K = 5  # trials that a user may afford
+Best = dict[tuple[str, str, str], BestOf]  # by panel, column and row
 
 
-class CurvesPage(Page):
-    """What the grids say, and not what fills a cell."""
+def curves_page(experiment: Experiment, store: Store, selection: str = "val") -> Page:
+    """The page of the tuning curves, from the grids instead of the final runs."""
+    found = outcomes(experiment, store, selection)
+    complete = curves(found)
+    best = {(o.cell.panel, o.cell.column, o.cell.row): curve for o, curve in complete}
 
-    source, source_title = "tuning/tuning_curves.csv", "Every run"
+    def entry_of(outcome: Outcome, measure: Measure, cells: list[Outcome]) -> Entry:
+        curve = best.get((outcome.cell.panel, outcome.cell.column, outcome.cell.row))
+        return Entry("" if curve is None else _written(curve), "", "", False, [])
 
-    @cached_property
-    def curves(self) -> list[tuple[Outcome, BestOf]]:
-        return curves(self.found)
-
-    @cached_property
-    def _best(self) -> dict[tuple[str, str, str], BestOf]:
-        return {(o.cell.panel, o.cell.column, o.cell.row): found for o, found in self.curves}
-
-    @property
-    def shown(self) -> bool:
-        return bool(self.curves)
-
-    def _entry(self, outcome: Outcome, measure: Measure, cells: list[Outcome]) -> Entry:
-        found = self._best.get((outcome.cell.panel, outcome.cell.column, outcome.cell.row))
-        return Entry("" if found is None else _written(found), "", "", False, [])
-
-    @property
-    def measured(self) -> str:
-        return (
+    return Page(
+        name=page_name(experiment, selection),
+        title=experiment.title,
+        notes=experiment.notes,
+        panels=panels(experiment, found, entry_of),
+        measured=(
             f"The best validation HR@10, %, that {K} random settings of a grid are expected to find, and in brackets "
             "the interval that holds it with 80 % probability, over the draw of settings: in closed form, from one run "
             "with seed 0 of every setting of the grid. A setting that diverged counts as 0."
-        )
-
-    @property
-    def provenance(self) -> str:
-        return provenance([record for outcome in self.found for _, record in outcome.tried])
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        return pd.DataFrame(
-            {
-                "panel": outcome.cell.panel,
-                "column": outcome.cell.column,
-                "row": outcome.cell.row,
-                "epochs": outcome.epochs,
-                "k": k + 1,
-                "mean": found.mean[k],
-                "low": found.low[k],
-                "high": found.high[k],
-            }
-            for outcome, found in self.curves
-            for k in range(len(found.mean))
-        )
-
-    @property
-    def summary(self) -> list[str]:
-        return [*self._easier(), *self._winners(), *self._filter()]
-
-    def _winners(self) -> list[str]:
-        """Who leads with K trials in each column, in a sentence."""
-        parts = []
-        for panel, column in places(self.found):
-            here = {row: found for (p, c, row), found in self._best.items() if (p, c) == (panel, column)}
-            if len(here) > 1:
-                first, second, *_ = sorted(here, key=lambda row: -here[row].mean[K - 1])
-                schedule = "" if panel == SHORT else f", {panel.partition(', ')[2]}"
-                parts.append(
-                    f"{column}{schedule}: {first}, {here[first].mean[K - 1]:.2f}, before {second}, "
-                    f"{here[second].mean[K - 1]:.2f}"
-                )
-        return [f"Ahead with {K} trials: {'; '.join(parts)}."] if parts else []
-
-    def _easier(self) -> list[str]:
-        """Whether E_free is easier to tune than decay."""
-        lines = []
-        for base, rival in self.experiment.pairs:
-            both = [
-                (self._best[panel, column, base], self._best[panel, column, rival])
-                for panel, column in places(self.found)
-                if {(panel, column, base), (panel, column, rival)} <= set(self._best)
-            ]
-            if both:
-                few = sum(b.mean[K - 1] > a.mean[K - 1] for a, b in both)
-                many = sum(b.mean[-1] > a.mean[-1] for a, b in both)
-                missed = [sum(pair[i].mean[-1] - pair[i].mean[K - 1] for pair in both) / len(both) for i in (0, 1)]
-                lines.append(
-                    f"{rival} against {base}: better with {K} trials in {few} of {len(both)} columns, with the whole "
-                    f"grid in {many}. With {K} trials {rival} misses {missed[1]:.2f} points of its best on average, "
-                    f"{base} {missed[0]:.2f}."
-                )
-        return lines
-
-    def _filter(self) -> list[str]:
-        """What the short schedule says of the whole one, where the whole grid was run for both."""
-        complete = {(o.cell.panel, o.cell.column, o.cell.row): o for o, _ in self.curves}
-        lines = []
-        for (panel, column, row), full in complete.items():
-            short = complete.get((SHORT, column, row))
-            if panel == FULL and short is not None:
-                lines.append(_filtered(full, short))
-        return lines
+        ),
+        provenance=provenance([record for outcome in found for _, record in outcome.tried]),
+        summary=[*_easier(experiment, found, best), *_winners(found, best), *_filters(complete)],
+        frame=_frame(complete),
+        records=[],
+        figure=figure_of(experiment, found),
+        figure_shown=bool(complete),
+        source="tuning/tuning_curves.csv",
+        source_title="Every run",
+        tuned=tuned.table(found),
+        grids=tuned.grids(found),
+        tuning=tuned.frame(found),
+        outcomes=found,
+    )
 
 
-def curves(found: list[Outcome]) -> list[tuple[Outcome, BestOf]]:
-    """Of the grids that are complete."""
-    complete = [outcome for outcome in found if outcome.tried and len(outcome.tried) == len(outcome.tuning.full)]
-    return [(outcome, best_of([_score(record) for _, record in outcome.tried])) for outcome in complete]
+def _frame(complete: list[tuple[Outcome, BestOf]]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "panel": outcome.cell.panel,
+            "column": outcome.cell.column,
+            "row": outcome.cell.row,
+            "epochs": outcome.epochs,
+            "k": k + 1,
+            "mean": curve.mean[k],
+            "low": curve.low[k],
+            "high": curve.high[k],
+        }
+        for outcome, curve in complete
+        for k in range(len(curve.mean))
+    )
 
 
-def _score(record: Record) -> float:
-    """Of a setting that diverged: 0, as of a model that recommends nothing."""
-    return 0.0 if record.diverged else record.headline
+def _winners(found: list[Outcome], best: Best) -> list[str]:
+    """A sentence on the best row with K trials in each column."""
+    parts = []
+    for panel, column in places(found):
+        here = {row: curve for (p, c, row), curve in best.items() if (p, c) == (panel, column)}
+        if len(here) > 1:
+            first, second, *_ = sorted(here, key=lambda row: -here[row].mean[K - 1])
+            schedule = "" if panel == SHORT else f", {panel.partition(', ')[2]}"
+            parts.append(
+                f"{column}{schedule}: {first}, {here[first].mean[K - 1]:.2f}, before {second}, "
+                f"{here[second].mean[K - 1]:.2f}"
+            )
+    return [f"Ahead with {K} trials: {'; '.join(parts)}."] if parts else []
+
+
+def _easier(experiment: Experiment, found: list[Outcome], best: Best) -> list[str]:
+    """Sentences on whether E_free is easier to tune than decay."""
+    lines = []
+    for base, rival in experiment.pairs:
+        both = [
+            (best[panel, column, base], best[panel, column, rival])
+            for panel, column in places(found)
+            if {(panel, column, base), (panel, column, rival)} <= set(best)
+        ]
+        if both:
+            few = sum(b.mean[K - 1] > a.mean[K - 1] for a, b in both)
+            many = sum(b.mean[-1] > a.mean[-1] for a, b in both)
+            missed = [sum(pair[i].mean[-1] - pair[i].mean[K - 1] for pair in both) / len(both) for i in (0, 1)]
+            lines.append(
+                f"{rival} against {base}: better with {K} trials in {few} of {len(both)} columns, with the whole "
+                f"grid in {many}. With {K} trials {rival} misses {missed[1]:.2f} points of its best on average, "
+                f"{base} {missed[0]:.2f}."
+            )
+    return lines
+
+
+def _filters(complete: list[tuple[Outcome, BestOf]]) -> list[str]:
+    """A sentence on the short schedule as a filter, for each cell whose whole grid was run on both schedules."""
+    at = {(o.cell.panel, o.cell.column, o.cell.row): o for o, _ in complete}
+    lines = []
+    for (panel, column, row), full in at.items():
+        short = at.get((SHORT, column, row))
+        if panel == FULL and short is not None:
+            lines.append(_filtered(full, short))
+    return lines
 
 
 def _written(found: BestOf) -> str:
@@ -137,7 +127,7 @@ def _filtered(full: Outcome, short: Outcome) -> str:
     assert full.study is not None
     points = full.study.grid.points
     ours, theirs = (
-        {point: _score(record) for point, (_, record) in zip(points, outcome.tried, strict=True)}
+        {point: score(record) for point, (_, record) in zip(points, outcome.tried, strict=True)}
         for outcome in (full, short)
     )
     by_full, by_short = search.ranked(points, ours.get), search.ranked(points, theirs.get)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from experiments.definitions.spec import Experiment
-from experiments.reporting.curves import curves
 from experiments.reporting.outcomes import Outcome, paper, places
 from experiments.reporting.statistics import mean_and_error
+from experiments.reporting.trials import curves
 from lawn.diagnostics import figure as diagnostics
 from lawn.files import atomic
 from lawn.plotting import Figure, rc_context
@@ -18,13 +18,8 @@ from lawn.plotting import Figure, rc_context
 STYLE: dict[Any, Any] = {**diagnostics.STYLE, "svg.hashsalt": "lawn"}
 
 
-def draw(experiment: Experiment, found: list[Outcome], path: Path) -> None:
-    """Write the experiment's figure as .png and .svg."""
-    save(lambda: FIGURES[str(experiment.figure)](experiment, found), path)
-
-
 def save(make: Callable[[], Figure], path: Path) -> None:
-    """Write a figure as .png and .svg, made in the style of all."""
+    """Draw a figure in the common style and write it as .png and .svg."""
     with rc_context(STYLE):
         figure = make()
         for suffix in (".png", ".svg"):
@@ -86,7 +81,7 @@ def over_batch_size(experiment: Experiment, found: list[Outcome]) -> Figure:
 
 
 def of_diagnostics(_: Experiment, found: list[Outcome]) -> Figure:
-    """What `python -m lawn.diagnostics` draws, of the first run of every cell."""
+    """The figure of `python -m lawn.diagnostics`, for the first run of every cell."""
     return diagnostics.draw({outcome.cell.row: outcome.records[0].history for outcome in found if outcome.records})
 
 

@@ -1,4 +1,4 @@
-"""What pages are made of: tables of text, and how numbers are written."""
+"""Tables of text, and the format of numbers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from experiments.reporting.statistics import mean_and_error
 
 @dataclass(frozen=True)
 class Entry:
-    """What stands in one place of a table, as text."""
+    """The text of one place of a table."""
 
     ours: str  # "mean (standard error, n)", "Fail", or nothing
     paper: str  # the paper's number, "Fail", or nothing
@@ -26,10 +26,6 @@ class Panel:
     title: str
     columns: list[str]
     rows: list[tuple[str, list[Entry]]]
-
-    @property
-    def filled(self) -> bool:
-        return any(entry.ours for _, entries in self.rows for entry in entries)
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,30 @@
-"""What the records say of an experiment: a number for each cell, and how it stands to the paper's and its rivals'."""
+"""The outcome of each cell of an experiment, from the records, and comparisons between them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
-from math import inf, isnan, nan
+from math import isnan, nan
 
 import numpy as np
 
 from experiments.definitions.spec import Cell, Experiment, Measure
-from experiments.planning import search
 from experiments.planning.grid import Job
 from experiments.planning.study import Study, Tuning
 from experiments.records import Record, Store
 from experiments.reporting.statistics import Comparison, compare, compare_paired, holm, mean_and_error
 
-LEVEL = 0.05  # of significance
-WIDE = 2.0  # points: a larger standard error of the headline metric needs an explanation
 _study = cache(Study)  # a figure shows cells of the tables
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A cell at the budget that is reported, and the records that fill it; none: it has not been run."""
+    """A cell at its reported budget, with the records of its final runs."""
 
     cell: Cell
-    study: Study | None  # None: nothing on this dataset has been recorded, or the cell cannot be run
+    study: Study | None  # None: no record of this dataset, or the cell cannot be run
     records: list[Record]
     tuning: Tuning
-    tried: list[tuple[Job, Record]]  # of the tuning, what has been run
+    tried: list[tuple[Job, Record]]  # the recorded runs of the tuning
 
     @property
     def failed(self) -> bool:
@@ -35,31 +32,31 @@ class Outcome:
 
     @property
     def epochs(self) -> int | None:
-        """What the runs had, or would have in the paper; None where nothing was run and the dataset says it."""
+        """The epochs of the runs, or else of the paper; None if neither is known."""
         if self.records:
             return int(self.records[0].config["train"]["epochs"])
         return self.cell.epochs[0] if self.cell.epochs else None
 
     @property
     def setting(self) -> tuple[str, ...]:
-        """The hyperparameters that were chosen; none where nothing is tuned, or the tuning has not ended."""
+        """The chosen hyperparameters; empty if nothing is tuned or the tuning has not ended."""
         chosen = self.tuning.chosen
         job = None if self.study is None or chosen is None else self.study.grid.job(chosen)
         return () if job is None else job.setting
 
     def values(self, measure: Measure) -> list[float]:
-        """One for each seed; none of a cell that failed."""
+        """A value for each seed; empty for a cell that failed."""
         return [] if self.failed else [record.value(measure.key) for record in self.records]
 
     def mean(self, measure: Measure) -> float:
         return mean_and_error(self.values(measure))[0]
 
     def difference(self, measure: Measure) -> float:
-        """Ours less the paper's; NaN where one of them is missing."""
+        """Our mean minus the paper's number; NaN if one of them is missing."""
         return self.mean(measure) - paper(self.cell)
 
     def marked(self, measure: Measure) -> bool:
-        """Whether the difference exceeds both standard errors; one that is not known is not exceeded."""
+        """Whether the difference exceeds both standard errors; False if the paper gives none."""
         error = self.cell.paper.error if self.cell.paper else None
         if error is None:
             return False
@@ -68,7 +65,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two rows in one column: a method, and its rival with LAWN."""
+    """Two rows of one column: a method, and its rival with LAWN."""
 
     panel: str
     column: str
@@ -91,7 +88,7 @@ class Pair:
 
 
 def outcomes(experiment: Experiment, store: Store, selection: str = "val") -> list[Outcome]:
-    """An outcome for each cell: the longest of its budgets that is filled, else that has any run."""
+    """An outcome for each cell, at the longest of its budgets with all final runs, or else with any run."""
     return [_outcome(cell, store, selection, cell.seeds or experiment.seeds) for cell in experiment.cells]
 
 
@@ -112,7 +109,7 @@ def _outcome(cell: Cell, store: Store, selection: str, seeds: int) -> Outcome:
 
 
 def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Pair]:
-    """Every pair of rows in every column where both have numbers, after the same number of epochs."""
+    """All pairs of rows with numbers in a column, after the same number of epochs."""
     measure = experiment.measures[0]
     at = {(o.cell.panel, o.cell.column, o.cell.row): o for o in found if o.values(measure)}
     compared = []
@@ -134,7 +131,7 @@ def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Pair]:
 
 
 def _gain(base: Outcome, rival: Outcome, measure: Measure) -> tuple[Comparison, bool]:
-    """How much better the rival is; over the test samples and the seeds, where records have what came out for each."""
+    """The gain of the rival; paired over test samples if the records have their outcomes, and whether it is."""
     sign = -1 if measure.smaller_is_better else 1
     arms = [[record.scores for record in outcome.records] for outcome in (rival, base)]
     known = measure.key == "headline" and all(scores is not None for arm in arms for scores in arm)
@@ -142,114 +139,6 @@ def _gain(base: Outcome, rival: Outcome, measure: Measure) -> tuple[Comparison, 
         ours, theirs = (np.stack([scores for scores in arm if scores is not None]) for arm in arms)
         return compare_paired(ours, theirs), True
     return compare(*(sign * np.asarray(outcome.values(measure)) for outcome in (rival, base))), False
-
-
-def against_the_best(experiment: Experiment, found: list[Outcome]) -> list[str]:
-    """How the rival stands to the best of the other rows, a sentence for each column that has both."""
-    measure = experiment.measures[0]
-    sign = -1 if measure.smaller_is_better else 1
-    lines = []
-    for panel, column in places(found):
-        filled = [o for o in found if (o.cell.panel, o.cell.column) == (panel, column) and o.values(measure)]
-        rival = next((o for o in filled if o.cell.row == experiment.rival), None)
-        others = [o for o in filled if o is not rival]
-        if rival is None or not others:
-            continue
-        best = max(others, key=lambda o: sign * o.mean(measure))
-        (mean, error), (top, spread) = (mean_and_error(o.values(measure)) for o in (rival, best))
-        gain = sign * (mean - top)
-        within = "no standard error is known" if isnan(spread) else "within the latter's standard error"
-        standing = within if isnan(spread) or abs(gain) <= spread else "above it" if gain > 0 else "below it by more"
-        switched = sorted(r.result["last"]["free_epochs"] for r in rival.records if "free_epochs" in r.result["last"])
-        lines.append(
-            f"{rival.cell.row} at {place(panel, column)}: {mean:.2f} ({error:.2f}), the best of the others, "
-            f"{best.cell.row}, {top:.2f} ({spread:.2f}): {standing}."
-            + (f" Norms were fixed after {switched[0]:.2f} to {switched[-1]:.2f} epochs." if switched else "")
-        )
-    return lines
-
-
-def summary(experiment: Experiment, found: list[Outcome]) -> list[str]:
-    """How the ranking stands to the paper's, in sentences; none where nothing can be compared."""
-    if experiment.rival:
-        return against_the_best(experiment, found)
-    pairs = comparisons(experiment, found)
-    lines = []
-    if len(pairs) == 1:
-        (c,) = pairs
-        low, high = c.gain.interval()
-        lines.append(
-            f"{c.rival} against {c.base}: {c.gain.difference:+.3g} "
-            f"(95 % interval {low:+.3g} to {high:+.3g}, p = {c.gain.p:.2g}, {method([c])})."
-        )
-    elif pairs:
-        ahead = [c for c in pairs if c.gain.difference > 0]
-        behind = [c for c in pairs if c.gain.difference < 0]
-        lines.append(
-            f"With LAWN the number is better in {len(ahead)} of {len(pairs)} comparisons "
-            f"(p < {LEVEL} in {sum(c.adjusted < LEVEL for c in ahead)}) and worse in {len(behind)} "
-            f"(p < {LEVEL} in {sum(c.adjusted < LEVEL for c in behind)}); "
-            f"{method(pairs)}, p after Holm's correction for {len(pairs)} comparisons."
-        )
-        printed = [c for c in pairs if not isnan(c.paper)]
-        turned = "; ".join(
-            f"{c.rival} against {c.base} at {c.place} "
-            f"(here {c.gain.difference:+.3g}, p = {c.adjusted:.2g}, paper {c.paper:+.3g})"
-            for c in printed
-            if c.turned
-        )
-        if printed:
-            agree = sum(not c.turned for c in printed)
-            lines.append(
-                f"The sign is the paper's in {agree} of the {len(printed)} comparisons that it has"
-                + (f"; opposite are: {turned}." if turned else ".")
-            )
-    return lines + _rankings(experiment, found) + _spread(experiment, found)
-
-
-def method(pairs: list[Pair]) -> str:
-    """What was compared over what."""
-    paired = "paired bootstrap over test samples and seeds"
-    welch = "Welch's test over seeds"
-    kinds = dict.fromkeys(paired if pair.paired else welch for pair in pairs)
-    return " or, where records have no outcomes of samples, ".join(sorted(kinds, reverse=True))
-
-
-def _spread(experiment: Experiment, found: list[Outcome]) -> list[str]:
-    """Why a mean is uncertain, a sentence for each that is by more than WIDE points."""
-    lines = []
-    for outcome in found:
-        values = sorted(record.headline for record in outcome.records if not outcome.failed)
-        error = mean_and_error(values)[1]
-        if experiment.measures[0].key != "headline" or not error > WIDE:
-            continue
-        low = [f"{value:.2f}" for value in values if value < search.COLLAPSED * values[-1]]
-        why = f"{len(low)} of {len(values)} seeds collapsed, to {', '.join(low)}" if low else "no seed collapsed"
-        lines.append(
-            f"The standard error of {outcome.cell.name} is {error:.2f} points: its seeds give {values[0]:.2f} to "
-            f"{values[-1]:.2f}; {why}."
-        )
-    return lines
-
-
-def _rankings(experiment: Experiment, found: list[Outcome]) -> list[str]:
-    """The order of the rows in each column where all of the paper's rows have been run; what failed comes last."""
-    measure = experiment.measures[0]
-    sign = 1 if measure.smaller_is_better else -1
-    lines = []
-    for panel, column in places(found):
-        here = [o for o in found if (o.cell.panel, o.cell.column) == (panel, column) and o.cell.paper is not None]
-        if len(here) < 3 or not all(o.records for o in here) or len({o.epochs for o in here}) > 1:
-            continue
-        ours = _order((o.cell.row, sign * o.mean(measure)) for o in here)
-        theirs = _order((o.cell.row, sign * paper(o.cell)) for o in here)
-        same = "as in the paper" if ours == theirs else f"in the paper {theirs}"
-        lines.append(f"Order at {place(panel, column)}: {ours}; {same}.")
-    return lines
-
-
-def _order(rows: Iterable[tuple[str, float]]) -> str:
-    return " > ".join(row for row, _ in sorted(rows, key=lambda row: inf if isnan(row[1]) else row[1]))
 
 
 def places(found: Iterable[Outcome]) -> list[tuple[str, str]]:

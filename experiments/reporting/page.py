@@ -1,8 +1,9 @@
-"""What is shown of an experiment: numbers as text, and the sentences that belong to them."""
+"""The content of a page, and the builder for tables and figures."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from math import isnan
 
 import pandas as pd
@@ -10,171 +11,190 @@ import pandas as pd
 from experiments.definitions.spec import Experiment, Measure
 from experiments.records import Record, Store
 from experiments.reporting import tuned
+from experiments.reporting.drawing import FIGURES
 from experiments.reporting.layout import Entry, Panel, Table, form, show, signed
-from experiments.reporting.outcomes import Outcome, Pair, comparisons, method, outcomes, paper, summary
+from experiments.reporting.outcomes import Outcome, Pair, comparisons, outcomes, paper
+from experiments.reporting.sentences import method, summary
 from experiments.reporting.statistics import mean_and_error
+from lawn.plotting import Figure
 
 
+@dataclass(frozen=True)
 class Page:
-    """Everything that is shown of an experiment."""
+    """The content of the page of an experiment or a simulation, as plain data."""
 
-    source: str | None = None  # where all numbers are from; None: they link to records of their own
-    source_title = "The record"
+    name: str  # of its files
+    title: str
+    notes: Sequence[str]
+    panels: list[Panel]
+    measured: str  # what the numbers are, in a sentence or two
+    provenance: str  # code versions and hardware, in a line
+    summary: list[str]  # what the numbers show, in sentences
+    frame: pd.DataFrame  # the numbers as tidy data
+    records: list[Record]
+    figure: Callable[[], Figure] | None = None
+    figure_shown: bool = True  # in the index
+    source: str | None = None  # the file of all numbers; None: each number links to its records
+    source_title: str = "The record"
+    marks: str = ""  # what the marks beside differences mean; empty where the paper has no numbers
+    paper_numbers: bool = True  # whether numbers of the paper stand beside ours
+    warnings: Mapping[str, list[str]] = field(default_factory=dict)  # of the runs, with the cells that they are of
+    comparisons: Table | None = None  # with LAWN and without
+    compared: str = ""  # what the comparisons are
+    tuned: Table | None = None  # the chosen hyperparameters
+    grids: Sequence[str] = ()
+    tuning: pd.DataFrame = field(default_factory=pd.DataFrame)  # the runs that chose them
+    outcomes: Sequence[Outcome] = ()
 
-    def __init__(self, experiment: Experiment, store: Store, selection: str = "val") -> None:
-        self.experiment = experiment
-        self.selection = selection
-        self.name = experiment.name if selection == "val" else f"{experiment.name}-selected-on-{selection}"
-        self.found = outcomes(experiment, store, selection)
 
-    @property
-    def panels(self) -> list[Panel]:
-        """The table, a panel for each dataset; its columns are those of the cells, or else the measures."""
-        panels = []
-        measures = self.experiment.measures
-        for title in dict.fromkeys(outcome.cell.panel for outcome in self.found):
-            cells = [outcome for outcome in self.found if outcome.cell.panel == title]
-            columns = list(dict.fromkeys(outcome.cell.column for outcome in cells))
-            heads = [
-                measure.title if not column else f"{column}{_epochs(cells, column)}"
-                for column in columns
-                for measure in measures
-            ]
-            at = {(outcome.cell.row, outcome.cell.column): outcome for outcome in cells}
-            rows = [
-                (row, [self._entry(at[row, column], measure, cells) for column in columns for measure in measures])
-                for row in dict.fromkeys(outcome.cell.row for outcome in cells)
-            ]
-            panels.append(Panel(title, heads, rows))
-        return panels
+def experiment_page(experiment: Experiment, store: Store, selection: str = "val") -> Page:
+    """The page of a table or figure."""
+    found = outcomes(experiment, store, selection)
+    records = [record for outcome in found for record in outcome.records]
+    pairs = comparisons(experiment, found)
+    return Page(
+        name=page_name(experiment, selection),
+        title=experiment.title,
+        notes=experiment.notes,
+        panels=panels(experiment, found, experiment_entry(experiment)),
+        measured=_measured(experiment, found, selection),
+        provenance=provenance(records, [record for outcome in found for _, record in outcome.tried]),
+        summary=summary(experiment, found),
+        frame=_frame(experiment, found),
+        records=records,
+        figure=figure_of(experiment, found),
+        figure_shown=bool(records),
+        marks=_marks(found),
+        warnings=_warnings(found),
+        comparisons=Table(COMPARED, [_compared(pair) for pair in pairs]) if pairs else None,
+        compared=_compared_by(pairs),
+        tuned=tuned.table(found),
+        grids=tuned.grids(found),
+        tuning=tuned.frame(found),
+        outcomes=found,
+    )
 
-    def _entry(self, outcome: Outcome, measure: Measure, cells: list[Outcome]) -> Entry:
-        """The records stand with the first measure; the epochs, where they are not the same in the whole column."""
+
+def page_name(experiment: Experiment, selection: str) -> str:
+    return experiment.name if selection == "val" else f"{experiment.name}-selected-on-{selection}"
+
+
+def figure_of(experiment: Experiment, found: list[Outcome]) -> Callable[[], Figure] | None:
+    """The function that draws the experiment's figure, if it has one."""
+    return None if experiment.figure is None else partial(FIGURES[experiment.figure], experiment, found)
+
+
+EntryOf = Callable[[Outcome, Measure, list[Outcome]], Entry]
+
+
+def panels(experiment: Experiment, found: list[Outcome], entry_of: EntryOf) -> list[Panel]:
+    """The table, a panel for each dataset; its columns are those of the cells, or else the measures."""
+    made = []
+    for title in dict.fromkeys(outcome.cell.panel for outcome in found):
+        cells = [outcome for outcome in found if outcome.cell.panel == title]
+        columns = list(dict.fromkeys(outcome.cell.column for outcome in cells))
+        heads = [
+            measure.title if not column else f"{column}{_epochs(cells, column)}"
+            for column in columns
+            for measure in experiment.measures
+        ]
+        at = {(outcome.cell.row, outcome.cell.column): outcome for outcome in cells}
+        rows = [
+            (row, [entry_of(at[row, column], measure, cells) for column in columns for measure in experiment.measures])
+            for row in dict.fromkeys(outcome.cell.row for outcome in cells)
+        ]
+        made.append(Panel(title, heads, rows))
+    return made
+
+
+def experiment_entry(experiment: Experiment) -> EntryOf:
+    """The records stand with the first measure; the epochs, if they differ within the column."""
+
+    def entry_of(outcome: Outcome, measure: Measure, cells: list[Outcome]) -> Entry:
         shown = entry(outcome, measure)
-        if measure is not self.experiment.measures[0]:
+        if measure is not experiment.measures[0]:
             shown = replace(shown, records=[])
         column = {o.epochs for o in cells if o.records and o.cell.column == outcome.cell.column}
         if outcome.records and len(column) > 1:
             shown = replace(shown, ours=f"{shown.ours} after {outcome.epochs} epochs")
         return shown
 
-    @property
-    def frame(self) -> pd.DataFrame:
-        """The experiment as tidy data: a row for each cell and measure."""
-        rows = []
-        for outcome in self.found:
-            for measure in self.experiment.measures:
-                values = outcome.values(measure)
-                mean, error = mean_and_error(values)
-                printed = outcome.cell.paper
-                rows.append(
-                    {
-                        "panel": outcome.cell.panel,
-                        "column": outcome.cell.column,
-                        "row": outcome.cell.row,
-                        "measure": measure.title,
-                        "status": "fail" if outcome.failed else "done" if values else "not run",
-                        "epochs": outcome.epochs,
-                        "paper_epochs": outcome.cell.epochs[0] if outcome.cell.epochs else None,
-                        "n": len(values),
-                        "mean": mean,
-                        "standard_error": error,
-                        "paper": paper(outcome.cell),
-                        "paper_fails": printed is not None and printed.value is None,
-                        "paper_standard_error": printed.error if printed else None,
-                        "difference": outcome.difference(measure),
-                        "exceeds_both_errors": outcome.marked(measure),
-                        "setting": " ".join(outcome.setting),
-                        "records": " ".join(record.name for record in outcome.records),
-                        "code": "; ".join(dict.fromkeys(record.code for record in outcome.records)),
-                    }
-                )
-        return pd.DataFrame(rows)
+    return entry_of
 
-    @property
-    def comparisons(self) -> Table | None:
-        """With LAWN and without, a row for each column that has both."""
-        pairs = comparisons(self.experiment, self.found)
-        return Table(COMPARED, [_compared(pair) for pair in pairs]) if pairs else None
 
-    @property
-    def compared(self) -> str:
-        """What the comparisons are, in a sentence or two."""
-        return (
-            f"By {method(comparisons(self.experiment, self.found))}. An interval holds the true difference with 95 % "
-            "probability, by itself; Holm's correction is over this table. Detectable is the true difference that as "
-            "many seeds show with 80 % probability, without a correction."
-        )
-
-    @property
-    def summary(self) -> list[str]:
-        return summary(self.experiment, self.found)
-
-    @property
-    def measured(self) -> str:
-        """What the numbers are, in a sentence or two."""
-        measures = self.experiment.measures
-        shown = f"{measures[0].title}: mean" if len(measures) == 1 else "Mean"
-        shown = f"{shown[0].upper()}{shown[1:]} (standard error, number of seeds) at the last epoch{self._budget}"
-        chosen = tuned.protocol(self.selection) if any(cell.sweep for cell in self.experiment.cells) else ""
-        return f"{shown}. {chosen}".rstrip()
-
-    @property
-    def _budget(self) -> str:
-        """The epochs, where no column says them."""
-        epochs = sorted({o.epochs for o in self.found if o.records and not o.cell.column and o.epochs is not None})
-        return f" of {' or '.join(map(str, epochs))}" if epochs else ""
-
-    @property
-    def marks(self) -> str:
-        """What the marks beside differences mean; nothing where the paper has no numbers."""
-        printed = [outcome.cell.paper for outcome in self.found if outcome.cell.paper is not None]
-        if not printed:
-            return ""
-        if not any(paper.error for paper in printed):
-            return (
-                "Below ours stand the paper's number and the difference. The paper gives no standard errors here, so "
-                "none is marked."
+def _frame(experiment: Experiment, found: list[Outcome]) -> pd.DataFrame:
+    """A row for each cell and measure."""
+    rows = []
+    for outcome in found:
+        for measure in experiment.measures:
+            values = outcome.values(measure)
+            mean, error = mean_and_error(values)
+            printed = outcome.cell.paper
+            rows.append(
+                {
+                    "panel": outcome.cell.panel,
+                    "column": outcome.cell.column,
+                    "row": outcome.cell.row,
+                    "measure": measure.title,
+                    "status": "fail" if outcome.failed else "done" if values else "not run",
+                    "epochs": outcome.epochs,
+                    "paper_epochs": outcome.cell.epochs[0] if outcome.cell.epochs else None,
+                    "n": len(values),
+                    "mean": mean,
+                    "standard_error": error,
+                    "paper": paper(outcome.cell),
+                    "paper_fails": printed is not None and printed.value is None,
+                    "paper_standard_error": printed.error if printed else None,
+                    "difference": outcome.difference(measure),
+                    "exceeds_both_errors": outcome.marked(measure),
+                    "setting": " ".join(outcome.setting),
+                    "records": " ".join(record.name for record in outcome.records),
+                    "code": "; ".join(dict.fromkeys(record.code for record in outcome.records)),
+                }
             )
-        return "Below ours stand the paper's number and the difference, with * where it exceeds both standard errors."
+    return pd.DataFrame(rows)
 
-    @property
-    def tuned(self) -> Table | None:
-        return tuned.table(self.found)
 
-    @property
-    def grids(self) -> list[str]:
-        return tuned.grids(self.found)
+def _compared_by(pairs: list[Pair]) -> str:
+    return (
+        f"By {method(pairs)}. An interval holds the true difference with 95 % "
+        "probability, by itself; Holm's correction is over this table. Detectable is the true difference that as "
+        "many seeds show with 80 % probability, without a correction."
+    )
 
-    @property
-    def tuning(self) -> pd.DataFrame:
-        return tuned.frame(self.found)
 
-    @property
-    def records(self) -> list[Record]:
-        return [record for outcome in self.found for record in outcome.records]
+def _measured(experiment: Experiment, found: list[Outcome], selection: str) -> str:
+    measures = experiment.measures
+    shown = f"{measures[0].title}: mean" if len(measures) == 1 else "Mean"
+    shown = f"{shown[0].upper()}{shown[1:]} (standard error, number of seeds) at the last epoch{_budget(found)}"
+    chosen = tuned.protocol(selection) if any(cell.sweep for cell in experiment.cells) else ""
+    return f"{shown}. {chosen}".rstrip()
 
-    @property
-    def warnings(self) -> dict[str, list[str]]:
-        """Warnings of the runs, and the cells that they are of."""
-        warned: dict[str, list[str]] = {}
-        for outcome in self.found:
-            for warning in dict.fromkeys(w for record in outcome.records for w in record.result["warnings"]):
-                warned.setdefault(warning, []).append(outcome.cell.name)
-        return warned
 
-    @property
-    def provenance(self) -> str:
-        return provenance(self.records, [record for outcome in self.found for _, record in outcome.tried])
+def _budget(found: list[Outcome]) -> str:
+    """The epochs, where no column says them."""
+    epochs = sorted({o.epochs for o in found if o.records and not o.cell.column and o.epochs is not None})
+    return f" of {' or '.join(map(str, epochs))}" if epochs else ""
 
-    @property
-    def shown(self) -> bool:
-        """Whether there is anything to show."""
-        return bool(self.records)
 
-    @property
-    def figured(self) -> bool:
-        return self.experiment.figure is not None
+def _marks(found: list[Outcome]) -> str:
+    printed = [outcome.cell.paper for outcome in found if outcome.cell.paper is not None]
+    if not printed:
+        return ""
+    if not any(paper.error for paper in printed):
+        return (
+            "Below ours stand the paper's number and the difference. The paper gives no standard errors here, so "
+            "none is marked."
+        )
+    return "Below ours stand the paper's number and the difference, with * where it exceeds both standard errors."
+
+
+def _warnings(found: list[Outcome]) -> dict[str, list[str]]:
+    warned: dict[str, list[str]] = {}
+    for outcome in found:
+        for warning in dict.fromkeys(w for record in outcome.records for w in record.result["warnings"]):
+            warned.setdefault(warning, []).append(outcome.cell.name)
+    return warned
 
 
 def provenance(records: list[Record], tuning: Sequence[Record] = ()) -> str:

@@ -9,11 +9,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiments.definitions.spec import Experiment
 from experiments.records import Store
-from experiments.reporting.curves import CurvesPage
-from experiments.reporting.drawing import draw, save
+from experiments.reporting.curves import curves_page
+from experiments.reporting.drawing import save
 from experiments.reporting.layout import Entry, Panel
-from experiments.reporting.page import Page
-from experiments.simulation import SimulationPage
+from experiments.reporting.page import Page, experiment_page
 from lawn.files import write_text
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
@@ -25,28 +24,27 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 
-AnyPage = Page | SimulationPage
 
-
-def of(experiment: Experiment, store: Store, selection: str = "val") -> Page:
+def page_of(experiment: Experiment, store: Store, selection: str = "val") -> Page:
     """The page of an experiment."""
-    return (CurvesPage if experiment.figure == "tuning" else Page)(experiment, store, selection)
+    build = curves_page if experiment.figure == "tuning" else experiment_page
+    return build(experiment, store, selection)
 
 
-def latex(page: AnyPage) -> str:
+def latex(page: Page) -> str:
     """A tabular for each panel, with rules of booktabs: our numbers, the paper's, if any, in square brackets."""
     parts = []
     for panel in page.panels:
-        table = _grid(panel, lambda e: " ".join(filter(None, (e.ours, f"[{e.paper}]" if e.paper else ""))))
+        table = _grid(panel, _with_paper)
         style = table.style.format(escape="latex").format_index(escape="latex").format_index(axis=1, escape="latex")
-        parts.append(f"% {panel.title or page.experiment.title}\n{style.to_latex(hrules=True)}")
-    brackets = "" if isinstance(page, SimulationPage) else " In brackets: the paper."
-    return f"% {page.experiment.title}. {page.measured}{brackets}\n" + "\n".join(parts)
+        parts.append(f"% {panel.title or page.title}\n{style.to_latex(hrules=True)}")
+    brackets = " In brackets: the paper." if page.paper_numbers else ""
+    return f"% {page.title}. {page.measured}{brackets}\n" + "\n".join(parts)
 
 
-def terminal(page: AnyPage) -> str:
+def terminal(page: Page) -> str:
     """The table for a terminal."""
-    parts = [page.experiment.title, page.measured]
+    parts = [page.title, page.measured]
     for panel in page.panels:
         table = _grid(panel, lambda e: e.ours + (f" [paper {e.paper}]" if e.paper else ""))
         parts.append("\n".join(filter(None, (panel.title, table.to_string()))))
@@ -59,23 +57,26 @@ def _grid(panel: Panel, text: Callable[[Entry], str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=panel.columns, index=[row for row, _ in panel.rows])
 
 
-def write(page: AnyPage, results: Path = RESULTS) -> None:
+def _with_paper(entry: Entry) -> str:
+    """Our number, and the paper's in square brackets."""
+    return " ".join(filter(None, (entry.ours, f"[{entry.paper}]" if entry.paper else "")))
+
+
+def write(page: Page, results: Path = RESULTS) -> None:
     """Write results/NAME.md, .csv and .tex, the list of the tuning runs, and the figure."""
-    write_text(results / f"{page.name}.md", render("experiment.md", page=page, root="") + "\n")
+    write_text(results / f"{page.name}.md", render("experiment.md", page=page) + "\n")
     write_text(results / f"{page.name}.csv", page.frame.to_csv(index=False, float_format="%.6g"))
     write_text(results / f"{page.name}.tex", latex(page))
-    if isinstance(page, Page) and not page.tuning.empty:
+    if not page.tuning.empty:
         write_text(results / "tuning" / f"{page.name}.csv", page.tuning.to_csv(index=False, float_format="%.6g"))
-    if isinstance(page, Page) and page.figured:
-        draw(page.experiment, page.found, results / page.name)
-    if isinstance(page, SimulationPage) and page.figured:
+    if page.figure is not None:
         save(page.figure, results / page.name)
 
 
-def write_index(pages: Sequence[AnyPage], results: Path = RESULTS) -> None:
+def write_index(pages: Sequence[Page], results: Path = RESULTS) -> None:
     """Write results/index.html, one file with everything in it; `pages` have been written before."""
     images = {
-        page.name: b64encode((results / f"{page.name}.svg").read_bytes()).decode() for page in pages if page.figured
+        page.name: b64encode((results / f"{page.name}.svg").read_bytes()).decode() for page in pages if page.figure
     }
     write_text(results / "index.html", render("index.html", pages=pages, images=images) + "\n")
 
@@ -84,13 +85,25 @@ def render(template: str, **content: object) -> str:
     return TEMPLATES.get_template(template).render(**content)
 
 
-def embed(path: Path, pages: Iterable[AnyPage]) -> None:
-    """Renew what stands in a page between `<!-- table NAME -->` (with links to the records), `<!-- summary NAME -->`,
-    `<!-- output NAME -->` (as the terminal shows it) or `<!-- bench NAME -->` and `<!-- end -->`."""
-    blocks = {f"bench {page.stem}": _benchmark(page) for page in (RESULTS / "bench").glob("*.md")}
+def embed(pages: Sequence[Page]) -> None:
+    """Renew the blocks of README.md, results/README.md and docs/."""
+    for path in embedding():
+        write_text(path, embedded(path, pages))
+
+
+def embedding() -> list[Path]:
+    """The pages that may have blocks."""
+    root = RESULTS.parent
+    return [root / "README.md", RESULTS / "README.md", *sorted((root / "docs").rglob("*.md"))]
+
+
+def embedded(path: Path, pages: Iterable[Page]) -> str:
+    """The text of a page with its blocks renewed: what stands between `<!-- summary NAME -->`, `<!-- summary-table NAME
+    -->` (the first panel, without links) or `<!-- output NAME -->` (as the terminal shows it) and `<!-- end -->`."""
+    blocks = {}
     for page in pages:
-        blocks[f"table {page.name}"] = render("table.md", page=page, root="results/")
         blocks[f"summary {page.name}"] = "\n".join(f"- {line}" for line in page.summary)
+        blocks[f"summary-table {page.name}"] = summary_table(page)
         blocks[f"output {page.name}"] = f"```text\n{terminal(page)}\n```"
     text = path.read_text("utf8")
     for name, content in blocks.items():
@@ -98,10 +111,17 @@ def embed(path: Path, pages: Iterable[AnyPage]) -> None:
         head, found, rest = text.partition(begin)
         if found:
             text = f"{head}{begin}{content}\n{rest[rest.index('<!-- end -->') :]}"
-    write_text(path, text)
+    return text
 
 
-def _benchmark(page: Path) -> str:
-    """A page of results/bench as it stands in README.md: its title in bold, its links from there."""
-    title, _, rest = page.read_text("utf8").removeprefix("# ").partition("\n")
-    return f"**{title}**\n{rest.rstrip()}".replace("](", "](results/bench/")
+def summary_table(page: Page) -> str:
+    """The first panel as a Markdown table: our numbers, the paper's in square brackets, no rows without either."""
+    if not page.panels:
+        return ""
+    panel = page.panels[0]
+    table = _grid(panel, _with_paper)
+    rows = [
+        [str(name), *cells] for name, cells in zip(table.index, table.to_numpy().tolist(), strict=True) if any(cells)
+    ]
+    head = [panel.title, *panel.columns]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))

@@ -8,8 +8,8 @@ import pandas as pd
 
 from experiments.records import Record
 from experiments.reporting.layout import Entry, Panel, show
+from experiments.reporting.simulations import Shown, Simulation
 from experiments.reporting.statistics import mean_and_error
-from experiments.simulation import Shown, Simulation
 from experiments.spherical_motion import measurements as smd
 from experiments.spherical_motion.figure import draw
 from lawn.diagnostics import equilibrium_angle, equilibrium_norm

@@ -1,44 +1,34 @@
 """python -m lawn.data NAME... [--data-dir D] [--download | --verify | --stats]: fetch, check and describe datasets.
 
-In every mode what is not there is downloaded first, where it can be, and everything is read and checked.
+In every mode, missing files are downloaded where possible, and all files are read and checked.
 """
 
 import argparse
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lawn.data.cifar import cifar10, cifar100
+from lawn.compose import compose
 from lawn.data.download import CountMismatch
-from lawn.data.imagenet import FolderImages, imagenet
-from lawn.data.movielens import movielens1m, movielens100k
-from lawn.data.pinterest import pinterest
+from lawn.data.folders import FolderImages
 from lawn.errors import DataError, UserError
+from lawn.task import TASKS, dataset_reader
 
-IMAGES: dict[str, Any] = {"seed": 0, "val_fraction": 0.1}
-INTERACTIONS: dict[str, Any] = {"seed": 0, "negatives": 4, "candidates": 99}
-DATASETS: dict[str, Callable[..., Any]] = {
-    "cifar10": partial(cifar10, **IMAGES),
-    "cifar100": partial(cifar100, **IMAGES),
-    "imagenet": partial(imagenet, image_size=224, **IMAGES),
-    "movielens100k": partial(movielens100k, **INTERACTIONS),
-    "movielens1m": partial(movielens1m, prefix="ml-1m", **INTERACTIONS),
-    "movielens1m-ratings": partial(movielens1m, prefix=None, **INTERACTIONS),
-    "pinterest": partial(pinterest, prefix="pinterest-20", **INTERACTIONS),
+# A dataset of conf/dataset, with overrides if it has several forms.
+NAMES = {name: (f"dataset={name}",) for task in TASKS for name in task.datasets} | {
+    "movielens1m-ratings": ("dataset=movielens1m", "dataset.prefix=null")
 }
 MODES = {
-    "download": "say in a line what is there (the default)",
+    "download": "print the counts in one line (the default)",
     "verify": "fail if counts are not as published or an image is damaged",
-    "stats": "describe what is there",
+    "stats": "print statistics",
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
     head, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(prog="python -m lawn.data", description=f"{head.partition(': ')[2]} {rest}")
-    parser.add_argument("name", nargs="+", choices=sorted(DATASETS), metavar="NAME", help=", ".join(sorted(DATASETS)))
+    parser.add_argument("name", nargs="+", choices=sorted(NAMES), metavar="NAME", help=", ".join(sorted(NAMES)))
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="holds a folder for each (default: data)")
     parser.add_argument(
         "--workers", type=_natural, default=0, help="processes that decode ImageNet's images for --verify"
@@ -50,8 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
     code = 0
     for name in given.name:
         try:
-            options = {"workers": given.workers} if name == "imagenet" else {}
-            show(name, DATASETS[name](given.data_dir, "test", **options), given.mode)
+            config = compose(*NAMES[name])
+            config.data_dir = str(given.data_dir)
+            if config.dataset.workers is not None:
+                config.dataset.workers = given.workers
+            show(name, dataset_reader(config)(), given.mode)
         except (UserError, OSError) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             code = max(code, getattr(error, "exit_code", UserError.exit_code))
@@ -59,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def show(name: str, data: Any, mode: str) -> None:
-    """Print what the mode asks for; the first three statistics sum a dataset up. Raises DataError in mode verify."""
+    """Print the output of the mode; the default one has the first three statistics. Raises DataError in mode verify."""
     statistics = {key: f"{v:,}" if isinstance(v, int) else v for key, v in data.statistics().items()}
     if mode == "stats":
         print("\n".join([name, *(f"  {key}: {value}" for key, value in statistics.items())]))

@@ -6,7 +6,7 @@ from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
-from lawn.data.download import count_mismatches, download, member
+from lawn.data.download import count_mismatches, download, read_member
 from lawn.data.in_memory import InMemoryImages, in_memory_images
 from lawn.errors import DataError
 from lawn.files import atomic
@@ -19,7 +19,7 @@ URL = "https://www.cs.toronto.edu/~kriz"
 
 @dataclass(frozen=True)
 class Release:
-    """The binary version of a dataset: records of labels, then 3 x 32 x 32 pixels. The Python version are pickles."""
+    """The binary version of a dataset: records of labels and 3 x 32 x 32 pixels. (The Python version uses pickle.)"""
 
     archive: str
     md5: str
@@ -45,12 +45,12 @@ CIFAR100 = Release(
 
 
 def cifar10(root: Path, split: str, *, seed: int, val_fraction: float, limit: int | None = None) -> InMemoryImages:
-    """Reads `root`/cifar10; downloads to it what is not there."""
+    """Read `root`/cifar10; downloads missing files."""
     return _load(root / "cifar10", CIFAR10, 10, split, seed, val_fraction, limit)
 
 
 def cifar100(root: Path, split: str, *, seed: int, val_fraction: float, limit: int | None = None) -> InMemoryImages:
-    """Reads `root`/cifar100; downloads to it what is not there."""
+    """Read `root`/cifar100; downloads missing files."""
     return _load(root / "cifar100", CIFAR100, 100, split, seed, val_fraction, limit)
 
 
@@ -76,7 +76,7 @@ def _load(
 
 
 def _cache(folder: Path, release: Release, part: str) -> None:
-    """Write a part as an npz file, from the archive or what was unpacked of it; downloads it if neither is there."""
+    """Write a part as an npz file, from the archive or its unpacked files; downloads a missing archive."""
     archive, unpacked = folder / release.archive, [folder / name for name in release.members[part]]
     size = release.labels + 3 * 32 * 32
     if not archive.exists() and all(path.exists() for path in unpacked):
@@ -93,7 +93,7 @@ def _cache(folder: Path, release: Release, part: str) -> None:
                 f"or train.npz and test.npz, into {folder}"
             )
             download(f"{URL}/{release.archive}", archive, release.md5, advice)
-        contents = [member(archive, release.md5, name) for name in release.members[part]]
+        contents = [read_member(archive, release.md5, name) for name in release.members[part]]
     records = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, size)
     images = records[:, release.labels :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     with atomic(folder / f"{part}.npz") as temporary:
@@ -103,11 +103,11 @@ def _cache(folder: Path, release: Release, part: str) -> None:
 def _read(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         with ZipFile(path) as archive:
-            if damaged := archive.testzip():  # numpy does not read a member to its end, where its sum is compared
+            if damaged := archive.testzip():  # numpy does not check the checksums
                 raise BadZipFile(f"wrong sum of {damaged}")
         with np.load(path) as file:
             images, labels = file["images"], file["labels"]
-    except Exception as error:  # numpy raises what the damage makes it raise
+    except Exception as error:  # numpy raises many types
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(f"{path}: damaged ({reason}); delete it to make it again") from error
     if (

@@ -10,8 +10,8 @@ TEST_SIZE = 360  # a fifth, stratified, always the same
 
 
 def digits(root: Path, split: str, *, seed: int, val_fraction: float, limit: int | None = None) -> InMemoryImages:
-    """`root` is not used. Pixels are 0 to 16. No augmentation: a mirrored digit is another one or none."""
-    from sklearn.datasets import load_digits  # a second to import: only for those who use it
+    """Pixels are 0 to 16; `root` is not used. No augmentation, because a mirrored digit is no longer that digit."""
+    from sklearn.datasets import load_digits  # takes a second to import
     from sklearn.model_selection import train_test_split
 
     data = load_digits()

@@ -16,7 +16,7 @@ _allowed = True
 
 @contextmanager
 def downloads_disabled() -> Iterator[None]:
-    """Inside, what would have to be downloaded is not there."""
+    """In the body, `download` raises DataError."""
     global _allowed
     before, _allowed = _allowed, False
     try:
@@ -26,26 +26,26 @@ def downloads_disabled() -> Iterator[None]:
 
 
 def download(url: str, target: Path, md5: str | None, advice: str) -> None:
-    """Download `url` to `target` with a progress bar and check its MD5 sum, where one is published.
+    """Download `url` to `target` with a progress bar and check its MD5 sum, if one is published.
 
-    `advice` says what to put where by hand; it ends the DataError that is raised when the download fails.
+    Raises DataError if that fails; `advice`, the end of its message, says which file to put where by hand.
     """
     if not _allowed:
         raise DataError(f"{target}: not there; {advice}")
-    from torchvision.datasets import utils  # seconds to import: only for those who use it
+    from torchvision.datasets import utils  # takes seconds to import
 
     try:
         with atomic(target) as temporary:
-            temporary.unlink()  # without an MD5 sum to compare, a file that is there counts as downloaded
+            temporary.unlink()  # without an MD5 sum, torchvision takes an existing file for the download
             utils.download_url(url, str(temporary.parent), temporary.name, md5)
     except (URLError, HTTPException, OSError, RuntimeError) as error:
         raise DataError(f"cannot download {url} ({error}); {advice}") from error
 
 
-def member(archive: Path, md5: str, name: str) -> bytes:
-    """The content of one member of a zip or tar file; no path in the archive is ever written to.
+def read_member(archive: Path, md5: str, name: str) -> bytes:
+    """The content of one member of a zip or tar file; nothing is extracted to disk.
 
-    An archive that is not the published one, byte by byte, is not opened. Raises DataError.
+    Raises DataError, before opening the archive, unless it has the published MD5 sum.
     """
     from torchvision.datasets import utils
 
@@ -65,7 +65,7 @@ def member(archive: Path, md5: str, name: str) -> bytes:
 
 
 class CountMismatch(str):
-    """A warning that a count is not as published; it stays on the records of the runs."""
+    """A warning that a count differs from the published one; the records of runs keep it."""
 
 
 def count_mismatches(name: str, found: dict[str, int], published: dict[str, int]) -> list[str]:

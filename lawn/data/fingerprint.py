@@ -1,4 +1,4 @@
-"""What data a run has read, in a few numbers: a run that goes on has to read the same again."""
+"""Fingerprints of the data of a run: a resumed run has to read the same data."""
 
 import zlib
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ Fingerprint = dict[str, int | str]  # counts by their names, and checksums
 
 
 def checksum(*parts: Tensor | np.ndarray | Iterable[str]) -> str:
-    """The CRC-32 of the values of tensors and arrays, in the order of their dimensions, and of names: 8 hex digits."""
+    """The CRC-32 (8 hex digits) of the values of tensors and arrays, in row-major order, and of names."""
     value = 0
     for part in parts:
         if isinstance(part, Tensor):
@@ -21,8 +21,7 @@ def checksum(*parts: Tensor | np.ndarray | Iterable[str]) -> str:
     return f"{value:08x}"
 
 
-def differences(then: Fingerprint, now: Fingerprint) -> str:
-    """What is not as it was, in words; empty where all that both tell is the same."""
-    return ", ".join(
-        f"{name} {then[name]} then, {now[name]} now" for name in then if now.get(name, then[name]) != then[name]
-    )
+def differences(recorded: Fingerprint, current: Fingerprint) -> str:
+    """The entries of both fingerprints that differ, as text; empty if there are none."""
+    changed = [name for name in recorded if current.get(name, recorded[name]) != recorded[name]]
+    return ", ".join(f"{name} {recorded[name]} then, {current[name]} now" for name in changed)

@@ -1,4 +1,4 @@
-"""Recommender data in the three files of He et al. 2017, in which most of the literature shares its splits.
+"""The three-file format of He et al. 2017, in which most of the literature shares its splits.
 
 PREFIX.train.rating and PREFIX.test.rating have user, item, rating and time on each line, separated by tabs; line k of
 PREFIX.test.negative has `(user,item)` of line k of the second and the items it is ranked against. Ids are any numbers.
@@ -20,11 +20,11 @@ from lawn.data.ratings import (
     draw_candidates,
     drop_repeats,
     hold_out_latest,
-    naming,
-    numbered,
+    naming_file,
     ordered_in_time,
     read_lines,
     read_ratings,
+    renumber,
 )
 from lawn.errors import ConfigError, DataError
 
@@ -42,10 +42,11 @@ def he2017(
     candidates: int,
     published: dict[str, int],
 ) -> Interactions:
-    """Reads `root`/PREFIX/PREFIX.*; downloads He et al.'s own where they are not there.
+    """Read `root`/PREFIX/PREFIX.*; downloads those of He et al. if they are missing.
 
-    split="test" holds out and ranks what the files say. split="val" puts that aside, holds out the latest item of the
-    training file (a random one where its times tell no user's ratings apart) and draws `candidates`, both by `seed`.
+    split="test" uses the held-out items and candidates of the files. split="val" removes them, holds out the latest
+    item of the training file (a random one if no user has ratings at different times) and draws `candidates`, both by
+    `seed`.
     """
     train_path, test_path, listed_path = (
         _fetch(root / prefix / f"{prefix}.{part}", prefix in RELEASED)
@@ -53,8 +54,8 @@ def he2017(
     )
     train, test = read_ratings(train_path), read_ratings(test_path)
     listed = _read_candidates(listed_path, test)
-    (train_users, test_users), user_ids = numbered(train.users, test.users)
-    (train_items, test_items, listed), item_ids = numbered(train.items, test.items, listed)
+    (train_users, test_users), user_ids = renumber(train.users, test.users)
+    (train_items, test_items, listed), item_ids = renumber(train.items, test.items, listed)
     train, test = Ratings(train_users, train_items, train.times), Ratings(test_users, test_items, test.times)
     size = len(user_ids), len(item_ids)
     warnings = count_warnings(prefix, published, train, test)
@@ -73,7 +74,7 @@ def he2017(
         listed, more = _once(listed[:, :candidates], test)
         notes += more + _trained(listed, train, test)
     warnings += [f"{prefix}: {note}" for note in notes]
-    with naming(train_path):
+    with naming_file(train_path):
         return bind(train, held, listed, size, negatives, warnings, user_ids)
 
 
@@ -86,7 +87,7 @@ def _fetch(path: Path, released: bool) -> Path:
 
 
 def _read_candidates(path: Path, test: Ratings) -> np.ndarray:
-    """Items that each held-out rating is ranked against, int64 [len(test), C]."""
+    """The candidates of each held-out rating, int64 [len(test), C]."""
     text = read_lines(
         path,
         rb"\(N,N\)(?:\tN)++".replace(b"N", rb"\d{1,18}+"),
@@ -106,7 +107,7 @@ def _read_candidates(path: Path, test: Ratings) -> np.ndarray:
 
 
 def _check_users(path: Path, train: Ratings, test: Ratings, user_ids: np.ndarray) -> None:
-    """Every held-out user has been trained on, and has one held-out item."""
+    """Raises DataError unless every held-out user has training ratings and one held-out item."""
     first = np.unique(test.users, return_index=True)[1]
     for index in np.setdiff1d(np.arange(len(test)), first)[:1]:
         raise DataError(f"{path}, line {index + 1}: a second held-out item of user {user_ids[test.users[index]]}")
@@ -116,7 +117,7 @@ def _check_users(path: Path, train: Ratings, test: Ratings, user_ids: np.ndarray
 
 
 def _clean(train: Ratings, test: Ratings) -> tuple[Ratings, list[str]]:
-    """The training ratings without repeats and without the held-out pairs, and what had to go."""
+    """The training ratings without repeats and held-out pairs, and notes on what was removed."""
     train, notes = drop_repeats(train)
     stride = train.and_also(test).size[1]
     leaked = np.isin(train.users * stride + train.items, test.users * stride + test.items)
@@ -126,7 +127,7 @@ def _clean(train: Ratings, test: Ratings) -> tuple[Ratings, list[str]]:
 
 
 def _once(listed: np.ndarray, test: Ratings) -> tuple[np.ndarray, list[str]]:
-    """Let a repeated candidate count once: the others become the held-out item, which is not ranked against itself."""
+    """Count repeated candidates once: the held-out item, which is not ranked against itself, replaces the others."""
     order = listed.argsort(axis=1, kind="stable")
     ranked = np.take_along_axis(listed, order, axis=1)
     repeated = np.zeros_like(listed, bool)
@@ -141,7 +142,7 @@ def _once(listed: np.ndarray, test: Ratings) -> tuple[np.ndarray, list[str]]:
 
 
 def _trained(listed: np.ndarray, train: Ratings, test: Ratings) -> list[str]:
-    """A note on candidates that are no negatives, as when files of two splits are mixed."""
+    """A note on candidates that the user is trained on, as when files of two splits are mixed."""
     stride = 1 + max(listed.max(), train.items.max())
     count = np.isin(test.users[:, None] * stride + listed, train.users * stride + train.items).sum()
     return [f"{count} candidates are items that their user is trained on"] if count else []

@@ -1,150 +1,13 @@
-"""ImageNet: folders of images, `imagenet/train/<wnid>/*.JPEG` and `imagenet/val/<wnid>/*.JPEG`, or shards of them."""
+"""ImageNet (ILSVRC 2012; paper section 4.4), from folders or shards."""
 
-import os
-from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-
-from lawn.data.batching import Batching, MicroBatch, shard
 from lawn.data.download import count_mismatches
-from lawn.data.fingerprint import Fingerprint, checksum
+from lawn.data.folders import Files, FolderImages, list_split_folders
 from lawn.data.in_memory import split_and_limit
-from lawn.data.jpeg import Crop, JPEGImages, decode, epoch, seeded
-from lawn.errors import DataError
+from lawn.data.jpeg import JPEGImages
 
 PUBLISHED = {"classes": 1000, "training images": 1_281_167, "validation images": 50_000}
-
-
-class Files(NamedTuple):
-    """Paths as bytes [N] and labels int64 [N]: arrays, which the workers share with the process that starts them."""
-
-    paths: np.ndarray
-    labels: np.ndarray
-
-
-class FolderImages(JPEGImages):
-    """Images decoded and augmented by worker processes, moved to the device batch by batch.
-
-    What becomes of an image in an epoch depends on nothing but the epoch's seed and the image's number.
-    """
-
-    def __init__(
-        self, train: Files, held_out: Files, num_classes: int, image_size: int, workers: int, warnings: list[str]
-    ) -> None:
-        super().__init__(num_classes, image_size, workers, warnings)
-        self.train, self.held_out = train, held_out
-        self._epoch = Epoch(len(train.labels))
-
-    @property
-    def num_train(self) -> int:
-        """Training samples of one epoch."""
-        return len(self.train.labels)
-
-    def train_batches(
-        self, batching: Batching, generator: torch.Generator
-    ) -> Iterator[tuple[MicroBatch, tuple[Tensor, Tensor]]]:
-        """One epoch in random order: normalized float images and labels. The last batch may be smaller."""
-        self._epoch.batching, self._epoch.seed = batching, generator.initial_seed()
-        yield from zip(batching.micro_batches(self.num_train), self._batches(self._train_loader), strict=True)
-
-    def eval_batches(
-        self, rank: int = 0, world_size: int = 1, batch_size: int = 256
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """A rank's share of the evaluation split, in order, without augmentation."""
-        mine = shard(len(self.held_out.labels), rank, world_size)
-        drawn = [(index, 0) for index in range(mine.start, mine.stop)]  # the center needs no seed
-        yield from self._batches(self._loader(Samples(self.held_out, self.plain), batch_size=batch_size, sampler=drawn))
-
-    @cached_property
-    def _train_loader(self) -> DataLoader:
-        """Kept, so that its workers live on from epoch to epoch."""
-        return self._loader(
-            Samples(self.train, self.augment), batch_sampler=self._epoch, persistent_workers=self.workers > 0
-        )
-
-    @cached_property
-    def fingerprint(self) -> Fingerprint:
-        """Of the names of files, with their folder, and of the labels: the images are not read for it."""
-        names = [
-            "/".join(os.fsdecode(path).split("/")[-2:]) for files in (self.train, self.held_out) for path in files.paths
-        ]
-        return {
-            "training images": self.num_train,
-            "evaluation images": len(self.held_out.labels),
-            "classes": self.num_classes,
-            "checksum of the files' names": checksum(names, self.train.labels, self.held_out.labels),
-        }
-
-    def statistics(self) -> dict[str, object]:
-        each = np.bincount(self.train.labels, minlength=self.num_classes)
-        return {
-            "training images": self.num_train,
-            "evaluation images": len(self.held_out.labels),
-            "classes": self.num_classes,
-            "training images of a class": f"{each.min()} to {each.max()}",
-        }
-
-    def damaged(self) -> Iterator[str]:
-        """Decode every image; a line for each that cannot be."""
-        for files in (self.train, self.held_out):
-            for batch in self._begun(self._loader(Damage(files.paths), batch_size=64, collate_fn=list)):
-                yield from filter(None, batch)
-
-
-class Epoch:
-    """The batches of an epoch for a loader: numbers of images, each with the seed of its augmentation.
-
-    It is asked for them where it is, not in the workers, so `batching` and `seed` can be set for each epoch.
-    """
-
-    def __init__(self, samples: int) -> None:
-        self.samples = samples
-        self.batching = Batching(samples)
-        self.seed = 0
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order, seeds = epoch(self.seed, self.samples)
-        for micro_batch in self.batching.micro_batches(self.samples):
-            index = order[micro_batch.start : micro_batch.stop]
-            yield list(zip(index.tolist(), seeds[index].tolist(), strict=True))
-
-
-class Samples(Dataset):
-    """Crops and labels of files, by the number of the file and a seed."""
-
-    def __init__(self, files: Files, crop: Crop) -> None:
-        self.files, self.crop = files, crop
-
-    def __len__(self) -> int:
-        return len(self.files.labels)
-
-    def __getitem__(self, drawn: tuple[int, int]) -> tuple[Tensor, int]:
-        index, seed = drawn
-        image = decode(os.fsdecode(self.files.paths[index]))
-        return seeded(self.crop, image, seed), int(self.files.labels[index])
-
-
-class Damage(Dataset):
-    """What is wrong with each of the files; an empty text where nothing is."""
-
-    def __init__(self, paths: np.ndarray) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> str:
-        try:
-            decode(os.fsdecode(self.paths[index]))
-        except DataError as error:
-            return str(error)
-        return ""
 
 
 def imagenet(
@@ -159,10 +22,12 @@ def imagenet(
     loader: str | None = None,
     shards: str | None = None,
 ) -> JPEGImages:
-    """Reads `root`/imagenet, or `shards`. split="val" holds out a stratified `val_fraction` of the training images.
+    """Read `root`/imagenet/{train,val}/<wnid>/*.JPEG, or `shards`.
 
-    Training: random resized crop and flip; evaluation: resize the short side to image_size * 256/224, center crop.
-    `loader` "dali" decodes with DALI. Of shards whole ones are held out, and `seed` and `limit` do not apply.
+    split="val" holds out a stratified `val_fraction` of the training images, or whole shards. Training images are
+    cropped at random and flipped (RandomResizedCrop); evaluation images are resized to a short side of
+    image_size * 256/224 and cropped to their center. `loader="dali"` decodes folders with NVIDIA DALI. `seed` and
+    `limit` do not apply to shards.
     """
     if shards is not None:
         from lawn.data.shards import shard_images
@@ -175,7 +40,7 @@ def imagenet(
         from lawn.data.dali import DaliImages
 
         kind = DaliImages
-    classes, train, held_out = parts(root / "imagenet")
+    classes, train, held_out = list_split_folders(root / "imagenet")
     found = {
         "classes": len(classes),
         "training images": len(train.labels),
@@ -188,44 +53,3 @@ def imagenet(
         held_out = Files(held_paths, held_labels)
     warnings = count_mismatches("imagenet", found, PUBLISHED)
     return kind(Files(paths, labels), held_out, len(classes), image_size, workers, warnings)
-
-
-def parts(root: Path) -> tuple[list[str], Files, Files]:
-    """The classes that `root`/train and `root`/val both have, and the images of each. Raises DataError."""
-    (classes, train), (classes_of_val, val) = _listed(root / "train"), _listed(root / "val")
-    if classes != classes_of_val:
-        own = {"train": set(classes) - set(classes_of_val), "val": set(classes_of_val) - set(classes)}
-        found = [f"only {part} has {_some(sorted(names))}" for part, names in own.items() if names]
-        raise DataError(f"{root}: train and val must have the same class folders; {', '.join(found)}")
-    return classes, train, val
-
-
-def _some(names: list[str]) -> str:
-    """The first of the names, and how many more there are."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _listed(folder: Path) -> tuple[list[str], Files]:
-    """The classes of a folder and its images, in order. Raises DataError where it has none."""
-    from torchvision.datasets import ImageFolder
-    from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
-
-    try:
-        entries = list(os.scandir(folder))
-        flat = sum(has_file_allowed_extension(entry.name, IMG_EXTENSIONS) for entry in entries)
-        if flat and not any(entry.is_dir() for entry in entries):
-            raise DataError(
-                f"{folder}: {flat:,} images but no class folders, as ILSVRC ships val; sort them into {folder}/<wnid>, "
-                f"or remove the folder, put ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz into "
-                f"{folder.parent}, and let torchvision do it: python -c "
-                f"\"from torchvision.datasets import ImageNet; ImageNet('{folder.parent}', 'val')\""
-            )
-        found = ImageFolder(str(folder))
-    except OSError as error:
-        reason = str(error).partition("\n")[0][:200]
-        raise DataError(
-            f"{folder}: {reason}; ImageNet asks for an account at image-net.org, "
-            f"so put its images into {folder}/<wnid>/*.JPEG yourself"
-        ) from error
-    paths = np.array([os.fsencode(path) for path, _ in found.samples])
-    return found.classes, Files(paths, np.array(found.targets, dtype=np.int64))

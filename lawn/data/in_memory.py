@@ -1,4 +1,4 @@
-"""Labelled images that live on the device as uint8 and are augmented there."""
+"""Labelled images as one uint8 tensor on the device, augmented there."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from lawn.errors import ConfigError
 
 @dataclass
 class InMemoryImages:
-    """A whole dataset on one device.
+    """A dataset of images on one device.
 
-    Shapes: images uint8 [N, C, H, W], labels int64 [N]; `mean` and `std` are per channel, in units of pixels.
+    Shapes: images uint8 [N, C, H, W], labels int64 [N]; `mean` and `std` are those of each channel, in units of pixels.
     `padding` pixels of zeros and a random crop and flip augment the training images; 0 turns augmentation off.
     """
 
@@ -53,7 +53,7 @@ class InMemoryImages:
         """One epoch in random order: normalized float images and labels. The last batch may be smaller."""
         device = self.train_labels.device
         order = torch.randperm(self.num_train, generator=generator, device=device)
-        if self.padding:  # what the skipped updates have drawn
+        if self.padding:  # draw what the skipped updates have drawn
             for start in range(0, batching.skip * batching.batch_size, batching.batch_size):
                 draw_crops(min(batching.batch_size, self.num_train - start), 2 * self.padding + 1, generator, device)
         for micro_batch in batching.micro_batches(self.num_train):
@@ -76,7 +76,7 @@ class InMemoryImages:
     def eval_batches(
         self, rank: int = 0, world_size: int = 1, batch_size: int = 2048
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """A rank's share of the evaluation split, in order, without augmentation."""
+        """The evaluation images of a rank, in order, without augmentation."""
         mine = shard(len(self.test_labels), rank, world_size)
         images, labels = self.test_images[mine].split(batch_size), self.test_labels[mine].split(batch_size)
         for some, of_some in zip(images, labels, strict=True):
@@ -84,7 +84,9 @@ class InMemoryImages:
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        train, test = (images.permute(0, 2, 3, 1) for images in (self.train_images, self.test_images))  # as in memory
+        train, test = (
+            images.permute(0, 2, 3, 1) for images in (self.train_images, self.test_images)
+        )  # the layout in memory
         return {
             "training images": self.num_train,
             "evaluation images": len(self.test_labels),
@@ -118,16 +120,16 @@ class InMemoryImages:
         return (images.float() - mean) / std
 
 
-def draw_crops(count: int, room: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For `count` images the offsets from the top and the left [2, count], below `room`, and whether to mirror."""
-    offsets = torch.randint(room, (2, count), generator=generator, device=device)
+def draw_crops(count: int, limit: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Offsets from the top and the left [2, count], below `limit`, and whether to mirror [count]."""
+    offsets = torch.randint(limit, (2, count), generator=generator, device=device)
     return offsets, torch.randint(2, (count,), generator=generator, device=device).bool()
 
 
 def crop_flip(padded: Tensor, index: Tensor, shape: tuple[int, int, int], offsets: Tensor, mirrored: Tensor) -> Tensor:
-    """Crop images `index` of `padded` [N, C, H + 2p, W + 2p] to `shape` at `offsets`, some of them mirrored.
+    """Crop images `index` of `padded` [N, C, H + 2p, W + 2p] to `shape` at `offsets`, and mirror some.
 
-    One gather of whole pixels: all channels of a pixel lie together (channels_last), in `padded` and in the result.
+    One gather of whole pixels: `padded` and the result have the memory format channels_last.
     """
     _, height, width = shape
     top, left = offsets
@@ -141,13 +143,13 @@ def crop_flip(padded: Tensor, index: Tensor, shape: tuple[int, int, int], offset
 def split_and_limit(
     images: np.ndarray, labels: np.ndarray, *, split: str, val_fraction: float, limit: int | None, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Training images and labels, and the stratified holdout (None, None for split="test"), all drawn by `seed`.
+    """Training images and labels, and the stratified holdout (None, None for split="test"), drawn by `seed`.
 
-    Raises ConfigError when `limit` is more than what there is.
+    Raises ConfigError if there are fewer images than `limit`.
     """
     held_images = held_labels = None
     if split == "val":
-        from sklearn.model_selection import train_test_split  # a second to import: only for those who use it
+        from sklearn.model_selection import train_test_split  # takes a second to import
 
         try:
             images, held_images, labels, held_labels = train_test_split(
@@ -177,7 +179,7 @@ def in_memory_images(
     padding: int,
     warnings: list[str],
 ) -> InMemoryImages:
-    """Bind uint8 arrays [N, H, W, C] and their labels. Mean and deviation are those of the training images used."""
+    """The dataset of uint8 arrays [N, H, W, C] and labels. Mean and deviation are those of the training images used."""
     images, labels, held_images, held_labels = split_and_limit(
         *train, split=split, val_fraction=val_fraction, limit=limit, seed=seed
     )
@@ -198,7 +200,7 @@ def in_memory_images(
 
 
 def _channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, from how often each of the 256 values occurs."""
+    """Mean and standard deviation of each channel, from the counts of the 256 values."""
     values = np.arange(256.0)
     mean, std = [], []
     for channel in range(images.shape[-1]):
@@ -209,5 +211,5 @@ def _channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
 
 
 def _channels_first(images: np.ndarray) -> Tensor:
-    """[N, H, W, C] as [N, C, H, W], in memory as it was (channels_last)."""
+    """[N, H, W, C] to [N, C, H, W], in the same memory layout (channels_last)."""
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)

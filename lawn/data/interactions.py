@@ -1,4 +1,4 @@
-"""Implicit feedback that lives on the device: positives, fresh negatives for every epoch, held-out candidates."""
+"""Implicit feedback on the device: positives, fresh negatives for every epoch, held-out candidates."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class Interactions:
         """One epoch in random order: users, items and labels (1.0 positive, 0.0 negative)."""
         negatives = self.unseen.sample(self.users, self.negatives, generator)
         items = torch.cat([self.items[:, None], negatives], dim=1)
-        # A sample in one number, user, item and label, since a random order has to be read from memory only once.
+        # One number for user, item and label, so that the random order is read from memory only once.
         samples = (self.users[:, None] << 32) | (items << 1)
         samples[:, 0] |= 1
         samples = samples.flatten()
@@ -64,7 +64,7 @@ class Interactions:
             yield micro_batch, (sample >> 32, (sample >> 1) & 0x7FFFFFFF, (sample & 1).float())
 
     def eval_batches(self, rank: int = 0, world_size: int = 1, pairs: int = 2**18) -> Iterator[tuple[Tensor, Tensor]]:
-        """A rank's users [B] and their candidates [B, 1 + C], about `pairs` of a user and an item at a time."""
+        """The users [B] of a rank and their candidates [B, 1 + C], about `pairs` of a user and an item in a batch."""
         users = max(1, pairs // self.candidates.shape[1])
         mine = shard(len(self.candidates), rank, world_size)
         yield from zip(self.candidate_users[mine].split(users), self.candidates[mine].split(users), strict=True)
@@ -97,7 +97,7 @@ class Interactions:
 
 
 class Unseen:
-    """Draws items that a user has no pair with, uniformly and without rejection.
+    """Draws items that a user has not interacted with, uniformly and without rejection.
 
     Sorted by user and item, let p_0 < p_1 < ... be the items of one user. Below p_j lie p_j - j unseen items, so the
     k-th unseen item (from 0) is k + #{j : p_j - j <= k}, one binary search away. Shifting each user's values by

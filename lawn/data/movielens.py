@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from lawn.data.download import download, member
+from lawn.data.download import download, read_member
 from lawn.data.he2017 import he2017
 from lawn.data.interactions import Interactions
-from lawn.data.ratings import count_warnings, leave_one_out, naming, read_ratings
+from lawn.data.ratings import count_warnings, leave_one_out, naming_file, read_ratings
 from lawn.errors import DataError
 from lawn.files import atomic
 
@@ -20,7 +20,7 @@ PUBLISHED = {
 
 
 def movielens100k(root: Path, split: str, *, seed: int, negatives: int, candidates: int) -> Interactions:
-    """Reads `root`/ml-100k/u.data; downloads it when it is not there."""
+    """Read `root`/ml-100k/u.data; downloads it if it is missing."""
     return _official(
         root, "ml-100k", "u.data", "\t", split=split, seed=seed, negatives=negatives, candidates=candidates
     )
@@ -29,9 +29,9 @@ def movielens100k(root: Path, split: str, *, seed: int, negatives: int, candidat
 def movielens1m(
     root: Path, split: str, *, seed: int, negatives: int, candidates: int, prefix: str | None = None
 ) -> Interactions:
-    """Reads `root`/ml-1m/ratings.dat, or with `prefix` the three files of that name (the released ones: ml-1m).
+    """Read `root`/ml-1m/ratings.dat, or with `prefix` the three files of that name (ml-1m as released).
 
-    Downloads what is not there. The three files have candidates of their own, the same for all who use them.
+    Downloads missing files. The three files include the candidates, so all who use them rank the same ones.
     """
     options = {"seed": seed, "negatives": negatives, "candidates": candidates}
     if prefix is not None:
@@ -40,8 +40,10 @@ def movielens1m(
 
 
 def movielens(root: Path, split: str, *, path: str, seed: int, negatives: int, candidates: int) -> Interactions:
-    """Reads `root`/`path`: u.data, ratings.dat or ratings.csv of whatever version, told apart by what is between the
-    numbers. Ratings and times may have decimals. There are no counts to compare with, and nothing is downloaded."""
+    """Read `root`/`path`: u.data, ratings.dat or ratings.csv of any version, recognized by the separator.
+
+    Ratings and times may have decimals. Counts are not compared with published ones, and nothing is downloaded.
+    """
     file = root / path
     if not file.is_file():
         raise DataError(
@@ -52,7 +54,7 @@ def movielens(root: Path, split: str, *, path: str, seed: int, negatives: int, c
         first = opened.readline(1000)
     separator = next((s for s in ("::", ",") if s.encode() in first), "\t")
     ratings = read_ratings(file, separator, HEADER if separator == "," else "", fractions=True)
-    with naming(file):
+    with naming_file(file):
         return leave_one_out(ratings, split=split, seed=seed, negatives=negatives, candidates=candidates, warnings=[])
 
 
@@ -63,9 +65,9 @@ def _official(root: Path, name: str, file: str, separator: str, **options: Any) 
         if not archive.exists():
             advice = f"put {archive.name} from there, or its {file}, into {path.parent}"
             download(f"{URL}/{archive.name}", archive, MD5[name], advice)
-        content = member(archive, MD5[name], f"{name}/{file}")
+        content = read_member(archive, MD5[name], f"{name}/{file}")
         with atomic(path) as temporary:
             temporary.write_bytes(content)
     ratings = read_ratings(path, separator)
-    with naming(path):
+    with naming_file(path):
         return leave_one_out(ratings, warnings=count_warnings(name, PUBLISHED[name], ratings), **options)

@@ -9,5 +9,5 @@ PUBLISHED = {"users": 55_187, "items": 9_916, "ratings": 1_500_809}
 
 
 def pinterest(root: Path, split: str, *, seed: int, negatives: int, candidates: int, prefix: str) -> Interactions:
-    """Reads `root`/PREFIX/PREFIX.*, three files; the released ones are pinterest-20 and downloaded when not there."""
+    """Read the three files `root`/PREFIX/PREFIX.*; those of pinterest-20 are downloaded if they are missing."""
     return he2017(root, prefix, split, seed=seed, negatives=negatives, candidates=candidates, published=PUBLISHED)

@@ -1,4 +1,4 @@
-"""Batches of the host, copied to the device while it still computes."""
+"""Batches copied from the host to the device while it computes."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -10,8 +10,10 @@ Batch = tuple[Tensor, ...]
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches on `device`. On a GPU the copy has a stream of its own, so it runs beside the computation of
-    the batch before; it needs tensors in pinned memory for that."""
+    """The batches on `device`. On a GPU, a stream of its own copies them during the computation of the previous batch.
+
+    The tensors have to be in pinned memory for that.
+    """
     if device.type != "cuda":
         for batch in batches:
             yield tuple(tensor.to(device) for tensor in batch)
@@ -24,8 +26,8 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
         compute = torch.cuda.current_stream(device)
         compute.wait_stream(copies)
         for tensor in moved:
-            tensor.record_stream(compute)  # its memory belongs to the other stream, and is used on this one
+            tensor.record_stream(compute)  # its memory belongs to the stream of the copies
         yield moved
         computed.append(torch.cuda.current_stream(device).record_event())
-        if len(computed) > 2:  # the host is not to run ahead until the device's memory is full of batches
+        if len(computed) > 2:  # bounds the batches in the device's memory
             computed.popleft().synchronize()

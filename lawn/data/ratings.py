@@ -16,8 +16,8 @@ from lawn.errors import ConfigError, DataError
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Put the file in front of what is found wrong with its contents."""
+def naming_file(path: Path) -> Iterator[None]:
+    """Prefix the DataErrors of the body with the file."""
     try:
         yield
     except DataError as error:
@@ -26,9 +26,9 @@ def naming(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Ratings:
-    """Who had to do with what, and when: int64 [N] each. How good a rating was does not matter.
+    """Users, items and times of interactions: int64 [N] each. The values of the ratings are not used.
 
-    Ids are those of the file until `numbered` has made them count from 0.
+    Ids are those of the file until `renumber` makes them count from 0.
     """
 
     users: np.ndarray
@@ -47,15 +47,15 @@ class Ratings:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Numbers of users and items that the ids call for."""
+        """The numbers of users and items, from the largest ids."""
         return int(self.users.max()) + 1, int(self.items.max()) + 1
 
 
 def read_lines(path: Path, line: bytes, wanted: str, header: bytes = b"") -> bytes:
-    """The bytes of a text file whose every line matches `line`, a pattern without groups that can backtrack; of a first
-    line that is `header` they begin after it.
+    """The bytes of a text file, after its optional `header`. Every line has to match `line`, a pattern that must not
+    backtrack.
 
-    Raises DataError that names the file, and the first line that is not as `wanted` says.
+    Raises DataError that names the file and the first line that does not match; `wanted` describes the pattern.
     """
     if not path.is_file():
         raise DataError(f"{path}: not there, or no file; put it there")
@@ -68,7 +68,7 @@ def read_lines(path: Path, line: bytes, wanted: str, header: bytes = b"") -> byt
     if len(text) == start:
         raise DataError(f"{path}: empty; mend it or delete it")
     whole = re.compile(rb"(?:" + line + rb"\r?\n)*+").match(text, start)
-    assert whole is not None  # it matches no line too
+    assert whole is not None  # it matches zero lines too
     if whole.end() < len(text):
         number = text.count(b"\n", 0, whole.end()) + 1
         found, newline, _ = text[whole.end() :].partition(b"\n")
@@ -78,10 +78,10 @@ def read_lines(path: Path, line: bytes, wanted: str, header: bytes = b"") -> byt
 
 
 def read_ratings(path: Path, separator: str = "\t", header: str = "", fractions: bool = False) -> Ratings:
-    """A file with user, item, rating and time on each line, with the ids that stand there.
+    """Read a file with user, item, rating and time on each line, after an optional `header`.
 
-    `header` is a first line that may be there. With `fractions`, ratings and times may have decimals; times are
-    float64 then. Raises DataError that names the file and the line.
+    With `fractions`, ratings and times may have decimals, and times are float64. Raises DataError that names the file
+    and the line.
     """
     number, between = rb"\d{1,18}+", re.escape(separator).encode()
     decimals = rb"(?:\.\d{1,18}+)?+" if fractions else b""
@@ -99,8 +99,8 @@ def read_ratings(path: Path, separator: str = "\t", header: str = "", fractions:
     return Ratings(*(np.ascontiguousarray(table[name]) for name in columns))
 
 
-def numbered(*ids: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """Any numbers as 0, 1, ... in their order, the same for all arrays [...]; and what each of these was [n]."""
+def renumber(*ids: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """Replace ids by their ranks 0, 1, ..., jointly for all arrays; also returns the sorted ids [n]."""
     different, places = np.unique(np.concatenate([each.ravel() for each in ids]), return_inverse=True)
     parts = np.split(places.reshape(-1), np.cumsum([each.size for each in ids])[:-1])
     return [part.reshape(each.shape) for part, each in zip(parts, ids, strict=True)], different
@@ -123,7 +123,7 @@ def drop_repeats(ratings: Ratings) -> tuple[Ratings, list[str]]:
 
 
 def ordered_in_time(ratings: Ratings, seed: int) -> tuple[Ratings, list[str]]:
-    """The same, with random times by `seed` where the times tell no user's ratings apart; a warning says so."""
+    """The ratings; with random times drawn by `seed`, and a warning, if no user has ratings at different times."""
     ordered = by_time(ratings)
     if ((np.diff(ordered.users) == 0) & (np.diff(ordered.times) != 0)).any():
         return ratings, []
@@ -133,9 +133,9 @@ def ordered_in_time(ratings: Ratings, seed: int) -> tuple[Ratings, list[str]]:
 
 
 def hold_out_latest(ratings: Ratings) -> tuple[Ratings, Ratings]:
-    """All but the latest rating of each user, and these; of users with a single rating nothing is held out.
+    """Split off the latest rating of each user who has more than one; returns the others and the split-off ratings.
 
-    Of a user's ratings at the same time the last in the file is the latest. Both results are sorted by user and time.
+    Among ratings at the same time, the last in the file is the latest. Both results are sorted by user and time.
     """
     ordered = by_time(ratings)
     last = np.append(ordered.users[1:] != ordered.users[:-1], True)
@@ -145,7 +145,7 @@ def hold_out_latest(ratings: Ratings) -> tuple[Ratings, Ratings]:
 
 
 def count_ties(rest: Ratings, held: Ratings) -> list[str]:
-    """A warning where for most users the file's order, not the time, says which of the ratings is `held`."""
+    """A warning if, for most users, the order of the file and not the time decides which rating is `held`."""
     last = np.flatnonzero(np.append(rest.users[1:] != rest.users[:-1], True))
     before = last[np.searchsorted(rest.users[last], held.users)]
     tied = int((rest.times[before] == held.times).sum())
@@ -157,15 +157,15 @@ def count_ties(rest: Ratings, held: Ratings) -> list[str]:
 def leave_one_out(
     ratings: Ratings, *, split: str, seed: int, negatives: int, candidates: int, warnings: list[str]
 ) -> Interactions:
-    """Hold out the latest item of every user and rank it among `candidates` items without a rating.
+    """Hold out the latest item of every user, to be ranked among `candidates` items without a rating.
 
-    split="val" puts the latest item aside altogether and holds out the latest of the others. Candidates are drawn
-    once by `seed`, without repetition, among the items that the user has no rating for at all; training negatives
-    among those without a training rating, so the held-out item can be one, as in He et al.'s code. Where the times of
-    the file tell no user's ratings apart, `seed` draws what is held out.
+    split="val" removes the latest item and holds out the latest of the others. Candidates are drawn once by `seed`,
+    without repetition, among the items that the user has not rated at all. Training negatives are drawn among the
+    items without a training rating, so the held-out item can be one, as in the code of He et al. If no user has
+    ratings at different times, `seed` draws the held-out items.
     """
-    (users,), user_ids = numbered(ratings.users)
-    (items,), _ = numbered(ratings.items)
+    (users,), user_ids = renumber(ratings.users)
+    (items,), _ = renumber(ratings.items)
     ratings, notes = drop_repeats(Ratings(users, items, ratings.times))
     ratings, untimed = ordered_in_time(ratings, seed)
     train, held = hold_out_latest(ratings)
@@ -179,7 +179,7 @@ def leave_one_out(
 def draw_candidates(
     seen: Ratings, held: Ratings, size: tuple[int, int], count: int, seed: int, user_ids: np.ndarray
 ) -> np.ndarray:
-    """For each held-out rating `count` items, without repetition, that its user has no rating in `seen` for."""
+    """For each held-out rating, `count` different items that its user has not rated in `seen`."""
     unseen = Unseen(torch.from_numpy(seen.users), torch.from_numpy(seen.items), *size)
     _refuse_full(unseen, user_ids)
     available = unseen.available.numpy()[held.users]
@@ -204,9 +204,9 @@ def bind(
     warnings: list[str],
     user_ids: np.ndarray,
 ) -> Interactions:
-    """Interactions to train on and to rank. Users of whom nothing is held out are trained on; a warning counts them.
+    """The dataset of these ratings. Users without a held-out rating are trained on; a warning counts them.
 
-    `user_ids` are what the users are called in the file [users], for errors.
+    `user_ids` are the ids of the users in the file [users], for error messages.
     """
     if negatives > size[1]:
         raise ConfigError(f"dataset.negatives={negatives}: there are only {size[1]} items")
@@ -238,7 +238,7 @@ def _refuse_full(unseen: Unseen, user_ids: np.ndarray) -> None:
 
 
 def count_warnings(name: str, published: dict[str, int], *ratings: Ratings) -> list[str]:
-    """A line for each of users, items and ratings that are not as many as were published."""
+    """A warning for each of the numbers of users, items and ratings that differs from the published one."""
     found = {
         "users": len(np.unique(np.concatenate([r.users for r in ratings]))),
         "items": len(np.unique(np.concatenate([r.items for r in ratings]))),

@@ -1,7 +1,7 @@
-"""Photographs streamed from tar files (WebDataset's), which may lie in a folder or behind a URL.
+"""JPEG images streamed from tar files (WebDataset shards), in a folder or at a URL.
 
 `index.json` beside the shards lists them with their numbers of samples, and the classes; scripts/make_shards.py writes
-both. So every position of an epoch is known to lie in a shard before any is opened.
+both. So the shard of every position of an epoch is known before any is opened.
 """
 
 import json
@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from lawn.data.batching import Batching, MicroBatch, shard
 from lawn.data.download import count_mismatches
 from lawn.data.fingerprint import Fingerprint, checksum
-from lawn.data.jpeg import Crop, JPEGImages, decode, epoch, seeded
+from lawn.data.jpeg import Crop, JPEGImages, decode, draw_epoch, seeded
 from lawn.errors import ConfigError, DataError
 
 try:
@@ -39,14 +39,14 @@ REMEDY = "get the shard again, or make it again without the sample"
 class Shard(NamedTuple):
     url: str
     size: int  # samples
-    first: int  # number of its first sample, counted through all shards
+    first: int  # index of its first sample, counted through all shards
 
 
 class Sample(NamedTuple):
     number: int
-    name: str  # where it comes from, for errors
+    name: str  # shard and key, for errors
     jpeg: bytes
-    label: bytes  # a number in decimal digits
+    label: bytes  # a decimal number
 
 
 class ShardImages(JPEGImages):
@@ -79,8 +79,8 @@ class ShardImages(JPEGImages):
     ) -> Iterator[tuple[MicroBatch, tuple[Tensor, Tensor]]]:
         """One epoch: normalized float images and labels. The last batch may be smaller."""
         seed = generator.initial_seed()
-        order, _ = epoch(seed, len(self.train))
-        whole = replace(batching, skip=0)  # a stream has no middle to begin at
+        order, _ = draw_epoch(seed, len(self.train))
+        whole = replace(batching, skip=0)  # a stream can only be read from its start
         start = sum(sum(self._sizes(replace(whole, rank=rank))) for rank in range(batching.rank))
         shards = [self.train[k] for k in order.tolist()]
         stream = Stream(shards, start, self._sizes(whole), self.num_classes, self.augment, seed)
@@ -89,7 +89,7 @@ class ShardImages(JPEGImages):
     def eval_batches(
         self, rank: int = 0, world_size: int = 1, batch_size: int = 256
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """A rank's share of the evaluation split, without augmentation, in an order that depends on the workers."""
+        """The evaluation images of a rank, without augmentation, in an order that depends on the workers."""
         mine = shard(sum(s.size for s in self.held_out), rank, world_size)
         sizes = [min(batch_size, mine.stop - start) for start in range(mine.start, mine.stop, batch_size)]
         stream = Stream(self.held_out, mine.start, sizes, self.num_classes, self.plain)
@@ -104,7 +104,7 @@ class ShardImages(JPEGImages):
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """Of the names of shards, and their numbers of samples: they are not read for it."""
+        """Of the names and sizes of the shards; they are not read."""
         names = [f"{shard.url.rpartition('/')[2]} {shard.size}" for shard in [*self.train, *self.held_out]]
         return {
             "training images": self.num_train,
@@ -123,10 +123,10 @@ class ShardImages(JPEGImages):
 
 
 class Stream(IterableDataset):
-    """Batches of `sizes` from `shards` laid end to end, beginning at `start`: uint8 [B, S, S, 3] and labels [B].
+    """Batches of `sizes` from the concatenation of `shards`, from `start` on: uint8 [B, S, S, 3] and labels [B].
 
-    With a seed they are shuffled and augmented. A worker yields every so manieth batch, from a stretch of its own. A
-    batch of size 0 is one sample, which is read by another worker or rank too.
+    With a seed they are shuffled and augmented. Worker k of n yields the batches k, k + n, ..., from its own range of
+    samples. For a size of 0 the batch is one sample, which another worker or rank reads too.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Stream(IterableDataset):
         seeds = None
         if self.seed is not None:
             samples = shuffle(BUFFER, initial=BUFFER, rng=random.Random(f"{self.seed}, {start}"))(samples)
-            _, seeds = epoch(self.seed, total)
+            _, seeds = draw_epoch(self.seed, total)
         any_at = start % total
         batch: list[Sample] = []
         for size in mine:
@@ -172,7 +172,7 @@ class Stream(IterableDataset):
 
 
 def between(shards: Sequence[Shard], start: int, stop: int) -> Iterator[Sample]:
-    """The samples at positions `start` to `stop` of the shards laid end to end."""
+    """The samples at positions `start` to `stop` of the concatenated shards."""
     for one in shards:
         first, last = max(start, 0), min(stop, one.size)
         if first < last:
@@ -198,9 +198,9 @@ def read(source: Shard, start: int, stop: int) -> Iterator[Sample]:
                 if count == stop < source.size:
                     return
         finally:
-            set_options(stream, ignore_errors=True)  # whoever has what he came for closes a pipe early
+            set_options(stream, ignore_errors=True)  # a partial read closes the pipe early
             stream.close()
-    except Exception as error:  # what the damage or the network makes it raise
+    except Exception as error:  # webdataset raises many types
         raise DataError(f"{source.url}: {_reason(error)} after {count} samples; get the shard again") from error
     if count != source.size:
         raise DataError(f"{source.url}: {count} samples, but {INDEX} has {source.size}; get both again")
@@ -209,7 +209,7 @@ def read(source: Shard, start: int, stop: int) -> Iterator[Sample]:
 def shard_images(
     prefix: str, split: str, *, val_fraction: float, image_size: int, workers: int, published: dict[str, int]
 ) -> ShardImages:
-    """The shards that `index.json` at `prefix` lists. split="val" holds out the last training shards, as few as have
+    """The shards listed by `index.json` at `prefix`. split="val" holds out the last training shards, as few as have
     `val_fraction` of the training samples."""
     classes, train, held_out = read_index(prefix)
     found = {
@@ -232,11 +232,11 @@ def shard_images(
 
 def read_index(prefix: str) -> tuple[list[str], list[Shard], list[Shard]]:
     """The classes, the training and the validation shards."""
-    url = located(prefix, INDEX)
+    url = shard_url(prefix, INDEX)
     try:
         with gopen(url) as stream:
             text = stream.read()
-    except Exception as error:  # of whatever opens that kind of URL
+    except Exception as error:  # the handlers of URLs raise many types
         raise DataError(
             f"{url}: {_reason(error)}; python -m scripts.make_shards writes shards and their {INDEX}, and "
             f"dataset.shards is a folder, a URL, or a text with {{}} for the name of a file"
@@ -246,7 +246,7 @@ def read_index(prefix: str) -> tuple[list[str], list[Shard], list[Shard]]:
         classes, parts = index["classes"], [index["train"], index["val"]]
         names = [name for part in parts for name in part]
         counts = [count for part in parts for count in part.values()]
-        # A name may become part of a command (pipe:), so it must be nothing else.
+        # A name can become part of a command (pipe:), so only safe characters are allowed.
         usable = [re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) for name in names] + [
             type(count) is int and count > 0 for count in counts
         ]
@@ -254,22 +254,22 @@ def read_index(prefix: str) -> tuple[list[str], list[Shard], list[Shard]]:
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{url}: not an index of shards; python -m scripts.make_shards writes one") from error
-    train, held_out = (_laid_out(prefix, part) for part in parts)
+    train, held_out = (_shards(prefix, part) for part in parts)
     return classes, train, held_out
 
 
-def _laid_out(prefix: str, counts: dict[str, int]) -> list[Shard]:
+def _shards(prefix: str, counts: dict[str, int]) -> list[Shard]:
     firsts = accumulate(counts.values(), initial=0)
-    return [Shard(located(prefix, name), counts[name], first) for name, first in zip(counts, firsts, strict=False)]
+    return [Shard(shard_url(prefix, name), counts[name], first) for name, first in zip(counts, firsts, strict=False)]
 
 
-def located(prefix: str, name: str) -> str:
-    """Where a file lies: in the place of `{}`, or below the prefix."""
+def shard_url(prefix: str, name: str) -> str:
+    """The URL of a file: the prefix with `{}` replaced by the name, or the name below the prefix."""
     return prefix.replace("{}", name) if "{}" in prefix else f"{prefix.rstrip('/')}/{name}"
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in a line, without what webdataset adds."""
+    """The reason in one line, without webdataset's additions."""
     text = getattr(error, "strerror", None) or str(error.args[0] if error.args else error)
     if code := re.search(r"exit (-?\d+) \(read\)", text):
         return f"the command that reads it ended with code {code[1]}"

@@ -1,4 +1,4 @@
-"""How a run uses its device: number formats, memory layout, compilation. What is not set is chosen to fit."""
+"""How a run uses its device: number format, memory format, compilation. Defaults depend on device and model."""
 
 import ctypes
 import os
@@ -14,21 +14,21 @@ from lawn.config import TrainConfig
 from lawn.optim import LAWNOptimizer, dispatch
 from lawn.train.progress import echo
 
-WORTH_COMPILING = 1000  # updates: fewer may not win back the time that compiling takes
+WORTH_COMPILING = 1000  # updates: fewer may not make up for the time of compiling
 
 
 @dataclass(frozen=True)
 class Execution:
-    """The choices in effect; env.json records them."""
+    """The settings in effect; env.json records them."""
 
-    precision: str  # fp32; tf32: matrix products round their inputs to 10 bits; bf16: autocast
-    channels_last: bool  # the layout in which convolutions are fastest
+    precision: str  # fp32; tf32: inputs of matrix products have 10 bits; bf16: autocast
+    channels_last: bool  # the fastest memory format for convolutions
     compile: str  # off; default: fused kernels; reduce-overhead: CUDA graphs too
     deterministic: bool  # the same bits again, on the same machine
 
     @classmethod
     def choose(cls, train: TrainConfig, model: nn.Module, device: torch.device, updates: int) -> "Execution":
-        """On a GPU convolutional networks are bound by arithmetic and memory, the others by launching kernels."""
+        """On a GPU, arithmetic and memory bound convolutional networks; launching kernels bounds the others."""
         convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
         precision, compiled = "fp32", "off"
         if device.type == "cuda":
@@ -44,25 +44,25 @@ class Execution:
         )
 
     def prepare(self, model: nn.Module, device: torch.device) -> None:
-        """Set what concerns the whole process, and the layout of the weights."""
+        """Apply the settings of the process, and the memory format to the weights."""
         torch.set_float32_matmul_precision("highest" if self.precision == "fp32" else "high")
-        if torch.are_deterministic_algorithms_enabled() != self.deterministic:  # to set it imports torch's compiler
+        if torch.are_deterministic_algorithms_enabled() != self.deterministic:  # setting it imports torch's compiler
             torch.use_deterministic_algorithms(self.deterministic)
         if device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
             torch.backends.cudnn.benchmark = not self.deterministic
             if self.deterministic:
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks when it is first used
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
         else:
             _keep_freed_memory()
         if self.channels_last:
             model.to(memory_format=torch.channels_last)
 
     def compiled(self, model: nn.Module) -> nn.Module:
-        """The model as it is called in training; it shares the weights with `model`."""
+        """The compiled model; it shares the weights of `model`."""
         if self.compile == "off":
             return model
-        # Batches have few different sizes: a graph for each is faster than one for all.
+        # Batches have few sizes: a graph for each is faster than a dynamic one.
         mode = None if self.compile == "default" else self.compile
         return cast(nn.Module, torch.compile(model, mode=mode, dynamic=False))
 
@@ -70,16 +70,16 @@ class Execution:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def to_memory_format(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Images in the layout of the weights."""
+        """The batch with images in the memory format of the weights."""
         if not self.channels_last:
             return batch
         return tuple(t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for t in batch)
 
 
 def constrained_step(optimizer: Optimizer) -> dict[str, str]:
-    """Return the backend of constrained steps (`lawn.optim.dispatch.backend_of`) for env.json; {} for other optimizers.
+    """For env.json: the backend of constrained steps, empty for optimizers without them.
 
-    Prints a warning if CPU kernels cannot be built: without them a step is slower and rounds differently.
+    Warns if kernels cannot be compiled: steps are then slower and round differently.
     """
     if not isinstance(optimizer, LAWNOptimizer):
         return {}
@@ -91,9 +91,11 @@ def constrained_step(optimizer: Optimizer) -> dict[str, str]:
 
 
 def _keep_freed_memory() -> None:
-    """glibc gives large blocks back to the system as soon as they are freed, and every step has to touch new pages.
-    Other C libraries are left alone."""
-    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    """Keep glibc from returning freed blocks to the system, so that steps do not touch new pages.
+
+    Other C libraries are not changed.
+    """
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     with suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(trim_threshold, 2**31 - 1)

@@ -28,7 +28,7 @@ def run(*overrides: str) -> dict[str, Any]:
         UserError: in one line, what is wrong.
         Stopped: at a signal, such as that of an interrupted notebook kernel; the same call resumes the run.
 
-    Example:
+    Examples:
         >>> from lawn.train import run
         >>> result = run("dataset=digits", "optim=adam_lawn", "train.epochs=5")  # doctest: +SKIP
         >>> result["last"]["test_accuracy"]  # doctest: +SKIP

@@ -8,8 +8,10 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, ClassVar
 
-from lawn.config import Config, arguments, identity
+from lawn.arguments import arguments
+from lawn.config import Config
 from lawn.errors import ConfigError
+from lawn.identity import identity
 from lawn.train.progress import echo
 
 TIMEOUT_SECONDS = 60.0  # of each call to wandb

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from lawn.config import Config, config_hash, run_name
+from lawn.config import Config
 from lawn.data.batching import Batching
 from lawn.errors import ConfigError, UserError
+from lawn.identity import config_hash, run_name
 from lawn.train.distributed import World, local_device, set_device
 from lawn.train.launch import train
 from lawn.train.prepare import PreparedRun, prepare

@@ -1,4 +1,4 @@
-"""What the user sees while a run goes on: a bar on a terminal and in a notebook, a line now and then elsewhere."""
+"""Progress output: a bar on a terminal and in a notebook, a line every few seconds elsewhere."""
 
 import os
 import sys
@@ -13,25 +13,27 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def echo(line: str, stream: IO[str] | None = None) -> None:
-    """Print a line to `stream` (stdout), if anyone still reads that."""
-    with _or_not(stream or sys.stdout):
+    """Print a line to `stream` (stdout); a closed stream is ignored."""
+    with _ignore_closed(stream or sys.stdout):
         print(line, file=stream, flush=True)
 
 
 @contextmanager
-def _or_not(stream: IO[str]) -> Iterator[None]:
-    """Around writing to `stream`: where that breaks off, as at a closed terminal, the run goes on in silence."""
+def _ignore_closed(stream: IO[str]) -> Iterator[None]:
+    """In the body, an OSError of `stream` (a closed terminal) redirects it to the null device."""
     try:
         yield
     except OSError:
-        silence = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silence, stream.fileno())
-        os.close(silence)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 def shows_bars(stream: IO[str] | None) -> bool:
-    """Whether a line of `stream` can be written over: on a terminal, and in a notebook, which says that it is none.
-    A stream that was closed before the start is None."""
+    """Whether lines of `stream` can be overwritten: on a terminal and in a notebook (whose isatty() is False).
+
+    `stream` is None if it was closed before the start.
+    """
     return stream is not None and (stream.isatty() or type(stream).__module__ == "ipykernel.iostream")
 
 
@@ -39,17 +41,17 @@ class Progress:
     def __init__(self, name: str, done: int, total: int) -> None:
         self._name, self._total, self._bar = name, total, None
         if shows_bars(sys.stderr):
-            with _or_not(sys.stderr):
+            with _ignore_closed(sys.stderr):
                 self._bar = tqdm(total=total, initial=done, desc=name, unit="epoch")
         self._last = 0.0
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """Show the row of an epoch that has just ended."""
+        """Show the row of an epoch."""
         hidden = ("epoch", "step", "constrained", "lr")
         shown = {k: v for k, v in row.items() if k not in hidden and "/" not in k and v is not None}
         text = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
         if self._bar is not None:
-            with _or_not(sys.stderr):
+            with _ignore_closed(sys.stderr):
                 self._bar.set_postfix_str(text, refresh=False)
                 self._bar.update()
         elif row["epoch"] == self._total or time.monotonic() - self._last > SECONDS_BETWEEN_LINES:
@@ -58,5 +60,5 @@ class Progress:
 
     def close(self) -> None:
         if self._bar is not None:
-            with _or_not(sys.stderr):
+            with _ignore_closed(sys.stderr):
                 self._bar.close()

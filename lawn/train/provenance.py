@@ -1,4 +1,4 @@
-"""What a run comes from: code version, packages, hardware."""
+"""Provenance of a run: code version, packages, hardware."""
 
 import os
 import platform
@@ -11,12 +11,17 @@ from typing import Any
 
 import torch
 
+from lawn import __version__
+
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "adamp", "pytorch-cpr", "schedulefree")
 
 
 def environment(device: torch.device, code: Sequence[str] = ("lawn", "conf", "run.py")) -> dict[str, Any]:
-    """Code version, packages and hardware of this process; `dirty`: what it runs, `code`, has uncommitted changes, None
-    where there is no git to say so."""
+    """Version of the code, packages and hardware of this process.
+
+    `git` is the commit of the project's checkout and `dirty` whether `code` has uncommitted changes; both are None for
+    an installed copy, of which `version` is known.
+    """
     return {
         **_version(code),
         "python": platform.python_version(),
@@ -30,18 +35,27 @@ def environment(device: torch.device, code: Sequence[str] = ("lawn", "conf", "ru
 
 
 def _version(code: Sequence[str]) -> dict[str, str | bool | None]:
-    """The commit of the project's own checkout: not that of a repository which a copy of it lies in."""
-    root = Path(__file__).resolve().parents[2]
+    """The commit counts only of a repository that tracks this file at its place in the project.
+
+    An environment inside another repository, or a copy in its working tree, is no checkout of the project.
+    """
+    file = Path(__file__).resolve()
+    root = file.parents[2]
     top = _git(root, "rev-parse", "--show-toplevel")
-    if top is None or Path(top).resolve() != root:
-        return {"git": None, "dirty": None}
+    tracked = _git(root, "ls-files", "--", str(file))
+    if top is None or Path(top).resolve() != root or not tracked:
+        return {"git": None, "dirty": None, "version": __version__}
     changed = _git(root, "status", "--porcelain", "--", *code)
-    return {"git": _git(root, "rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
+    return {
+        "git": _git(root, "rev-parse", "HEAD"),
+        "dirty": None if changed is None else bool(changed),
+        "version": __version__,
+    }
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """Output of a git command there; None where there is no git, or no checkout."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of another one
+    """The output of a git command in `root`; None without git or a repository."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     command = ["git", "-C", str(root), *arguments]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=30)

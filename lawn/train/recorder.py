@@ -54,8 +54,7 @@ class RunRecorder:
 
 
 def outcome(trainer: Trainer) -> dict[str, Any]:
-    """How a run ended. The headline is the last epoch's metric; `best` is over the epochs of the same split, so on the
-    test split it is selected on test and no table prints it."""
+    """The result of a run. `last` has the reported metrics; `best` is selected on the same split: no table uses it."""
     split, name = trainer.config.eval.split, trainer.task.headline
     key = f"{split}_{name}"
     evaluated = [row for row in trainer.rows if row.get(key) is not None]

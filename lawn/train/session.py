@@ -5,10 +5,10 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
-from lawn.config import run_name
 from lawn.data.download import downloads_disabled
 from lawn.data.fingerprint import differences
 from lawn.errors import RunError, UserError
+from lawn.identity import run_name
 from lawn.task import Task, dataset_reader
 from lawn.train.distributed import World
 from lawn.train.execution import constrained_step

@@ -13,8 +13,9 @@ import torch
 from torch import multiprocessing
 
 from lawn.child_signals import signals_blocked
-from lawn.config import Config, run_name
+from lawn.config import Config
 from lawn.errors import RunError, UserError
+from lawn.identity import run_name
 from lawn.train.distributed import init_on_one_machine
 from lawn.train.prepare import PreparedRun, prepare
 from lawn.train.session import run_rank

@@ -1,5 +1,7 @@
-"""The jobs that Hydra's submitit launchers hand to other processes. The launchers do not say where the output of a job
-goes or how it has ended, and leave the others at the first that has failed."""
+"""Reports on the jobs of Hydra's submitit launchers.
+
+The launchers do not print where the output of a job is or how it ended, and stop waiting at the first failure.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -16,10 +18,10 @@ from lawn.train.progress import echo
 
 @contextmanager
 def report_submitit_jobs(arguments: Sequence[str], fail: Callable[[Exception], None]) -> Iterator[None]:
-    """Inside, jobs of a launcher that `arguments` of run.py choose are reported on: a line when they start and one when
-    they have ended, all of them, whatever becomes of the others. `fail` is called with what has gone wrong.
+    """In the body, print a line when a job starts and one when it ends, for a launcher chosen by `arguments` of run.py.
 
-    Raises ConfigError where submitit is not installed.
+    All jobs are waited for; `fail` is called with each error. Raises ConfigError if submitit is not installed, or if
+    the multirun expands to no job.
     """
     launcher = next((text for text in arguments if text.startswith("hydra/launcher=submitit")), None)
     if launcher is None:
@@ -29,16 +31,18 @@ def report_submitit_jobs(arguments: Sequence[str], fail: Callable[[Exception], N
         raise ConfigError(f"{launcher}: the package submitit is not installed; pip install '.[slurm]'")
     import submitit
 
-    left: list[Any] = []
+    submitted: list[Any] = []
+    waiting: list[Any] = []
 
     class Reporting(submitit.AutoExecutor):
         def map_array(self, fn: Callable[..., Any], *iterables: Any) -> list[Any]:
             jobs = super().map_array(fn, *iterables)
-            left.extend(jobs)
+            submitted.extend(jobs)
+            waiting.extend(jobs)
             return [Awaited(job, " ".join(overrides)) for job, overrides in zip(jobs, iterables[0], strict=True)]
 
     class Awaited:
-        """What the launcher gets for a job, and waits for."""
+        """What the launcher waits for in the place of the job."""
 
         def __init__(self, job: Any, name: str) -> None:
             self._job, self._name = job, name
@@ -47,9 +51,9 @@ def report_submitit_jobs(arguments: Sequence[str], fail: Callable[[Exception], N
         def results(self) -> list[JobReturn]:
             try:
                 returned = self._job.results()[0]
-                with redirect_stderr(StringIO()):  # where Hydra says that there was an error
+                with redirect_stderr(StringIO()):  # Hydra prints that there was an error
                     result = returned.return_value
-            except UserError as error:  # which says what job it is of
+            except UserError as error:  # it names the job
                 fail(error)
             except submitit.core.utils.UncompletedJobError:
                 fail(RunError(f"in the job {self._name}: {_lost(self._job)}; see {_logs(self._job)}"))
@@ -58,31 +62,37 @@ def report_submitit_jobs(arguments: Sequence[str], fail: Callable[[Exception], N
                 fail(RunError(f"in the job {self._name}: {what}; see {_logs(self._job)}"))
             else:
                 echo(f"job {self._job.job_id}, {self._name}: {_ended(result)}")
-            left.remove(self._job)
+            waiting.remove(self._job)
             return [JobReturn(status=JobStatus.COMPLETED)]
 
     try:
-        with patch.object(submitit, "AutoExecutor", Reporting):  # where the launcher looks for it
+        with patch.object(submitit, "AutoExecutor", Reporting):  # the launcher imports it from there
             yield
+    except AssertionError:
+        if submitted:
+            raise
+        raise ConfigError(
+            f"{' '.join(arguments)}: expands to no job"
+        ) from None  # the launcher asserts that there are jobs
     except KeyboardInterrupt:
-        if left:
-            echo(f"not waited for, and not cancelled: jobs {', '.join(job.job_id for job in left)}")
+        if waiting:
+            echo(f"not waited for, and not cancelled: jobs {', '.join(job.job_id for job in waiting)}")
         raise
 
 
 def _logs(job: Any) -> str:
-    """Standard output and standard error of a job."""
+    """The files of standard output and standard error of a job."""
     return f"{job.paths.stdout} and {job.paths.stderr.name}"
 
 
 def _lost(job: Any) -> str:
-    """Why a job has no result: the last that it said, if anything."""
-    said = (job.stderr() or "").strip().splitlines()
-    return said[-1] if said else "ended without a result; killed, or out of memory or of hydra.launcher.timeout_min"
+    """Why a job has no result: the last line of its standard error, if there is any."""
+    lines = (job.stderr() or "").strip().splitlines()
+    return lines[-1] if lines else "ended without a result; killed, or out of memory or of hydra.launcher.timeout_min"
 
 
 def _ended(result: dict[str, Any]) -> str:
-    """How a run has ended, by its result.json, which may be an older version's."""
+    """How a run ended, from its result."""
     last, key = result["last"], f"{result['split']}_{result['headline']}"
     value = "" if last.get(key) is None else f", {key} {last[key]:.4g}"
     return f"{result['status']} after epoch {last['epoch']}{value}"

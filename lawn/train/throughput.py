@@ -1,4 +1,4 @@
-"""Samples a second, and what share of the machine's arithmetic that is."""
+"""FLOPs of a model, and the peak rate of the device."""
 
 import copy
 import time

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from lawn.config import Config, identity
+from lawn.config import Config
+from lawn.identity import identity
 from lawn.optim import NonFiniteError
 from lawn.task import Task
 from lawn.train.distributed import launched_by_torchrun

@@ -13,7 +13,8 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from lawn.data.batching import Batching
-from lawn.data.imagenet import FolderImages, imagenet
+from lawn.data.folders import FolderImages
+from lawn.data.imagenet import imagenet
 from lawn.data.jpeg import decode
 from lawn.data.prefetch import on_device
 from lawn.errors import ConfigError, DataError

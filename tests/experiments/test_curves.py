@@ -12,7 +12,7 @@ from experiments.execution.runner import missing
 from experiments.planning.study import studies
 from experiments.records import Store
 from experiments.reporting import report
-from experiments.reporting.curves import CurvesPage
+from experiments.reporting.trials import curves
 from tests.experiments.helpers import ACCURACY, run_experiment
 
 SMALL = ("dataset=digits", "model.widths=[8]", "dataset.limit=100", "optim=adam")
@@ -39,11 +39,10 @@ def test_every_setting_is_run_once_and_no_more(small):
 
 def test_the_page_of_a_miniature(small):
     experiment, results = small
-    page = report.of(experiment, Store(results))
-    assert isinstance(page, CurvesPage)
+    page = report.page_of(experiment, Store(results))
     report.write(page, results)
     text = (results / "tuning_curves.md").read_text()
-    scores = sorted(record.value("headline") for _, record in page.found[0].tried)
+    scores = sorted(record.value("headline") for _, record in page.outcomes[0].tried)
     draws = [max(draw) for draw in product(scores, repeat=1)]
     listed = pd.read_csv(results / "tuning_curves.csv")
     assert listed["mean"].iloc[0] == pytest.approx(np.mean(draws), rel=1e-5)
@@ -60,7 +59,7 @@ def test_a_grid_with_holes_has_no_curve(small, tmp_path):
     lines = (results / "tuning" / "tuning_curves.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "tuning").mkdir()
     (tmp_path / "tuning" / "tuning_curves.jsonl").write_text("".join(lines[1:]))
-    page = report.of(experiment, Store(tmp_path))
-    assert len(page.curves) == 1
+    page = report.page_of(experiment, Store(tmp_path))
+    assert len(curves(list(page.outcomes))) == 1
     assert not any("stood at place" in line for line in page.summary)
-    assert report.of(experiment, Store(tmp_path / "nothing")).summary == []
+    assert report.page_of(experiment, Store(tmp_path / "nothing")).summary == []

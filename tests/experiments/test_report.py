@@ -19,13 +19,14 @@ from experiments.planning.study import Tuning, studies
 from experiments.records import Record, Store
 from experiments.reporting import report
 from experiments.reporting.layout import show
-from experiments.reporting.outcomes import Outcome, comparisons, summary
+from experiments.reporting.outcomes import Outcome, comparisons
 from experiments.reporting.page import entry
+from experiments.reporting.sentences import summary
+from experiments.reporting.simulations import simulation_page
 from experiments.reporting.statistics import compare, compare_paired, holm, mean_and_error
-from experiments.simulation import SimulationPage
 from lawn.compose import compose
-from lawn.config import run_name
 from lawn.errors import RunError
+from lawn.identity import run_name
 from lawn.train.run_directory import packed
 from tests.experiments.helpers import ACCURACY, MINI, TUNED, run_experiment
 from tests.helpers import RECOMMENDERS, ROOT
@@ -61,9 +62,9 @@ def made_up(cell: Cell, *values: float, status: str = "done", epochs: int = 300)
 
 
 def test_pages_from_records_alone(results):
-    page = report.Page(MINI, Store(results))
+    page = report.experiment_page(MINI, Store(results))
     report.write(page, results)
-    adam, fails, absent = page.found
+    adam, fails, absent = page.outcomes
     accuracy = [record.result["last"]["test_accuracy"] for record in adam.records]
     expected = f"{np.mean(accuracy):.2f} ({abs(accuracy[0] - accuracy[1]) / 2:.2f}, n=2)"
     assert expected in report.terminal(page)
@@ -87,7 +88,7 @@ def test_pages_from_records_alone(results):
 
 
 def test_the_index_stands_alone(results):
-    pages = [report.Page(experiment, Store(results)) for experiment in (MINI, EXPERIMENTS["table4"])]
+    pages = [report.experiment_page(experiment, Store(results)) for experiment in (MINI, EXPERIMENTS["table4"])]
     for page in pages:
         report.write(page, results)
     report.write_index(pages, results)
@@ -104,7 +105,7 @@ def test_the_index_stands_alone(results):
 
 
 def test_a_figure_without_anything_to_draw(results):
-    page = report.Page(replace(MINI, cells=MINI.cells[1:]), Store(results))
+    page = report.experiment_page(replace(MINI, cells=MINI.cells[1:]), Store(results))
     report.write(page, results)
     assert (results / "mini.png").exists()
 
@@ -116,10 +117,10 @@ def test_records_that_were_tampered_with_are_refused(results):
     content["config"]["optim"]["lr"] = 0.5
     path.write_text(json.dumps(content))
     with pytest.raises(RunError, match="its config is not the one"):
-        report.Page(MINI, Store(results))
+        report.experiment_page(MINI, Store(results))
     path.write_text("{")
     with pytest.raises(RunError, match=r"damaged record \("):
-        report.Page(MINI, Store(results))
+        report.experiment_page(MINI, Store(results))
 
 
 @pytest.mark.parametrize("damage", ["half", "empty", "folder", "unreadable", "bytes", "result", "last", "environment"])
@@ -137,7 +138,7 @@ def test_a_damaged_record_is_named(results, damage):
         whole = path.read_bytes()
         path.write_bytes({"half": whole[: len(whole) // 2], "empty": b"", "bytes": b"\xff" + whole}[damage])
     with pytest.raises(RunError, match=r"(damaged record|cannot be read) \(.*(delete it|put it back)") as caught:
-        report.Page(MINI, Store(results))
+        report.experiment_page(MINI, Store(results))
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
 
@@ -148,7 +149,7 @@ def test_what_is_no_folder_of_records_is_not_taken_for_none(results, folder):
     assert Store(results).read("digits-0") is None
     (results / folder).write_text("")
     with pytest.raises(RunError, match=f"results/{folder}: is no folder that can be read; make it one, or give other"):
-        report.Page(MINI, Store(results))
+        report.experiment_page(MINI, Store(results))
 
 
 def test_unfinished_runs_are_not_recorded(tmp_path):
@@ -161,7 +162,7 @@ def test_warnings_of_the_runs_stand_below_the_table(tmp_path, tiny_data):
     cell = Cell("SGD", ("dataset=movielens100k", "optim=sgd", *RECOMMENDERS, "train.epochs=1"))
     small = Experiment("small", "A small one", (cell,), (Measure("test_hr10", "HR@10", 1),), seeds=2)
     assert run_experiment(small, tmp_path, 2, 0, f"data_dir={tiny_data}") == []
-    page = report.Page(small, Store(tmp_path / "results"))
+    page = report.experiment_page(small, Store(tmp_path / "results"))
     report.write(page, tmp_path / "results")
     text = (tmp_path / "results" / "small.md").read_text()
     assert text.count("- ml-100k: 30 users, published are 943 (SGD)") == 1
@@ -214,7 +215,7 @@ def table(smaller_is_better: bool = False) -> tuple[Experiment, list[Outcome]]:
     return experiment, found
 
 
-def test_the_verdict_names_what_differs_from_the_paper():
+def test_the_summary_names_what_differs_from_the_paper():
     experiment, found = table()
     first, second = comparisons(experiment, found)
     assert (first.gain.difference, first.paper, first.turned) == (-2.0, 2.0, True)
@@ -257,8 +258,8 @@ def test_the_longest_budget_that_is_filled_is_shown(tmp_path):
         (one, 2, 0, 4, "128; 2 and 4 of 4 epochs"),
     ):
         assert run_experiment(run, tmp_path, seeds, budget) == []
-        page = report.Page(experiment, Store(tmp_path / "results"))
-        assert page.found[0].epochs == epochs
+        page = report.experiment_page(experiment, Store(tmp_path / "results"))
+        assert page.outcomes[0].epochs == epochs
         assert page.panels[0].columns == [head]
     assert [row[0].ours.partition(" after ")[2] for _, row in page.panels[0].rows] == ["4 epochs", "2 epochs"]
 
@@ -271,11 +272,11 @@ def test_a_grid_with_holes_keeps_its_settings(tmp_path):
     path = tmp_path / "results" / "tuning" / "tuned.jsonl"
     hole = study.grid.jobs()[1].name
     path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if hole not in line))
-    page = report.Page(TUNED, Store(tmp_path / "results"))
+    page = report.experiment_page(TUNED, Store(tmp_path / "results"))
     assert list(page.tuning["optim.lr"].astype(float)) == [1e-4, 1e-3, 3e-3, 1e-2, 3e-2]
     for name, rate in zip(page.tuning["record"], page.tuning["optim.lr"], strict=True):
         assert store.read(name).config["optim"]["lr"] == float(rate)
-    assert page.found[0].setting == ()
+    assert page.outcomes[0].setting == ()
     assert page.tuned is None
 
 
@@ -296,7 +297,7 @@ def test_a_damaged_line_of_a_tuning_file_is_named(tmp_path):
         with pytest.raises(
             RunError, match=r"tuned.jsonl, line 2: damaged record \(.*\); delete the line and run again"
         ):
-            report.Page(TUNED, Store(tmp_path / "results"))
+            report.experiment_page(TUNED, Store(tmp_path / "results"))
 
 
 @pytest.mark.parametrize("damage", ["folder", "loop", "unreadable", "bytes"])
@@ -354,7 +355,7 @@ def test_dirty_and_different_versions_of_the_code_are_shown(tmp_path):
         resumed = [{**content["environment"], **again} for again in change.pop("resumed", [])]
         content["environment"] |= {**change, "resumed": resumed}
         path.write_text(json.dumps(content))
-    page = report.Page(replace(MINI, cells=MINI.cells[:2]), Store(folder.parent))
+    page = report.experiment_page(replace(MINI, cells=MINI.cells[:2]), Store(folder.parent))
     a, b = "a" * 10, "b" * 10
     assert page.provenance.startswith(
         f"4 runs, code {a} (1), {a} with uncommitted changes (1), no git (1), {a} then {b} (1); torch "
@@ -383,28 +384,27 @@ def test_a_record_that_is_not_what_it_says_is_refused(tmp_path, part):
         list(store.all())
     if part != "name":  # else there is none of the run
         with pytest.raises(RunError, match="its config is not the one"):
-            report.Page(one, Store(path.parent.parent))
+            report.experiment_page(one, Store(path.parent.parent))
 
 
 @pytest.mark.parametrize("name", [*EXPERIMENTS, *SIMULATIONS])
 def test_committed_results_are_those_of_the_records(name, tmp_path, monkeypatch):
-    """Every number of a committed page, and of it in README.md, is computed again; figures are not drawn."""
+    """Every number of a committed page, and of its blocks in other pages, is computed again; no figure is drawn."""
     for drawing in ("draw", "save"):
         monkeypatch.setattr(report, drawing, lambda *_: None)
     page: report.AnyPage = (
-        SimulationPage(SIMULATIONS[name], ROOT / "results")
+        simulation_page(SIMULATIONS[name], ROOT / "results")
         if name in SIMULATIONS
-        else report.of(EXPERIMENTS[name], Store(ROOT / "results"))
+        else report.page_of(EXPERIMENTS[name], Store(ROOT / "results"))
     )
     report.write(page, tmp_path)
     written = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.suffix in (".md", ".csv", ".tex")]
     assert len(written) == 3 + (ROOT / "results" / "tuning" / f"{name}.csv").exists()
     for path in written:
         assert (tmp_path / path).read_text() == (ROOT / "results" / path).read_text()
-    assert page.figured == (ROOT / "results" / f"{name}.svg").exists()
-    shutil.copy(ROOT / "README.md", tmp_path / "README.md")
-    report.embed(tmp_path / "README.md", [page])
-    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+    assert (page.figure is not None) == (ROOT / "results" / f"{name}.svg").exists()
+    for path in report.embedding():
+        assert report.embedded(path, [page]) == path.read_text()
 
 
 def test_every_record_is_shown():
@@ -421,8 +421,8 @@ def test_every_record_is_shown():
 def test_a_wide_error_is_explained():
     """No mean of a committed page is uncertain by more than two points without a sentence that says why."""
     for experiment in EXPERIMENTS.values():
-        page = report.of(experiment, Store(ROOT / "results"))
-        for outcome in page.found:
+        page = report.page_of(experiment, Store(ROOT / "results"))
+        for outcome in page.outcomes:
             error = mean_and_error([record.value("headline") for record in outcome.records if not record.diverged])[1]
             if error > 2 and experiment.measures[0].key == "headline":
                 assert any(f"standard error of {outcome.cell.name} is" in line for line in page.summary)
@@ -475,18 +475,38 @@ def test_holm_is_over_the_table():
     assert all(isnan(pair.adjusted) and isnan(pair.gain.p) for pair in comparisons(experiment, single))
 
 
-def test_the_readme_shows_these_tables():
-    for name in ("demo", "table4", "figure1"):
-        assert f"<!-- table {name} -->" in (ROOT / "README.md").read_text()
+@pytest.mark.parametrize(
+    ("path", "blocks"),
+    [
+        ("README.md", ("summary-table table4",)),
+        ("docs/getting-started.md", ("output demo",)),
+        ("results/README.md", ("summary table4", "summary figure1", "summary tuning_curves", "summary automatic")),
+    ],
+)
+def test_pages_have_these_blocks(path, blocks):
+    text = (ROOT / path).read_text()
+    assert all(f"<!-- {block} -->\n" in text for block in blocks)
 
 
-def test_every_number_of_the_readmes_tables_links_to_its_records():
-    text = (ROOT / "README.md").read_text()
-    for block in re.findall(r"<!-- table \w+ -->\n(.*?)<!-- end -->", text, flags=re.DOTALL):
-        rows = [line for line in block.splitlines() if line.startswith("| ") and "n=" in line]
-        assert rows or "Nothing of it has been run." in block
-        for row in rows:
+def test_the_overview_lists_every_page():
+    text = (ROOT / "results" / "README.md").read_text()
+    for name, experiment in {**EXPERIMENTS, **SIMULATIONS}.items():
+        assert f"- [{experiment.title}]({name}.md)\n" in text
+
+
+def test_a_summary_is_the_first_panel_without_links():
+    page = report.page_of(EXPERIMENTS["table4"], Store(ROOT / "results"))
+    head, _, *rows = report.summary_table(page).splitlines()
+    assert head.startswith("| MovieLens-100k | batch 1k; ")
+    assert len(rows) == sum(any(entry.ours or entry.paper for entry in entries) for _, entries in page.panels[0].rows)
+    assert "](" not in "".join(rows)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_number_of_a_table_links_to_its_records(name):
+    for row in (ROOT / "results" / f"{name}.md").read_text().splitlines():
+        if row.startswith("| ") and "n=" in row:
             (first, *_), links = re.findall(r"n=\d+\)( <sup>.*?</sup>)?", row), re.findall(r"\]\(([^)]*)\)", row)
             assert first
             assert links
-            assert all((ROOT / link).exists() for link in links)
+            assert all((ROOT / "results" / link).exists() for link in links)

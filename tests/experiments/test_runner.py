@@ -22,7 +22,7 @@ from experiments.planning.study import Study, studies
 from experiments.records import Record, Store
 from experiments.reporting import report
 from lawn.compose import compose
-from lawn.config import config_hash
+from lawn.identity import config_hash
 from tests.experiments.helpers import ACCURACY, MINI, SHORT, TUNED, miniature, run_experiment
 from tests.helpers import FIXTURES, ROOT
 
@@ -39,14 +39,14 @@ def test_a_miniature_of_each_table(experiment, tmp_path, tiny_data):
     tuned = experiment.name == "table4"
     small = miniature(experiment, tuned)
     assert run_experiment(small, tmp_path, 1, -1, f"data_dir={tiny_data}") == []
-    page = report.Page(small, Store(tmp_path / "results"))
-    for outcome in page.found:
+    page = report.experiment_page(small, Store(tmp_path / "results"))
+    for outcome in page.outcomes:
         assert outcome.records, outcome.cell.name
         assert outcome.epochs == 1
         assert outcome.failed or len(outcome.values(experiment.measures[0])) == 1
-    parts = page.found[0].tuning
+    parts = page.outcomes[0].tuning
     assert (len(parts.short), len(parts.full) > 6, len(parts.confirming)) == ((0, True, 6) if tuned else (0, False, 0))
-    assert bool(page.found[0].setting) == tuned
+    assert bool(page.outcomes[0].setting) == tuned
     report.write(page, tmp_path / "results")
     report.write_index([page], tmp_path / "results")
     text = (tmp_path / "results" / f"{experiment.name}.md").read_text()
@@ -143,12 +143,12 @@ def test_selection_on_test_is_another_study_and_says_so(tmp_path):
     extra = (f"runs_dir={tmp_path}/runs",)
     store = Store(tmp_path / "results")
     assert run(studies(TUNED, selection="test", extra=extra, seeds=1), store, ["cpu"]) == []
-    page = report.Page(TUNED, store, "test")
+    page = report.experiment_page(TUNED, store, "test")
     assert page.name == "tuned-selected-on-test"
     assert "chosen on the TEST split" in page.measured
-    assert all(record.result["split"] == "test" for _, record in page.found[0].tried)
-    assert report.Page(TUNED, store).found[0].records == []
-    assert "validation" in report.Page(TUNED, store).measured
+    assert all(record.result["split"] == "test" for _, record in page.outcomes[0].tried)
+    assert report.experiment_page(TUNED, store).found[0].records == []
+    assert "validation" in report.experiment_page(TUNED, store).measured
 
 
 def test_a_job_that_dies_or_is_refused_does_not_keep_the_others(tmp_path, monkeypatch):

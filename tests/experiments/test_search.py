@@ -140,8 +140,8 @@ def test_a_miniature_goes_through_rungs_confirmation_filling_and_report(climbed)
     assert {job.config.train.epochs for job in tuning.full + tuning.confirming} == {6}
     first = sorted(points, key=lambda point: -study.shorter.score(store, point))[:3]
     assert tuning.full[:3] == study.grid.jobs(first)
-    page = report.Page(RUNGS, store)
-    adam, lawn = page.found
+    page = report.experiment_page(RUNGS, store)
+    adam, lawn = page.outcomes
     assert adam.epochs == lawn.epochs == 6
     means = {
         setting: sum(r.value("headline") for j, r in adam.tried if j.setting == setting and j not in tuning.short) / 3
@@ -194,5 +194,5 @@ def test_a_setting_that_cannot_be_stops_only_its_cell(tmp_path):
     bad = replace(RUNGS.cells[0], overrides=(*RUNGS.cells[0].overrides, "hydra.sweeper.params={optim.lr: '-1,1'}"))
     both = replace(RUNGS, cells=(bad, RUNGS.cells[1]))
     assert run_experiment(both, tmp_path) == []
-    page = report.Page(both, Store(tmp_path / "results"))
-    assert [len(outcome.records) for outcome in page.found] == [0, 2]
+    page = report.experiment_page(both, Store(tmp_path / "results"))
+    assert [len(outcome.records) for outcome in page.outcomes] == [0, 2]

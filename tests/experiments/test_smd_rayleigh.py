@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments import __main__ as command
-from experiments import simulation
+from experiments.reporting import simulations
 from experiments.reporting.outcomes import mean_and_error
 from experiments.spherical_motion import measurements as smd
 from experiments.spherical_motion.page import SMD_RAYLEIGH
@@ -217,7 +217,7 @@ def test_the_page_comes_from_the_record_alone(call, results):
     content = json.loads(path.read_text())
     content["result"]["equilibrium"][0]["norm"] = [123.0, 125.0]
     path.write_text(json.dumps(content))
-    page = simulation.SimulationPage(command.SIMULATIONS["smd_rayleigh"], results)
+    page = simulations.simulation_page(command.SIMULATIONS["smd_rayleigh"], results)
     assert "124.0000 (1.0000, n=2)" in {entry.ours for _, row in page.panels[0].rows for entry in row}
 
 
@@ -282,6 +282,8 @@ def test_uncommitted_code_is_visible(monkeypatch, tmp_path):
         asked.append(arguments)
         if "--show-toplevel" in arguments:
             return str(root)
+        if arguments[0] == "ls-files":
+            return "lawn/train/provenance.py"
         return "a" * 40 if arguments[0] == "rev-parse" else " M experiments/spherical_motion/measurements.py" * dirty
 
     monkeypatch.setattr(provenance, "_git", git)

@@ -9,8 +9,9 @@ from omegaconf import OmegaConf
 
 from experiments.__main__ import EXPERIMENTS
 from experiments.planning.study import Study, studies
+from lawn.arguments import arguments
 from lawn.compose import compose
-from lawn.config import arguments, run_name
+from lawn.identity import run_name
 from lawn.models.mlp import mlp
 from lawn.optimizers import OPTIMIZERS, optimizer_arguments
 from lawn.task import TASKS, task_builder

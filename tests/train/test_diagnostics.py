@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 import torch
 
-from lawn.config import config_hash
 from lawn.diagnostics import LossSurface, UpdateMonitor, figure
 from lawn.diagnostics.__main__ import main as diagnostics_main
 from lawn.diagnostics.onset import THRESHOLD
 from lawn.errors import ConfigError, RunError
+from lawn.identity import config_hash
 from lawn.train import train, train_many
 from lawn.train.run_directory import RunDirectory
 from lawn.train.trainer import Trainer

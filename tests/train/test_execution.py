@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from lawn import AdamLAWN
-from lawn.config import TrainConfig, config_hash
+from lawn.config import TrainConfig
 from lawn.data.batching import Batching
 from lawn.errors import ConfigError
+from lawn.identity import config_hash
 from lawn.models.ncf import NCFMLP
 from lawn.models.vgg import VGG19
 from lawn.optim import cpu_kernels

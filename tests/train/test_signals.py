@@ -17,7 +17,7 @@ from tests.helpers import Paused, compose
 
 PLACES = {
     "import": "lawn.config",
-    "data": "lawn.data.imagenet:parts",
+    "data": "lawn.data.folders:list_split_folders",
     "training": "lawn.train.trainer:Trainer.after_update",
     "evaluation": "lawn.task:Classification.rows",
     "figure": "lawn.train.run_directory:RunDirectory.draw",

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from lawn.config import config_hash
 from lawn.data.batching import Batching
 from lawn.errors import ConfigError, RunError
+from lawn.identity import config_hash
 from lawn.models.ncf import NCFMLP
 from lawn.models.vgg import VGG19
 from lawn.optimizers import OPTIMIZERS, PACKAGES, lawn_groups, optimizer_arguments

@@ -1,0 +1,120 @@
+"""Sentences about the outcomes of an experiment."""
+
+from collections.abc import Iterable
+from math import inf, isnan
+
+from experiments.definitions.spec import Experiment
+from experiments.planning import search
+from experiments.reporting.outcomes import Outcome, Pair, comparisons, paper, place, places
+from experiments.reporting.statistics import mean_and_error
+
+LEVEL = 0.05  # of significance
+EXPLAINED_ERROR = 2.0  # points: a larger standard error of the headline metric needs an explanation
+
+
+def against_the_best(experiment: Experiment, found: list[Outcome]) -> list[str]:
+    """How the rival stands to the best of the other rows, a sentence for each column that has both."""
+    measure = experiment.measures[0]
+    sign = -1 if measure.smaller_is_better else 1
+    lines = []
+    for panel, column in places(found):
+        filled = [o for o in found if (o.cell.panel, o.cell.column) == (panel, column) and o.values(measure)]
+        rival = next((o for o in filled if o.cell.row == experiment.rival), None)
+        others = [o for o in filled if o is not rival]
+        if rival is None or not others:
+            continue
+        best = max(others, key=lambda o: sign * o.mean(measure))
+        (mean, error), (top, spread) = (mean_and_error(o.values(measure)) for o in (rival, best))
+        gain = sign * (mean - top)
+        within = "no standard error is known" if isnan(spread) else "within the latter's standard error"
+        standing = within if isnan(spread) or abs(gain) <= spread else "above it" if gain > 0 else "below it by more"
+        switched = sorted(r.result["last"]["free_epochs"] for r in rival.records if "free_epochs" in r.result["last"])
+        lines.append(
+            f"{rival.cell.row} at {place(panel, column)}: {mean:.2f} ({error:.2f}), the best of the others, "
+            f"{best.cell.row}, {top:.2f} ({spread:.2f}): {standing}."
+            + (f" Norms were fixed after {switched[0]:.2f} to {switched[-1]:.2f} epochs." if switched else "")
+        )
+    return lines
+
+
+def summary(experiment: Experiment, found: list[Outcome]) -> list[str]:
+    """How the ranking stands to the paper's, in sentences; none where nothing can be compared."""
+    if experiment.rival:
+        return against_the_best(experiment, found)
+    pairs = comparisons(experiment, found)
+    lines = []
+    if len(pairs) == 1:
+        (c,) = pairs
+        low, high = c.gain.interval()
+        lines.append(
+            f"{c.rival} against {c.base}: {c.gain.difference:+.3g} "
+            f"(95 % interval {low:+.3g} to {high:+.3g}, p = {c.gain.p:.2g}, {method([c])})."
+        )
+    elif pairs:
+        ahead = [c for c in pairs if c.gain.difference > 0]
+        behind = [c for c in pairs if c.gain.difference < 0]
+        lines.append(
+            f"With LAWN the number is better in {len(ahead)} of {len(pairs)} comparisons "
+            f"(p < {LEVEL} in {sum(c.adjusted < LEVEL for c in ahead)}) and worse in {len(behind)} "
+            f"(p < {LEVEL} in {sum(c.adjusted < LEVEL for c in behind)}); "
+            f"{method(pairs)}, p after Holm's correction for {len(pairs)} comparisons."
+        )
+        printed = [c for c in pairs if not isnan(c.paper)]
+        turned = "; ".join(
+            f"{c.rival} against {c.base} at {c.place} "
+            f"(here {c.gain.difference:+.3g}, p = {c.adjusted:.2g}, paper {c.paper:+.3g})"
+            for c in printed
+            if c.turned
+        )
+        if printed:
+            agree = sum(not c.turned for c in printed)
+            lines.append(
+                f"The sign is the paper's in {agree} of the {len(printed)} comparisons that it has"
+                + (f"; opposite are: {turned}." if turned else ".")
+            )
+    return lines + _rankings(experiment, found) + _spread(experiment, found)
+
+
+def method(pairs: list[Pair]) -> str:
+    """What was compared over what."""
+    paired = "paired bootstrap over test samples and seeds"
+    welch = "Welch's test over seeds"
+    kinds = dict.fromkeys(paired if pair.paired else welch for pair in pairs)
+    return " or, where records have no outcomes of samples, ".join(sorted(kinds, reverse=True))
+
+
+def _spread(experiment: Experiment, found: list[Outcome]) -> list[str]:
+    """Why a mean is uncertain, a sentence for each that is by more than EXPLAINED_ERROR points."""
+    lines = []
+    for outcome in found:
+        values = sorted(record.headline for record in outcome.records if not outcome.failed)
+        error = mean_and_error(values)[1]
+        if experiment.measures[0].key != "headline" or not error > EXPLAINED_ERROR:
+            continue
+        low = [f"{value:.2f}" for value in values if value < search.COLLAPSED * values[-1]]
+        why = f"{len(low)} of {len(values)} seeds collapsed, to {', '.join(low)}" if low else "no seed collapsed"
+        lines.append(
+            f"The standard error of {outcome.cell.name} is {error:.2f} points: its seeds give {values[0]:.2f} to "
+            f"{values[-1]:.2f}; {why}."
+        )
+    return lines
+
+
+def _rankings(experiment: Experiment, found: list[Outcome]) -> list[str]:
+    """The order of the rows in each column where all of the paper's rows have been run; what failed comes last."""
+    measure = experiment.measures[0]
+    sign = 1 if measure.smaller_is_better else -1
+    lines = []
+    for panel, column in places(found):
+        here = [o for o in found if (o.cell.panel, o.cell.column) == (panel, column) and o.cell.paper is not None]
+        if len(here) < 3 or not all(o.records for o in here) or len({o.epochs for o in here}) > 1:
+            continue
+        ours = _order((o.cell.row, sign * o.mean(measure)) for o in here)
+        theirs = _order((o.cell.row, sign * paper(o.cell)) for o in here)
+        same = "as in the paper" if ours == theirs else f"in the paper {theirs}"
+        lines.append(f"Order at {place(panel, column)}: {ours}; {same}.")
+    return lines
+
+
+def _order(rows: Iterable[tuple[str, float]]) -> str:
+    return " > ".join(row for row, _ in sorted(rows, key=lambda row: inf if isnan(row[1]) else row[1]))

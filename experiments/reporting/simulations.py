@@ -1,0 +1,113 @@
+"""Simulations: studies that are one computation instead of a table of runs.
+
+A simulation has one record, results/simulations/NAME-HASH.json, in the form of all records, with the hash of its
+settings. Its page is that of an experiment.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from experiments.records import Record, read_record, save
+from experiments.reporting.layout import Panel
+from experiments.reporting.page import Page, provenance
+from lawn.errors import RunError
+from lawn.identity import identity_hash
+from lawn.plotting import Figure
+from lawn.train.provenance import environment
+
+FOLDER = "simulations"  # beside runs/
+CODE = ("lawn", "experiments")  # what a simulation's numbers come from
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The content of the page, from the record alone."""
+
+    panels: list[Panel]
+    summary: list[str]
+    frame: pd.DataFrame
+    figure: Callable[[], Figure] | None
+
+
+@dataclass(frozen=True)
+class Simulation:
+    name: str
+    title: str
+    settings: Any  # a dataclass that says all that decides what comes out
+    short: Any  # the same, for seconds of computing
+    run: Callable[[Any], dict[str, Any]]
+    show: Callable[[Record], Shown]
+    measured: str  # what the numbers are
+    notes: tuple[str, ...] = ()
+    seconds: tuple[float, float] = (0.0, 0.0)  # about what both take on one core
+
+    def record(self, results: Path, short: bool = False) -> Record | None:
+        """Raises RunError where it is damaged, or not what its name says."""
+        path = self._path(results, short)
+        return read_record(path) if path.exists() else None
+
+    def execute(self, results: Path, short: bool = False) -> Record:
+        """Compute and record it."""
+        settings = self.short if short else self.settings
+        content = {
+            "hash": identity_hash(asdict(settings)),
+            "command": f"python -m experiments run {self.name}" + (" --short" if short else ""),
+            "config": asdict(settings),
+            "environment": environment(torch.device("cpu"), CODE),
+            "result": self.run(settings),
+        }
+        return save(self._path(results, short), content)
+
+    def _path(self, results: Path, short: bool) -> Path:
+        settings = self.short if short else self.settings
+        return results / FOLDER / f"{self.name}-{identity_hash(asdict(settings))}.json"
+
+
+def simulation_page(simulation: Simulation, results: Path) -> Page:
+    """The page of a simulation, from its full record, or else from the short one. Raises RunError for a damaged one."""
+    full, short = simulation.record(results), simulation.record(results, short=True)
+    record = full or short
+    measured = simulation.measured
+    if record is not None and record is short:
+        measured += " These are numbers of the short settings, --short: few updates, few repeats."
+    shown = Shown([], [], pd.DataFrame(), None)
+    if record is not None:
+        with _reading(record):
+            shown = simulation.show(record)
+
+    def figure() -> Figure:
+        assert record is not None
+        assert shown.figure is not None
+        with _reading(record):
+            return shown.figure()
+
+    return Page(
+        name=simulation.name,
+        title=simulation.title,
+        notes=simulation.notes,
+        panels=shown.panels,
+        measured=measured,
+        provenance=provenance([] if record is None else [record]),
+        summary=shown.summary,
+        frame=shown.frame,
+        records=[] if record is None else [record],
+        figure=None if record is None else figure,
+        source="" if record is None else f"{FOLDER}/{record.name}.json",
+        paper_numbers=False,
+    )
+
+
+@contextmanager
+def _reading(record: Record) -> Iterator[None]:
+    """Raises RunError for any error of the body: the record lacks something."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RunError(f"{record.path}: damaged record ({type(error).__name__}: {reason})") from error

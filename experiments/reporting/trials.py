@@ -1,0 +1,16 @@
+"""Best-of-k curves of the grids that are complete."""
+
+from experiments.records import Record
+from experiments.reporting.outcomes import Outcome
+from experiments.reporting.statistics import BestOf, best_of
+
+
+def curves(found: list[Outcome]) -> list[tuple[Outcome, BestOf]]:
+    """The complete grids with their curves."""
+    complete = [outcome for outcome in found if outcome.tried and len(outcome.tried) == len(outcome.tuning.full)]
+    return [(outcome, best_of([score(record) for _, record in outcome.tried])) for outcome in complete]
+
+
+def score(record: Record) -> float:
+    """The headline metric; 0 for a setting that diverged, as of a model that recommends nothing."""
+    return 0.0 if record.diverged else record.headline

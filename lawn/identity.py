@@ -1,0 +1,43 @@
+"""The identity of a run: the part of its config that its result depends on, and the hash of it."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from typing import Any
+
+from lawn.config import Config, rules
+
+# Keys about where and how fast a run goes, and who is told.
+NOT_IDENTITY = tuple(key for key, rule in rules() if not rule.identity)
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The config without the keys that do not change the result of the run.
+
+    Fields that are None are omitted, so that a field added later does not rename existing runs.
+    """
+    tree: dict[str, Any] = asdict(config)
+    for key in NOT_IDENTITY:
+        group, _, name = key.rpartition(".")
+        del (tree[group] if group else tree)[name]
+    if config.diagnostics.name == "off":
+        del tree["diagnostics"]
+    return {
+        key: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if value != {}
+    }
+
+
+def config_hash(config: Config) -> str:
+    """The hash of the run's identity."""
+    return identity_hash(identity(config))
+
+
+def identity_hash(tree: dict[str, Any]) -> str:
+    """The first 12 hex digits of the SHA-256 of an identity, as sorted JSON."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def run_name(config: Config) -> str:
+    return f"{config.dataset.name}-{config.model.name}-{config.optim.name}-s{config.seed}-{config_hash(config)}"
