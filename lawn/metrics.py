@@ -1,7 +1,7 @@
-"""Metrics in two steps: a row of numbers for each sample, then what the rows of all samples come to.
+"""Evaluation metrics in two steps: per-sample results, then metrics of all samples.
 
-Rows may be computed in any batches and on any number of processes; joined, they give the same metrics. All
-percentages are 0 to 100.
+The results of each sample do not depend on the other samples. Those of any batches and processes can be concatenated.
+Percentages are between 0 and 100.
 """
 
 import torch
@@ -13,22 +13,52 @@ TOP_KS = (5, 10, 20)
 
 
 def classification_rows(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of logits [B, K] and classes [B], float64 [B, 5]: confidence, whether the answer is right, whether the class is
-    among the best five, negative log-likelihood, Brier score."""
+    """Compute the results of each sample for `classification_metrics`.
+
+    Args:
+        logits: logits [B, K].
+        labels: classes [B].
+
+    Returns:
+        A float64 tensor [B, 5] with the columns confidence, top-1 correct, top-5 correct, negative log-likelihood
+            (nats) and Brier score. Where the logits are not finite, no prediction is correct.
+
+    Examples:
+        >>> import torch
+        >>> from lawn.metrics import classification_rows
+        >>> classification_rows(torch.tensor([[3.0, 1.0]]).log(), torch.tensor([0])).round(decimals=4)
+        tensor([[0.7500, 1.0000, 1.0000, 0.2877, 0.1250]], dtype=torch.float64)
+    """
     log_p = F.log_softmax(logits.float(), dim=1)
     p = log_p.exp()
     confidence, predicted = p.max(dim=1)
-    of_label = log_p.gather(1, labels[:, None])
-    ahead = (~(log_p < of_label)).sum(dim=1) - 1  # ties are ahead; the label itself is not
-    known = of_label[:, 0].isfinite()  # where the network has diverged, no answer is right
+    label_log_p = log_p.gather(1, labels[:, None])
+    better = (~(log_p < label_log_p)).sum(dim=1) - 1  # ties count, the label itself does not
+    finite = label_log_p[:, 0].isfinite()
     brier = (p - F.one_hot(labels, logits.shape[1])).square().sum(dim=1)
-    columns = confidence, (predicted == labels) & known, (ahead < 5) & known, -of_label[:, 0], brier
+    columns = confidence, (predicted == labels) & finite, (better < 5) & finite, -label_log_p[:, 0], brier
     return torch.stack([column.double() for column in columns], dim=1)
 
 
 def classification_metrics(rows: Tensor) -> dict[str, float]:
-    """Top-1 and top-5 accuracy (%), expected calibration error with bins of equal width and of equal size
-    (fractions), negative log-likelihood (nats), Brier score (0 to 2: summed over classes)."""
+    """Compute the metrics of a classifier.
+
+    Args:
+        rows: results [N, 5] of `classification_rows`.
+
+    Returns:
+        Top-1 accuracy `accuracy` and top-5 accuracy `top5` (%), expected calibration error with bins of equal width
+            `ece` and of equal size `adaptive_ece` (fractions), mean negative log-likelihood `nll` (nats) and mean Brier
+            score `brier` (0 to 2, summed over classes).
+
+    Examples:
+        >>> import torch
+        >>> from lawn.metrics import classification_metrics, classification_rows
+        >>> logits = torch.tensor([[100.0, 0.0], [100.0, 0.0]])
+        >>> metrics = classification_metrics(classification_rows(logits, torch.tensor([0, 1])))
+        >>> metrics["accuracy"], metrics["ece"], metrics["nll"], metrics["brier"]
+        (50.0, 0.5, 50.0, 1.0)
+    """
     confidence, correct, top5, nll, brier = rows.T
     return {
         "accuracy": 100 * correct.mean().item(),
@@ -41,16 +71,53 @@ def classification_metrics(rows: Tensor) -> dict[str, float]:
 
 
 def calibration_error(confidence: Tensor, correct: Tensor) -> Tensor:
-    """Expected calibration error, 15 bins of equal width, lower edge exclusive, upper inclusive (Guo et al. 2017)."""
+    """Compute the expected calibration error with 15 bins of equal width.
+
+    A bin excludes its lower edge and includes its upper edge.
+
+    Args:
+        confidence: probability [N] of the predicted class.
+        correct: whether the prediction is correct [N], as floats.
+
+    Returns:
+        The error as a fraction, a 0-dim tensor.
+
+    References:
+        Guo et al. 2017, section 2, [arXiv:1706.04599](https://arxiv.org/abs/1706.04599).
+
+    Examples:
+        >>> import torch
+        >>> from lawn.metrics import calibration_error
+        >>> calibration_error(torch.tensor([0.75, 0.75]), torch.tensor([1.0, 0.0]))
+        tensor(0.2500)
+    """
     index = (confidence * ECE_BINS).ceil().long().sub(1).clamp(0, ECE_BINS - 1)
     gaps = torch.zeros(ECE_BINS, device=confidence.device, dtype=confidence.dtype)
     return gaps.index_add_(0, index, confidence - correct).abs().sum() / len(confidence)
 
 
 def adaptive_calibration_error(confidence: Tensor, correct: Tensor) -> Tensor:
-    """The same over 15 bins of as many samples each, to within one (Nguyen & O'Connor 2015; Mukhoti et al. 2020).
+    """Compute the expected calibration error with 15 bins of equal size.
 
-    Of samples with equal confidence the wrong answers come first, so that their order does not matter.
+    The sizes of bins differ by at most one sample. Among samples of equal confidence the incorrect ones come first, so
+    the result does not depend on their order.
+
+    Args:
+        confidence: probability [N] of the predicted class.
+        correct: whether the prediction is correct [N], as floats.
+
+    Returns:
+        The error as a fraction, a 0-dim tensor.
+
+    References:
+        - Nguyen & O'Connor 2015, [arXiv:1508.05154](https://arxiv.org/abs/1508.05154).
+        - Mukhoti et al. 2020, [arXiv:2002.09437](https://arxiv.org/abs/2002.09437).
+
+    Examples:
+        >>> import torch
+        >>> from lawn.metrics import adaptive_calibration_error
+        >>> adaptive_calibration_error(torch.tensor([0.75, 0.5]), torch.tensor([1.0, 0.0]))
+        tensor(0.3750)
     """
     order = correct.argsort(stable=True)
     order = order[confidence[order].argsort(stable=True)]
@@ -59,14 +126,46 @@ def adaptive_calibration_error(confidence: Tensor, correct: Tensor) -> Tensor:
 
 
 def ranks(scores: Tensor, items: Tensor) -> Tensor:
-    """World, from 0, of the held-out items among their candidates: scores and items [B, 1 + C], the held-out item
-    first; int64 [B]. A tie counts as a loss, so does a NaN; a candidate that is the held-out item does not count."""
-    ahead = ~(scores[:, 1:] < scores[:, :1]) & (items[:, 1:] != items[:, :1])
-    return ahead.sum(dim=1)
+    """Rank the held-out item of each user among its candidates.
+
+    Args:
+        scores: scores [B, 1 + C] of the held-out item, which comes first, and of the candidates.
+        items: item ids [B, 1 + C]. Candidates with the id of the held-out item do not count.
+
+    Returns:
+        Ranks [B] from 0, as int64. Candidates with equal or NaN scores rank before the held-out item.
+
+    Examples:
+        >>> import torch
+        >>> from lawn.metrics import ranks
+        >>> ranks(torch.tensor([[0.5, 0.9, 0.5, 0.1]]), torch.tensor([[7, 3, 4, 5]]))
+        tensor([2])
+    """
+    better = ~(scores[:, 1:] < scores[:, :1]) & (items[:, 1:] != items[:, :1])
+    return better.sum(dim=1)
 
 
 def ranking_metrics(ranks: Tensor) -> dict[str, float]:
-    """HR@k and NDCG@k (%): with one relevant item, NDCG is 1 / log2(rank + 2) inside the top k, rank from 0."""
+    """Compute HR@k and NDCG@k for k = 5, 10 and 20.
+
+    With one relevant item, NDCG@k is 1 / log2(rank + 2) for ranks below k, and 0 for others.
+
+    Args:
+        ranks: ranks [N] from 0.
+
+    Returns:
+        `hr5`, `hr10`, `hr20`, `ndcg5`, `ndcg10` and `ndcg20` (%).
+
+    References:
+        He et al. 2017, section 4.1, [arXiv:1708.05031](https://arxiv.org/abs/1708.05031).
+
+    Examples:
+        >>> import torch
+        >>> from lawn.metrics import ranking_metrics
+        >>> metrics = ranking_metrics(torch.tensor([0, 6]))
+        >>> metrics["hr5"], metrics["hr10"], round(metrics["ndcg10"], 2)
+        (50.0, 100.0, 66.67)
+    """
     gain = 1 / torch.log2(ranks.double() + 2)
     hits = {k: (ranks < k).double() for k in TOP_KS}
     ratios = {f"hr{k}": 100 * hit.mean().item() for k, hit in hits.items()}

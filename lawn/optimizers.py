@@ -1,6 +1,6 @@
-"""Optimizers and schedules by the names that the configs use.
+"""Registry of optimizers and learning rate schedules by their names in configs.
 
-A builder of an optimizer takes the model and, as keyword arguments, the keys that apply to it.
+A builder takes the model and the config keys of its optimizer as keyword arguments.
 """
 
 from collections.abc import Callable
@@ -31,28 +31,29 @@ from lawn.optim import (
 Groups = list[dict[str, Any]]
 
 
-def with_decay(kind: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
-    """Builder of an adaptive optimizer with weight decay on the weights."""
+def adaptive(optimizer_class: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
+    """Make a builder of an adaptive optimizer, with weight decay of weights only."""
 
     def build(model: nn.Module, *, lr: float, betas: list[float], eps: float, weight_decay: float) -> Optimizer:
-        return kind(decayed(model, weight_decay), lr=lr, betas=_pair(betas), eps=eps)
+        return optimizer_class(decay_groups(model, weight_decay), lr=lr, betas=_pair(betas), eps=eps)
 
     return build
 
 
-def with_torch(kind: type[Adam]) -> Callable[..., Optimizer]:
-    """The same of torch's own, which update all weights in one pass unless `fused` is False."""
+def torch_adaptive(optimizer_class: type[Adam]) -> Callable[..., Optimizer]:
+    """Make a builder of one of torch's adaptive optimizers, which are fused by default."""
 
     def build(
         model: nn.Module, *, lr: float, betas: list[float], eps: float, weight_decay: float, fused: bool = True
     ) -> Optimizer:
-        return with_decay(partial(kind, fused=fused))(model, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        build_fused = adaptive(partial(optimizer_class, fused=fused))
+        return build_fused(model, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     return build
 
 
-def with_lawn(kind: type[AdamLAWN]) -> Callable[..., Optimizer]:
-    """Builder of an adaptive LAWN optimizer."""
+def adaptive_lawn(optimizer_class: type[AdamLAWN]) -> Callable[..., Optimizer]:
+    """Make a builder of an adaptive LAWN optimizer."""
 
     def build(
         model: nn.Module,
@@ -65,21 +66,22 @@ def with_lawn(kind: type[AdamLAWN]) -> Callable[..., Optimizer]:
         include_bias: bool = False,
         fused: bool | None = None,
     ) -> Optimizer:
-        groups = constrained(model, scope, include_bias)
-        return kind(groups, lr, _pair(betas), eps, free_steps=free_steps, fused=fused)
+        groups = lawn_groups(model, scope, include_bias)
+        return optimizer_class(groups, lr, _pair(betas), eps, free_steps=free_steps, fused=fused)
 
     return build
 
 
-def imported(package: str, name: str) -> Callable[..., Optimizer]:
-    """The optimizer of a package that only its users need."""
+def lazy(package: str, name: str) -> Callable[..., Optimizer]:
+    """Make a constructor that imports the optimizer's package when it is called."""
     return lambda *arguments, **keys: getattr(import_module(package), name)(*arguments, **keys)
 
 
 def sgd(
     model: nn.Module, *, lr: float, momentum: float, nesterov: bool, weight_decay: float, fused: bool = True
 ) -> Optimizer:
-    return SGD(decayed(model, weight_decay), lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
+    """Build torch's SGD, with weight decay of weights only."""
+    return SGD(decay_groups(model, weight_decay), lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
 
 
 def sgd_lawn(
@@ -92,70 +94,73 @@ def sgd_lawn(
     include_bias: bool = False,
     fused: bool | None = None,
 ) -> Optimizer:
-    return SGDLAWN(constrained(model, scope, include_bias), lr, momentum, free_steps=free_steps, fused=fused)
+    """Build SGD-LAWN."""
+    return SGDLAWN(lawn_groups(model, scope, include_bias), lr, momentum, free_steps=free_steps, fused=fused)
 
 
 def adam_hoffer(model: nn.Module, *, lr: float, betas: list[float], eps: float, fused: bool = True) -> Optimizer:
-    """torch's Adam on weights whose norms are fixed from the start by reparameterization; changes the model."""
+    """Build torch's Adam and fix the norms of the model's weights by reparameterization, in place."""
     bound_norms(model)
     return Adam(model.parameters(), lr=lr, betas=_pair(betas), eps=eps, fused=fused)
 
 
 def adam_cpr(model: nn.Module, *, lr: float, betas: list[float], eps: float, warm_start_steps: int) -> Optimizer:
-    """Constrained parameter regularization (Franke et al. 2024) of pytorch-cpr: the squared norm of each weight is
-    bounded by what it is after the warm start.
+    """Build AdamCPR (Franke et al. 2024), which bounds the squared norm of each weight by that after the warm start.
 
-    By its foreach path: the other one would never find a bound by itself (pytorch-cpr 0.3.1).
+    `foreach` is required: the other implementation in pytorch-cpr 0.3.1 never sets the bounds.
     """
     from pytorch_cpr import AdamCPR
 
     weights, others = _by_dimensions(model)
-    groups = _filled({"params": weights, "regularize": True}, {"params": others, "regularize": False})
+    groups = _nonempty({"params": weights, "regularize": True}, {"params": others, "regularize": False})
     bound = {"kappa_init_method": "warm_start", "kappa_init_param": max(1, warm_start_steps)}
     return AdamCPR(groups, lr=lr, betas=_pair(betas), eps=eps, foreach=True, **bound)
 
 
 def muon(model: nn.Module, *, lr: float, betas: list[float], momentum: float, weight_decay: float) -> Optimizer:
-    """Muon (Jordan et al. 2024) of timm, with steps as large as AdamW's; embeddings, the output layer and whatever
-    has fewer than two dimensions are left to AdamW, as its authors advise."""
+    """Build timm's Muon (Jordan et al. 2024), with updates scaled to the size of AdamW's.
+
+    As the authors recommend, AdamW updates embeddings, the output layer and parameters with fewer than two dimensions.
+    """
     from timm.optim import Muon
 
-    tables: set[Tensor] = {
+    adamw_weights: set[Tensor] = {
         p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
     }
-    tables.add(output_layer(model).weight)
+    adamw_weights.add(output_layer(model).weight)
     weights, others = _by_dimensions(model)
     by_muon: dict[str, Any] = {"use_fallback": False, "nesterov": True}
     by_adamw: dict[str, Any] = {"use_fallback": True, "nesterov": False}
-    groups = _filled(
-        {"params": [p for p in weights if p not in tables], "weight_decay": weight_decay, **by_muon},
-        {"params": [p for p in weights if p in tables], "weight_decay": weight_decay, **by_adamw},
+    groups = _nonempty(
+        {"params": [p for p in weights if p not in adamw_weights], "weight_decay": weight_decay, **by_muon},
+        {"params": [p for p in weights if p in adamw_weights], "weight_decay": weight_decay, **by_adamw},
         {"params": others, "weight_decay": 0.0, **by_adamw},
     )
     return Muon(groups, lr=lr, betas=_pair(betas), momentum=momentum, ns_steps=5, adjust_lr_fn="match_rms_adamw")
 
 
-def decayed(model: nn.Module, weight_decay: float) -> Groups:
-    """Decay reaches what LAWN constrains by default: parameters with two or more dimensions."""
+def decay_groups(model: nn.Module, weight_decay: float) -> Groups:
+    """Make param groups with weight decay of parameters with two or more dimensions only, as LAWN constrains them."""
     weights, others = _by_dimensions(model)
-    return _filled({"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0})
+    return _nonempty({"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0})
 
 
-def constrained(model: nn.Module, scope: str, include_bias: bool) -> Groups:
-    choose = {"all": param_groups.everything, "final_homogeneous": param_groups.final_homogeneous}[scope]
+def lawn_groups(model: nn.Module, scope: str, include_bias: bool) -> Groups:
+    """Make the param groups of a LAWN optimizer. Raises ConfigError if the model has no weight in the scope."""
+    make_groups = {"all": param_groups.all_weights, "final_homogeneous": param_groups.final_homogeneous}[scope]
     try:
-        return choose(model, include_bias=include_bias)
+        return make_groups(model, include_bias=include_bias)
     except ValueError as error:
         raise ConfigError(f"optim.scope={scope}: {error}") from error
 
 
 def _by_dimensions(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters with two or more dimensions, and the others."""
+    """Split parameters into those with two or more dimensions and others."""
     params = list(model.parameters())
     return [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
 
 
-def _filled(*groups: dict[str, Any]) -> Groups:
+def _nonempty(*groups: dict[str, Any]) -> Groups:
     return [group for group in groups if group["params"]]
 
 
@@ -164,21 +169,21 @@ def _pair(betas: list[float]) -> tuple[float, float]:
 
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "adam": with_torch(Adam),  # its decay is L2
-    "adamw": with_torch(AdamW),  # its decay is decoupled from the gradient and scaled by lr
+    "adam": torch_adaptive(Adam),  # weight decay as L2 regularization
+    "adamw": torch_adaptive(AdamW),  # decoupled weight decay, multiplied by lr
     "adam_hoffer": adam_hoffer,
-    "adam_lawn": with_lawn(AdamLAWN),
-    "sgd": sgd,  # its decay is L2
+    "adam_lawn": adaptive_lawn(AdamLAWN),
+    "sgd": sgd,  # weight decay as L2 regularization
     "sgd_lawn": sgd_lawn,
-    "lamb": with_decay(LAMB),
-    "lamb_plus": with_decay(LAMBPlus),
-    "lamb_lawn": with_lawn(LAMBLAWN),
-    "adamp": with_decay(imported("adamp", "AdamP")),  # Heo et al. 2021
+    "lamb": adaptive(LAMB),
+    "lamb_plus": adaptive(LAMBPlus),
+    "lamb_lawn": adaptive_lawn(LAMBLAWN),
+    "adamp": adaptive(lazy("adamp", "AdamP")),  # Heo et al. 2021
     "adam_cpr": adam_cpr,
     "muon": muon,
-    "schedule_free": with_decay(imported("schedulefree", "AdamWScheduleFree")),  # Defazio et al. 2024
+    "schedule_free": adaptive(lazy("schedulefree", "AdamWScheduleFree")),  # Defazio et al. 2024
 }
-# From the optimizer, the updates of the warmup and of the whole run.
+# Arguments: optimizer, number of warmup updates, number of all updates.
 SCHEDULES: dict[str, Callable[[Optimizer, int, int], LinearWarmup]] = {
     "linear": LinearWarmupDecay,
     "constant": lambda optimizer, warmup, total: LinearWarmup(optimizer, warmup),
@@ -188,14 +193,16 @@ PACKAGES = {"adamp": "adamp", "adam_cpr": "pytorch_cpr", "schedule_free": "sched
 
 
 def check_schedule(config: Config) -> None:
-    """Raises ConfigError for a schedule that there is not."""
+    """Raise ConfigError for an unknown schedule."""
     if config.schedule.name not in SCHEDULES:
         raise ConfigError(f"schedule.name={config.schedule.name}: must be one of {', '.join(SCHEDULES)}")
 
 
 def optimizer_arguments(config: Config) -> dict[str, Any]:
-    """What the chosen builder is given beside the model; what it takes in steps (`IN_STEPS`) is still in epochs. Raises
-    ConfigError."""
+    """Return the keyword arguments of the configured builder; those of `IN_STEPS` are still in epochs.
+
+    Raises ConfigError for an unknown optimizer, a missing package or invalid keys.
+    """
     name = config.optim.name
     if name not in OPTIMIZERS:
         raise ConfigError(f"optim={name}: no such optimizer; choose from {', '.join(OPTIMIZERS)}")

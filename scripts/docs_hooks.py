@@ -29,4 +29,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_content(html: str, **_: object) -> str:
-    return FORMULA.sub(lambda match: convert(unescape(match[2]), "block" if match[1] == "div" else "inline"), html)
+    return FORMULA.sub(_mathml, html)
+
+
+def _mathml(match: re.Match[str]) -> str:
+    formula = unescape(match[2])
+    if match[1] == "span":
+        return convert(formula)
+    return f'<div class="formula">{convert(formula, display="block")}</div>'

@@ -43,8 +43,13 @@ def test_without_a_checkout_the_remedy_is_said(tmp_path, monkeypatch):
         ("optim=adam", "dataset=cifar10", "optim.lr=1e-2", "train.epochs=7", "seed=3", "runs_dir='a b'"),
         ("sweep=cifar/adam_lawn", "dataset=cifar10", "optim=adam_lawn", "train.epochs=30", "optim.betas=[0.8,0.9]"),
         ("dataset=movielens1m", "optim=adam_hoffer", "train.epochs=300", "sweep=ncf/adam_hoffer"),
-        ("hydra.sweeper.params={optim.lr: '1,2'}", "++model.widths=[8]", "optim.free_epochs=${scaled:1,2}"),
-        ("preset=null", "~sweep", "dataset.limit=null"),
+        (
+            "sweep=peak_lr",
+            "hydra.sweeper.params={optim.lr: '1,2'}",
+            "++model.widths=[8]",
+            "optim.free_epochs=${scaled:1,2}",
+        ),
+        ("++dataset.limit=null", "optim=sgd", "~optim.nesterov"),
     ],
 )
 def test_composing_many_gives_what_composing_one_gives(overrides):

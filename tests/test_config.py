@@ -5,6 +5,7 @@ from lawn.errors import ConfigError
 from lawn.identity import config_hash, identity, run_name
 from lawn.optimizers import OPTIMIZERS, optimizer_arguments
 from lawn.task import TASKS, task_builder
+from lawn.train import prepare
 from lawn.train.logger import LOGGERS, logger_builder
 from tests.helpers import ROOT, compose
 
@@ -77,7 +78,7 @@ def test_groups_and_code_name_the_same_members():
 )
 def test_bad_values_are_refused_by_name(overrides, message):
     with pytest.raises(ConfigError, match=message) as error:
-        compose(*overrides)
+        prepare(compose(*overrides))
     assert "\n" not in str(error.value)
 
 

@@ -1,4 +1,4 @@
-"""What LAWN claims, measured (paper sections 1 and 2), and what weight decay does in its place."""
+"""Measurements of loss flattening, optimizer updates and the effect of weight decay."""
 
 from lawn.diagnostics.curvature import LossSurface
 from lawn.diagnostics.equilibrium import equilibrium_angle, equilibrium_norm

@@ -12,6 +12,7 @@ from lawn.files import atomic
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m lawn.diagnostics", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="directory of a run; NAME=RUN_DIR names it")
     parser.add_argument("--out", type=Path, default=Path("diagnostics.png"), help="the PNG file to write")

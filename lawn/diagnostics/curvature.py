@@ -1,6 +1,7 @@
-"""Loss flattening itself (paper section 2.2): the training loss's curvature and the noise of its minibatch gradients.
+"""Curvature of the training loss and noise of its minibatch gradients (paper section 2.2).
 
-No matrix is formed: a product with one is a few passes over the samples, and eigenvalues come of such products.
+Matrices are never formed. Products with them take a few passes over the samples, and eigenvalues are computed from
+such products.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,25 +16,46 @@ from torch.overrides import TorchFunctionMode
 from lawn.diagnostics.lanczos import top_eigenvalue
 
 Weights = dict[str, Tensor]
-Part = tuple[tuple[Tensor, ...], Tensor]  # inputs and labels of some samples
+Batch = tuple[tuple[Tensor, ...], Tensor]  # inputs and labels
 
-ROWS = 2**23  # numbers in the gradients of single samples held at a time by default: a CPU is slower with more
+ROWS = 2**23  # maximal number of elements of per-sample gradients at a time; larger numbers are slower on a CPU
 
 
 class LossSurface:
-    """The training loss of `model` on m samples as a function of its P trainable weights, where these are at present.
+    """The training loss on m samples as a function of a model's P trainable parameters, at their present values.
 
-    `loss(logits, labels)` is the mean of the samples' losses (of `lawn.losses` the `mean`), and the model is called as
-    `model(*inputs)`, each of the `inputs` [m, ...], in eval mode: so no sample's logits depend on the others, and
-    nothing is random. Weights, their gradients and the modes of the modules are left as they are. Vectors are flat
-    [P], in the order of `model.parameters()`; a tied weight counts once, and of a parametrized one it is the
-    parameters behind it that count.
+    The model is called as `model(*inputs)` in eval mode, so that the logits of a sample do not depend on others and are
+    deterministic. Parameters, gradients and the modes of modules do not change. Vectors are flat [P], in the order of
+    `model.parameters()`. A tied parameter counts once; of a parametrized weight the underlying parameters count.
 
-    In float32 a probability within 1e-7 of 1 is 1: below that gradients and Hessians are rounding. For a loss that is
-    flatter, give the model and the samples in float64.
+    In float32 a probability within 1e-7 of 1 rounds to 1, and gradients and Hessians of smaller losses are rounding
+    errors. For flatter losses pass the model and the samples in float64.
 
-    `chunk` samples at most are computed at a time: by default all of them in sums over the samples. In what needs
-    each sample's own gradient [P] it is no more than make 2^23 numbers.
+    Args:
+        model: model whose trainable parameters are the variables.
+        loss: mean loss of logits and labels, such as `mean` of a `lawn.losses.Loss`.
+        inputs: one input [m, ...] of the model or several.
+        labels: labels [m, ...].
+        chunk: maximal number of samples that are evaluated at a time; None for all. Fewer are used where per-sample
+            gradients would have more than 2^23 elements.
+
+    Raises:
+        ValueError: if there are no samples, the numbers of inputs and labels differ, `chunk` is less than 1, or the
+            model has no trainable parameter.
+
+    References:
+        Gupta et al. 2021, section 2.2, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
+
+    Examples:
+        >>> import torch
+        >>> from lawn.diagnostics import LossSurface
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> inputs, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.zeros(2, 1)
+        >>> surface = LossSurface(model, torch.nn.functional.mse_loss, inputs, labels)
+        >>> round(surface.hessian_top(), 4)
+        4.0
+        >>> surface.hessian_vector(torch.tensor([1.0, 1.0]))
+        tensor([4., 1.])
     """
 
     def __init__(
@@ -59,48 +81,79 @@ class LossSurface:
         if not self._size:
             raise ValueError("the model has no trainable parameter")
         self._chunk = chunk or self._samples
-        self._chunk_of_rows = min(self._chunk, max(1, ROWS // self._size))
+        self._row_chunk = min(self._chunk, max(1, ROWS // self._size))
 
     def gradient(self) -> Tensor:
-        """The gradient of the training loss, [P]."""
+        """Compute the gradient of the training loss.
+
+        Returns:
+            The gradient [P].
+        """
         total = self._zero()
         with self._evaluation() as weights:
-            for part in self._parts(self._chunk):
-                total += self._share(part) * _derivative(self._mean(weights, part), weights)
+            for batch in self._batches(self._chunk):
+                total += self._fraction(batch) * _derivative(self._mean_loss(weights, batch), weights)
         return total
 
     def hessian_vector(self, v: Tensor) -> Tensor:
-        """The product of the training loss's Hessian H with v: [P] -> [P].
+        """Compute the product of the training loss's Hessian H with a vector.
 
-        Where the model has kinks (ReLU), H is that of the smooth piece on which the weights lie.
+        For a piecewise smooth model (ReLU), H is the Hessian of the piece that contains the parameters.
+
+        Args:
+            v: vector [P].
+
+        Returns:
+            The product H v [P].
+
+        Raises:
+            ValueError: if `v` has another shape.
         """
         if v.shape != (self._size,):
             raise ValueError(f"a vector of shape {list(v.shape)} for {self._size} weights")
         total = self._zero()
         with self._evaluation() as weights:
-            for part in self._parts(self._chunk):
-                # Backward twice: unlike forward mode it is there for all of torch's layers.
-                slope = _derivative(self._mean(weights, part), weights, differentiable=True)
-                if slope.requires_grad:  # or it is constant
-                    total += self._share(part) * _derivative(slope, weights, v.detach())
+            for batch in self._batches(self._chunk):
+                # Double backward, because not all of torch's layers support forward mode.
+                gradient = _derivative(self._mean_loss(weights, batch), weights, differentiable=True)
+                if gradient.requires_grad:  # otherwise it is constant
+                    total += self._fraction(batch) * _derivative(gradient, weights, v.detach())
         return total
 
     def hessian_top(self, *, steps: int = 100, tolerance: float = 1e-4, seed: int = 0) -> float:
-        """The largest (not the largest in size) eigenvalue of H, by `top_eigenvalue`."""
+        """Compute the largest (algebraic) eigenvalue of H with `top_eigenvalue`.
+
+        Args:
+            steps: maximal number of steps.
+            tolerance: relative tolerance of the residual.
+            seed: seed of the start vector.
+
+        Returns:
+            The eigenvalue, in units of loss / weight^2.
+        """
         return self._top(self.hessian_vector, steps, tolerance, seed)
 
     def gradient_covariance_trace(self, batch_size: int = 1) -> float:
-        """Trace of the covariance of the gradient of a minibatch of B of the m samples, drawn without replacement.
+        """Compute the trace of the covariance of minibatch gradients.
 
-        It is (m - B) / (B (m - 1)) tr Sigma, with Sigma = 1/m sum (g_i - g)(g_i - g)' over the samples' gradients g_i
-        and their mean g; in units of loss^2 / weight^2.
+        For minibatches of B of the m samples, drawn without replacement, it is (m - B) / (B (m - 1)) tr Sigma with
+        Sigma = 1/m sum (g_i - g)(g_i - g)', where g_i are the gradients of the samples and g is their mean.
+
+        Args:
+            batch_size: number B of samples in a minibatch.
+
+        Returns:
+            The trace, in units of loss^2 / weight^2.
+
+        Raises:
+            ValueError: if `batch_size` is not in 1..m.
         """
         scale = self._scale(batch_size)
         mean = self._split(self.gradient())
         total = torch.zeros((), dtype=torch.float64)
         with self._evaluation(differentiable=False) as weights:
-            for inputs, labels in self._parts(self._chunk_of_rows):
-                rows = vmap(grad(self._of_one), in_dims=(None, 0, 0))(weights, inputs, labels)
+            for inputs, labels in self._batches(self._row_chunk):
+                rows = vmap(grad(self._sample_loss), in_dims=(None, 0, 0))(weights, inputs, labels)
                 total += sum((rows[name] - mean[name]).square().sum() for name in weights).cpu()
         return scale * total.item() / self._samples
 
@@ -114,24 +167,43 @@ class LossSurface:
         tolerance: float = 1e-4,
         seed: int = 0,
     ) -> float:
-        """lambda_max{(I - lr H)^2 + lr^2 (m - B) / (B (m - 1)) Sigma}: above 1, SGD can escape from these weights.
+        """Compute the escape criterion of SGD, lambda_max{(I - lr H)^2 + lr^2 (m - B) / (B (m - 1)) Sigma}.
 
-        For SGD with learning rate lr on minibatches of B of the m samples (paper section 2.2; Wu et al. 2018, "How SGD
-        selects the global minima in over-parameterized learning"). The two differ in what Sigma is:
+        SGD with learning rate lr on minibatches of B of the m samples can escape from the present parameters if the
+        criterion exceeds 1. The paper and Wu et al. define Sigma differently:
 
-        - "gradients", the paper's words: the covariance 1/m sum (g_i - g)(g_i - g)' of the samples' gradients. The sum
-          of the two terms then depends on the units of weights and loss.
-        - "hessians", Wu et al.'s: 1/m sum H_i^2 - H^2, the covariance of the samples' linearized gradients H_i x. With
-          this alone do the terms have the same units; the sum is the mean of (I - lr H_B)^2 over all minibatches,
-          the factor by which a step multiplies the squared distance from a minimum of all samples, at the most.
+        - "gradients" (the paper): the covariance 1/m sum (g_i - g)(g_i - g)' of the gradients of samples. The sum of
+          both terms then depends on the units of weights and loss.
+        - "hessians" (Wu et al.): 1/m sum H_i^2 - H^2, the covariance of the linearized gradients H_i x of samples. Both
+          terms then have the same units, and the sum is the mean of (I - lr H_B)^2 over all minibatches. Its largest
+          eigenvalue bounds the factor by which a step multiplies the squared distance from a common minimum of all
+          samples.
 
-        It is below 1 only where H is positive definite and lr small enough: a direction in which the loss does not
-        change has the factor 1, one of negative curvature -h has (1 + lr h)^2. In a model with more weights than
-        samples compare the excess over 1, which is what flattening takes to 0. So it is the operator less I whose
-        eigenvalue is computed: float32, and `tolerance`, resolve small excesses.
+        The criterion is below 1 only if H is positive definite and lr is small enough: it is 1 for a direction in which
+        the loss is constant, and (1 + lr h)^2 for one of negative curvature -h. For a model with more weights than
+        samples compare the excess over 1, which converges to 0 when the loss flattens. The eigenvalue is computed for
+        the matrix minus I, so that float32 and `tolerance` resolve small excesses.
 
-        A step of Lanczos' method takes two passes for H and one for the gradients; or a far slower one for the
-        Hessians, with a few vectors [P] for each sample of a chunk.
+        A Lanczos step takes two passes for H and one for the gradients. The pass for the Hessians is much slower and
+        needs a few vectors [P] for each sample of a chunk.
+
+        Args:
+            lr: learning rate.
+            batch_size: number B of samples in a minibatch.
+            covariance: "gradients" or "hessians".
+            steps: maximal number of Lanczos steps.
+            tolerance: relative tolerance of the residual.
+            seed: seed of the start vector.
+
+        Returns:
+            The criterion, without unit.
+
+        Raises:
+            ValueError: if `batch_size` is not in 1..m, or `covariance` is unknown.
+
+        References:
+            - Gupta et al. 2021, section 2.2, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
+            - Wu et al. 2018, "How SGD selects the global minima in over-parameterized learning", NeurIPS.
         """
         noises = {"gradients": self._gradient_noise, "hessians": self._hessian_noise}
         if covariance not in noises:
@@ -140,44 +212,46 @@ class LossSurface:
         noise = noises[covariance]()
 
         def excess(v: Tensor) -> Tensor:
-            curved = self.hessian_vector(v)
-            total = lr**2 * self.hessian_vector(curved) - 2 * lr * curved
-            return total + lr**2 * scale * noise(v, curved) if scale else total
+            hv = self.hessian_vector(v)
+            total = lr**2 * self.hessian_vector(hv) - 2 * lr * hv
+            return total + lr**2 * scale * noise(v, hv) if scale else total
 
         return 1 + self._top(excess, steps, tolerance, seed)
 
     def _gradient_noise(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """Sigma's product with v, from J [m, P], the Jacobian of the samples' losses: 1/m J' (J v - g' v)."""
+        """Return Sigma v = 1/m J' (J v - g' v) as a function of v and H v; J [m, P] is the Jacobian of the losses."""
         mean = self.gradient()
 
-        def product(v: Tensor, curved: Tensor) -> Tensor:
+        def product(v: Tensor, hv: Tensor) -> Tensor:
             total = self._zero()
             with self._evaluation() as weights:
-                for inputs, labels in self._parts(self._chunk):
-                    losses = vmap(self._of_logits)(functional_call(self._model, weights, inputs), labels)
-                    # J' u is linear in u, and the derivative of v' J' u is J v: no gradient of a single sample.
+                for inputs, labels in self._batches(self._chunk):
+                    losses = vmap(self._loss_of_logits)(functional_call(self._model, weights, inputs), labels)
+                    # J' u is linear in u, and the derivative of v' J' u is J v, so no per-sample gradient is needed.
                     u = torch.zeros_like(losses, requires_grad=True)
-                    pulled = _derivative(losses, weights, u, differentiable=True)
-                    (pushed,) = torch.autograd.grad(pulled, u, v, retain_graph=True)
-                    total += _derivative(losses, weights, pushed - mean @ v)
+                    vjp_of_u = _derivative(losses, weights, u, differentiable=True)
+                    (jvp_of_v,) = torch.autograd.grad(vjp_of_u, u, v, retain_graph=True)
+                    total += _derivative(losses, weights, jvp_of_v - mean @ v)
             return total / self._samples
 
         return product
 
     def _hessian_noise(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """Sigma's product with v, from H_i and H v: 1/m sum H_i (H_i v - H v)."""
+        """Return Sigma v = 1/m sum H_i (H_i v - H v) as a function of v and H v."""
 
-        def of_one(weights: Weights, v: Weights, mean: Weights, inputs: tuple[Tensor, ...], label: Tensor) -> Weights:
-            curve = vjp(lambda w: grad(self._of_one)(w, inputs, label), weights)[1]
-            (curved,) = curve(v)
-            return curve({name: curved[name] - mean[name] for name in weights})[0]
+        def sample_product(
+            weights: Weights, v: Weights, hv: Weights, inputs: tuple[Tensor, ...], label: Tensor
+        ) -> Weights:
+            multiply = vjp(lambda w: grad(self._sample_loss)(w, inputs, label), weights)[1]
+            (sample_hv,) = multiply(v)
+            return multiply({name: sample_hv[name] - hv[name] for name in weights})[0]
 
-        def product(v: Tensor, curved: Tensor) -> Tensor:
+        def product(v: Tensor, hv: Tensor) -> Tensor:
             total = self._zero()
             with self._evaluation(differentiable=False) as weights:
-                for inputs, labels in self._parts(self._chunk_of_rows):
-                    each = vmap(of_one, in_dims=(None, None, None, 0, 0))
-                    rows = each(weights, self._split(v), self._split(curved), inputs, labels)
+                for inputs, labels in self._batches(self._row_chunk):
+                    batched = vmap(sample_product, in_dims=(None, None, None, 0, 0))
+                    rows = batched(weights, self._split(v), self._split(hv), inputs, labels)
                     total += torch.cat([row.sum(0).flatten() for row in rows.values()])
             return total / self._samples
 
@@ -195,14 +269,14 @@ class LossSurface:
             device=like.device,
         )
 
-    def _mean(self, weights: Weights, part: Part) -> Tensor:
-        inputs, labels = part
+    def _mean_loss(self, weights: Weights, batch: Batch) -> Tensor:
+        inputs, labels = batch
         return self._loss(functional_call(self._model, weights, inputs), labels)
 
-    def _of_one(self, weights: Weights, inputs: tuple[Tensor, ...], label: Tensor) -> Tensor:
-        return self._mean(weights, (tuple(x[None] for x in inputs), label[None]))
+    def _sample_loss(self, weights: Weights, inputs: tuple[Tensor, ...], label: Tensor) -> Tensor:
+        return self._mean_loss(weights, (tuple(x[None] for x in inputs), label[None]))
 
-    def _of_logits(self, logits: Tensor, label: Tensor) -> Tensor:
+    def _loss_of_logits(self, logits: Tensor, label: Tensor) -> Tensor:
         return self._loss(logits[None], label[None])
 
     def _weights(self) -> Weights:
@@ -213,42 +287,42 @@ class LossSurface:
 
     def _split(self, v: Tensor) -> Weights:
         weights = self._weights()
-        parts = v.split([w.numel() for w in weights.values()])
-        return {name: part.view(w.shape) for (name, w), part in zip(weights.items(), parts, strict=True)}
+        pieces = v.split([w.numel() for w in weights.values()])
+        return {name: piece.view(w.shape) for (name, w), piece in zip(weights.items(), pieces, strict=True)}
 
-    def _parts(self, chunk: int) -> Iterator[Part]:
+    def _batches(self, chunk: int) -> Iterator[Batch]:
         yield from zip(
             zip(*(x.split(chunk) for x in self._inputs), strict=True), self._labels.split(chunk), strict=True
         )
 
-    def _share(self, part: Part) -> float:
-        return len(part[1]) / self._samples
+    def _fraction(self, batch: Batch) -> float:
+        return len(batch[1]) / self._samples
 
     def _scale(self, batch_size: int) -> float:
-        """Of the covariance of a minibatch's mean, relative to that of one sample."""
+        """Return the covariance of a minibatch's mean gradient relative to that of one sample."""
         if not 1 <= batch_size <= self._samples:
             raise ValueError(f"batch_size must be in 1..{self._samples}, the number of samples, not {batch_size}")
-        if batch_size == self._samples:  # also where that is 1
+        if batch_size == self._samples:  # the formula would be 0 / 0 for one sample
             return 0.0
         return (self._samples - batch_size) / (batch_size * (self._samples - 1))
 
     @contextmanager
     def _evaluation(self, differentiable: bool = True) -> Iterator[Weights]:
-        """The weights to call the model with, apart from its own so that those get no gradients; in eval mode."""
+        """Yield detached weights for calls of the model, which is in eval mode meanwhile."""
         modes = [(module, module.training) for module in self._model.modules()]
         weights = self._weights()
         self._model.eval()
         try:
-            # torch.func differentiates by itself; torch.autograd would only keep what it does in memory.
-            with torch.set_grad_enabled(differentiable), _RightSecondDerivatives():
+            # torch.func does not need autograd, which would only store its operations.
+            with torch.set_grad_enabled(differentiable), _DecomposedWeightNorm():
                 yield {name: w.requires_grad_(differentiable) for name, w in weights.items()}
         finally:
-            for module, training in modes:  # one by one: some may have been in eval mode before
+            for module, training in modes:  # modules may have had different modes
                 module.training = training
 
 
-class _RightSecondDerivatives(TorchFunctionMode):
-    """Weight normalization in plain operations: the second derivative of torch's fused one is wrong."""
+class _DecomposedWeightNorm(TorchFunctionMode):
+    """Decomposes weight normalization, since the second derivative of torch's fused operation is wrong."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -259,9 +333,9 @@ class _RightSecondDerivatives(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _derivative(output: Tensor, weights: Weights, along: Tensor | None = None, differentiable: bool = False) -> Tensor:
-    """The gradient of output' along by the weights, flat [P]; zero for weights that the output does not depend on."""
-    parts = torch.autograd.grad(
-        output, list(weights.values()), along, create_graph=differentiable, materialize_grads=True
+def _derivative(output: Tensor, weights: Weights, vector: Tensor | None = None, differentiable: bool = False) -> Tensor:
+    """Compute the gradient [P] of output' vector; zero for weights that do not affect the output."""
+    gradients = torch.autograd.grad(
+        output, list(weights.values()), vector, create_graph=differentiable, materialize_grads=True
     )
-    return torch.cat([part.flatten() for part in parts])
+    return torch.cat([gradient.flatten() for gradient in gradients])

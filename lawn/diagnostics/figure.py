@@ -1,4 +1,4 @@
-"""The figure of runs with `diagnostics=on`, from their metrics.csv."""
+"""Figure of the diagnostics of runs, from their metrics.csv."""
 
 import io
 from pathlib import Path
@@ -11,7 +11,7 @@ from cycler import cycler
 from lawn.errors import WRITTEN_AGAIN, RunError
 from lawn.plotting import Axes, Figure, rc_context
 
-PANELS = (  # a column of metrics.csv, or QUANTITY/ for those of every weight; what it is; the scale of its axis
+PANELS = (  # column of metrics.csv, or the prefix of one column per weight; label; scale of the axis
     ("train_loss", "training loss, nats", "log"),
     ("margin_p50", "margin (10, 50, 90 %), logits", "linear"),
     ("norm/", "norm of a weight", "log"),
@@ -22,19 +22,28 @@ PANELS = (  # a column of metrics.csv, or QUANTITY/ for those of every weight; w
     ("hessian_top", "top eigenvalue of the Hessian", "log"),
     ("gradient_covariance", "trace of gradients' covariance", "log"),
 )
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.prop_cycle": cycler(color=COLORS),
 }
-ACROSS = 3
+COLUMNS = 3
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
-    """metrics.csv of a run directory, a row for each epoch. Raises RunError where it cannot be read, is cut, or is
-    another table, as a spreadsheet leaves it that writes semicolons."""
+    """Read metrics.csv of a run directory.
+
+    Args:
+        path: run directory.
+
+    Returns:
+        A table with one row per epoch.
+
+    Raises:
+        RunError: if the file cannot be read, is truncated, or is another table (some spreadsheets write semicolons).
+    """
     file = path / "metrics.csv"
     try:
         text = file.read_text("utf8")
@@ -51,7 +60,7 @@ def read_metrics(path: Path) -> pd.DataFrame:
 
 
 def read(path: Path) -> pd.DataFrame:
-    """The same, of a run with diagnostics=on. Raises RunError where it is of none."""
+    """Read metrics.csv of a run with `diagnostics=on`; raises RunError for other runs."""
     rows = read_metrics(path)
     if not any(name.startswith("angle/") for name in rows):
         raise RunError(f"{path}: is not of a run with diagnostics=on")
@@ -59,16 +68,22 @@ def read(path: Path) -> pd.DataFrame:
 
 
 def draw(runs: dict[str, pd.DataFrame]) -> Figure:
-    """A panel for each quantity that a run has, over the epochs; each run, by its name, in its own colour.
+    """Draw each measured quantity over the epochs, with one color per run.
 
-    Of what each weight has, there is a thin line for every weight, and a thick one for their geometric mean (of shares,
-    the mean). A dotted line is the first epoch at whose end the norms are fixed.
+    For quantities of weights, thin lines are those of each weight and a thick line is their geometric mean (arithmetic
+    mean for cosines). A dotted line marks the first epoch at whose end the norms are fixed.
+
+    Args:
+        runs: tables of metrics by name of the run.
+
+    Returns:
+        The figure.
     """
     measured = [panel for panel in PANELS if any(_columns(rows, panel[0]) for rows in runs.values())]
-    shown = measured or PANELS  # empty ones, of no run
-    down = -(-len(shown) // ACROSS)
-    figure = Figure(figsize=(3.6 * ACROSS, 2.7 * down + 0.4), layout="constrained")
-    axes = figure.subplots(down, ACROSS, squeeze=False).flat
+    shown = measured or PANELS  # empty panels without measurements
+    rows_of_panels = -(-len(shown) // COLUMNS)
+    figure = Figure(figsize=(3.6 * COLUMNS, 2.7 * rows_of_panels + 0.4), layout="constrained")
+    axes = figure.subplots(rows_of_panels, COLUMNS, squeeze=False).flat
     for axis, (key, title, scale) in zip(axes, shown, strict=False):
         for i, (name, rows) in enumerate(runs.items()):
             _line(axis, rows, key, f"C{i}", name)
@@ -82,7 +97,12 @@ def draw(runs: dict[str, pd.DataFrame]) -> Figure:
 
 
 def save(runs: dict[str, pd.DataFrame], path: Path) -> None:
-    """Write the figure as PNG."""
+    """Write the figure as PNG.
+
+    Args:
+        runs: tables of metrics by name of the run.
+        path: file to write.
+    """
     with rc_context(STYLE):
         draw(runs).savefig(path, format="png", dpi=150)
 
@@ -92,14 +112,14 @@ def _line(axis: Axes, rows: pd.DataFrame, key: str, color: str, name: str) -> No
     found = rows.dropna(subset=columns, how="all")
     if found.empty:
         return
-    whole = key in ("radial/", "margin_p50")
+    linear = key in ("radial/", "margin_p50")
     values = found[columns].astype(float)
-    if not whole:
-        values = values.where(values > 0)  # the others' axes are logarithmic
+    if not linear:
+        values = values.where(values > 0)  # the other axes are logarithmic
     if len(columns) > 1:
         for column in columns:
             axis.plot(found["epoch"], values[column], color=color, linewidth=0.6, alpha=0.35)
-    mean = values.mean(axis=1) if whole else np.exp(np.log(values).mean(axis=1))
+    mean = values.mean(axis=1) if linear else np.exp(np.log(values).mean(axis=1))
     axis.plot(found["epoch"], mean, color=color, linewidth=1.6, label=name)
     if key == "margin_p50" and "margin_p10" in rows:
         axis.fill_between(

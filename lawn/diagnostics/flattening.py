@@ -1,4 +1,4 @@
-"""Signs of loss flattening: margins and weights that grow without end."""
+"""Margins and weight norms, which grow without bound when the loss flattens."""
 
 import torch
 from torch import Tensor, nn
@@ -8,24 +8,69 @@ from lawn.optim.update import norms
 
 
 def multiclass_margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Score of the target class minus the best of the others (paper section 2.1): [B, K], [B] -> [B]."""
+    """Compute the margin of each sample: the logit of the target class minus the largest of the other logits.
+
+    Args:
+        logits: logits [B, K].
+        labels: classes [B].
+
+    Returns:
+        Margins [B], in logits.
+
+    References:
+        Gupta et al. 2021, section 2.1, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
+
+    Examples:
+        >>> import torch
+        >>> from lawn.diagnostics import multiclass_margin
+        >>> multiclass_margin(torch.tensor([[1.0, 4.0, 2.0]]), torch.tensor([1]))
+        tensor([2.])
+    """
     target = logits.gather(1, labels[:, None])
     others = logits.scatter(1, labels[:, None], -torch.inf)
     return target[:, 0] - others.amax(dim=1)
 
 
 def binary_margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logit of the target class: the logit for label 1, its negative for label 0. [B], [B] -> [B]."""
+    """Compute the margin of each sample: the logit if the label is 1, and its negative if it is 0.
+
+    Args:
+        logits: logits [B].
+        labels: labels [B], 0 or 1.
+
+    Returns:
+        Margins [B], in logits.
+
+    Examples:
+        >>> import torch
+        >>> from lawn.diagnostics import binary_margin
+        >>> binary_margin(torch.tensor([3.0, 3.0]), torch.tensor([1.0, 0.0]))
+        tensor([ 3., -3.])
+    """
     return logits * (2 * labels - 1)
 
 
 @torch.no_grad()
 def weight_norm(model: nn.Module) -> Tensor:
-    """Euclidean norm of all weights with two or more dimensions together, as a 0-dim tensor.
+    """Compute the joint Euclidean norm of all weights with two or more dimensions.
 
-    Of a parametrized weight it is the value that the model computes with.
+    A tied weight counts once. For a parametrized weight the value is used with which the model computes.
+
+    Args:
+        model: any model.
+
+    Returns:
+        The norm, a 0-dim tensor.
+
+    Examples:
+        >>> import torch
+        >>> from lawn.diagnostics import weight_norm
+        >>> layer = torch.nn.Linear(4, 4)
+        >>> _ = torch.nn.init.ones_(layer.weight)
+        >>> weight_norm(layer)
+        tensor(4.)
     """
-    weights: dict[int, Tensor] = {}  # a tied weight counts once
+    weights: dict[int, Tensor] = {}
     for module in model.modules():
         if isinstance(module, parametrize.ParametrizationList):
             weights[id(module.original)] = module()

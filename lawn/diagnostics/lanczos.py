@@ -1,4 +1,4 @@
-"""The top eigenvalue of a matrix of which there is only its product with a vector, by Lanczos' method."""
+"""Largest eigenvalue of a symmetric linear operator by the Lanczos method."""
 
 import math
 import warnings
@@ -18,31 +18,56 @@ def top_eigenvalue(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> float:
-    """The largest (not the largest in size) eigenvalue of a symmetric operator [size] -> [size], by Lanczos' method.
+    """Compute the largest (algebraic) eigenvalue of a symmetric linear operator.
 
-    Each step calls the operator once and keeps one more vector, against all of which the next is orthogonalized. The
-    result is never above the eigenvalue but for rounding. It ends when the residual of the eigenvector, which bounds
-    the distance to an eigenvalue, is at most `tolerance` times the largest eigenvalue in size that has been seen (the
-    error is about the square of that where the top eigenvalue stands apart); with a warning after `steps`. NaN where
-    the operator is not finite. The start is random, by `seed`: the same on every device.
+    The Lanczos method with full reorthogonalization calls the operator once per step and stores one vector per step. Up
+    to rounding, the result is a lower bound. Iteration stops when the residual of the eigenvector, which bounds the
+    distance to an eigenvalue, is at most `tolerance` times the largest magnitude among the eigenvalue estimates. If the
+    largest eigenvalue is well separated, the relative error is about the square of that. The start vector is random and
+    the same on all devices.
+
+    Args:
+        operator: maps a vector [size] to its product with the matrix, [size].
+        size: size of the vectors.
+        steps: maximal number of steps.
+        tolerance: relative tolerance of the residual, at least four times the machine epsilon of `dtype`.
+        seed: seed of the start vector.
+        dtype: dtype of the vectors; None is torch's default dtype.
+        device: device of the vectors; None is torch's default device.
+
+    Returns:
+        The eigenvalue in the unit of the operator; NaN if the operator returns values that are not finite.
+
+    Warns:
+        UserWarning: if the residual exceeds the tolerance after `steps` steps.
+
+    References:
+        Golub & Van Loan 2013, Matrix Computations, section 10.1.
+
+    Examples:
+        >>> import torch
+        >>> from lawn.diagnostics import top_eigenvalue
+        >>> diagonal = torch.tensor([1.0, 2.0, -5.0])
+        >>> round(top_eigenvalue(lambda v: diagonal * v, 3), 4)
+        2.0
     """
     start = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     q = (start / start.norm()).to(device, dtype or torch.get_default_dtype())
     tolerance = max(tolerance, 4 * torch.finfo(q.dtype).eps)
     basis: list[Tensor] = []
     diagonal: list[float] = []
-    beside: list[float] = []
+    off_diagonal: list[float] = []
     while True:
         basis.append(q)
         w = operator(q)
         diagonal.append((q @ w).item())
-        for _ in range(2):  # once is not enough where little is left
+        for _ in range(2):  # once is too inaccurate if the remainder is small
             for other in basis:
                 w = w - (other @ w) * other
         length = torch.linalg.vector_norm(w).item()
         if not math.isfinite(diagonal[-1]) or not math.isfinite(length):
             return math.nan
-        values, vectors = _tridiagonal(diagonal, beside)
+        values, vectors = _tridiagonal_eigh(diagonal, off_diagonal)
         residual = length * abs(vectors[-1, -1].item())
         top = values[-1].item()
         if len(basis) == size or residual <= tolerance * values.abs().amax().item():
@@ -50,14 +75,14 @@ def top_eigenvalue(
         if len(basis) == steps:
             warnings.warn(f"the eigenvalue {top:g} is only known to {residual:.1g} after {steps} steps", stacklevel=2)
             return top
-        beside.append(length)
+        off_diagonal.append(length)
         q = w / length
 
 
-def _tridiagonal(diagonal: list[float], beside: list[float]) -> tuple[Tensor, Tensor]:
-    """Eigenvalues in ascending order, [k], and eigenvectors [k, k] of a symmetric tridiagonal matrix."""
+def _tridiagonal_eigh(diagonal: list[float], off_diagonal: list[float]) -> tuple[Tensor, Tensor]:
+    """Compute eigenvalues [k] in ascending order and eigenvectors [k, k] of a symmetric tridiagonal matrix."""
     matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    if beside:
-        matrix += torch.diag(torch.tensor(beside, dtype=torch.float64), -1)  # eigh reads the lower triangle
+    if off_diagonal:
+        matrix += torch.diag(torch.tensor(off_diagonal, dtype=torch.float64), -1)  # eigh reads the lower triangle
     values, vectors = torch.linalg.eigh(matrix)
     return values, vectors

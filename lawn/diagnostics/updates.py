@@ -1,4 +1,4 @@
-"""What an optimizer's updates do to each weight: norms, angles, and how much of the gradient only stretches."""
+"""Measurements of optimizer updates: norms, angles and effective learning rates of each weight."""
 
 from typing import Any
 
@@ -10,24 +10,45 @@ QUANTITIES = ("norm", "gradient_norm", "radial", "angle", "effective_lr")
 
 
 class UpdateMonitor:
-    """Measures every `every`-th update of an optimizer, for each weight of `model` with two or more dimensions.
+    """Measures updates of any optimizer for each trainable weight with two or more dimensions, through step hooks.
 
-    Works with any optimizer, by hooks on its `step`; of several hooks on the same optimizer (`lawn.LAWN` has its own)
-    this one has to be the last, so attach it last. It measures
+    The quantities of an update of weight w with gradient g are:
 
-        norm           ||w|| before the update
-        gradient_norm  ||g|| of the gradient that `step` finds; a closure's gradient comes too late to be seen
-        radial         |cos(g, w)|, the share of the gradient along w: 0 where the loss does not depend on ||w||
-        angle          between w before and after the update, radians
-        effective_lr   angle / (||w|| ||g||): the learning rate of plain gradient descent that would turn a weight of
-                       norm 1 in the same direction as far; lr / ||w||^2 for SGD on a scale-invariant weight (Van
-                       Laarhoven 2017, arXiv 1706.05350)
+    - `norm`: norm ||w|| before the update.
+    - `gradient_norm`: norm ||g|| of the gradient before `step`. Gradients of a closure are not measured.
+    - `radial`: |cos(g, w)|, the fraction of the gradient along w; 0 if the loss does not depend on ||w||.
+    - `angle`: angle between w before and after the update, in radians.
+    - `effective_lr`: angle / (||w|| ||g||), the learning rate at which gradient descent would turn a weight of norm 1
+      by the same angle; lr / ||w||^2 for SGD on a scale-invariant weight.
 
-    without making the host wait for the device. A weight without gradient is left out of that update's mean.
+    The host does not wait for the device. A weight without gradient does not count in the means of that update. Create
+    the monitor after other step hooks on the same optimizer (such as those of `lawn.LAWN`), so that its hooks run last.
+
+    Args:
+        model: model whose weights are measured.
+        optimizer: optimizer that updates them.
+        every: interval of measured updates.
+
+    Raises:
+        ValueError: if `every` is less than 1, or the model has no trainable weight with two or more dimensions.
+
+    References:
+        Van Laarhoven 2017, [arXiv:1706.05350](https://arxiv.org/abs/1706.05350).
+
+    Examples:
+        >>> import torch
+        >>> from lawn.diagnostics import UpdateMonitor
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(layer.weight, 3.0)
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        >>> monitor = UpdateMonitor(layer, optimizer)
+        >>> layer.weight.grad = torch.tensor([[3.0, -3.0]])
+        >>> optimizer.step()
+        >>> {name: round(value, 4) for name, value in monitor.means()["weight"].items()}
+        {'norm': 4.2426, 'gradient_norm': 4.2426, 'radial': 0.0, 'angle': 0.0997, 'effective_lr': 0.0055}
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, every: int = 1) -> None:
-        """Raises ValueError when `every` is not positive, or the model has no weight to follow."""
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
         self.weights = {name: p for name, p in model.named_parameters() if p.ndim >= 2 and p.requires_grad}
@@ -35,41 +56,54 @@ class UpdateMonitor:
             raise ValueError("nothing to follow: no trainable parameter with two or more dimensions")
         self._every = every
         self._updates = 0
-        # which of the weights, w, w.g and ||g||
+        # Before an update: indices of the measured weights, copies of w, w.g and ||g||.
         self._before: tuple[list[int], list[Tensor], Tensor, Tensor] | None = None
         device = next(iter(self.weights.values())).device
-        shape = (len(self.weights), 1 + len(QUANTITIES))  # how many were measured, and the sums
+        shape = (len(self.weights), 1 + len(QUANTITIES))  # number of measurements, and sums
         self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
         self._hooks = [optimizer.register_step_pre_hook(self._keep), optimizer.register_step_post_hook(self._measure)]
 
     def detach(self) -> None:
-        """Follow no longer."""
+        """Remove the hooks from the optimizer."""
         for hook in self._hooks:
             hook.remove()
 
     def means(self) -> dict[str, dict[str, float]]:
-        """Over the updates measured since the last call: each quantity of QUANTITIES for each weight, by its name; NaN
-        where nothing was measured. Waits for the device."""
+        """Average the quantities over the updates since the last call. Waits for the device.
+
+        Returns:
+            The mean of each quantity for each weight by name; NaN without measurements.
+        """
         values = (self._sums[:, 1:] / self._sums[:, :1]).tolist()
         self._sums.zero_()
         return {name: dict(zip(QUANTITIES, row, strict=True)) for name, row in zip(self.weights, values, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint.
+
+        Returns:
+            Numbers and tensors on the CPU.
+        """
         return {"updates": self._updates, "sums": self._sums.cpu().clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the state of a checkpoint.
+
+        Args:
+            state: result of `state_dict`.
+        """
         self._updates = state["updates"]
         self._sums.copy_(state["sums"])
 
     @torch.no_grad()
     def _keep(self, *_: object) -> None:
-        self._before = None  # an update that failed may have left some
+        self._before = None  # after an update that raised
         if self._updates % self._every == 0:
             found = [(i, p, p.grad) for i, p in enumerate(self.weights.values()) if p.grad is not None]
             if found:
-                weights = [_wide(p).clone() for _, p, _ in found]
-                gradients = [_wide(g) for *_, g in found]
-                # The gradients are read now: an optimizer may overwrite them.
+                weights = [_to_float(p).clone() for _, p, _ in found]
+                gradients = [_to_float(g) for *_, g in found]
+                # The optimizer may overwrite the gradients, so their products are computed now.
                 self._before = [i for i, *_ in found], weights, _dots(weights, gradients), _norms(gradients)
         self._updates += 1
 
@@ -79,21 +113,22 @@ class UpdateMonitor:
             return
         found, weights, along, gradient_norm = self._before
         after = list(self.weights.values())
-        changes = [_wide(after[i]) - w for i, w in zip(found, weights, strict=True)]
+        changes = [_to_float(after[i]) - w for i, w in zip(found, weights, strict=True)]
         norm, size = _norms(weights), _norms(changes)
-        smallest = torch.finfo(torch.float64).tiny  # a weight of zeros has no direction, nor has such a gradient
-        stretch = _dots(weights, changes) / norm.clamp(min=smallest)
-        aside = (size.square() - stretch.square()).clamp(min=0).sqrt()  # of the change, across w
-        angle = torch.atan2(aside, norm + stretch)  # exact for small angles too, as an arc cosine is not
-        reach = (norm * gradient_norm).clamp(min=smallest)
+        smallest = torch.finfo(torch.float64).tiny  # avoids division by zero
+        radial = _dots(weights, changes) / norm.clamp(min=smallest)
+        tangent = (size.square() - radial.square()).clamp(min=0).sqrt()
+        angle = torch.atan2(tangent, norm + radial)  # accurate for small angles, unlike an arc cosine
+        product = (norm * gradient_norm).clamp(min=smallest)
         ones = torch.ones_like(norm)
-        rows = torch.stack([ones, norm, gradient_norm, along.abs() / reach, angle, angle / reach], dim=1)
+        rows = torch.stack([ones, norm, gradient_norm, along.abs() / product, angle, angle / product], dim=1)
         sums = self._sums.unbind()
         torch._foreach_add_([sums[i] for i in found], list(rows.unbind()))
         self._before = None
 
 
-def _wide(t: Tensor) -> Tensor:
+def _to_float(t: Tensor) -> Tensor:
+    """Convert to at least float32."""
     return t.detach().to(torch.promote_types(t.dtype, torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""Neural collaborative filtering, the MLP form (He et al. 2017)."""
+"""Neural collaborative filtering with a multilayer perceptron (He et al. 2017)."""
 
 import torch
 from torch import Tensor, nn
@@ -6,12 +6,19 @@ from torch.nn import functional as F
 
 
 class NCFMLP(nn.Module):
-    """User and item embedding concatenated, `layers` hidden ReLU layers of halving width, one logit.
+    """Scores pairs of users and items: concatenated embeddings, hidden ReLU layers of halving width and one logit.
 
-    The last hidden layer has `factors` units, the one before it 2 x factors, and so on; an embedding has half the
-    width of the first layer's input, factors * 2^(layers - 1). `init="he2017"` draws embeddings from N(0, 0.01),
-    hidden weights by Glorot's uniform rule, biases zero; "torch" keeps torch's defaults. Without `bias` the network
-    is fully homogeneous.
+    The last hidden layer has `factors` units and each layer before it twice as many as its successor. Each embedding
+    has factors * 2^(layers - 1) dimensions. Without biases the network is positively homogeneous in each layer.
+
+    Args:
+        num_users: number of users.
+        num_items: number of items.
+        factors: number of units of the last hidden layer.
+        layers: number of hidden layers.
+        init: "he2017" draws embeddings with standard deviation 0.01 and hidden weights by Glorot's uniform rule, with
+            zero biases; "torch" keeps torch's defaults.
+        bias: whether the layers have biases.
     """
 
     def __init__(
@@ -39,15 +46,15 @@ class NCFMLP(nn.Module):
                     nn.init.zeros_(layer.bias)
 
     def forward(self, users: Tensor, items: Tensor) -> Tensor:
-        """Logits [B] of the pairs (users [B], items [B])."""
+        """Compute logits [B] of users [B] and items [B]."""
         return self.score(self.hidden[1:](self._first(users, items))).squeeze(1)
 
     def _first(self, users: Tensor, items: Tensor) -> Tensor:
-        """The first hidden layer before its ReLU.
+        """Compute the first hidden layer before its ReLU.
 
-        A linear layer on a concatenation is the sum of two linear layers. Where the batch is larger than the tables
-        it is cheaper to send every user and item through its half once and look the results up; the gradients are
-        the same up to rounding. (index_select: on a CPU its backward pass is faster than that of an embedding.)
+        A linear layer of a concatenation is the sum of two linear layers. If the batch is larger than the embedding
+        tables, it is faster to apply these to the tables and to index the results; gradients are equal up to rounding.
+        `index_select` has a faster backward pass on the CPU than an embedding.
         """
         first = self.hidden[0]
         assert isinstance(first, nn.Linear)
@@ -63,9 +70,15 @@ class NCFMLP(nn.Module):
         return self.user.num_embeddings + self.item.num_embeddings <= 2 * batch_size
 
     def forward_vectorized(self, weights: dict[str, Tensor], users: Tensor, items: Tensor) -> Tensor:
-        """Logits [K, B] of K networks of this form with `weights` [K, ...], each for its own pairs [K, B].
+        """Compute the logits of R networks of this architecture at once, with as many kernels as one `forward`.
 
-        The same as K calls of `forward`, in as many kernels as one.
+        Args:
+            weights: parameters [R, ...] by name.
+            users: users [R, B].
+            items: items [R, B].
+
+        Returns:
+            Logits [R, B].
         """
 
         def linear(name: str, x: Tensor) -> Tensor:
@@ -88,7 +101,7 @@ class NCFMLP(nn.Module):
 
 
 def look_up(tables: Tensor, ids: Tensor) -> Tensor:
-    """Rows of K tables [K, N, D] by ids [K, B] below N: [K, B, D]."""
+    """Index the rows of tables [R, N, D] by ids [R, B] in each table: [R, B, D]."""
     count, size, _ = tables.shape
     offsets = size * torch.arange(count, device=ids.device)[:, None]
     rows = tables.flatten(0, 1).index_select(0, (ids + offsets).flatten())

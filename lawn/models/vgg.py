@@ -1,4 +1,4 @@
-"""VGG-19 in its CIFAR form (Simonyan & Zisserman 2014; paper section 4.2: one fully connected final layer)."""
+"""VGG-19 for CIFAR (Simonyan & Zisserman 2014; paper section 4.2)."""
 
 from torch import Tensor, nn
 
@@ -8,9 +8,20 @@ STAGES = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))  # width and number o
 
 
 class VGG19(nn.Module):
-    """16 convolutions 3 x 3, each with batch norm (`batch_norm=True`) and ReLU, max pooling after each stage, and
-    one linear layer 512 -> classes. Without batch norm the convolutions have biases, unless `bias=False`, which makes
-    the network fully homogeneous. He initialization."""
+    """VGG-19 with one fully connected layer, for 32 x 32 images.
+
+    It has 16 convolutions 3 x 3 with ReLU in five stages, max pooling after each stage and a linear layer. Convolutions
+    have He initialization. Without batch normalization and biases the network is positively homogeneous in each layer.
+
+    Args:
+        shape: shape (channels, 32, 32) of an image.
+        num_classes: number K of classes.
+        batch_norm: whether batch normalization follows each convolution, which then has no bias.
+        bias: whether the layers have biases.
+
+    Raises:
+        ConfigError: if images are not 32 x 32.
+    """
 
     def __init__(self, shape: tuple[int, int, int], num_classes: int, *, batch_norm: bool, bias: bool = True) -> None:
         super().__init__()
@@ -35,5 +46,5 @@ class VGG19(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, 32, 32] to logits [B, classes]."""
+        """Map images [B, C, 32, 32] to logits [B, K]."""
         return self.head(self.features(images).flatten(1))

@@ -1,4 +1,4 @@
-"""LAWN optimizers. Pure torch: nothing here imports the rest of the project."""
+"""LAWN optimizers. They depend on torch only and import nothing else of this project."""
 
 from lawn.optim.adam_lawn import AdamLAWN
 from lawn.optim.attenuation import attenuate_logits, output_layer

@@ -5,34 +5,65 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
+from torch.optim.optimizer import ParamsT
 
-from lawn.optim import cpu_kernels, update
+from lawn.optim import cpu_kernels, dispatch, update
 from lawn.optim.base import LAWNOptimizer, counter
-from lawn.optim.phase import GroupUpdate, fitting, gradients
+from lawn.optim.phase import GroupUpdate, check_shapes, gradients
 
 
 class AdamLAWN(LAWNOptimizer):
-    """Adam in the free phase, projected Adam on fixed weight norms after it.
+    """Adam-LAWN: Adam in the free phase, projected Adam on fixed weight norms after it.
+
+    The free phase is torch's Adam, bit for bit. At the switch the norm c of each weight with two or more dimensions is
+    fixed. From then on an update of a weight w with gradient g is
+
+        g <- g - w (w.g) / c^2
+        m <- beta1 m + (1 - beta1) g
+        v <- beta2 v + (1 - beta2) g^2
+        r <- m_hat / (sqrt(v_hat) + eps)
+        r <- r - w (w.r) / c^2
+        w <- w - lr r
+        w <- c w / ||w||
+
+    with the bias-corrected moments m_hat and v_hat. Other parameters keep Adam's update.
+
+    LAWN replaces weight decay. Only groups with `constrain=False` may have `weight_decay`, which is decoupled from the
+    gradient and multiplied by lr, as in AdamW.
 
     Args:
-        params: parameters or parameter groups.
+        params: parameters, named parameters or param groups, of any shapes.
         lr: learning rate eta.
-        betas: decay rates of the moments m and v.
-        eps: added to sqrt(v_hat); 1e-6 as in the paper's section 4 (its plain Adam uses 1e-8).
-        free_steps: updates before the switch; 0 constrains from the start, None waits for `constrain()`.
-        fused: updates in one pass on the CPU, constrained ones compiled; None where it is possible, False never.
+        betas: decay rates beta1 and beta2 of the moments.
+        eps: added to sqrt(v_hat). The default is that of the paper's section 4 (for its plain Adam it is 1e-8).
+        free_steps: number of updates before the switch; 0 constrains from the start, None waits for `constrain`.
+        fused: whether compiled code may be used: None where it is available, True with a warning where it cannot be
+            built, False never.
 
-    The free phase is torch's own Adam, bit for bit. A constrained update, for each weight w with norm c:
-        g <- g - w (w.g) / c^2;  m, v from g;  r = m_hat / (sqrt(v_hat) + eps);  r <- r - w (w.r) / c^2;
-        w <- w - lr r, rescaled to ||w|| = c.
+    Raises:
+        ValueError: if a hyperparameter is out of range, or a param group has an unsupported key or weight decay on
+            constrained parameters.
+        TypeError: if parameters are sharded (FSDP, tensor parallelism).
 
-    A param group with constrain=False may have `weight_decay`, decoupled from the gradient and scaled by lr, as in
-    AdamW.
+    References:
+        Gupta et al. 2021, Algorithm 1, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
+
+    Examples:
+        >>> import torch
+        >>> from lawn import AdamLAWN
+        >>> w = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+        >>> optimizer = AdamLAWN([w], lr=0.1, free_steps=0)
+        >>> for _ in range(10):
+        ...     optimizer.zero_grad()
+        ...     w[0, 0].backward()
+        ...     optimizer.step()
+        >>> bool(w[0, 0] < 3), round(w.norm().item(), 4)
+        (True, 5.0)
     """
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
@@ -50,9 +81,9 @@ class AdamLAWN(LAWNOptimizer):
         first, second, steps = self._state_of(group, params)
         beta1, beta2 = group["betas"]
         grads = gradients(params)
-        # On a CPU torch's default is one weight after the other, and its fused form takes equal strides for granted.
+        # On the CPU torch loops over tensors by default, and its fused form assumes equal strides.
         on_cpu = all(p.is_cpu and p.is_floating_point() for p in params)
-        in_one_pass = group["fused"] is not False and on_cpu and cpu_kernels.alike(params, grads, first, second)
+        fused = group["fused"] is not False and on_cpu and cpu_kernels.same_layout(params, grads, first, second)
         adam(
             params,
             grads,
@@ -60,7 +91,7 @@ class AdamLAWN(LAWNOptimizer):
             second,
             [],
             steps,
-            fused=in_one_pass or None,
+            fused=fused or None,
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
@@ -72,20 +103,23 @@ class AdamLAWN(LAWNOptimizer):
             decoupled_weight_decay=True,
         )
 
-    def _constrained_update(self, part: GroupUpdate) -> Tensor | None:
-        return self._constrained_adam(part, trust=False)
+    def _constrained_update(self, group_update: GroupUpdate) -> Tensor | None:
+        return self._constrained_adam(group_update, trust=False)
 
-    def _constrained_adam(self, part: GroupUpdate, *, trust: bool) -> Tensor | None:
-        """The constrained update of Adam-LAWN, and with `trust` of LAMB-LAWN."""
-        group = part.group
-        first, second, steps = self._state_of(group, part.params)
-        torch._foreach_add_(steps, counter(1.0), alpha=1.0)  # on a CPU several times as fast as to add a number
-        blocks = update.Blocks(part.params, part.sizes, part.norms, gradients(part.params), first, second)
-        how = {"lr": group["lr"], "betas": group["betas"], "eps": group["eps"], "fused": group["fused"]}
-        return update.adam(blocks, steps, trust=trust, **how)
+    def _constrained_adam(self, group_update: GroupUpdate, *, trust: bool) -> Tensor | None:
+        """Apply the constrained update of Adam-LAWN, or with `trust` that of LAMB-LAWN."""
+        group, params = group_update.group, group_update.params
+        first, second, steps = self._state_of(group, params)
+        torch._foreach_add_(steps, counter(1.0), alpha=1.0)  # several times as fast as adding a number on the CPU
+        blocks = update.Blocks(params, group_update.sizes, group_update.norms, gradients(params), first, second)
+        corrections = update.bias_corrections(blocks, steps, group["betas"])
+        backend = dispatch.backend(blocks, group["fused"])
+        options = {"lr": group["lr"], "betas": group["betas"], "eps": group["eps"]}
+        return backend.adam(blocks, corrections, trust=trust, **options)
 
 
 def check_adam(betas: tuple[float, float], eps: float) -> None:
+    """Raise ValueError for hyperparameters of Adam that are out of range."""
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
     if eps < 0:
@@ -95,7 +129,7 @@ def check_adam(betas: tuple[float, float], eps: float) -> None:
 def moments(
     optimizer: torch.optim.Optimizer, params: list[Tensor], group: dict[str, Any]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """First and second moments and step counters, in torch Adam's own form; made where they are missing."""
+    """Return first moments, second moments and step counters in torch Adam's format; initialize what is missing."""
     for p in params:
         if "step" not in optimizer.state[p]:
             optimizer.state[p] |= {
@@ -105,4 +139,4 @@ def moments(
             }
     states = [optimizer.state[p] for p in params]
     first, second = ([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq"))
-    return fitting(group, params, first), fitting(group, params, second), [s["step"] for s in states]
+    return check_shapes(group, params, first), check_shapes(group, params, second), [s["step"] for s in states]

@@ -1,11 +1,27 @@
-"""Logits made smaller in one stroke, before the norms are fixed (paper section 1, Figure 1)."""
+"""Attenuation of the logits before the norms are fixed (paper section 1, Figure 1)."""
 
 import torch
 from torch import nn
 
 
 def output_layer(model: nn.Module) -> nn.Linear:
-    """The last linear layer of the module tree, in the order of registration. Raises ValueError if there is none."""
+    """Return the last linear layer of a model, in the order of registration.
+
+    Args:
+        model: a model of any kind.
+
+    Returns:
+        The layer itself, not a copy.
+
+    Raises:
+        ValueError: if the model has no linear layer.
+
+    Examples:
+        >>> from torch import nn
+        >>> from lawn.optim import output_layer
+        >>> output_layer(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
+        Linear(in_features=3, out_features=2, bias=True)
+    """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not layers:
         raise ValueError("the model has no linear layer")
@@ -14,10 +30,32 @@ def output_layer(model: nn.Module) -> nn.Linear:
 
 @torch.no_grad()
 def attenuate_logits(model: nn.Module, factor: float) -> None:
-    """Multiply weight and bias of the output layer, and so the logits, by `factor`, in place.
+    """Multiply weight and bias of the output layer, and thereby the logits, by a factor, in place.
 
-    The paper does so once, with 0.2, where the margins have become large, and constrains from there on:
-    `attenuate_logits(model, 0.2); optimizer.constrain()`. Without the constraint the logits grow back.
+    The paper attenuates logits once, by 0.2, when the margins have become large, and then constrains the weights.
+    Without the constraint the logits would grow again.
+
+    Args:
+        model: a model whose output layer is its last linear layer.
+        factor: factor of the logits.
+
+    Raises:
+        ValueError: if the model has no linear layer.
+
+    References:
+        Gupta et al. 2021, section 1 and Figure 1, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
+
+    Examples:
+        >>> import torch
+        >>> from lawn import AdamLAWN
+        >>> from lawn.optim import attenuate_logits
+        >>> model = torch.nn.Linear(2, 2, bias=False)
+        >>> _ = torch.nn.init.eye_(model.weight)
+        >>> optimizer = AdamLAWN(model.parameters())
+        >>> attenuate_logits(model, 0.2)
+        >>> optimizer.constrain()
+        >>> model(torch.tensor([5.0, 10.0])).detach()
+        tensor([1., 2.])
     """
     layer = output_layer(model)
     layer.weight.mul_(factor)

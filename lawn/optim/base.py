@@ -1,4 +1,4 @@
-"""What the LAWN optimizers of this package share: two phases, an update for each."""
+"""Base class of the LAWN optimizers: two phases, with an update rule for each."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -10,91 +10,159 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from lawn.optim import keys, phase
 from lawn.optim.zero_check import ZeroCheck
 
-# Keys of torch's optimizers that do not say what an update is, or say what it is here anyway.
-IMPLEMENTATION = {"foreach", "capturable", "differentiable", "decoupled_weight_decay"}
+# Keys of torch's param groups that do not change an update, or hold here anyway.
+IGNORED_KEYS = {"foreach", "capturable", "differentiable", "decoupled_weight_decay"}
 
 
 class LAWNOptimizer(Optimizer, ABC):
-    """Trains freely for `free_steps` updates, then on the product of spheres ||w_l|| = c_l (paper section 3).
+    """Base class of the LAWN optimizers.
 
-    A subclass supplies the update of each phase. `lawn.optim.keys` documents the keys that the param groups have for
-    it, and where the norms are. Two more keys: `fused`, whether updates run in compiled code (None: where that is
-    possible), and `weight_decay`, which must be 0 in a group that has constrained parameters, in either phase.
+    It trains without constraints for `free_steps` updates, then on the product of spheres ||w_l|| = c_l, where c_l is
+    the norm of weight l at the switch. A subclass implements `_state_of`, `_free_update` and `_constrained_update`.
+
+    The param groups have the keys that `lawn.optim.keys` documents and two more: `fused`, and `weight_decay`, which
+    must be 0 in groups with constrained parameters, in both phases. All keys of a group apply to that group alone.
+
+    Args:
+        params: parameters, named parameters or param groups.
+        defaults: defaults of the base optimizer's hyperparameters, `lr` among them.
+        free_steps: number of updates before the switch; 0 constrains from the start, None waits for `constrain`.
+        fused: whether compiled code may be used: None where it is available, True with a warning where it cannot be
+            built, False never.
+
+    Raises:
+        ValueError: if `lr` is negative, `free_steps` is not a non-negative integer or None, or a param group has an
+            unsupported key or weight decay on constrained parameters.
+        TypeError: if parameters are sharded (FSDP, tensor parallelism).
+
+    References:
+        Gupta et al. 2021, section 3, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
+
+    Examples:
+        >>> import torch
+        >>> from lawn import SGDLAWN
+        >>> w = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+        >>> optimizer = SGDLAWN([w], lr=0.1, free_steps=1)
+        >>> for _ in range(2):
+        ...     w.grad = torch.tensor([[0.0, 1.0]])
+        ...     optimizer.step()
+        ...     print(optimizer.constrained, round(optimizer.state[w]["lawn_norm"], 3))
+        False 0.0
+        True 4.92
     """
 
-    def __init__(self, params: Any, defaults: dict[str, Any], free_steps: int | None, fused: bool | None) -> None:
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], free_steps: int | None, fused: bool | None) -> None:
         if defaults["lr"] < 0:
             raise ValueError(f"lr must not be negative, got {defaults['lr']}")
-        free_steps = keys.checked_steps(free_steps)
-        self._watch = ZeroCheck()
+        free_steps = keys.check_free_steps(free_steps)
+        self._zero_check = ZeroCheck()
         super().__init__(params, {**defaults, "weight_decay": 0.0, "free_steps": free_steps, "fused": fused})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._watch = ZeroCheck()
-        keys.restore(self.state)
-        for kept in self.state.values():
-            if "step" in kept:  # on the host, where reading it waits for nothing
-                step = kept["step"]
-                kept["step"] = step.cpu() if isinstance(step, Tensor) else counter(float(step))
+        self._zero_check = ZeroCheck()
+        keys.restore_norms(self.state)
+        for entry in self.state.values():
+            if "step" in entry:  # on the host, so that reading it does not wait for the device
+                step = entry["step"]
+                entry["step"] = step.cpu() if isinstance(step, Tensor) else counter(float(step))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` has returned, of this optimizer or of the one it is in the free phase.
+        """Load a state dict of this optimizer, or of the optimizer that it equals in the free phase.
 
-        Keys of the param groups that another optimizer does not have stay as they are here. Raises ValueError where a
-        group asks for what this optimizer does not do.
+        Keys of param groups that the other optimizer does not have keep their values.
+
+        Args:
+            state_dict: result of the optimizer's `state_dict`.
+
+        Raises:
+            ValueError: if a group sets an option that this optimizer does not support.
         """
         groups = []
         for index, group in enumerate(state_dict["param_groups"]):
-            known = {key: value for key, value in group.items() if key not in IMPLEMENTATION}
-            self._refuse(known, index)
-            groups.append({key: value for key, value in known.items() if key not in self._foreign()})
+            known = {key: value for key, value in group.items() if key not in IGNORED_KEYS}
+            self._check_keys(known, index)
+            groups.append({key: value for key, value in known.items() if key not in self._unsupported_keys()})
         state_dict = {**state_dict, "param_groups": groups}
-        super().load_state_dict(keys.completed(state_dict, self.param_groups, self._keys()))
+        super().load_state_dict(keys.complete_state_dict(state_dict, self.param_groups, self._supported_keys()))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group.
+
+        It starts in the phase of the other groups, unless it has its own `free_steps`, which are counted from then on.
+
+        Args:
+            param_group: the group, with `params` and any keys of its own.
+
+        Raises:
+            ValueError: if a key is not supported, or constrained parameters have weight decay.
+            TypeError: if parameters are sharded.
+        """
         given = "free_steps" in param_group
         index = len(self.param_groups)
-        self._refuse(param_group, index)
+        self._check_keys(param_group, index)
         super().add_param_group(param_group)
         added = self.param_groups[-1]
         if not given:
             del added["free_steps"]
         try:
-            keys.prepare(self.param_groups, index, self.defaults["free_steps"])
+            keys.add_defaults(self.param_groups, index, self.defaults["free_steps"])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 
     @property
     def constrained(self) -> bool:
-        """Whether weight norms are fixed: whether a param group is in its second phase."""
+        """Whether weight norms are fixed, that is whether a param group is in its second phase."""
         return keys.is_constrained(self.param_groups)
 
     def constrain(self, *, again: bool = False) -> None:
-        """Fix the norm of every constrained weight at its present value (equation 1).
+        """Fix the norm of each constrained weight at its present value (equation 1).
 
-        With `again`, norms that are fixed already are replaced: call it after other weights have been put under the
-        optimizer (a checkpoint, an average, a layer that was initialized anew), which it would otherwise rescale to the
-        norms of those before. A weight that the optimizer has not updated yet takes its norm with its first update.
-        Moments and schedule are left as they are.
+        The norm of a weight that the optimizer has not updated yet is fixed at its first update. Moments and learning
+        rates do not change.
 
-        Raises ValueError when all norms are fixed already, when there is nothing to constrain, and when a norm is zero
-        or not finite; then nothing has changed.
+        Args:
+            again: whether to replace norms that are fixed already. Use it after other weights were loaded into the
+                model (a checkpoint, an average, a newly initialized layer), which would be rescaled to the old norms.
+
+        Raises:
+            ValueError: if all norms are fixed already, no parameter can be constrained, or a norm is zero or not
+                finite. Nothing has changed then.
+
+        Examples:
+            >>> import torch
+            >>> from lawn import AdamLAWN
+            >>> w = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+            >>> optimizer = AdamLAWN([w], free_steps=None)
+            >>> optimizer.constrain()
+            >>> optimizer.constrained
+            True
         """
         phase.constrain(self, again=again)
 
     @torch._disable_dynamo(recursive=False)  # a compiled model in the closure stays compiled
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of all parameters that have a gradient; a group switches phase first when its `free_steps` are
-        done.
+        """Update all parameters that have gradients.
 
-        Raises ValueError, naming the parameter, when a norm cannot be fixed or a constrained weight has become zero (on
-        a GPU one or two updates later).
+        A param group switches phase first if it has completed its `free_steps`.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            The closure's loss, or None without a closure.
+
+        Raises:
+            ValueError: if a norm cannot be fixed, or a constrained weight has become zero (on a GPU one or two updates
+                later). The message names the parameter.
+            TypeError: if a constrained parameter has a sparse gradient.
+            RuntimeError: if a CUDA graph is being captured.
         """
         loss = None
         if closure is not None:
@@ -109,60 +177,64 @@ class LAWNOptimizer(Optimizer, ABC):
         if phase.is_dummy(self):
             self._make_state()
             return
-        phase.refuse_capture()
-        seen = []
-        for index, part in enumerate(self._watch.begin(self)):
-            if part.free:
-                self._free_update(part.group, part.free)
-            seen += [(kind, index, self._constrained_update(kind)) for kind in part.kinds()]
-            part.record(self.state)
-        for kind, index, zero in seen:
-            self._watch.look(kind, index, zero)
+        phase.check_capture()
+        results = []
+        for index, group_update in enumerate(self._zero_check.begin(self)):
+            if group_update.free:
+                self._free_update(group_update.group, group_update.free)
+            for single in group_update.split_by_device_and_dtype():
+                results.append((single, index, self._constrained_update(single)))
+            group_update.record(self.state)
+        for single, index, zero in results:
+            self._zero_check.check(single, index, zero)
 
     def _make_state(self) -> None:
-        """What an update would have made."""
+        """Initialize the state that an update would initialize."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             self._state_of(group, params)
             for p in params:
                 self.state[p].setdefault(keys.NORM, 0.0)
 
-    def _refuse(self, group: dict[str, Any], index: int) -> None:
-        """Raise ValueError for a key of a param group that is set, and means nothing here."""
+    def _check_keys(self, group: dict[str, Any], index: int) -> None:
+        """Raise ValueError for a key of a param group that is set but not supported."""
         for key, value in group.items():
-            if key in self._foreign() and value:
+            if key in self._unsupported_keys() and value:
                 raise ValueError(f"param group {index}: {type(self).__name__} has no {key}, got {key}={value!r}")
             close = get_close_matches(key, ("constrain", "free_steps"), n=1, cutoff=0.85)
             if close and key not in close:
                 raise ValueError(f"param group {index}: unknown key {key!r}; did you mean {close[0]!r}?")
 
-    def _keys(self) -> list[str]:
+    def _supported_keys(self) -> list[str]:
         return [*dict.fromkeys((*self.defaults, *keys.DEFAULTS))]
 
-    def _foreign(self) -> set[str]:
-        return torchs_keys() - set(self._keys())
+    def _unsupported_keys(self) -> set[str]:
+        return torch_keys() - set(self._supported_keys())
 
     @abstractmethod
     def _state_of(self, group: dict[str, Any], params: list[Tensor]) -> Any:
-        """The state of these parameters, made where it is missing."""
+        """Return the state of the parameters; initialize what is missing."""
 
     @abstractmethod
     def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """Update `params`, which all have a gradient, as the base optimizer does."""
+        """Update parameters of a group, which all have gradients, with the base optimizer's rule."""
 
     @abstractmethod
-    def _constrained_update(self, part: phase.GroupUpdate) -> Tensor | None:
-        """Update the constrained parameters, each on the sphere of its norm; which blocks are zero, as in `update`."""
+    def _constrained_update(self, group_update: phase.GroupUpdate) -> Tensor | None:
+        """Update constrained parameters of one device and dtype, each block on the sphere of its norm.
+
+        Returns a mask [blocks] of the blocks that are zero, or None if no block is zero.
+        """
 
 
 def counter(steps: float) -> Tensor:
-    """A step counter as torch's Adam has it: whatever the default dtype, one that counts on."""
+    """Create a step counter as torch's Adam does; half precision as the default dtype would stop it from counting."""
     wide = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     return torch.tensor(steps, dtype=wide, device="cpu")
 
 
 @cache
-def torchs_keys() -> set[str]:
-    """The keys that torch's optimizers know in a param group."""
-    kinds = [kind for kind in vars(torch.optim).values() if isinstance(kind, type) and issubclass(kind, Optimizer)]
-    return {name for kind in kinds for name in signature(kind).parameters} - {"params", "defaults"}
+def torch_keys() -> set[str]:
+    """Return the param group keys of all torch optimizers."""
+    classes = [c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, Optimizer)]
+    return {name for c in classes for name in signature(c).parameters} - {"params", "defaults"}

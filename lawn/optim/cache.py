@@ -1,4 +1,4 @@
-"""Folders that compiled code is kept in, where the user's home cannot be written, too."""
+"""Cache directories of compiled code."""
 
 import atexit
 import os
@@ -9,16 +9,20 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def caches() -> Iterator[Path]:
+def cache_directories() -> Iterator[Path]:
+    """Yield the directories to try for compiled CPU kernels, the preferred one first."""
     if given := os.environ.get("XDG_CACHE_HOME"):
         yield Path(given) / "lawn"
-    with suppress(RuntimeError):  # of a user without a home
+    with suppress(RuntimeError):  # the user has no home directory
         yield Path.home() / ".cache" / "lawn"
 
 
-def find_for_triton() -> None:
-    """Triton compiles into the user's home, and fails where there is none that can be written: then a temporary folder
-    serves this process."""
+def ensure_triton_cache() -> None:
+    """Give Triton a cache directory that can be written.
+
+    Triton compiles into the user's home directory and fails where it cannot write there. Then a temporary directory is
+    used, which is removed when the process ends.
+    """
     try:
         if given := os.environ.get("TRITON_CACHE_DIR"):
             folder = Path(given)
@@ -27,6 +31,6 @@ def find_for_triton() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except (OSError, RuntimeError):  # the latter of a user without a home
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home directory
         os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton-")
         atexit.register(shutil.rmtree, os.environ["TRITON_CACHE_DIR"], ignore_errors=True)

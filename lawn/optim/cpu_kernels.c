@@ -1,24 +1,25 @@
 /* The constrained updates of cpu_kernels.py, compiled once with REAL float and once with double.
 
-   A block is a set of tensors that share one norm c (nearly always one): those from at[b] to at[b + 1]. Every function
-   works on all blocks, and makes three passes over the memory of each: the dot products that project the gradient; the
-   moments, and the dot products of the update r they give; the move. The projected update is tangent, so the norm
-   after the move is known before it is made. A block of zeros, which cannot be projected, is left as it is: zero[b].
+   A block is a set of tensors that share one norm c (nearly always one tensor): those from at[b] to at[b + 1]. Each
+   function updates all blocks in three passes over their memory. The first computes the inner products that project the
+   gradient, the second the moments and the inner products of their update r, the third the weights. The projected
+   update is tangent, so the norm of the new weights follows from these inner products. A block of zeros cannot be
+   projected; its weights do not change and zero[b] is set.
 
-   Sums run in REAL over a chunk and in double over the chunks. */
+   Sums run in REAL within a chunk and in double over chunks. */
 
 #include <math.h>
 #include <stdint.h>
 
 #define CHUNK 2048
-#define SERIAL 32768 /* below that many elements threads cost more than they give */
+#define SERIAL 32768 /* blocks with at most this many elements use one thread */
 
 typedef struct {
     double ww, wr, rr;
 } Dots;
 
-/* w <- keep w - take r with keep and take such that r is projected on the tangent space at w, multiplied by the step,
-   and the outcome has norm c. The step is lr, times c / ||r|| of the projected r if `trust` (LAMB). */
+/* Computes the factors of w <- keep w - take r, which projects r on the tangent space at w, multiplies it by the step
+   and rescales the result to norm c. The step is lr, multiplied by c / ||r|| of the projected r if `trust` (LAMB). */
 static void coefficients(Dots d, double c, double lr, int trust, double *keep, double *take) {
     double along = d.wr / d.ww;
     double tangent = fmax(d.rr - along * d.wr, 0.0);
@@ -28,7 +29,7 @@ static void coefficients(Dots d, double c, double lr, int trust, double *keep, d
     *take = scale * step;
 }
 
-/* Small blocks are shared among threads, a large one takes all of them. */
+/* Small blocks are distributed over threads; each large block uses all threads. */
 #define EACH_BLOCK(BODY)                                                                                               \
     _Pragma("omp parallel for schedule(static) if (!alone(blocks, at, n))") for (int64_t b = 0; b < blocks; b++) {     \
         if (elements(at[b], at[b + 1], n) <= SERIAL)                                                                   \
@@ -46,7 +47,7 @@ static int64_t elements(int64_t from, int64_t to, const int64_t *n) {
     return sum;
 }
 
-/* Whether the small blocks are too few for more than one thread. */
+/* Whether one thread updates all small blocks. */
 static int alone(int64_t blocks, const int64_t *at, const int64_t *n) {
     int64_t small = 0;
     for (int64_t b = 0; b < blocks; b++) {
@@ -56,7 +57,7 @@ static int alone(int64_t blocks, const int64_t *at, const int64_t *n) {
     return small <= SERIAL;
 }
 
-/* w.g / w.w, or NaN where w is zero */
+/* Computes w.g / w.w, or NaN if w is zero. */
 static double gradient_along(int64_t from, int64_t to, REAL **w, REAL **g, const int64_t *n) {
     double ww = 0, wg = 0;
     for (int64_t t = from; t < to; t++) {
@@ -129,7 +130,7 @@ static void adam_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, R
     }
 }
 
-/* r = m / (sqrt(v) * vscale + eps) * mscale, with the bias corrections of each block in mscale and vscale */
+/* r = m / (sqrt(v) * vscale + eps) * mscale with the bias corrections mscale and vscale of each block. */
 void adam(int64_t blocks, const int64_t *at, const int64_t *n, const double *c, uint8_t *zero, REAL **w, REAL **g,
           REAL **m, REAL **v, const double *mscale, const double *vscale, double lr, double beta1, double beta2,
           double eps, int trust) {
@@ -176,7 +177,7 @@ static void sgd_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, co
     }
 }
 
-/* heavy ball: b <- momentum b + g, r = b */
+/* Heavy ball: b <- momentum b + g, r = b. */
 void sgd(int64_t blocks, const int64_t *at, const int64_t *n, const double *c, uint8_t *zero, REAL **w, REAL **g,
          REAL **m, double lr, double momentum) {
     EACH_BLOCK(sgd_block(at[b], at[b + 1], w, g, m, n, c[b], lr, momentum, zero + b))
@@ -196,7 +197,7 @@ static void project_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **b
     }
 }
 
-/* For the wrapper, before the base optimizer's step: copy w to before and put the projected gradient into out. */
+/* Before a step of the base optimizer: copies w to before and writes the projected gradient to out. */
 void project(int64_t blocks, const int64_t *at, const int64_t *n, const double *c, uint8_t *zero, REAL **w, REAL **g,
              REAL **before, REAL **out) {
     EACH_BLOCK(project_block(at[b], at[b + 1], w, g, before, out, n))
@@ -235,7 +236,7 @@ static void retract_block(int64_t from, int64_t to, REAL **w, REAL **before, con
     }
 }
 
-/* After it: the update r = before - w is projected at before, taken, and rescaled to norm c. */
+/* After a step of the base optimizer: projects its update before - w at before, applies it and rescales to norm c. */
 void retract(int64_t blocks, const int64_t *at, const int64_t *n, const double *c, uint8_t *zero, REAL **w,
              REAL **before) {
     EACH_BLOCK(retract_block(at[b], at[b + 1], w, before, n, c[b], zero + b))

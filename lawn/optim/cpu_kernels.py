@@ -1,4 +1,4 @@
-"""cpu_kernels.c through ctypes: built once for each machine with its C compiler, left out where there is none."""
+"""Compiles cpu_kernels.c once per machine with the C compiler that it finds, and calls it through ctypes."""
 
 import ctypes
 import hashlib
@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lawn.optim.cache import caches
+from lawn.optim.cache import cache_directories
+from lawn.optim.update import Blocks
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
-REAL = {torch.float32: ("float", "sqrtf"), torch.float64: ("double", "sqrt")}
+DTYPES = {torch.float32: ("float", "sqrtf"), torch.float64: ("double", "sqrt")}
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-TEMPORARY = ("/tmp", "/var/tmp", "/dev/shm")  # where code is built for one process, after TMPDIR
+TEMPORARY = ("/tmp", "/var/tmp", "/dev/shm")  # tried after TMPDIR where no cache can be written
 _TENSORS, _INTS, _DOUBLES = POINTER(c_void_p), POINTER(c_int64), POINTER(c_double)
 _BLOCKS = (c_int64, _INTS, _INTS, _DOUBLES, POINTER(c_uint8))
 SIGNATURES = {
@@ -36,10 +37,10 @@ SIGNATURES = {
 
 
 class CPUKernels:
-    """The functions of cpu_kernels.c for tensors of one dtype.
+    """The functions of cpu_kernels.c for one dtype; `lawn.optim.update` documents them.
 
-    `lists` are weights and what an update has beside them, block after block; `sizes` says how many tensors each block
-    has, `norms` what its norm is. The functions return which blocks are zero [blocks], or None where none is.
+    Args:
+        path: the compiled library.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,63 +51,66 @@ class CPUKernels:
 
     def adam(
         self,
-        lists: Sequence[list[Tensor]],
-        sizes: list[int],
-        norms: list[float],
-        scales: Tensor,  # float64 [2, blocks]: bias corrections of m, and of sqrt(v)
-        lr: float,
-        beta1: float,
-        beta2: float,
+        blocks: Blocks,
+        corrections: Tensor,
+        *,
+        lr: float | Tensor,
+        betas: tuple[float, float],
         eps: float,
         trust: bool,
     ) -> Tensor | None:
-        corrections = [(c_double * len(sizes))(*row) for row in scales.tolist()]
-        return self._call("adam", lists, sizes, norms, *corrections, lr, beta1, beta2, eps, trust)
+        rows = [(c_double * len(blocks.sizes))(*row) for row in corrections.tolist()]
+        return self._call("adam", blocks, *rows, float(lr), *betas, eps, trust)
 
-    def sgd(
-        self, lists: Sequence[list[Tensor]], sizes: list[int], norms: list[float], lr: float, momentum: float
-    ) -> Tensor | None:
-        return self._call("sgd", lists, sizes, norms, lr, momentum)
+    def sgd(self, blocks: Blocks, *, lr: float | Tensor, momentum: float) -> Tensor | None:
+        return self._call("sgd", blocks, float(lr), momentum)
 
-    def project(self, lists: Sequence[list[Tensor]], sizes: list[int]) -> None:
-        self._call("project", lists, sizes, [0.0] * len(sizes))
+    def project(self, blocks: Blocks) -> None:
+        self._call("project", blocks)
 
-    def retract(self, lists: Sequence[list[Tensor]], sizes: list[int], norms: list[float]) -> Tensor | None:
-        return self._call("retract", lists, sizes, norms)
+    def retract(self, blocks: Blocks) -> Tensor | None:
+        return self._call("retract", blocks)
 
-    def _call(
-        self, name: str, lists: Sequence[list[Tensor]], sizes: list[int], norms: list[float], *more: object
-    ) -> Tensor | None:
-        blocks, count = len(sizes), len(lists[0])
-        addresses = [(c_void_p * count)(*[t.data_ptr() for t in tensors]) for tensors in lists]
-        numels = (c_int64 * count)(*[t.numel() for t in lists[0]])
-        starts = (c_int64 * (blocks + 1))(0, *accumulate(sizes))
-        zero = (c_uint8 * blocks)()
-        getattr(self._library, name)(blocks, starts, numels, (c_double * blocks)(*norms), zero, *addresses, *more)
+    def _call(self, name: str, blocks: Blocks, *arguments: object) -> Tensor | None:
+        lists = blocks.lists
+        count, tensor_count = len(blocks.sizes), len(blocks.weights)
+        addresses = [(c_void_p * tensor_count)(*[t.data_ptr() for t in tensors]) for tensors in lists]
+        numels = (c_int64 * tensor_count)(*[w.numel() for w in blocks.weights])
+        starts = (c_int64 * (count + 1))(0, *accumulate(blocks.sizes))
+        norms = (c_double * count)(*blocks.norms)
+        zero = (c_uint8 * count)()
+        getattr(self._library, name)(count, starts, numels, norms, zero, *addresses, *arguments)
         return torch.tensor(list(zero), dtype=torch.bool) if any(zero) else None
 
 
-def library(fused: bool | None, *lists: list[Tensor]) -> CPUKernels | None:
-    """The compiled functions, if `fused` allows them and they can work on these lists of tensors; None otherwise.
+def load(lists: Sequence[list[Tensor]], *, warn: bool = False) -> CPUKernels | None:
+    """Load the compiled functions if they can update these lists of tensors.
 
-    They take tensors of one dtype, float32 or float64, on the CPU, without gaps, where the tensors at one position of
-    all lists have the same strides. With `fused=True` it is worth a warning where they cannot be built.
+    They take tensors of one dtype, float32 or float64, on the CPU, with the memory layout that `same_layout` requires.
+
+    Args:
+        lists: weights and the other lists of tensors of an update.
+        warn: whether to warn where the functions would fit but cannot be built.
+
+    Returns:
+        The functions, or None.
     """
-    if fused is False:
-        return None
     dtype = lists[0][0].dtype
-    if dtype not in REAL or any(t.dtype != dtype or not t.is_cpu for tensors in lists for t in tensors):
+    if dtype not in DTYPES or any(t.dtype != dtype or not t.is_cpu for tensors in lists for t in tensors):
         return None
-    if not alike(*lists):
+    if not same_layout(*lists):
         return None
-    compiled, problem = build(dtype)
-    if compiled is None and fused:
+    kernels, problem = build(dtype)
+    if kernels is None and warn:
         warnings.warn(f"the fused update falls back to the plain one: {problem}", stacklevel=3)
-    return compiled
+    return kernels
 
 
-def alike(*lists: list[Tensor]) -> bool:
-    """Whether tensors without gaps lie in memory alike at each position, so that addresses can be counted through."""
+def same_layout(*lists: list[Tensor]) -> bool:
+    """Whether the tensors at each position of all lists are dense and have the same strides.
+
+    A kernel can then step through their memory with one index.
+    """
     for first, *others in zip(*lists, strict=True):
         if any(t.shape != first.shape for t in others):
             return False
@@ -122,33 +126,38 @@ def alike(*lists: list[Tensor]) -> bool:
 
 
 def _strides(t: Tensor) -> list[int]:
-    """Without dimensions of length one, whose stride means nothing."""
+    """Strides of the dimensions longer than one; the others have no meaning."""
     return [stride for stride, length in zip(t.stride(), t.shape, strict=True) if length > 1]
 
 
 @cache
 def build(dtype: torch.dtype) -> tuple[CPUKernels | None, str]:
-    """The functions; where there are none, why, and what helps. They are looked for in the caches and built there, or,
-    where none can be written, in a temporary folder for this process alone."""
+    """Load the functions from a cache directory, or build them there.
+
+    Where no cache can be written, they are built in a temporary directory for this process.
+
+    Returns:
+        The functions and an empty string, or None and the reason with a remedy.
+    """
     compiler = shutil.which(os.environ.get("CC", "")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None, "no C compiler was found; install gcc or clang, or name one in CC"
-    real, sqrt = REAL[dtype]
+    real, sqrt = DTYPES[dtype]
     command = [compiler, *FLAGS, f"-DREAL={real}", f"-DSQRT={sqrt}", str(SOURCE), "-lm"]
     parts = (SOURCE.read_text("ascii"), compiler, *FLAGS, real, sqrt, _processor())
-    name = f"native-{real}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
-    problems: dict[str, object] = {}  # and the first place that had it
+    name = f"cpu_kernels-{real}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
+    problems: dict[str, object] = {}  # reason: the first directory that gave it
     try:
-        for folder in caches():
+        for folder in cache_directories():
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                return _kept(folder, name) or _built(folder, name, command), ""
+                return _load_cached(folder, name) or _compile(folder, name, command), ""
             except (OSError, subprocess.CalledProcessError) as error:
                 problems.setdefault(_reason(error), folder)
         for place in dict.fromkeys(filter(None, (os.environ.get("TMPDIR"), *TEMPORARY))):
             try:
                 with tempfile.TemporaryDirectory(dir=place, ignore_cleanup_errors=True) as scratch:
-                    return _built(Path(scratch), name, command), ""
+                    return _compile(Path(scratch), name, command), ""
             except (OSError, subprocess.CalledProcessError) as error:
                 problems.setdefault(_reason(error), place)
     except subprocess.TimeoutExpired as error:
@@ -157,8 +166,8 @@ def build(dtype: torch.dtype) -> tuple[CPUKernels | None, str]:
     return None, f"{compiler} made nothing that works ({reasons}); set XDG_CACHE_HOME to a folder with room"
 
 
-def _kept(folder: Path, name: str) -> CPUKernels | None:
-    """What was built before, if it is whole: its name ends with its checksum, since to load a part can be fatal."""
+def _load_cached(folder: Path, name: str) -> CPUKernels | None:
+    """Load a library whose checksum is the one in its name: a damaged library could end the process."""
     for path in folder.glob(f"{name}-*.so"):
         with suppress(OSError):
             if path.stem.endswith(f"-{_checksum(path)}"):
@@ -166,18 +175,18 @@ def _kept(folder: Path, name: str) -> CPUKernels | None:
     return None
 
 
-def _built(folder: Path, name: str, command: list[str]) -> CPUKernels:
-    """Raises OSError or subprocess.SubprocessError where that fails."""
+def _compile(folder: Path, name: str, command: list[str]) -> CPUKernels:
+    """Compile the library and move it to the cache. Raises OSError or subprocess.SubprocessError."""
     with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
-        made = Path(scratch) / "native.so"
-        how: dict[str, Any] = {"capture_output": True, "timeout": 120, "env": {**os.environ, "TMPDIR": scratch}}
-        # With OpenMP the threads are torch's own pool, which is loaded already; else one thread does it.
-        if subprocess.run([*command, "-o", str(made), "-fopenmp"], **how).returncode != 0:
-            subprocess.run([*command, "-o", str(made)], check=True, **how)
-        native = CPUKernels(made)
-        with suppress(OSError):  # something else has that name: it serves this process alone
+        made = Path(scratch) / "cpu_kernels.so"
+        options: dict[str, Any] = {"capture_output": True, "timeout": 120, "env": {**os.environ, "TMPDIR": scratch}}
+        # OpenMP uses torch's threads, which are loaded already. Without OpenMP the kernels run in one thread.
+        if subprocess.run([*command, "-o", str(made), "-fopenmp"], **options).returncode != 0:
+            subprocess.run([*command, "-o", str(made)], check=True, **options)
+        kernels = CPUKernels(made)
+        with suppress(OSError):  # a directory of that name: this process keeps the library
             made.replace(folder / f"{name}-{_checksum(made)}.so")
-        return native
+        return kernels
 
 
 def _checksum(path: Path) -> str:
@@ -191,7 +200,7 @@ def _reason(error: OSError | subprocess.CalledProcessError) -> str:
 
 
 def _processor() -> str:
-    """What -march=native depends on: a cache on a shared disk must not serve another kind of machine."""
+    """Describe what -march=native depends on, so that machines which share a cache do not share libraries."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf8").splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))

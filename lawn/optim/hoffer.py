@@ -1,11 +1,4 @@
-"""Norms fixed from initialization by a reparameterization (Hoffer et al. 2018): the baseline of the paper's section 3.
-
-w = c v / ||v||, where v is trained by any optimizer and c = ||w|| at registration is a constant. The gradient with
-respect to v is orthogonal to v and proportional to 1 / ||v||: under SGD ||v|| grows, and the steps of w get shorter.
-LAWN constrains w itself, so there is no such decay.
-
-Hoffer et al. bound each output channel. Here, as in LAWN, each weight tensor has one norm.
-"""
+"""Weight normalization with a bounded norm (Hoffer et al. 2018), a baseline of the paper's section 3."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +9,11 @@ from torch.nn.utils import parametrize
 
 
 class BoundedNorm(nn.Module):
-    """v to c v / ||v||, in the precision of c; the result has the shape and dtype of v. `norm` is c, 0-dim."""
+    """Parametrization w = c v / ||v||, computed in the precision of c.
+
+    Args:
+        norm: the norm c, a 0-dim tensor.
+    """
 
     norm: Tensor
 
@@ -25,27 +22,56 @@ class BoundedNorm(nn.Module):
         self.register_buffer("norm", norm)
 
     def forward(self, v: Tensor) -> Tensor:
+        """Compute w with the shape and dtype of v."""
         return (v * (self.norm / _norm(v))).to(v.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BoundedNorm":
         before = self.norm
         super()._apply(fn, recurse)
-        if self.norm.dtype != before.dtype:  # model.bfloat16() casts buffers, and c would be off by up to 0.4 %
+        if self.norm.dtype != before.dtype:  # model.bfloat16() casts buffers, with errors of up to 0.4 %
             self.norm = before.to(self.norm.device)
         return self
 
 
 def bound_norms(model: nn.Module, select: Callable[[str], bool] | None = None) -> list[str]:
-    """Fix the norm of each weight with two or more dimensions where it is, by reparameterization, in place.
+    """Fix the norms of weights at their present values by reparameterization, in place.
 
-    `select` says by qualified name which weights; default all. Returns their names. Values do not change, and v is
-    the old Parameter object; make the optimizer afterwards all the same, since the order of parameters changes. A tied
-    weight stays tied. The norms are part of `state_dict`.
+    Each weight with two or more dimensions becomes w = c v / ||v||, where any optimizer trains v and c = ||w|| is
+    constant. The gradient with respect to v is orthogonal to v and proportional to 1 / ||v||, so under SGD ||v|| grows
+    and the updates of w become smaller. LAWN constrains w itself and has no such decay. Hoffer et al. bound the norm of
+    each output channel; here, as in LAWN, each weight tensor has one norm.
 
-    Raises ValueError, before anything is changed, when there is nothing to bind, or a weight is parametrized already,
-    its norm is zero or not finite, or it is tied to a weight that is not selected.
+    The values of the weights do not change, and v is the old Parameter object. Create the optimizer afterwards, because
+    the order of parameters changes. Tied weights stay tied. The norms are part of `state_dict`.
+
+    Args:
+        model: model to change.
+        select: predicate of qualified names that selects weights; None selects all.
+
+    Returns:
+        The qualified names of the weights whose norms are fixed.
+
+    Raises:
+        ValueError: if no weight is selected, a weight is parametrized already, its norm is zero or not finite, or it is
+            tied to a weight that is not selected. The model does not change then.
+
+    References:
+        - Hoffer et al. 2018, [arXiv:1803.01814](https://arxiv.org/abs/1803.01814).
+        - Gupta et al. 2021, section 3, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
+
+    Examples:
+        >>> import torch
+        >>> from lawn.optim import bound_norms
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> _ = torch.nn.init.constant_(layer.weight, 3.0)
+        >>> bound_norms(layer)
+        ['weight']
+        >>> with torch.no_grad():
+        ...     _ = layer.parametrizations.weight.original.copy_(torch.tensor([[0.0, 1.0]]))
+        >>> layer.weight.detach()  # the norm stays 3 sqrt(2)
+        tensor([[0.0000, 4.2426]])
     """
-    places: dict[Tensor, list[tuple[nn.Module, str, str]]] = {}  # of each weight: module, attribute, qualified name
+    places: dict[Tensor, list[tuple[nn.Module, str, str]]] = {}  # module, attribute, qualified name
     chosen: dict[Tensor, list[str]] = {}
     for path, module in model.named_modules():
         inside = "parametrizations" in path.split(".")
@@ -71,7 +97,7 @@ def bound_norms(model: nn.Module, select: Callable[[str], bool] | None = None) -
             raise ValueError(f"cannot fix the norm of {names[0]}: it is {norm.item()}")
         bounds[p] = BoundedNorm(norm)
     for p, bound in bounds.items():
-        for module, attribute, _ in places[p]:  # tied places share v and c
+        for module, attribute, _ in places[p]:  # tied weights share v and c
             _own_class(module)
             parametrize.register_parametrization(module, attribute, bound)
     return [name for names in chosen.values() for name in names]
@@ -80,7 +106,20 @@ def bound_norms(model: nn.Module, select: Callable[[str], bool] | None = None) -
 def release(model: nn.Module) -> None:
     """Undo `bound_norms` in place: each weight becomes an ordinary parameter with its present value.
 
-    Raises ValueError when another parametrization was registered on top of it.
+    Args:
+        model: model to change.
+
+    Raises:
+        ValueError: if a weight has another parametrization besides that of `bound_norms`.
+
+    Examples:
+        >>> import torch
+        >>> from lawn.optim import bound_norms, release
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> names = bound_norms(layer)
+        >>> release(layer)
+        >>> type(layer.weight).__name__
+        'Parameter'
     """
     bounded = [entry for entry in _parametrized(model) if any(isinstance(step, BoundedNorm) for step in entry[3])]
     for _, _, name, chain in bounded:
@@ -92,7 +131,7 @@ def release(model: nn.Module) -> None:
 
 
 def _parametrized(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
-    """Module, attribute, qualified name and list of parametrizations of each parametrized tensor."""
+    """Yield module, attribute, qualified name and parametrizations of each parametrized tensor."""
     for path, module in model.named_modules():
         if parametrize.is_parametrized(module):
             chains: Any = module.parametrizations
@@ -101,10 +140,10 @@ def _parametrized(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]
 
 
 def _own_class(module: nn.Module) -> None:
-    """Give a parametrized module a class of its own.
+    """Give a parametrized module its own class.
 
-    Parametrized weights are properties of a class that torch makes for the module, but its deepcopy shares it: to add
-    or remove a property for one copy would do so for the others.
+    torch implements parametrized weights as properties of a class that it creates for the module. Deep copies of the
+    module share this class, so a property that is added to or removed from one copy would change all of them.
     """
     if parametrize.is_parametrized(module):
         shared = type(module)
@@ -112,5 +151,5 @@ def _own_class(module: nn.Module) -> None:
 
 
 def _norm(weight: Tensor) -> Tensor:
-    """Frobenius norm in float32 (float64 for float64)."""
+    """Compute the Frobenius norm in float32, or float64 for float64 weights."""
     return torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32))

@@ -1,10 +1,4 @@
-"""LAMB (You et al. 2020), the LAMB+ of this project, and LAMB-LAWN.
-
-LAMBs differ. This one follows Algorithm 2 of You et al.: bias-corrected moments, decay added to the Adam update r
-before the trust ratio ||w|| / ||r + decay w|| is taken, identity for their phi, a ratio of 1 where either norm is
-zero, for every parameter, and no clipping of the gradient. (timm's Lamb clips the global gradient norm to 1 and skips
-the ratio where there is no decay.)
-"""
+"""LAMB (You et al. 2020), LAMB+ and LAMB-LAWN."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from lawn.optim.adam_lawn import AdamLAWN, check_adam, moments
 from lawn.optim.phase import GroupUpdate, gradients
@@ -19,14 +14,36 @@ from lawn.optim.update import real
 
 
 class LAMB(Optimizer):
-    """LAMB as written: a trust ratio for every parameter.
+    """LAMB: Adam with a layerwise trust ratio.
+
+    Implementations of LAMB differ. This one follows Algorithm 2 of You et al.: bias-corrected moments, weight decay
+    added to the Adam update r before the trust ratio ||w|| / ||r + decay w|| is computed, their phi the identity, a
+    ratio of 1 where either norm is zero, and a ratio for every parameter. It does not clip gradients. (timm's Lamb
+    clips the global gradient norm to 1 and has no ratio for parameters without decay.)
 
     Args:
-        params: parameters or parameter groups.
+        params: parameters, named parameters or param groups, of any shapes.
         lr: learning rate.
         betas: decay rates of the moments.
-        eps: added to the root of the second moment; 1e-6 as in section 4 of the paper.
-        weight_decay: added to the update, inside the trust ratio.
+        eps: added to the square root of the second moment. The default is that of the paper's section 4.
+        weight_decay: coefficient of the weight in the update, inside the trust ratio.
+
+    Raises:
+        ValueError: if a hyperparameter is out of range.
+
+    References:
+        You et al. 2020, Algorithm 2, [arXiv:1904.00962](https://arxiv.org/abs/1904.00962).
+
+    Examples:
+        >>> import torch
+        >>> from lawn import LAMB
+        >>> w = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+        >>> optimizer = LAMB([w], lr=0.1, eps=0.0)
+        >>> w.grad = torch.tensor([[2.0, 7.0]])
+        >>> optimizer.step()  # the update is 5 / sqrt(2) [1, 1]
+        >>> w
+        Parameter containing:
+        tensor([[2.6464, 3.6464]], requires_grad=True)
     """
 
     max_trust: float = float("inf")
@@ -34,7 +51,7 @@ class LAMB(Optimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
@@ -48,6 +65,17 @@ class LAMB(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have gradients.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            The closure's loss, or None without a closure.
+
+        Raises:
+            TypeError: if a gradient is sparse.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -62,9 +90,34 @@ class LAMB(Optimizer):
 
 
 class LAMBPlus(LAMB):
-    """LAMB with the trust ratio at most 10, and 1 for biases and norm-layer parameters (fewer than two dimensions).
+    """LAMB+: LAMB with a trust ratio of at most 10, and of 1 for parameters with fewer than two dimensions.
 
-    The paper's LAMB+ is described in an appendix that is not public; this is this project's reading of it.
+    The appendix that describes the paper's LAMB+ is not public; this is an interpretation of it. Parameters with fewer
+    than two dimensions are biases and those of normalization layers.
+
+    Args:
+        params: parameters, named parameters or param groups, of any shapes.
+        lr: learning rate.
+        betas: decay rates of the moments.
+        eps: added to the square root of the second moment.
+        weight_decay: coefficient of the weight in the update, inside the trust ratio.
+
+    Raises:
+        ValueError: if a hyperparameter is out of range.
+
+    References:
+        Gupta et al. 2021, section 4, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
+
+    Examples:
+        >>> import torch
+        >>> from lawn import LAMBPlus
+        >>> bias = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> optimizer = LAMBPlus([bias], lr=0.1, eps=0.0)
+        >>> bias.grad = torch.tensor([2.0, 7.0])
+        >>> optimizer.step()  # the update is Adam's, [1, 1]
+        >>> bias
+        Parameter containing:
+        tensor([2.9000, 3.9000], requires_grad=True)
     """
 
     max_trust = 10.0
@@ -72,20 +125,49 @@ class LAMBPlus(LAMB):
 
 
 class LAMBLAWN(AdamLAWN):
-    """LAMB without decay in the free phase, projected LAMB on fixed weight norms after it.
+    """LAMB-LAWN: LAMB without weight decay in the free phase, projected LAMB on fixed weight norms after it.
 
-    Args: as for `AdamLAWN`. The constrained update is Adam-LAWN's with the rate multiplied by the trust ratio
-    c / ||r|| of the projected r, so a weight turns by about lr radians at each step.
+    A constrained update is that of `AdamLAWN` with its learning rate multiplied by the trust ratio c / ||r|| of the
+    projected update r, so that each weight turns by about lr radians per update. Other parameters keep LAMB's update.
 
-    A param group with constrain=False may have `weight_decay`, which is LAMB's: decoupled from the gradient, added to
-    the update inside the trust ratio.
+    LAWN replaces weight decay. Only groups with `constrain=False` may have `weight_decay`, which is added to the update
+    inside the trust ratio, as in LAMB.
+
+    Args:
+        params: parameters, named parameters or param groups, of any shapes.
+        lr: learning rate.
+        betas: decay rates of the moments.
+        eps: added to the square root of the second moment.
+        free_steps: number of updates before the switch; 0 constrains from the start, None waits for `constrain`.
+        fused: whether compiled code may be used: None where it is available, True with a warning where it cannot be
+            built, False never.
+
+    Raises:
+        ValueError: if a hyperparameter is out of range, or a param group has an unsupported key or weight decay on
+            constrained parameters.
+        TypeError: if parameters are sharded (FSDP, tensor parallelism).
+
+    References:
+        - Gupta et al. 2021, section 3, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
+        - You et al. 2020, Algorithm 2, [arXiv:1904.00962](https://arxiv.org/abs/1904.00962).
+
+    Examples:
+        >>> import torch
+        >>> from lawn import LAMBLAWN
+        >>> w = torch.nn.Parameter(torch.tensor([[1.0, 0.0]]))
+        >>> optimizer = LAMBLAWN([w], lr=0.1, free_steps=0)
+        >>> w.grad = torch.tensor([[0.0, -1.0]])
+        >>> optimizer.step()
+        >>> w  # turned by atan(0.1)
+        Parameter containing:
+        tensor([[0.9950, 0.0995]], requires_grad=True)
     """
 
     def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         lamb(self, group, params, group["weight_decay"], float("inf"), True)
 
-    def _constrained_update(self, part: GroupUpdate) -> Tensor | None:
-        return self._constrained_adam(part, trust=True)
+    def _constrained_update(self, group_update: GroupUpdate) -> Tensor | None:
+        return self._constrained_adam(group_update, trust=True)
 
 
 def lamb(
@@ -96,7 +178,7 @@ def lamb(
     max_trust: float,
     trust_vectors: bool,
 ) -> None:
-    """One step of LAMB on parameters that have a gradient."""
+    """Apply one step of LAMB to parameters that have gradients."""
     first, second, steps = moments(optimizer, params, group)
     ndims = [p.ndim for p in params]
     first, second, grads, params = map(real, (first, second, gradients(params), params))
@@ -105,7 +187,7 @@ def lamb(
     torch._foreach_lerp_(first, grads, 1 - beta1)
     torch._foreach_mul_(second, beta2)
     torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-    counts = [step.item() for step in steps]  # kept on the host: no synchronization
+    counts = [step.item() for step in steps]  # on the host, so this does not wait for the device
     roots = torch._foreach_sqrt(torch._foreach_div(second, [1 - beta2**t for t in counts]))
     torch._foreach_add_(roots, group["eps"])
     torch._foreach_mul_(roots, [1 - beta1**t for t in counts])

@@ -1,9 +1,7 @@
-"""Which parameters LAWN constrains: parameter groups for its optimizers, made from a model.
+"""Param groups for LAWN optimizers: functions that choose which weights of a model are constrained.
 
-Each function returns groups with the keys `params`, `constrain` and, where biases are included, `blocks`; together
-they hold every trainable parameter once. "Weights" are trainable parameters with two or more dimensions. With
-`include_bias` the bias of a linear or convolutional layer shares one norm with the layer's constrained weight, as if
-it were a column of it; all other parameters with one dimension stay free.
+Each function returns groups with the keys `params`, `constrain` and, with `include_bias`, `blocks`. Together the groups
+hold each trainable parameter once. "Weights" are trainable parameters with two or more dimensions.
 """
 
 import re
@@ -14,15 +12,42 @@ from torch import Tensor, nn
 
 _DIMS = (1, 2, 3)
 _LINEAR: set[type] = {nn.Linear} | {getattr(nn, f"Conv{t}{d}d") for t in ("", "Transpose") for d in _DIMS}
-# f(a x) = a f(x) for a > 0. A dropout is so for each mask, a PReLU for each slope (which stays free).
+# Positively homogeneous: f(a x) = a f(x) for a > 0. Dropout is so for each mask, PReLU for each slope.
 _HOMOGENEOUS: set[type] = {nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout}
 _HOMOGENEOUS |= {getattr(nn, name.format(d)) for name in ("Dropout{}d", "ZeroPad{}d") for d in _DIMS}
 _HOMOGENEOUS |= {getattr(nn, f"{pool}Pool{d}d") for pool in ("Max", "Avg", "AdaptiveMax", "AdaptiveAvg") for d in _DIMS}
 _CONTAINERS: set[type] = {nn.Sequential, nn.ModuleList, nn.ModuleDict}
 
 
-def everything(model: nn.Module, *, include_bias: bool = False) -> list[dict[str, Any]]:
-    """Constrain all weights, embeddings among them. Raises ValueError when there are none."""
+def all_weights(model: nn.Module, *, include_bias: bool = False) -> list[dict[str, Any]]:
+    """Constrain all weights, including embeddings.
+
+    Args:
+        model: model whose parameters are grouped.
+        include_bias: whether the bias of a linear or convolutional layer shares one norm with the layer's weight, as a
+            further column of it. Other parameters with fewer than two dimensions always stay free.
+
+    Returns:
+        A group of constrained parameters and, if there are any, a group of free ones.
+
+    Raises:
+        ValueError: if the model has no weights.
+
+    References:
+        Gupta et al. 2021, section 3, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
+
+    Examples:
+        >>> from torch import nn
+        >>> from lawn import AdamLAWN
+        >>> from lawn.optim import param_groups
+        >>> model = nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+        >>> constrained, free = param_groups.all_weights(model)
+        >>> [tuple(p.shape) for p in constrained["params"]]
+        [(5, 4), (2, 4)]
+        >>> [tuple(p.shape) for p in free["params"]]
+        [(4,), (4,), (2,)]
+        >>> optimizer = AdamLAWN([constrained, free], free_steps=1000)
+    """
     weights = _named_weights(model).values()
     if not weights:
         raise ValueError("nothing to constrain: no trainable parameter with two or more dimensions")
@@ -30,18 +55,38 @@ def everything(model: nn.Module, *, include_bias: bool = False) -> list[dict[str
 
 
 def final_homogeneous(model: nn.Module, *, include_bias: bool = False) -> list[dict[str, Any]]:
-    """Constrain only the final homogeneous sub-network (paper section 3, "fhsn").
+    """Constrain the weights of the final homogeneous sub-network only.
 
-    That is the longest run of modules at the end of `model` of which each is positively homogeneous: linear and
-    convolutional layers, ReLU, LeakyReLU and PReLU, max and average pooling, flattening, zero padding, dropout.
-    Anything else ends it: normalization, embeddings, other activations, attention, a module of the user's own that
-    contains no others (subclasses of the known ones too: they may compute something else), parametrized weights.
+    The sub-network is the longest sequence of positively homogeneous modules at the end of the model: linear and
+    convolutional layers, ReLU, LeakyReLU and PReLU, max and average pooling, flattening, zero padding and dropout. All
+    other modules end it: normalization, embeddings, other activations, attention, modules with parametrized weights,
+    and custom modules without children (also subclasses of the known ones, which may compute something else).
 
-    It is read off the module tree in the order of registration, containers opened. What `forward` does by function
-    calls (`F.gelu`, a skip connection) or in another order is not seen: use `matching` there. Parameters that a
-    container holds itself count as used before its children.
+    The modules are found in the order of registration; containers are opened. Function calls in `forward` (`F.gelu`, a
+    skip connection) and another order of calls are not detected; use `matching` for such models. Parameters of a
+    container itself are taken to come before its children.
 
-    Raises ValueError when the sub-network has no trainable linear or convolutional layer.
+    Args:
+        model: model whose parameters are grouped.
+        include_bias: whether the bias of a layer shares one norm with the layer's constrained weight, as a further
+            column of it. Other parameters with fewer than two dimensions always stay free.
+
+    Returns:
+        A group of constrained parameters and, if there are any, a group of free ones.
+
+    Raises:
+        ValueError: if the sub-network has no trainable linear or convolutional layer.
+
+    References:
+        Gupta et al. 2021, section 3 ("fhsn"), [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
+
+    Examples:
+        >>> from torch import nn
+        >>> from lawn.optim import param_groups
+        >>> model = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> constrained, free = param_groups.final_homogeneous(model)
+        >>> [tuple(p.shape) for p in constrained["params"]]
+        [(3, 4), (2, 3)]
     """
     weights: list[Tensor] = []
     last = "the start of the model"
@@ -60,9 +105,28 @@ def final_homogeneous(model: nn.Module, *, include_bias: bool = False) -> list[d
 def matching(
     model: nn.Module, pattern: str | re.Pattern[str] | Iterable[str | re.Pattern[str]], *, include_bias: bool = False
 ) -> list[dict[str, Any]]:
-    """Constrain the weights in whose qualified name (one of them, if tied) a pattern is found by `re.search`.
+    """Constrain the weights whose qualified names match a regular expression.
 
-    `pattern` is one regular expression or several. Raises ValueError naming a pattern that finds no weight.
+    Args:
+        model: model whose parameters are grouped.
+        pattern: one regular expression or several. `re.search` looks for them in each name of a weight; a tied weight
+            has several names.
+        include_bias: whether the bias of a linear or convolutional layer shares one norm with the layer's constrained
+            weight, as a further column of it. Other parameters with fewer than two dimensions always stay free.
+
+    Returns:
+        A group of constrained parameters and, if there are any, a group of free ones.
+
+    Raises:
+        ValueError: if a pattern matches no weight, or there is no pattern.
+
+    Examples:
+        >>> from torch import nn
+        >>> from lawn.optim import param_groups
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> constrained, free = param_groups.matching(model, "^2", include_bias=True)
+        >>> [tuple(p.shape) for p in constrained["params"]], constrained["blocks"]
+        ([(2, 3), (2,)], [0, 0])
     """
     patterns = [pattern] if isinstance(pattern, str | re.Pattern) else list(pattern)
     if not patterns:
@@ -78,13 +142,13 @@ def matching(
 
 
 def _named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights under all their names: a tied one has several."""
+    """Return the weights by name; a tied weight has several names."""
     named = model.named_parameters(remove_duplicate=False)
     return {name: p for name, p in named if p.requires_grad and p.ndim >= 2}
 
 
 def _groups(model: nn.Module, weights: Iterable[Tensor], include_bias: bool) -> list[dict[str, Any]]:
-    """One group with `weights` (repeats allowed) and their biases constrained, one with all others free, if any."""
+    """Make a group that constrains `weights` (repeats are allowed) and a group of free parameters, if there are any."""
     blocks: dict[Tensor | None, int] = {}
     for w in weights:
         blocks.setdefault(w, len(blocks))
@@ -95,15 +159,15 @@ def _groups(model: nn.Module, weights: Iterable[Tensor], include_bias: bool) -> 
                 if weight in blocks and bias is not None and bias.requires_grad:
                     blocks.setdefault(bias, blocks[weight])
     trainable = [p for p in model.parameters() if p.requires_grad]
-    bound: dict[str, Any] = {"params": [p for p in trainable if p in blocks], "constrain": True}
+    constrained: dict[str, Any] = {"params": [p for p in trainable if p in blocks], "constrain": True}
     if include_bias:
-        bound["blocks"] = [blocks[p] for p in bound["params"]]
+        constrained["blocks"] = [blocks[p] for p in constrained["params"]]
     free = {"params": [p for p in trainable if p not in blocks], "constrain": False}
-    return [bound, free] if free["params"] else [bound]
+    return [constrained, free] if free["params"] else [constrained]
 
 
 def _leaves(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Modules that do the work, in order; one that is registered twice comes twice (`named_modules` drops repeats)."""
+    """Yield modules without children or with own parameters, in order; `named_modules` would omit repeated ones."""
     children = [(key, child) for key, child in module._modules.items() if child is not None]
     if module._parameters or (not children and type(module) not in _CONTAINERS):
         yield name or "the model itself", module

@@ -1,7 +1,4 @@
-"""Algorithm 1 of the paper, line by line in float64: the oracle that the optimizers are tested against.
-
-Never used in training. One weight after the other, no attention to speed or memory.
-"""
+"""Algorithm 1 of the paper line by line, as a reference for tests of the optimizers."""
 
 from dataclasses import dataclass, field
 
@@ -11,10 +8,23 @@ from torch import Tensor
 
 @dataclass
 class ReferenceLAWN:
-    """LAWN on `rule` "sgd", "adam" or "lamb", without weight decay. `weights` are float64 and replaced at each step.
+    """LAWN with the update rule of SGD, Adam or LAMB, without weight decay.
 
-    A weight with two or more dimensions is constrained once `free_steps` steps are done; the others stay free.
-    For LAMB the trust ratio ||w|| / ||r|| multiplies the update r after its projection (You et al. 2020).
+    Weights with two or more dimensions are constrained after `free_steps` steps. For LAMB the trust ratio ||w|| / ||r||
+    multiplies the update r after its projection.
+
+    Attributes:
+        rule: "sgd", "adam" or "lamb".
+        weights: float64 tensors, replaced in each step.
+        lr: learning rate.
+        free_steps: number of steps before the switch.
+        betas: decay rates of the moments.
+        eps: added to the square root of the second moment.
+        momentum: heavy-ball coefficient of SGD.
+        t: number of steps so far.
+        m: first moments or momentum buffers.
+        v: second moments.
+        c: fixed norms; None for free weights.
     """
 
     rule: str
@@ -30,6 +40,11 @@ class ReferenceLAWN:
     c: list[Tensor | None] = field(default_factory=list)
 
     def step(self, grads: list[Tensor]) -> None:
+        """Update all weights.
+
+        Args:
+            grads: gradient of each weight.
+        """
         if self.t == 0:
             self.m = [torch.zeros_like(w) for w in self.weights]
             self.v = [torch.zeros_like(w) for w in self.weights]

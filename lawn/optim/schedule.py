@@ -1,4 +1,4 @@
-"""The learning rate schedule of all the paper's runs, and the one for optimizers that want no decay."""
+"""Learning rate schedules with linear warmup."""
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -6,10 +6,30 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 class LinearWarmup(LRScheduler):
-    """Linear warmup to each group's initial lr (the peak), which then stays.
+    """Linear warmup to the initial learning rate of each param group, which then stays constant.
 
-    Call `step()` after every optimizer step. Update t (from 0) uses the peak times (t + 1) / (warmup_steps + 1) during
-    warmup: the first update is not wasted on lr = 0.
+    Update t (from 0) uses the initial learning rate times (t + 1) / (warmup_steps + 1) during warmup, so the first
+    update has a positive learning rate. Call `step` after each step of the optimizer.
+
+    Args:
+        optimizer: optimizer whose learning rates are scheduled.
+        warmup_steps: number of updates below the initial learning rate.
+
+    Raises:
+        ValueError: if `warmup_steps` is negative.
+
+    Examples:
+        >>> import torch
+        >>> from lawn.optim import LinearWarmup
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+        >>> schedule = LinearWarmup(optimizer, warmup_steps=1)
+        >>> for _ in range(3):
+        ...     print(schedule.get_last_lr())
+        ...     optimizer.step()
+        ...     schedule.step()
+        [0.5]
+        [1.0]
+        [1.0]
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int) -> None:
@@ -19,19 +39,57 @@ class LinearWarmup(LRScheduler):
         super().__init__(optimizer)
 
     def factor(self, t: int) -> float:
-        """Share of the peak that update t (from 0) uses."""
+        """Compute the factor of the initial learning rate for update t (from 0).
+
+        Args:
+            t: index of the update.
+
+        Returns:
+            A factor in [0, 1].
+        """
         return min(1.0, (t + 1) / (self.warmup_steps + 1))
 
     def get_lr(self) -> list[float | Tensor]:
+        """Compute the learning rate of each param group for the next update.
+
+        Returns:
+            One learning rate for each group.
+        """
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
 
 
 class LinearWarmupDecay(LinearWarmup):
-    """Linear warmup to each group's initial lr (the peak), then linear decay to zero (paper section 3).
+    """Linear warmup to the initial learning rate of each param group, then linear decay to zero.
 
-    After the warmup, update t of `total_steps` uses the peak times (total_steps - t) / (total_steps - warmup_steps):
-    the peak is reached, and the rate is exactly 0 once the last update is done. The schedule does not restart when
-    LAWN switches phase.
+    After warmup, update t (from 0) uses the initial learning rate times (total_steps - t) / (total_steps -
+    warmup_steps). The learning rate is exactly zero after the last update. The schedule does not restart when LAWN
+    switches phase. Call `step` after each step of the optimizer.
+
+    Args:
+        optimizer: optimizer whose learning rates are scheduled.
+        warmup_steps: number of updates of the warmup.
+        total_steps: number of all updates.
+
+    Raises:
+        ValueError: unless 0 <= warmup_steps < total_steps.
+
+    References:
+        Gupta et al. 2021, section 3, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
+
+    Examples:
+        >>> import torch
+        >>> from lawn import LinearWarmupDecay
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+        >>> schedule = LinearWarmupDecay(optimizer, warmup_steps=1, total_steps=5)
+        >>> for _ in range(5):
+        ...     print(schedule.get_last_lr())
+        ...     optimizer.step()
+        ...     schedule.step()
+        [0.5]
+        [1.0]
+        [0.75]
+        [0.5]
+        [0.25]
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int, total_steps: int) -> None:

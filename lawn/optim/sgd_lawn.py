@@ -4,32 +4,62 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
-from lawn.optim import update
+from lawn.optim import dispatch, update
 from lawn.optim.base import LAWNOptimizer
-from lawn.optim.phase import GroupUpdate, fitting, gradients
+from lawn.optim.phase import GroupUpdate, check_shapes, gradients
 
 
 class SGDLAWN(LAWNOptimizer):
-    """SGD with momentum in the free phase, projected SGD on fixed weight norms after it.
+    """SGD-LAWN: SGD with momentum in the free phase, projected SGD on fixed weight norms after it.
+
+    The free phase is torch's SGD, bit for bit. At the switch the norm c of each weight with two or more dimensions is
+    fixed. From then on an update of a weight w with gradient g is
+
+        g <- g - w (w.g) / c^2
+        b <- momentum b + g
+        r <- b - w (w.b) / c^2
+        w <- w - lr r
+        w <- c w / ||w||
+
+    Other parameters keep SGD's update.
+
+    LAWN replaces weight decay. Only groups with `constrain=False` may have `weight_decay`, which is added to the
+    gradient, as in torch's SGD.
 
     Args:
-        params: parameters or parameter groups.
+        params: parameters, named parameters or param groups, of any shapes.
         lr: learning rate eta.
         momentum: heavy-ball coefficient; 0 for plain SGD.
-        free_steps: updates before the switch; 0 constrains from the start, None waits for `constrain()`.
-        fused: compiled constrained update on the CPU; None where it is possible, False never.
+        free_steps: number of updates before the switch; 0 constrains from the start, None waits for `constrain`.
+        fused: whether compiled code may be used: None where it is available, True with a warning where it cannot be
+            built, False never.
 
-    The free phase is torch's own SGD, bit for bit. A constrained update, for each weight w with norm c:
-        g <- g - w (w.g) / c^2;  b <- momentum b + g;  r = b - w (w.b) / c^2;  w <- w - lr r, rescaled to ||w|| = c.
+    Raises:
+        ValueError: if a hyperparameter is out of range, or a param group has an unsupported key or weight decay on
+            constrained parameters.
+        TypeError: if parameters are sharded (FSDP, tensor parallelism).
 
-    A param group with constrain=False may have `weight_decay`, added to the gradient as in torch's SGD (L2).
+    References:
+        Gupta et al. 2021, section 3, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
+
+    Examples:
+        >>> import torch
+        >>> from lawn import SGDLAWN
+        >>> w = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+        >>> optimizer = SGDLAWN([w], lr=0.1, momentum=0.0, free_steps=0)
+        >>> w.grad = torch.tensor([[-1.0, 7.0]])
+        >>> optimizer.step()  # the tangent component of the gradient is [-4, 3]
+        >>> w
+        Parameter containing:
+        tensor([[3.3831, 3.6816]], requires_grad=True)
     """
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         momentum: float = 0.9,
         *,
@@ -41,11 +71,11 @@ class SGDLAWN(LAWNOptimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum}, free_steps, fused)
 
     def _state_of(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
-        """Momentum buffers."""
+        """Return the momentum buffers; initialize what is missing."""
         for p in params:
-            if self.state[p].get("momentum_buffer") is None:  # torch's SGD has None where there is no momentum
+            if self.state[p].get("momentum_buffer") is None:  # torch's SGD stores None without momentum
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        return fitting(group, params, [self.state[p]["momentum_buffer"] for p in params])
+        return check_shapes(group, params, [self.state[p]["momentum_buffer"] for p in params])
 
     def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         buffers: list[Tensor | None] = [*self._state_of(group, params)]
@@ -61,8 +91,8 @@ class SGDLAWN(LAWNOptimizer):
             maximize=False,
         )
 
-    def _constrained_update(self, part: GroupUpdate) -> Tensor | None:
-        group = part.group
-        buffers = self._state_of(group, part.params)
-        blocks = update.Blocks(part.params, part.sizes, part.norms, gradients(part.params), buffers, [])
-        return update.sgd(blocks, lr=group["lr"], momentum=group["momentum"], fused=group["fused"])
+    def _constrained_update(self, group_update: GroupUpdate) -> Tensor | None:
+        group, params = group_update.group, group_update.params
+        buffers = self._state_of(group, params)
+        blocks = update.Blocks(params, group_update.sizes, group_update.norms, gradients(params), buffers)
+        return dispatch.backend(blocks, group["fused"]).sgd(blocks, lr=group["lr"], momentum=group["momentum"])

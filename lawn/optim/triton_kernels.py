@@ -1,8 +1,8 @@
-"""The constrained updates on a GPU: all blocks of a parameter group in five kernel launches (six for the wrapper).
+"""Triton kernels of the constrained updates; `lawn.optim.update` documents the functions.
 
-A table of addresses stands for the tensors; a program works on one chunk of one tensor. Sums go to one row for each
-chunk and are added up by one program for each block, always in the same order: runs repeat bit for bit. Nothing is
-read back by the host.
+An update of all blocks of a param group takes five kernel launches (six for the wrapper). The kernels read the tensors
+through a table of addresses, and each program processes one chunk of one tensor. Each chunk's sums form a row, and one
+program per block adds the rows in a fixed order, so runs are reproducible bit for bit. The host reads nothing back.
 """
 
 from collections.abc import Callable
@@ -17,19 +17,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lawn.optim.cache import find_for_triton
+from lawn.optim.cache import ensure_triton_cache
 from lawn.optim.update import Blocks
 
 CHUNK = 4096
-TILE = 1024  # rows of sums that a block's program adds at a time
+TILE = 1024  # rows of sums that a program adds at a time
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-find_for_triton()
+ensure_triton_cache()
 
 
 @triton.jit
-def _place(layout, numels, program, CHUNK: tl.constexpr):
-    """Tensor of a program's chunk, its elements and which of them exist."""
+def _locate(layout, numels, program, CHUNK: tl.constexpr):
+    """Return the tensor of a program's chunk, the indices of its elements, and a mask of those that exist."""
     tensor = tl.load(layout + 2 * program)
     at = tl.load(layout + 2 * program + 1) + tl.arange(0, CHUNK)
     return tensor, at, at < tl.load(numels + tensor)
@@ -38,7 +38,7 @@ def _place(layout, numels, program, CHUNK: tl.constexpr):
 @triton.jit
 def _gradient_sums(table, layout, numels, sums, DTYPE: tl.constexpr, CHUNK: tl.constexpr):
     program = tl.program_id(0)
-    tensor, at, there = _place(layout, numels, program, CHUNK)
+    tensor, at, there = _locate(layout, numels, program, CHUNK)
     w = tl.load(tl.load(table + 4 * tensor).to(tl.pointer_type(DTYPE)) + at, there, 0.0).to(tl.float32)
     g = tl.load(tl.load(table + 4 * tensor + 1).to(tl.pointer_type(DTYPE)) + at, there, 0.0).to(tl.float32)
     tl.store(sums + 3 * program, tl.sum(w * w))
@@ -63,7 +63,7 @@ def _moments(
     ADAM: tl.constexpr, DTYPE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    tensor, at, there = _place(layout, numels, program, CHUNK)
+    tensor, at, there = _locate(layout, numels, program, CHUNK)
     block = tl.load(owners + tensor)
     w = tl.load(tl.load(table + 4 * tensor).to(tl.pointer_type(DTYPE)) + at, there, 0.0).to(tl.float32)
     g = tl.load(tl.load(table + 4 * tensor + 1).to(tl.pointer_type(DTYPE)) + at, there, 0.0).to(tl.float32)
@@ -75,7 +75,7 @@ def _moments(
         second = tl.load(table + 4 * tensor + 3).to(tl.pointer_type(DTYPE)) + at
         v = beta2 * tl.load(second, there, 0.0).to(tl.float32) + rest2 * p * p
         tl.store(second, v.to(DTYPE), there)
-        # What is stored is what the move reads: in half precision the sums must be of the rounded moments.
+        # The move reads the stored moments, so in half precision the sums use the rounded ones too.
         r = r.to(DTYPE).to(tl.float32) * tl.load(scales + 2 * block)
         r = r / (tl.sqrt(v.to(DTYPE).to(tl.float32)) * tl.load(scales + 2 * block + 1) + eps)
     else:
@@ -113,7 +113,7 @@ def _move(
     ADAM: tl.constexpr, DTYPE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    tensor, at, there = _place(layout, numels, program, CHUNK)
+    tensor, at, there = _locate(layout, numels, program, CHUNK)
     block = tl.load(owners + tensor)
     weight = tl.load(table + 4 * tensor).to(tl.pointer_type(DTYPE)) + at
     w = tl.load(weight, there, 0.0).to(tl.float32)
@@ -128,7 +128,7 @@ def _move(
 @triton.jit
 def _project(table, layout, numels, owners, along, DTYPE: tl.constexpr, CHUNK: tl.constexpr):
     program = tl.program_id(0)
-    tensor, at, there = _place(layout, numels, program, CHUNK)
+    tensor, at, there = _locate(layout, numels, program, CHUNK)
     w = tl.load(tl.load(table + 4 * tensor).to(tl.pointer_type(DTYPE)) + at, there, 0.0)
     g = tl.load(tl.load(table + 4 * tensor + 1).to(tl.pointer_type(DTYPE)) + at, there, 0.0).to(tl.float32)
     p = g - tl.load(along + tl.load(owners + tensor)) * w.to(tl.float32)
@@ -139,7 +139,7 @@ def _project(table, layout, numels, owners, along, DTYPE: tl.constexpr, CHUNK: t
 @triton.jit
 def _difference_sums(table, layout, numels, sums, DTYPE: tl.constexpr, CHUNK: tl.constexpr):
     program = tl.program_id(0)
-    tensor, at, there = _place(layout, numels, program, CHUNK)
+    tensor, at, there = _locate(layout, numels, program, CHUNK)
     w = tl.load(tl.load(table + 4 * tensor).to(tl.pointer_type(DTYPE)) + at, there, 0.0).to(tl.float32)
     before = tl.load(tl.load(table + 4 * tensor + 1).to(tl.pointer_type(DTYPE)) + at, there, 0.0).to(tl.float32)
     r = before - w
@@ -151,7 +151,7 @@ def _difference_sums(table, layout, numels, sums, DTYPE: tl.constexpr, CHUNK: tl
 @triton.jit
 def _retract(table, layout, numels, owners, coefficients, DTYPE: tl.constexpr, CHUNK: tl.constexpr):
     program = tl.program_id(0)
-    tensor, at, there = _place(layout, numels, program, CHUNK)
+    tensor, at, there = _locate(layout, numels, program, CHUNK)
     block = tl.load(owners + tensor)
     weight = tl.load(table + 4 * tensor).to(tl.pointer_type(DTYPE)) + at
     w = tl.load(weight, there, 0.0).to(tl.float32)
@@ -161,68 +161,70 @@ def _retract(table, layout, numels, owners, coefficients, DTYPE: tl.constexpr, C
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What does not change from step to step, on the device."""
+class _Layout:
+    """The division of blocks into chunks, on the device. It is the same in every step."""
 
-    layout: Tensor  # int64 [programs, 2]: tensor and first element of each program's chunk
+    chunks: Tensor  # int64 [programs, 2]: tensor and first element of each program's chunk
     numels: Tensor  # int64 [tensors]
     owners: Tensor  # int64 [tensors]: block of each tensor
-    blocks: Tensor  # int64 [blocks + 1]: the programs of block b are blocks[b] to blocks[b + 1]
+    starts: Tensor  # int64 [blocks + 1]: the programs of block b are starts[b] to starts[b + 1]
 
 
 @lru_cache(maxsize=64)
-def _layout(numels: tuple[tuple[int, ...], ...], device: torch.device) -> Layout:
-    programs: list[tuple[int, int]] = []
+def _layout(block_numels: tuple[tuple[int, ...], ...], device: torch.device) -> _Layout:
+    chunks: list[tuple[int, int]] = []
     starts, owners, tensor = [0], [], 0
-    for block, sizes in enumerate(numels):
-        for size in sizes:
-            programs += [(tensor, at) for at in range(0, size, CHUNK)]
+    for block, numels in enumerate(block_numels):
+        for numel in numels:
+            chunks += [(tensor, start) for start in range(0, numel, CHUNK)]
             owners.append(block)
             tensor += 1
-        starts.append(len(programs))
-    flat = [size for sizes in numels for size in sizes]
-    made = (torch.tensor(values, dtype=torch.int64, device=device) for values in (programs, flat, owners, starts))
-    return Layout(*made)
+        starts.append(len(chunks))
+    numels_of_all = [numel for numels in block_numels for numel in numels]
+    values = (chunks, numels_of_all, owners, starts)
+    return _Layout(*(torch.tensor(value, dtype=torch.int64, device=device) for value in values))
 
 
 class _Launch:
-    """The arguments that the kernels share, for blocks whose tensors are of one device and dtype."""
+    """The grids and arguments that kernels share, for blocks of one device and dtype."""
 
     def __init__(self, blocks: Blocks) -> None:
         like = blocks.weights[0]
         self.device, self.norms = like.device, blocks.norms
         numels = [w.numel() for w in blocks.weights]
         ends = accumulate(blocks.sizes)
-        owned = tuple(tuple(numels[end - size : end]) for size, end in zip(blocks.sizes, ends, strict=True))
-        self.fixed = _layout(owned, like.device)
+        block_numels = tuple(tuple(numels[end - size : end]) for size, end in zip(blocks.sizes, ends, strict=True))
+        self.layout = _layout(block_numels, like.device)
         lists = [[t.data_ptr() for t in tensors] for tensors in blocks.lists]
         lists += [[0] * len(numels)] * (4 - len(lists))
         table = upload(torch.tensor(lists, dtype=torch.int64, device="cpu").T.contiguous(), like.device)
-        self.chunks, self.each = (len(self.fixed.layout),), (len(blocks.sizes),)
-        self.where = (table, self.fixed.layout, self.fixed.numels)
-        self.kind = {"DTYPE": DTYPES[like.dtype], "CHUNK": CHUNK}
-        self.sums = torch.empty(self.chunks[0], 3, device=like.device)
-        self.zero = torch.empty(self.each[0], dtype=torch.int8, device=like.device)
+        self.chunk_grid, self.block_grid = (len(self.layout.chunks),), (len(blocks.sizes),)
+        self.tensors = (table, self.layout.chunks, self.layout.numels)
+        self.constants = {"DTYPE": DTYPES[like.dtype], "CHUNK": CHUNK}
+        self.sums = torch.empty(self.chunk_grid[0], 3, device=like.device)
+        self.zero = torch.empty(self.block_grid[0], dtype=torch.int8, device=like.device)
 
     def gradient_along(self) -> Tensor:
-        """w.g / w.w of each block, for the first two lists."""
-        along = torch.empty(self.each[0], device=self.device)
-        _gradient_sums[self.chunks](*self.where, self.sums, **self.kind)
-        _gradient_along[self.each](self.sums, self.fixed.blocks, along, TILE=TILE)
+        """Compute w.g / w.w of each block from the first two lists: [blocks]."""
+        along = torch.empty(self.block_grid[0], device=self.device)
+        _gradient_sums[self.chunk_grid](*self.tensors, self.sums, **self.constants)
+        _gradient_along[self.block_grid](self.sums, self.layout.starts, along, TILE=TILE)
         return along
 
     def coefficients(self, lr: float | Tensor, trust: bool) -> Tensor:
-        """What each block keeps of w and takes of r, from the sums: [blocks, 2]."""
-        made = torch.empty(self.each[0], 2, device=self.device)
+        """Compute the factors of w and r in the update from the sums: [blocks, 2]."""
+        result = torch.empty(self.block_grid[0], 2, device=self.device)
         full = torch.full((), float(lr), device=self.device) if not isinstance(lr, Tensor) else lr
         rate = full.to(self.device, torch.float32)
-        radii = upload(torch.tensor(self.norms, dtype=torch.float32, device="cpu"), self.device)
-        _coefficients[self.each](self.sums, self.fixed.blocks, radii, rate, made, self.zero, TRUST=trust, TILE=TILE)
-        return made
+        norms = upload(torch.tensor(self.norms, dtype=torch.float32, device="cpu"), self.device)
+        _coefficients[self.block_grid](
+            self.sums, self.layout.starts, norms, rate, result, self.zero, TRUST=trust, TILE=TILE
+        )
+        return result
 
 
-def _where_they_are(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Launch on the device of the blocks, which need not be the current one."""
+def _on_device_of_blocks(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Launch kernels on the device of the blocks, which need not be the current device."""
 
     @wraps(function)
     def launched(blocks: Blocks, *arguments: Any, **keys: Any) -> Any:
@@ -233,53 +235,67 @@ def _where_they_are(function: Callable[..., Any]) -> Callable[..., Any]:
     return launched
 
 
-@_where_they_are
-def step(
+@_on_device_of_blocks
+def adam(
     blocks: Blocks,
-    scales: Tensor,
-    lr: float | Tensor,
+    corrections: Tensor,
     *,
-    first: tuple[float, float],
-    second: tuple[float, float],
+    lr: float | Tensor,
+    betas: tuple[float, float],
     eps: float,
+    trust: bool,
+) -> Tensor:
+    factors = betas[0], 1 - betas[0], betas[1], 1 - betas[1]
+    return _step(blocks, corrections, lr, factors, eps, adam=True, trust=trust)
+
+
+@_on_device_of_blocks
+def sgd(blocks: Blocks, *, lr: float | Tensor, momentum: float) -> Tensor:
+    corrections = torch.ones(2, len(blocks.sizes), device="cpu")
+    return _step(blocks, corrections, lr, (momentum, 1.0, 0.0, 0.0), 0.0, adam=False, trust=False)
+
+
+def _step(
+    blocks: Blocks,
+    corrections: Tensor,
+    lr: float | Tensor,
+    factors: tuple[float, float, float, float],
+    eps: float,
+    *,
     adam: bool,
     trust: bool,
 ) -> Tensor:
-    """One update of all blocks, in place; returns which of them are zero, and left as they are [blocks].
-
-    `first` and `second` are the factors of the old moment and of the new gradient; `scales` [2, blocks], on the host,
-    the bias corrections of m, and of sqrt(v).
-    """
-    on = _Launch(blocks)
-    corrections = upload(scales.T.float().contiguous(), on.device)
-    along = on.gradient_along()
-    _moments[on.chunks](
-        *on.where, on.fixed.owners, along, corrections, on.sums, *first, *second, eps, ADAM=adam, **on.kind
+    """Update all blocks. `factors` multiply the first moment, its gradient, the second moment and its gradient."""
+    launch = _Launch(blocks)
+    scales = upload(corrections.T.float().contiguous(), launch.device)
+    along = launch.gradient_along()
+    owners, constants = launch.layout.owners, launch.constants
+    _moments[launch.chunk_grid](
+        *launch.tensors, owners, along, scales, launch.sums, *factors, eps, ADAM=adam, **constants
     )
-    coefficients = on.coefficients(lr, trust)
-    _move[on.chunks](*on.where, on.fixed.owners, corrections, coefficients, eps, ADAM=adam, **on.kind)
-    return on.zero
+    coefficients = launch.coefficients(lr, trust)
+    _move[launch.chunk_grid](*launch.tensors, owners, scales, coefficients, eps, ADAM=adam, **constants)
+    return launch.zero
 
 
-@_where_they_are
+@_on_device_of_blocks
 def project(blocks: Blocks) -> None:
-    """For the wrapper, before the base optimizer's step. The lists are weights, gradients, `before` and `projected`:
-    the weights are copied to `before`, the projected gradients written to `projected`."""
-    on = _Launch(blocks)
-    _project[on.chunks](*on.where, on.fixed.owners, on.gradient_along(), **on.kind)
+    launch = _Launch(blocks)
+    _project[launch.chunk_grid](*launch.tensors, launch.layout.owners, launch.gradient_along(), **launch.constants)
 
 
-@_where_they_are
+@_on_device_of_blocks
 def retract(blocks: Blocks) -> Tensor:
-    """After it. The lists are weights and `before`: the update before - weights is projected, taken, and rescaled."""
-    on = _Launch(blocks)
-    _difference_sums[on.chunks](*on.where, on.sums, **on.kind)
-    _retract[on.chunks](*on.where, on.fixed.owners, on.coefficients(1.0, False), **on.kind)
-    return on.zero
+    launch = _Launch(blocks)
+    _difference_sums[launch.chunk_grid](*launch.tensors, launch.sums, **launch.constants)
+    _retract[launch.chunk_grid](
+        *launch.tensors, launch.layout.owners, launch.coefficients(1.0, False), **launch.constants
+    )
+    return launch.zero
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
-    """To the device without waiting for it."""
+    """Copy a host tensor to the device without waiting for the device."""
     if device.type == "cuda":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)

@@ -1,6 +1,7 @@
-"""LAWN stacked on any optimizer, through its step hooks."""
+"""LAWN on any torch optimizer, through step hooks."""
 
 import sys
+from itertools import chain
 from types import FrameType
 from typing import Any
 
@@ -8,36 +9,55 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lawn.optim import keys, phase, update
+from lawn.optim import dispatch, keys, phase, update
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.zero_check import ZeroCheck
 
-HOOKED = sys.modules[Optimizer.__module__].__file__
+OPTIMIZER_FILE = sys.modules[Optimizer.__module__].__file__  # torch runs step hooks in this file
 
 
 class LAWN:
-    """Makes `optimizer` train on fixed weight norms once constrained; it keeps its type and is stepped as before.
+    """LAWN on any torch optimizer, which keeps its type and its `step`.
+
+    In a constrained step the optimizer receives projected gradients. Its change of each weight is projected on the
+    tangent space at the weight before the step, and the result is rescaled to the weight's norm. For optimizers that
+    compute an update from the history of a weight's gradients (SGD, Adam, Lion, Muon) this is Algorithm 1. An optimizer
+    that divides its update by a norm (LAMB) computes the norm before the projection.
+
+    Phase and norms are stored in the optimizer's `state_dict`. LAWN keeps two copies of the constrained weights in
+    memory. The optimizer rounds a weight before LAWN rescales it, so bfloat16 weights keep their norms only to about
+    0.4 %, the resolution of the type; the optimizers of this package round once and are more precise. To copy or pickle
+    the pair, copy this object, because torch does not copy an optimizer's hooks.
 
     Args:
-        optimizer: any torch optimizer; its weight decay must be 0 in the groups that have constrained parameters.
-        free_steps: updates before the switch; 0 constrains from the start, None waits for `constrain()`.
-        fused: compiled projection on the CPU; None where it is possible, False never.
+        optimizer: any torch optimizer. Groups with constrained parameters must have no weight decay.
+        free_steps: number of updates before the switch; 0 constrains from the start, None waits for `constrain`.
+        fused: whether compiled code may be used: None where it is available, True with a warning where it cannot be
+            built, False never.
 
-    In a constrained step the optimizer sees the projected gradient, and what it did to each weight is projected on
-    the tangent space where the step began, then rescaled. For optimizers that update a weight from its gradient's
-    history (SGD, Adam, Lion, Muon, ...) that is Algorithm 1. One that scales its update by a norm of its own (LAMB)
-    measures it before the projection. Phase and norms are in the optimizer's own state_dict.
+    Raises:
+        TypeError: if `optimizer` has no hooks (it is not a torch optimizer), is a ZeroRedundancyOptimizer, or has
+            sharded parameters.
+        ValueError: if `optimizer` is a LAWN optimizer already, `free_steps` is invalid, or constrained parameters have
+            weight decay. The optimizer does not change then.
 
-    The optimizer rounds the weight before it is rescaled, so bfloat16 weights keep their norm only to about 0.4 %,
-    the resolution of the type; the optimizers of this package, which round once, do better.
+    References:
+        Gupta et al. 2021, section 3, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
 
-    To copy or pickle the pair, copy this object: torch's own copy of an optimizer has no hooks.
-
-    Costs two copies of the constrained weights in memory.
+    Examples:
+        >>> import torch
+        >>> from lawn import LAWN
+        >>> w = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+        >>> optimizer = torch.optim.RMSprop([w], lr=0.1)
+        >>> lawn = LAWN(optimizer, free_steps=0)
+        >>> w[0, 0].backward()
+        >>> optimizer.step()
+        >>> lawn.constrained, round(w.norm().item(), 4)
+        (True, 5.0)
     """
 
     def __init__(self, optimizer: Optimizer, free_steps: int | None = None, *, fused: bool | None = None) -> None:
-        free_steps = keys.checked_steps(free_steps)
+        free_steps = keys.check_free_steps(free_steps)
         if not hasattr(optimizer, "_optimizer_load_state_dict_post_hooks"):
             raise TypeError(
                 f"{type(optimizer).__name__} is no torch optimizer, or never initialized itself as one, and calls no "
@@ -52,7 +72,7 @@ class LAWN:
         before = [dict(group) for group in optimizer.param_groups]
         try:
             for index in range(len(before)):
-                keys.prepare(optimizer.param_groups, index, free_steps)
+                keys.add_defaults(optimizer.param_groups, index, free_steps)
         except (TypeError, ValueError):
             for group, old in zip(optimizer.param_groups, before, strict=True):
                 group.clear()
@@ -64,25 +84,25 @@ class LAWN:
         self.optimizer = optimizer
         self._free_steps = free_steps
         self._fused = fused
-        self._watch = ZeroCheck()
-        self._before: dict[Tensor, Tensor] = {}  # weights where the step began; kept, to be used again
-        self._projected: dict[Tensor, Tensor] = {}
-        self._gradients: dict[Tensor, Tensor | None] = {}  # the caller's, while the optimizer sees projected ones
-        self._parts: list[phase.GroupUpdate] | None = None  # of the step that is under way
-        self._skipped = self._dummy = False  # what that step is, if it is no update
-        self._step: FrameType | None = None  # the call of `step` that it is
-        self._inner = 0  # calls of parents' steps inside it
+        self._zero_check = ZeroCheck()
+        self._before: dict[Tensor, Tensor] = {}  # buffers of weights before the step
+        self._projected: dict[Tensor, Tensor] = {}  # buffers of projected gradients
+        self._gradients: dict[Tensor, Tensor | None] = {}  # the caller's, while projected ones are in their place
+        self._group_updates: list[phase.GroupUpdate] | None = None  # of the current step
+        self._skipped = self._dummy = False  # whether the current step is no update
+        self._step: FrameType | None = None  # frame of the current step
+        self._nested_calls = 0  # number of steps of parent classes that run inside it
         self._hooks = [
             optimizer.register_step_pre_hook(self._begin),
             optimizer.register_step_post_hook(self._end),
             optimizer.register_state_dict_pre_hook(lambda _: self._prepare_added()),
-            optimizer.register_load_state_dict_pre_hook(self._complete),
-            optimizer.register_load_state_dict_post_hook(self._restore),
+            optimizer.register_load_state_dict_pre_hook(self._complete_state_dict),
+            optimizer.register_load_state_dict_post_hook(self._load),
         ]
-        # What others do after a step finds the caller's gradients, and may clear them.
-        after: Any = optimizer._optimizer_step_post_hooks
-        after.move_to_end(self._hooks[1].id, last=False)
-        keys.restore(optimizer.state)  # where an optimizer has made its state in its constructor, or has loaded it
+        # This hook runs first, so that others find the caller's gradients and may clear them.
+        hooks: Any = optimizer._optimizer_step_post_hooks
+        hooks.move_to_end(self._hooks[1].id, last=False)
+        keys.restore_norms(optimizer.state)  # the optimizer may have state already
 
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "free_steps": self._free_steps, "fused": self._fused}
@@ -95,49 +115,56 @@ class LAWN:
 
     @property
     def constrained(self) -> bool:
-        """Whether weight norms are fixed: whether a param group is in its second phase."""
+        """Whether weight norms are fixed, that is whether a param group is in its second phase."""
         return keys.is_constrained(self.optimizer.param_groups)
 
     def constrain(self, *, again: bool = False) -> None:
-        """Fix the norm of every constrained weight at its present value; see `LAWNOptimizer.constrain`."""
+        """Fix the norm of each constrained weight at its present value; see `LAWNOptimizer.constrain`.
+
+        Args:
+            again: whether to replace norms that are fixed already.
+
+        Raises:
+            ValueError: as `LAWNOptimizer.constrain` does, and after `detach`.
+        """
         if not self._hooks:
             raise ValueError("LAWN was detached from the optimizer")
         self._prepare_added()
         phase.constrain(self.optimizer, again=again)
 
     def detach(self) -> None:
-        """Leave the optimizer as it was before, free and without what LAWN keeps in its groups and state."""
+        """Remove LAWN's hooks and keys from the optimizer, which then trains without constraints."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        keys.forget(self.optimizer)
+        keys.remove_keys(self.optimizer)
 
-    def _complete(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _complete_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._prepare_added()
-        return keys.completed(state_dict, optimizer.param_groups, list(keys.DEFAULTS))
+        return keys.complete_state_dict(state_dict, optimizer.param_groups, list(keys.DEFAULTS))
 
-    def _restore(self, optimizer: Optimizer) -> None:
-        self._watch = ZeroCheck()
-        keys.restore(optimizer.state)
+    def _load(self, optimizer: Optimizer) -> None:
+        self._zero_check = ZeroCheck()
+        keys.restore_norms(optimizer.state)
 
     def _prepare_added(self) -> None:
         groups = self.optimizer.param_groups
         for index, group in enumerate(groups):
             if "switched" not in group:
-                keys.prepare(groups, index, self._free_steps)
+                keys.add_defaults(groups, index, self._free_steps)
 
     @torch._disable_dynamo  # torch.compiler.disable would import the compiler at once
     def _begin(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        if self._is_inner():
-            self._inner += 1
+        if self._is_nested():
+            self._nested_calls += 1
             return None
-        self._give_back()  # a step that raised may have left projected gradients
-        self._parts = None
-        # GradScaler leaves it to a fused optimizer to skip a step that has overflowed.
+        self._restore_gradients()  # after a step that raised
+        self._group_updates = None
+        # GradScaler expects a fused optimizer to skip a step whose gradients overflowed.
         found_inf = getattr(self.optimizer, "found_inf", None)
         self._skipped = found_inf is not None and bool(found_inf.item())
         self._dummy = phase.is_dummy(self.optimizer)
-        phase.refuse_capture()
+        phase.check_capture()
         self._prepare_added()
         if self._skipped or self._dummy:
             return None
@@ -146,8 +173,8 @@ class LAWN:
             self._project()
             return None
 
-        def projecting() -> Any:  # the gradients come into being inside the step
-            self._give_back()
+        def projecting() -> Any:  # the closure computes the gradients inside the step
+            self._restore_gradients()
             loss = closure()
             self._project()
             return loss
@@ -159,74 +186,81 @@ class LAWN:
     @torch._disable_dynamo
     @torch.no_grad()
     def _project(self) -> None:
-        """Show the optimizer projected gradients. Each evaluation of a closure has its own; the step begins where the
-        first one is made."""
-        first = self._parts is None
+        """Replace gradients by projected ones.
+
+        A closure may run several times in a step. The first call stores the weights before the step.
+        """
+        first = self._group_updates is None
         if first:
-            self._parts = self._watch.begin(self.optimizer)
-        for part in [kind for whole in self._parts or [] for kind in whole.kinds()]:
-            grads = phase.gradients(part.params)
-            before = self._scratch(self._before, part.params) if first else list(map(torch.empty_like, part.params))
-            projected = self._scratch(self._projected, grads, part.params)
-            blocks = update.Blocks(part.params, part.sizes, part.norms, grads, [], [])
-            update.project(blocks, before, projected, self._fused)
-            for p, tangent in zip(part.params, projected, strict=True):
+            self._group_updates = self._zero_check.begin(self.optimizer)
+        group_updates = self._group_updates or []
+        for single in chain.from_iterable(group.split_by_device_and_dtype() for group in group_updates):
+            params = single.params
+            grads = phase.gradients(params)
+            before = self._buffers(self._before, params, params) if first else list(map(torch.empty_like, params))
+            projected = self._buffers(self._projected, params, grads)
+            blocks = update.Blocks(params, single.sizes, single.norms, grads, before, projected)
+            dispatch.backend(blocks, self._fused).project(blocks)
+            for p, tangent in zip(params, projected, strict=True):
                 self._gradients[p] = p.grad
                 p.grad = tangent
 
     @torch._disable_dynamo
     @torch.no_grad()
     def _end(self, *arguments: Any) -> None:
-        if self._inner:
-            self._inner -= 1
+        if self._nested_calls:
+            self._nested_calls -= 1
             return
         self._step = None
         state = self.optimizer.state
         if self._dummy:
             for p in (p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None):
                 state[p].setdefault(keys.NORM, 0.0)
-        seen = []
-        for index, part in enumerate(self._parts or []):
-            for kind in part.kinds():
-                blocks = update.Blocks(kind.params, kind.sizes, kind.norms, [], [], [])
-                before = [self._before[p] for p in kind.params]
-                seen.append((kind, index, update.retract(blocks, before, self._fused)))
-            part.record(state)
-        self._give_back()
-        for kind, index, zero in seen:
-            self._watch.look(kind, index, zero)
+        results = []
+        for index, group_update in enumerate(self._group_updates or []):
+            for single in group_update.split_by_device_and_dtype():
+                before = [self._before[p] for p in single.params]
+                blocks = update.Blocks(single.params, single.sizes, single.norms, first=before)
+                results.append((single, index, dispatch.backend(blocks, self._fused).retract(blocks)))
+            group_update.record(state)
+        self._restore_gradients()
+        for single, index, zero in results:
+            self._zero_check.check(single, index, zero)
 
-    def _is_inner(self) -> bool:
-        """Whether this is the `step` of a parent class, which torch hooks as well, called by the one that is under way.
-        One that has raised is no longer under way."""
-        call = _call_of_step()
+    def _is_nested(self) -> bool:
+        """Whether the current step calls the `step` of a parent class, for which torch runs hooks as well.
+
+        A step that has raised is not current.
+        """
+        call = _frame_of_step()
         frame: FrameType | None = sys._getframe()
         while self._step is not None and frame is not None:
             if frame is self._step and frame is not call:
                 return True
             frame = frame.f_back
-        self._step, self._inner = call, 0
+        self._step, self._nested_calls = call, 0
         return False
 
     @staticmethod
-    def _scratch(kept: dict[Tensor, Tensor], like: list[Tensor], of: list[Tensor] | None = None) -> list[Tensor]:
-        """Tensors like these, one for each parameter, used again as long as they fit."""
-        for p, t in zip(of or like, like, strict=True):
-            old = kept.get(p)
+    def _buffers(buffers: dict[Tensor, Tensor], params: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+        """Return a buffer for each parameter with the format of `like`; allocate those that are missing or differ."""
+        for p, t in zip(params, like, strict=True):
+            old = buffers.get(p)
             if old is None or old.shape != t.shape or old.dtype != t.dtype or old.device != t.device:
-                kept[p] = torch.empty_like(t)
-        return [kept[p] for p in of or like]
+                buffers[p] = torch.empty_like(t)
+        return [buffers[p] for p in params]
 
-    def _give_back(self) -> None:
+    def _restore_gradients(self) -> None:
+        """Put the caller's gradients back."""
         for p, grad in self._gradients.items():
-            if p.grad is self._projected.get(p):  # else the caller has put another there since
+            if p.grad is self._projected.get(p):  # unless the caller has replaced it
                 p.grad = grad
         self._gradients.clear()
 
 
-def _call_of_step() -> FrameType | None:
-    """The call of torch's that runs the hooks of a step, this one of them."""
+def _frame_of_step() -> FrameType | None:
+    """Return the frame in which torch runs the hooks of a step."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename != HOOKED:
+    while frame is not None and frame.f_code.co_filename != OPTIMIZER_FILE:
         frame = frame.f_back
     return frame

@@ -1,4 +1,4 @@
-"""Looks for constrained weights that have become zero, without waiting for a device."""
+"""Detects constrained weights that have become zero, without waiting for the device."""
 
 from typing import TYPE_CHECKING
 
@@ -12,34 +12,43 @@ from lawn.optim import phase
 
 
 class ZeroCheck:
-    """What an optimizer remembers from one update to the next beside its state: what it has still to look at."""
+    """Checks the masks of zero blocks that constrained updates return.
+
+    A mask on a GPU is copied to the host asynchronously and checked at the start of a later step.
+    """
 
     def __init__(self) -> None:
-        self._known: set[tuple[Tensor, ...]] = set()  # blocks whose norms are known to be theirs
-        self._sent: list[tuple[phase.GroupUpdate, int, Tensor, torch.cuda.Event]] = []
+        self._known: set[tuple[Tensor, ...]] = set()  # see `phase.begin_step`
+        self._pending: list[tuple[phase.GroupUpdate, int, Tensor, torch.cuda.Event]] = []
 
     def begin(self, optimizer: "Optimizer") -> list[phase.GroupUpdate]:
-        """`phase.begin`. Raises ValueError for a weight that earlier updates have found to be zero."""
-        for part, index, zero, arrived in self._sent:
-            if arrived.query():
-                refuse(part, index, zero)
-        self._sent = [sent for sent in self._sent if not sent[-1].query()]
-        return phase.begin(optimizer, self._known)
+        """Begin a step as `phase.begin_step` does. Raises ValueError for a weight that an earlier step found zero."""
+        for group_update, index, zero, copied in self._pending:
+            if copied.query():
+                _check_zero(group_update, index, zero)
+        self._pending = [entry for entry in self._pending if not entry[-1].query()]
+        return phase.begin_step(optimizer, self._known)
 
-    def look(self, part: phase.GroupUpdate, index: int, zero: Tensor | None) -> None:
-        """Raise ValueError if a block is zero: now, or on a GPU in one of the next updates."""
+    def check(self, group_update: phase.GroupUpdate, index: int, zero: Tensor | None) -> None:
+        """Raise ValueError if a block is zero; on a GPU a later `begin` raises it.
+
+        Args:
+            group_update: the constrained parameters of one update.
+            index: index of their param group.
+            zero: mask [blocks] of blocks that are zero; None if there are none.
+        """
         if zero is None:
             return
         if zero.is_cuda:
-            sent = torch.empty(zero.shape, dtype=zero.dtype, device="cpu", pin_memory=True)
-            sent.copy_(zero, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record(torch.cuda.current_stream(zero.device))
-            self._sent.append((part, index, sent, arrived))
+            host = torch.empty(zero.shape, dtype=zero.dtype, device="cpu", pin_memory=True)
+            host.copy_(zero, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record(torch.cuda.current_stream(zero.device))
+            self._pending.append((group_update, index, host, copied))
         else:
-            refuse(part, index, zero)
+            _check_zero(group_update, index, zero)
 
 
-def refuse(part: phase.GroupUpdate, index: int, zero: Tensor) -> None:
+def _check_zero(group_update: phase.GroupUpdate, index: int, zero: Tensor) -> None:
     if zero.any():
-        phase.refuse_zero(part, index, int(zero.nonzero()[0]))
+        phase.raise_zero(group_update, index, int(zero.nonzero()[0]))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lawn.config import TrainConfig
-from lawn.optim import LAWNOptimizer, update
+from lawn.optim import LAWNOptimizer, dispatch
 from lawn.train.progress import echo
 
 WORTH_COMPILING = 1000  # updates: fewer may not make up for the time of compiling
@@ -84,10 +84,10 @@ def constrained_step(optimizer: Optimizer) -> dict[str, str]:
     if not isinstance(optimizer, LAWNOptimizer):
         return {}
     group = optimizer.param_groups[0]
-    code, problem = update.code(group["params"][0], group["fused"])
+    backend, problem = dispatch.backend_of(group["params"][0], group["fused"])
     if problem:
         echo(f"warning: constrained steps are not compiled, so they are slower and round otherwise: {problem}")
-    return {"constrained_step": code}
+    return {"constrained_step": backend}
 
 
 def _keep_freed_memory() -> None:

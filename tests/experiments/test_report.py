@@ -371,9 +371,8 @@ def test_a_record_that_is_not_what_it_says_is_refused(results, part):
 @pytest.mark.parametrize("name", [*EXPERIMENTS, *SIMULATIONS])
 def test_committed_results_are_those_of_the_records(name, tmp_path, monkeypatch):
     """Every number of a committed page, and of its blocks in other pages, is computed again; no figure is drawn."""
-    for drawing in ("draw", "save"):
-        monkeypatch.setattr(report, drawing, lambda *_: None)
-    page: report.AnyPage = (
+    monkeypatch.setattr(report, "save", lambda *_: None)
+    page = (
         simulation_page(SIMULATIONS[name], ROOT / "results")
         if name in SIMULATIONS
         else report.page_of(EXPERIMENTS[name], Store(ROOT / "results"))

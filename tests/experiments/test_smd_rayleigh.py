@@ -282,6 +282,8 @@ def test_uncommitted_code_is_visible(monkeypatch, tmp_path):
         asked.append(arguments)
         if "--show-toplevel" in arguments:
             return str(root)
+        if arguments[0] == "ls-files":
+            return "lawn/train/provenance.py"
         return "a" * 40 if arguments[0] == "rev-parse" else " M experiments/spherical_motion/measurements.py" * dirty
 
     monkeypatch.setattr(provenance, "_git", git)

@@ -12,7 +12,7 @@ from lawn.models.mlp import mlp
 from lawn.models.ncf import NCFMLP
 from lawn.models.vgg import VGG19
 from lawn.optim import SGDLAWN
-from lawn.optim.param_groups import everything, final_homogeneous, matching
+from lawn.optim.param_groups import all_weights, final_homogeneous, matching
 
 LAYERS = {
     "linear": lambda: nn.Linear(3, 3),
@@ -56,13 +56,13 @@ def check_complete(model: nn.Module, groups: list[dict], include_bias: bool) -> 
 
 
 def select(rule: str, model: nn.Module, include_bias: bool = False) -> list[dict]:
-    rules = {"everything": everything, "final": final_homogeneous, "matching": lambda m, **k: matching(m, ".", **k)}
+    rules = {"all_weights": all_weights, "final": final_homogeneous, "matching": lambda m, **k: matching(m, ".", **k)}
     return rules[rule](model, include_bias=include_bias)
 
 
 @given(
     kinds=st.lists(st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=4), min_size=1, max_size=4),
-    rule=st.sampled_from(["everything", "final", "matching"]),
+    rule=st.sampled_from(["all_weights", "final", "matching"]),
     include_bias=st.booleans(),
 )
 @settings(max_examples=150, deadline=None)
@@ -97,7 +97,7 @@ def test_vgg19_ends_in_its_head():
 
 def test_mlp_is_homogeneous_as_a_whole():
     model = mlp((1, 4, 4), 3, widths=[5, 6])
-    for groups in (everything(model), final_homogeneous(model, include_bias=True)):
+    for groups in (all_weights(model), final_homogeneous(model, include_bias=True)):
         assert len(groups) == 1
         assert bound_names(model, groups) == {"1.weight", "3.weight", "5.weight"}
 
@@ -106,7 +106,7 @@ def test_ncf_ends_in_its_hidden_layers_and_score():
     model = NCFMLP(5, 6, factors=2, layers=2, init="he2017")
     layers = {"hidden.0", "hidden.2", "score"}
     assert bound_names(model, final_homogeneous(model)) == {f"{name}.weight" for name in layers}
-    assert bound_names(model, everything(model)) == {
+    assert bound_names(model, all_weights(model)) == {
         *(f"{name}.weight" for name in layers | {"user", "item"}),
     }
     groups = final_homogeneous(model, include_bias=True)
@@ -223,7 +223,7 @@ def test_matching():
 def test_tied_weights_come_once():
     model = nn.ModuleDict({"embed": nn.Embedding(4, 3), "norm": nn.LayerNorm(3), "head": nn.Linear(3, 4)})
     model["head"].weight = model["embed"].weight
-    for groups in (everything(model, include_bias=True), final_homogeneous(model, include_bias=True)):
+    for groups in (all_weights(model, include_bias=True), final_homogeneous(model, include_bias=True)):
         check_complete(model, groups, include_bias=True)
         assert joined(model, groups) == {frozenset({"embed.weight", "head.bias"})}
     assert bound_names(model, matching(model, "head")) == {"embed.weight"}
@@ -233,7 +233,7 @@ def test_frozen_parameters_are_not_grouped():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[0].weight.requires_grad_(False)
     model[1].bias.requires_grad_(False)
-    groups = everything(model, include_bias=True)
+    groups = all_weights(model, include_bias=True)
     check_complete(model, groups, include_bias=True)
     assert bound_names(model, groups) == {"1.weight"}
     assert groups[1]["params"] == [model[0].bias]  # its weight has no norm to share

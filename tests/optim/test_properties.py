@@ -61,7 +61,7 @@ def advance(optimizer: Optimizer, seed: int, start: int, stop: int, *, gaps: boo
 @given(sizes=shapes, seed=seeds, free_steps=st.integers(0, 6), steps=st.integers(1, 12), cut=st.integers(0, 3))
 @settings(max_examples=25, deadline=None)
 def test_equals_algorithm_1(kind, rule, fused, sizes, seed, free_steps, steps, cut):
-    assert cpu_kernels.library(True, random_weights([(2, 2)], 0)) is not None, "these tests want a C compiler"
+    assert cpu_kernels.load([random_weights([(2, 2)], 0)]) is not None, "these tests want a C compiler"
     params = random_weights(sizes, seed)
     cut = min(cut, len(params) - 1)  # two param groups with rates of their own, or one
     parts = [part for part in (params[:cut], params[cut:]) if part]
@@ -220,7 +220,7 @@ def test_joined_parameters_are_one_vector(kind, fused):
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
 )
 @settings(max_examples=15, deadline=None)
-def test_the_plain_update_in_chunks_is_that_of_the_whole(kind, sizes, seed, limit, joined, dtype):
+def test_the_plain_update_in_batches_is_that_of_the_whole(kind, sizes, seed, limit, joined, dtype):
     """So are the norms that are measured at the switch. With `joined`, neighbours share a norm."""
     keys = {"constrain": True, "blocks": [i // 2 for i in range(len(sizes))] if joined else None}
 
@@ -230,7 +230,7 @@ def test_the_plain_update_in_chunks_is_that_of_the_whole(kind, sizes, seed, limi
         return advance(optimizer, seed, 0, 5, gaps=True), fixed_norms(optimizer)
 
     whole, norms = run()
-    with mock.patch.dict(update.CHUNK, cpu=limit):
+    with mock.patch.dict(update.BATCH_ELEMENTS, cpu=limit):
         parts, others = run()
     exact = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05}[dtype]  # sums are added in another order
     assert norms == pytest.approx(others, rel=1e-12 if dtype == torch.float64 else 1e-6)

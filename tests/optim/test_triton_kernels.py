@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lawn import LAMBLAWN, SGDLAWN, AdamLAWN
 from lawn.optim import update
-from lawn.optim.cache import find_for_triton
+from lawn.optim.cache import ensure_triton_cache
 from lawn.optim.reference import ReferenceLAWN
 from tests.optim.helpers import fixed_norms, wrapped
 
@@ -195,8 +195,8 @@ def test_without_a_home_kernels_are_compiled_into_a_temporary_folder(monkeypatch
         monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)  # of nobody that the system knows
     else:
         monkeypatch.setenv("HOME", home)
-    find_for_triton()
+    ensure_triton_cache()
     assert Path(os.environ["TRITON_CACHE_DIR"]).is_dir()
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "own"))
-    find_for_triton()
+    ensure_triton_cache()
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "own")

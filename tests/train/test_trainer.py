@@ -14,7 +14,7 @@ from lawn.errors import ConfigError, RunError
 from lawn.identity import config_hash
 from lawn.models.ncf import NCFMLP
 from lawn.models.vgg import VGG19
-from lawn.optimizers import OPTIMIZERS, PACKAGES, constrained, optimizer_arguments
+from lawn.optimizers import OPTIMIZERS, PACKAGES, lawn_groups, optimizer_arguments
 from lawn.task import task_builder
 from lawn.train import train
 from lawn.train.distributed import World
@@ -177,12 +177,12 @@ def test_scope_of_the_constraint(tiny):
     ]
     assert [[p.shape for p in g["params"]] for g in both[0]] == [[p.shape for p in g["params"]] for g in both[1]]
     model = VGG19((3, 32, 32), 10, batch_norm=True)
-    bound, free = constrained(model, "final_homogeneous", True)
+    bound, free = lawn_groups(model, "final_homogeneous", True)
     assert [tuple(p.shape) for p in bound["params"]] == [(10, 512), (10,)]
     assert bound["blocks"] == [0, 0]
     assert len(free["params"]) == len(list(model.parameters())) - 2
     with pytest.raises(ConfigError, match=r"optim.scope=final_homogeneous: no final homogeneous sub-network"):
-        constrained(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh()), "final_homogeneous", False)
+        lawn_groups(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh()), "final_homogeneous", False)
 
 
 def test_muon_leaves_embeddings_and_the_output_layer_to_adamw():

@@ -1,0 +1,80 @@
+"""Chooses the backend of the constrained updates: Triton kernels, compiled CPU kernels or plain torch operations."""
+
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from lawn.optim import cpu_kernels, update
+from lawn.optim.update import Blocks
+
+
+class Backend(Protocol):
+    """The constrained updates of `lawn.optim.update`, for blocks of one device and dtype."""
+
+    def adam(
+        self,
+        blocks: Blocks,
+        corrections: Tensor,
+        *,
+        lr: float | Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        trust: bool,
+    ) -> Tensor | None: ...
+
+    def sgd(self, blocks: Blocks, *, lr: float | Tensor, momentum: float) -> Tensor | None: ...
+
+    def project(self, blocks: Blocks) -> None: ...
+
+    def retract(self, blocks: Blocks) -> Tensor | None: ...
+
+
+def backend(blocks: Blocks, fused: bool | None) -> Backend:
+    """Choose the fastest backend that can update these blocks.
+
+    Args:
+        blocks: blocks of one device and dtype.
+        fused: whether compiled code may be used: None where it is available, True with a warning where it cannot be
+            built, False never.
+
+    Returns:
+        The module or object whose functions update the blocks.
+    """
+    if fused is False:
+        return update
+    return _triton(blocks.lists) or cpu_kernels.load(blocks.lists, warn=bool(fused)) or update
+
+
+def backend_of(weight: Tensor, fused: bool | None) -> tuple[str, str]:
+    """Name the backend of the constrained updates of a weight.
+
+    Args:
+        weight: a constrained weight.
+        fused: as for `backend`.
+
+    Returns:
+        The name `triton`, `native` (compiled CPU kernels) or `torch`.
+        The reason why CPU kernels that would fit cannot be built, with a remedy; empty otherwise.
+    """
+    if fused is False:
+        return "torch", ""
+    if _triton([[weight]]) is not None:
+        return "triton", ""
+    if cpu_kernels.load([[weight]]) is not None:
+        return "native", ""
+    return "torch", cpu_kernels.build(weight.dtype)[1] if weight.is_cpu and weight.dtype in cpu_kernels.DTYPES else ""
+
+
+def _triton(lists: Sequence[list[Tensor]]) -> Backend | None:
+    """Return the module `triton_kernels` if it can update all tensors together."""
+    like = lists[0][0]
+    if not (like.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    try:
+        from lawn.optim import triton_kernels
+    except ImportError:
+        return None
+    fits = all(t.device == like.device and t.dtype == like.dtype for tensors in lists for t in tensors)
+    return triton_kernels if fits and like.dtype in triton_kernels.DTYPES and cpu_kernels.same_layout(*lists) else None
