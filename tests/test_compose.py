@@ -49,7 +49,7 @@ def test_without_a_checkout_the_remedy_is_said(tmp_path, monkeypatch):
             "++model.widths=[8]",
             "optim.free_epochs=${scaled:1,2}",
         ),
-        ("++dataset.limit=null", "optim=sgd", "~optim.nesterov"),
+        ("++dataset.limit=null", "optim=sgd"),
     ],
 )
 def test_composing_many_gives_what_composing_one_gives(overrides):
