@@ -67,8 +67,8 @@ def test_failed_runs_are_named_and_fail_the_command(call, tmp_path, monkeypatch)
     [
         (["run", "table9"], "table9: no such experiment; choose from demo, table1"),
         (["plan", "table4", "--only", "dataset=mnist"], "--only dataset=mnist: table4 has no such cell"),
-        (["run", "mini", "--set", "train.epochs=1"], "train.epochs=1: only where and how to run can be set: data_dir,"),
-        (["plan", "mini", "--set", "run_dir=x"], "run_dir=x: only where and how to run can be set: data_dir,"),
+        (["run", "mini", "--set", "train.epochs=1"], "train.epochs=1: only where and how to run can be set: logger,"),
+        (["plan", "mini", "--set", "run_dir=x"], "run_dir=x: only where and how to run can be set: logger,"),
         (["run", "mini", "--set", "device=cpu"], "device=cpu: only where and how to run can be set"),
         (["run", "mini", "--set", "logger=wand"], "logger=wand: no such logger; choose from csv, wandb"),
         (["report", "table9"], "table9: no such experiment"),

@@ -96,7 +96,9 @@ def emptied(path: Path) -> None:
 
 
 def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    """After half of it; of a YAML file after a whole line, since it may be no YAML otherwise."""
+    half = path.read_bytes()[: path.stat().st_size // 2]
+    path.write_bytes(half[: half.rindex(b"\n") + 1] if path.suffix == ".yaml" else half)
 
 
 def a_folder(path: Path) -> None:
