@@ -220,10 +220,10 @@ def measure(
     # As many epochs as make the choices of a long run, none of them evaluated; constrained from the first update.
     common = ("optim=adam_lawn", "optim.free_epochs=0", "train.epochs=1000", "eval.every=1000", f"data_dir={root}")
     cifar = (*common, "dataset=cifar10", f"train.batch_size={sizes.vgg_batch}")
-    photos = (*common, "dataset=imagenet", f"train.batch_size={sizes.resnet_batch}", f"dataset.workers={WORKERS}")
+    imagenet = (*common, "dataset=imagenet", f"train.batch_size={sizes.resnet_batch}", f"dataset.workers={WORKERS}")
     limit, size = sizes.vgg_updates * sizes.vgg_batch, sizes.resnet_size
     vgg, resnet, whole = starmap(
-        compose, [(*cifar, f"dataset.limit={limit}"), (*photos, f"dataset.image_size={size}"), cifar]
+        compose, [(*cifar, f"dataset.limit={limit}"), (*imagenet, f"dataset.image_size={size}"), cifar]
     )
     of_cifar, of_photos = f"32 px, batch {sizes.vgg_batch:,}", f"{size} px, batch {sizes.resnet_batch:,}"
     training = {

@@ -8,7 +8,7 @@ from PIL import Image
 
 CLASSES = 10
 WIDTH, HEIGHT = 500, 375  # the most frequent size of ImageNet
-DIFFERENT = 256  # photos, each in as many files as it takes
+DIFFERENT = 256  # pictures, each in as many files as it takes
 
 
 def write_cifar(root: Path, images: int) -> None:
@@ -24,16 +24,16 @@ def write_cifar(root: Path, images: int) -> None:
 def write_photos(root: Path, images: int) -> None:
     """ImageNet's folders."""
     rng = np.random.default_rng(0)
-    photos = [photo(rng) for _ in range(min(images, DIFFERENT))]
+    pictures = [picture(rng) for _ in range(min(images, DIFFERENT))]
     for part, count in (("train", images), ("val", CLASSES)):
         for c in range(CLASSES):
             (root / "imagenet" / part / f"n{c:08d}").mkdir(parents=True)
         for k in range(count):
             path = root / "imagenet" / part / f"n{k % CLASSES:08d}" / f"{k}.JPEG"
-            path.write_bytes(photos[k % len(photos)])
+            path.write_bytes(pictures[k % len(pictures)])
 
 
-def photo(rng: np.random.Generator) -> bytes:
+def picture(rng: np.random.Generator) -> bytes:
     """A JPEG file of random blotches of several sizes, about as large as ImageNet's are."""
     layers = []
     for size in (64, 8, 2):
