@@ -15,7 +15,7 @@ GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *
 @pytest.mark.parametrize("page", ["README.md", pytest.param("docs/harness.md", marks=pytest.mark.slow)])
 def test_the_program_of_a_page_runs(page, tmp_path):
     (program,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", program]
     subprocess.run(command, cwd=tmp_path, env=variables, check=True, timeout=120)
 

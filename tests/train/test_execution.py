@@ -60,7 +60,7 @@ def test_a_gpu_without_bf16_computes_in_fp32(monkeypatch, networks):
 
 
 def test_bf16_rounds_products_and_not_weights(tiny, tmp_path):
-    keys = ("train.epochs=12", "optim.lr=0.02", "optim.free_epochs=3")
+    keys = ("train.epochs=4", "optim.lr=0.02", "optim.free_epochs=1")
     plain, rounded = tiny(*keys), tiny(*keys, "train.precision=bf16")
     first, second = train(plain), train(rounded)
     assert RunDirectory(plain).path != RunDirectory(rounded).path  # another run, by its hash

@@ -116,9 +116,8 @@ package = sys.modules["lawn"] = types.ModuleType("lawn")  # its own imports torc
 package.__path__ = ["lawn"]
 from lawn.files import locked
 with locked(Path(sys.argv[1])) as free:
-    child = os.fork()
-    if child:
-        print(free is not None, child, flush=True)
+    if not os.fork():
+        print(free is not None, os.getpid(), flush=True)  # the child has closed its copy of the file
     time.sleep(60)
 """
     command = [sys.executable, "-c", code, str(tmp_path / "lock")]
