@@ -109,6 +109,13 @@ def test_a_multirun_of_nothing_says_so(tmp_path, main, nothing):
     assert err.endswith(f"{nothing}: expands to no job\n")
 
 
+def test_a_submitit_launcher_without_jobs_says_so(tmp_path, main):
+    """The launcher itself asserts that there are some, without a word."""
+    code, out, err = main("-m", "hydra/launcher=submitit_local", *SHORT, f"runs_dir={tmp_path}/runs", "seed=range(0)")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.endswith("seed=range(0): expands to no job\n")
+
+
 def test_a_point_of_a_sweep_is_one_run(tmp_path, main):
     code, out, err = main(*SHORT, "sweep=peak_lr", "optim.lr=0.01", f"runs_dir={tmp_path}/runs")
     assert (code, err) == (0, "")
