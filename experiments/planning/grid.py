@@ -74,10 +74,6 @@ class Grid:
         return compose_many(*self.overrides, *sweep, *self._extra)
 
     @cached_property
-    def _changed(self) -> DictConfig:
-        return self._composition[0].copy()
-
-    @cached_property
     def config(self) -> Config:
         """The config of the overrides, without a point of the grid."""
         return validate(self._composition[0])
@@ -118,10 +114,18 @@ class Grid:
         return Job(config, (*self.overrides, f"sweep={self._sweep}", *chosen), setting, self._tunes)
 
     def _resolved(self, key: str, override: str) -> Any:
-        """The value that an override gives its key, resolved once for all points; no other key may depend on it."""
+        """The value that an override gives its key, resolved once for all points.
+
+        Raises ConfigError if it changes other keys too: then a point would not be what its overrides say.
+        """
         if override not in self._values:
-            OmegaConf.update(self._changed, key, parse_override(override).value())
-            self._values[override] = reduce(getattr, key.split("."), resolve(self._changed))
+            changed = self._composition[0].copy()
+            OmegaConf.update(changed, key, parse_override(override).value())
+            resolved = resolve(changed)
+            value = reduce(getattr, key.split("."), resolved)
+            if _with_value(self.config, key, value) != resolved:
+                raise ConfigError(f"{override}: other keys depend on it, so it cannot be an axis of a grid")
+            self._values[override] = value
         return self._values[override]
 
     def job(self, point: Point, seed: int = 0) -> Job | None:

@@ -8,6 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from experiments.__main__ import EXPERIMENTS
+from experiments.planning.grid import Grid
 from experiments.planning.study import Study, studies
 from lawn.arguments import arguments
 from lawn.compose import compose
@@ -141,3 +142,10 @@ def test_the_presets_of_the_tables_exist():
     for experiment in EXPERIMENTS.values():
         for cell in experiment.cells:
             assert cell.sweep is None or Path(ROOT / "conf" / "sweep" / f"{cell.sweep}.yaml").exists()
+
+
+def test_a_grid_over_a_key_that_others_depend_on_is_refused(monkeypatch):
+    """E_free and E_warmup are proportional to train.epochs."""
+    grid = Grid.__wrapped__(("dataset=digits", "optim=adam_lawn"), "cifar/adam_lawn", "val", (), "")
+    monkeypatch.setattr(grid, "axes", {"train.epochs": ["10", "20"]})
+    assert grid.problem == "train.epochs=10: other keys depend on it, so it cannot be an axis of a grid"
