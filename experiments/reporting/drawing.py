@@ -114,8 +114,9 @@ def over_trials(experiment: Experiment, found: list[Outcome]) -> Figure:
             epochs = next(o.epochs for o in found if (o.cell.panel, o.cell.column) == (panel, column))
             axis.set_title(f"{column}, {epochs} epochs", fontsize="small")
         axes[0].set_ylabel(f"{experiment.measures[0].title}")
-        if axes[0].lines:
-            axes[0].legend(frameon=False, fontsize="x-small", loc="lower right")
+        lines = {line.get_label(): line for axis in axes for line in axis.lines}
+        shown = [row for row in (*bases, rival) if row in lines]
+        axes[0].legend([lines[row] for row in shown], shown, frameon=False, fontsize="x-small", loc="lower right")
     for axis in grid[-1]:
         axis.set_xlabel("settings tried")
     return figure
