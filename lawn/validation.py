@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
+from operator import attrgetter
 from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,6 +18,20 @@ from lawn.explain import explain, takes
 
 INTEGER_LIMIT = 2**63  # of integers without another upper bound
 RULES = dict(rules())
+GET = {key: attrgetter(key) for key in RULES}  # the value of a key in a config
+EPOCHS_FIRST = sorted(RULES, key=lambda key: key != "train.epochs")  # the defaults of others are proportional to it
+
+
+def _needed(schema: type, prefix: str = "") -> Iterator[str]:
+    """The keys that cannot be None."""
+    for field in fields(schema):
+        if is_dataclass(field.default_factory):
+            yield from _needed(field.default_factory, f"{field.name}.")
+        elif field.type is not Any and type(None) not in get_args(field.type):
+            yield f"{prefix}{field.name}"
+
+
+NEEDED = frozenset(_needed(Config))
 
 
 def validate(composed: DictConfig) -> Config:
@@ -98,8 +113,9 @@ def _refuse_unknown_keys(node: DictConfig, schema: type, prefix: str) -> None:
 
 def _problems(c: Config) -> Iterator[str]:
     """The problems of a config, one line each, in the order to be reported."""
-    for key, value, optional in _values(c):
-        if value is None and not optional:
+    for key, get in GET.items():
+        value = get(c)
+        if value is None and key in NEEDED:
             yield f"{key}: needs a value"
         limit = RULES[key].below or INTEGER_LIMIT
         for number in value if isinstance(value, list) else [value]:
@@ -107,9 +123,8 @@ def _problems(c: Config) -> Iterator[str]:
                 yield f"{key}={value}: must be below {limit}"
             if number == "":
                 yield f"{key}: must not be empty"
-    # train.epochs first: the defaults of other keys are proportional to it.
-    for key, rule in sorted(RULES.items(), key=lambda entry: entry[0] != "train.epochs"):
-        value = _get(c, key)
+    for key in EPOCHS_FIRST:
+        rule, value = RULES[key], GET[key](c)
         if value is None:
             continue
         if rule.choices and value not in rule.choices:
@@ -161,20 +176,3 @@ def _problems(c: Config) -> Iterator[str]:
         yield "optim.nesterov=True: needs optim.momentum above 0"
     if c.schedule.warmup_epochs >= c.train.epochs:
         yield f"schedule.warmup_epochs={c.schedule.warmup_epochs:g}: must be below train.epochs={c.train.epochs}"
-
-
-def _values(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """Every key with its value, and whether it can be None."""
-    for field in fields(section):
-        value = getattr(section, field.name)
-        if is_dataclass(value):
-            yield from _values(value, f"{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", value, field.type is Any or type(None) in get_args(field.type)
-
-
-def _get(config: Config, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value

@@ -1,6 +1,7 @@
 """Fixtures of all tests. The process that only hands tests out to workers imports no torch: fixtures do."""
 
 import os
+import signal
 import sys
 from copy import deepcopy
 from functools import cache
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads only get in each other's way
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:  # by a script's & or by nohup; then what the tests start ignores it
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

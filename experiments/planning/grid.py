@@ -119,9 +119,14 @@ class Grid:
         Raises ConfigError if it changes other keys too: then a point would not be what its overrides say.
         """
         if override not in self._values:
-            changed = self._composition[0].copy()
-            OmegaConf.update(changed, key, parse_override(override).value())
-            resolved = resolve(changed)
+            composed = self._composition[0]
+            section, _, name = key.rpartition(".")
+            before: Any = OmegaConf.to_container(composed[section] if section else composed, resolve=False)
+            try:
+                OmegaConf.update(composed, key, parse_override(override).value())
+                resolved = resolve(composed)
+            finally:  # a copy of the composition for each value would take as long as all the rest
+                OmegaConf.update(composed, key, before[name])
             value = reduce(getattr, key.split("."), resolved)
             if _with_value(self.config, key, value) != resolved:
                 raise ConfigError(f"{override}: other keys depend on it, so it cannot be an axis of a grid")

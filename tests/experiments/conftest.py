@@ -6,7 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from experiments.reporting import drawing, report
+from lawn.plotting import Figure
 from tests.experiments.helpers import MINI, TUNED, run_experiment
+
+
+@pytest.fixture(autouse=True)
+def empty_figures(monkeypatch):
+    """Figures are files without content: drawing one takes longer than the runs of most tests."""
+    monkeypatch.setattr(report, "save", lambda _, path: drawing.save(Figure, path))
+
+
+@pytest.fixture
+def drawn_figures(empty_figures, monkeypatch):
+    """Figures are drawn."""
+    monkeypatch.setattr(report, "save", drawing.save)
 
 
 @pytest.fixture(scope="session")

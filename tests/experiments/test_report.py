@@ -48,7 +48,7 @@ def made_up(cell: Cell, *values: float, status: str = "done", epochs: int = 300)
     return Outcome(cell, None, records, Tuning(), [])
 
 
-def test_pages_from_records_alone(results):
+def test_pages_from_records_alone(results, drawn_figures):
     page = report.experiment_page(MINI, Store(results))
     report.write(page, results)
     adam, fails, absent = page.outcomes
@@ -368,14 +368,18 @@ def test_a_record_that_is_not_what_it_says_is_refused(results, part):
             report.experiment_page(one, Store(path.parent.parent))
 
 
+@pytest.fixture(scope="module")
+def committed():
+    return Store(ROOT / "results")
+
+
 @pytest.mark.parametrize("name", [*EXPERIMENTS, *SIMULATIONS])
-def test_committed_results_are_those_of_the_records(name, tmp_path, monkeypatch):
+def test_committed_results_are_those_of_the_records(name, committed, tmp_path):
     """Every number of a committed page, and of its blocks in other pages, is computed again; no figure is drawn."""
-    monkeypatch.setattr(report, "save", lambda *_: None)
     page = (
         simulation_page(SIMULATIONS[name], ROOT / "results")
         if name in SIMULATIONS
-        else report.page_of(EXPERIMENTS[name], Store(ROOT / "results"))
+        else report.page_of(EXPERIMENTS[name], committed)
     )
     report.write(page, tmp_path)
     written = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.suffix in (".md", ".csv", ".tex")]
@@ -398,10 +402,10 @@ def test_every_record_is_shown():
         assert names <= shown, path
 
 
-def test_a_large_standard_error_is_explained():
+def test_a_large_standard_error_is_explained(committed):
     """No mean of a committed page is uncertain by more than two points without a sentence that says why."""
     for experiment in EXPERIMENTS.values():
-        page = report.page_of(experiment, Store(ROOT / "results"))
+        page = report.page_of(experiment, committed)
         for outcome in page.outcomes:
             error = mean_and_error([record.value("headline") for record in outcome.records if not record.diverged])[1]
             if error > 2 and experiment.measures[0].key == "headline":

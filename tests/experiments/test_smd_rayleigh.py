@@ -200,6 +200,12 @@ def call(monkeypatch, capsys, results):
     return run
 
 
+def test_the_figure_is_drawn(call, results, drawn_figures):
+    assert call("report", "smd_rayleigh")[0] == 0
+    assert (results / "smd_rayleigh.png").read_bytes().startswith(b"\x89PNG")
+    assert "<path" in (results / "smd_rayleigh.svg").read_text()
+
+
 def test_the_page_comes_from_the_record_alone(call, results):
     (path,) = (results / "simulations").glob("*.json")
     stamp = path.stat().st_mtime_ns
@@ -213,7 +219,7 @@ def test_the_page_comes_from_the_record_alone(call, results):
         (results / f"smd_rayleigh.{suffix}").unlink()
     assert call("report", "smd_rayleigh")[0] == 0
     assert (results / "smd_rayleigh.md").read_text() == page
-    assert (results / "smd_rayleigh.png").read_bytes().startswith(b"\x89PNG")
+    assert (results / "smd_rayleigh.png").exists()
     content = json.loads(path.read_text())
     content["result"]["equilibrium"][0]["norm"] = [123.0, 125.0]
     path.write_text(json.dumps(content))
@@ -248,7 +254,7 @@ def test_the_plan_knows_what_is_done(call):
 
 
 @pytest.mark.parametrize("damage", ["half", "part", "kind", "curve", "config"])
-def test_a_damaged_record_is_refused_in_one_line(call, results, damage):
+def test_a_damaged_record_is_refused_in_one_line(call, results, damage, drawn_figures):
     (path,) = (results / "simulations").glob("*.json")
     text = path.read_text()
     content = json.loads(text)

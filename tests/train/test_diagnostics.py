@@ -16,12 +16,20 @@ from lawn.diagnostics.__main__ import main as diagnostics_main
 from lawn.diagnostics.onset import THRESHOLD
 from lawn.errors import ConfigError, RunError
 from lawn.identity import config_hash
+from lawn.plotting import Figure
 from lawn.train import train, train_many
 from lawn.train.run_directory import RunDirectory
 from lawn.train.trainer import Trainer
 from tests.helpers import ROOT, compose
 
+draw = figure.draw
 AUTO = ("optim.free_epochs=auto", "optim.lr=1e-2", "train.batch_size=50")
+
+
+@pytest.fixture(autouse=True)
+def empty_figures(monkeypatch):
+    """All but the panels, which take longer to draw than these runs to train; `draw` of this module draws them."""
+    monkeypatch.setattr(figure, "draw", lambda _: Figure())
 
 
 def rows(config) -> list[dict[str, str]]:
@@ -156,7 +164,7 @@ def test_refused(tiny, keys, message):
         train(tiny(*keys))
 
 
-def test_the_figure_at_the_end_and_of_several_runs(tiny, tmp_path, capsys):
+def test_the_figure_at_the_end_and_of_several_runs(tiny, tmp_path, capsys, monkeypatch):
     configs = [tiny(*keys, "diagnostics=on") for keys in (("optim=adam",), ("optim.free_epochs=1",))]
     for config in configs:
         train(config)
@@ -164,7 +172,7 @@ def test_the_figure_at_the_end_and_of_several_runs(tiny, tmp_path, capsys):
     first, second = (str(RunDirectory(config).path) for config in configs)
     assert diagnostics_main([first, f"LAWN={second}", "--out", f"{tmp_path}/both.png"]) == 0
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
-    shown = figure.draw({"Adam": figure.read(Path(first)), "LAWN": figure.read(Path(second))})
+    shown = draw({"Adam": figure.read(Path(first)), "LAWN": figure.read(Path(second))})
     by_title = {axis.get_ylabel(): axis for axis in shown.axes}
     assert len(by_title) == 7  # no curvature was measured
     angles = by_title["angle of an update, rad"]
@@ -180,14 +188,16 @@ OTHERS = [pytest.param(backend, marks=pytest.mark.slow) for backend in ("nonsens
 
 
 @pytest.mark.parametrize("backend", [LACKING, *OTHERS])
-def test_no_display_and_no_backend_is_needed(tmp_path, backend):
+def test_no_display_and_no_backend_is_needed(tiny, tmp_path, backend):
     """MPLBACKEND as a notebook leaves it to what it starts."""
-    keys = ["dataset=digits", "dataset.limit=100", "model.widths=[8]", "train.epochs=1", "diagnostics=on"]
+    config = tiny("train.epochs=2", "diagnostics=on")
+    train(config)
     environment = {**os.environ, "MPLBACKEND": backend, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "run.py", *keys, f"run_dir={tmp_path}/run"]
+    command = [sys.executable, "-m", "lawn.diagnostics", str(RunDirectory(config).path), "--out", f"{tmp_path}/x.png"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "x.png").stat().st_size > 2 * (RunDirectory(config).path / "diagnostics.png").stat().st_size
 
 
 def test_a_figure_that_failed_is_drawn_by_the_next_call(tiny, monkeypatch):
@@ -238,7 +248,7 @@ def test_names_of_runs(tiny, tmp_path, capsys):
 def test_logarithmic_panels_show_positive_numbers_alone():
     rows = pd.DataFrame({"epoch": [1, 2], "constrained": 0, "train_loss": [1.0, 0.0], "angle/a": [4.0, 4.0]})
     rows["angle/b"] = [0.0, 9.0]
-    axes = {axis.get_ylabel(): axis for axis in figure.draw({"run": rows}).axes}
+    axes = {axis.get_ylabel(): axis for axis in draw({"run": rows}).axes}
     thick = axes["angle of an update, rad"].lines[-1]
     assert list(thick.get_ydata()) == pytest.approx([4, 6])
     assert min(axes["training loss, nats"].get_ylim()) > 0.01
