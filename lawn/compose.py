@@ -78,7 +78,11 @@ def parse_override(override: str) -> Override:
 
 @cache
 def _compose_choices(*choices: str) -> DictConfig:
-    return _compose(*choices)
+    """The composed config with nothing but the sweeper's values below `hydra`, or each copy would take far longer."""
+    composed = _compose(*choices)
+    with flag_override(composed, ["struct", "readonly"], False):
+        composed["hydra"] = {"sweeper": {"params": composed.hydra.sweeper.params}}
+    return composed
 
 
 def _sets_value(override: Override) -> bool:

@@ -1,5 +1,6 @@
 """Fixtures of all tests. The process that only hands tests out to workers imports no torch: fixtures do."""
 
+import gc
 import os
 import signal
 import sys
@@ -13,6 +14,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads only get
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:  # by a script's & or by nohup; then what the tests start ignores it
         signal.signal(number, handler)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: Python need not look for garbage in it again and again."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

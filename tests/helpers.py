@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # What makes a run of the `tiny_data` of conftest.py small.
 RECOMMENDERS = ("dataset.candidates=20", "model.factors=4", "train.batch_size=200")
 FIXTURES = {
-    "cifar10": ("train.batch_size=30",),
-    "cifar100": ("train.batch_size=30",),
+    "cifar10": ("train.batch_size=30", "dataset.limit=30"),
+    "cifar100": ("train.batch_size=30", "dataset.limit=30"),
     "imagenet": ("dataset.image_size=32", "dataset.workers=0", "train.batch_size=6"),
     "movielens100k": RECOMMENDERS,
     "movielens1m": RECOMMENDERS,

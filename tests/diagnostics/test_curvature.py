@@ -182,12 +182,13 @@ def test_trace_is_that_of_the_samples_gradients(name, chunk):
 
 
 @each_case
-@pytest.mark.parametrize("covariance", ["gradients", "hessians"])
-def test_escape_is_the_matrices_largest_eigenvalue(name, covariance):
+@pytest.mark.parametrize(
+    ("covariance", "lr", "batch_size", "chunk"), [("gradients", 0.3, 2, None), ("hessians", 20.0, 1, 4)]
+)
+def test_escape_is_the_matrices_largest_eigenvalue(name, covariance, lr, batch_size, chunk):
     case = CASES[name](2)
-    for lr, batch_size, chunk in ((0.3, 2, None), (20.0, 1, 4)):
-        computed = case.surface(chunk).escape(lr, batch_size, covariance, **SHARP)
-        same(computed, case.escape(lr, batch_size, covariance))
+    computed = case.surface(chunk).escape(lr, batch_size, covariance, **SHARP)
+    same(computed, case.escape(lr, batch_size, covariance))
 
 
 def test_torchs_weight_normalization_is_differentiated_twice():

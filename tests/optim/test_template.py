@@ -523,6 +523,7 @@ def build(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/dev/null/home")
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     monkeypatch.setattr(cpu_kernels, "TEMPORARY", ())
+    monkeypatch.setattr(cpu_kernels, "FLAGS", [flag for flag in cpu_kernels.FLAGS if not flag.startswith("-O")])
     (tmp_path / "temporary").mkdir()
     yield cpu_kernels.build.__wrapped__
     cpu_kernels.build.cache_clear()

@@ -66,7 +66,7 @@ def test_every_rule_is_tried():
 
 @pytest.mark.parametrize("kind", RULES)
 @given(seed=st.integers(0, 1000), steps=st.integers(1, 8), resumed=st.integers(0, 8))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_the_vectorized_step_is_the_steps_of_all(kind, seed, steps, resumed):
     """Whatever was done alone before and after: the state is the optimizers' own."""
     joint, alone = Members(kind, seed), Members(kind, seed)
