@@ -7,6 +7,7 @@ import sys
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,18 +28,30 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def constants_read_once():
-    """The digits and the version of the code are read from files once a session, not for every run."""
+    """The digits and the version of the code are read from files once a session, not for every run, and the FLOPs of
+    a network are counted once.
+    """
     if "lawn.train" not in sys.modules:  # no test asks for a run
         yield
         return
     import sklearn.datasets
 
-    from lawn.train import session
+    from lawn.train import session, throughput, trainer, vectorized
 
     environment = cache(session.environment)
+    counts: dict[str, float] = {}
+
+    def flops_per_sample(task: Any, model: Any, batch: Any) -> float:
+        key = f"{model} {[t.shape for t in batch]}"
+        if key not in counts:
+            counts[key] = throughput.flops_per_sample(task, model, batch)
+        return counts[key]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sklearn.datasets, "load_digits", cache(sklearn.datasets.load_digits))
         patch.setattr(session, "environment", lambda device: deepcopy(environment(device)))
+        for module in (trainer, vectorized):
+            patch.setattr(module, "flops_per_sample", flops_per_sample)
         yield
 
 

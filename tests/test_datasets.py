@@ -8,13 +8,16 @@ from lawn.data.__main__ import main as data_main
 from lawn.train import train
 from tests.helpers import FIXTURES, RECOMMENDERS, compose, synthetic_ratings, write_folders, write_ratings
 
+# VGG-19 is trained by CIFAR-100 and tests/train/test_execution.py.
+SMALLER = {"cifar10": ("model=mlp", "model.widths=[8]"), "imagenet": ("dataset.limit=6",)}
 
-# An epoch of VGG-19 takes seconds: once is enough.
+
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "cifar100")) for n in FIXTURES])
 def test_an_epoch(name, tiny_data, tmp_path):
     config = compose(
         f"dataset={name}",
         *FIXTURES[name],
+        *SMALLER.get(name, ()),
         "train.epochs=1",
         f"data_dir={tiny_data}",
         f"runs_dir={tmp_path}",

@@ -4,9 +4,17 @@ from dataclasses import replace
 
 import pytest
 
+from lawn.diagnostics import figure
+from lawn.plotting import Figure
 from lawn.train import train
 from tests.helpers import compose
 from tests.train.faults import ALWAYS, DIGITS, stop
+
+
+@pytest.fixture(autouse=True)
+def empty_figures(monkeypatch):
+    """Figures without panels, which take longer to draw than these runs to train."""
+    monkeypatch.setattr(figure, "draw", lambda _: Figure())
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,8 @@ def test_each_is_what_it_is_alone(kind, tiny_data):
         "ratings": RATINGS,
         "ratings, tables larger than a batch": (*RATINGS, "train.batch_size=60", "train.epochs=4", "model.bias=false"),
     }[kind]
-    configs = [compose(*common, f"data_dir={tiny_data}", "device=cpu", *member) for member in MEMBERS]
+    keys = (*common, f"data_dir={tiny_data}", "device=cpu", "eval.every=2")
+    configs = [compose(*keys, *member) for member in MEMBERS]
     assert len({vectorization_key(config) for config in configs}) == 1
     joined, alone = runs_of(configs), runs_of(configs)
     vectorized = VectorizedTrainer(joined)
