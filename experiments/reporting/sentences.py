@@ -72,7 +72,7 @@ def summary(experiment: Experiment, found: list[Outcome]) -> list[str]:
                 f"The sign is the paper's in {agree} of the {len(printed)} comparisons that it has"
                 + (f"; opposite are: {turned}." if turned else ".")
             )
-    return lines + _rankings(experiment, found) + _spread(experiment, found)
+    return lines + _shared(found) + _rankings(experiment, found) + _spread(experiment, found)
 
 
 def method(pairs: list[Pair]) -> str:
@@ -81,6 +81,23 @@ def method(pairs: list[Pair]) -> str:
     welch = "Welch's test over seeds"
     kinds = dict.fromkeys(paired if pair.paired else welch for pair in pairs)
     return " or, where records have no outcomes of samples, ".join(sorted(kinds, reverse=True))
+
+
+def _shared(found: list[Outcome]) -> list[str]:
+    """The rows of a column that show the same runs, because the search chose the same setting for both."""
+    lines = []
+    for panel, column in places(found):
+        rows: dict[str, list[str]] = {}  # by the first run
+        for outcome in found:
+            if (outcome.cell.panel, outcome.cell.column) == (panel, column) and outcome.records:
+                rows.setdefault(outcome.records[0].name, []).append(outcome.cell.row)
+        lines += [
+            f"At {place(panel, column)} the search chose the same setting for {' and '.join(map(repr, same))}: their "
+            "numbers are of the same runs, and comparisons with them are not independent."
+            for same in rows.values()
+            if len(same) > 1
+        ]
+    return lines
 
 
 def _spread(experiment: Experiment, found: list[Outcome]) -> list[str]:

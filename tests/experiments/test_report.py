@@ -412,6 +412,15 @@ def test_a_large_standard_error_is_explained(committed):
                 assert any(f"standard error of {outcome.cell.name} is" in line for line in page.summary)
 
 
+def test_rows_of_the_same_runs_are_told():
+    cells = [Cell(row, (), panel="MovieLens", column="batch 1k") for row in ("Adam", "Adam, eps tuned", "LAMB")]
+    adam, tuned, lamb = (made_up(cell, 60.0, 61.0) for cell in cells)
+    experiment = Experiment("t", "T", tuple(cells), (ACCURACY,))
+    assert summary(experiment, [adam, tuned, lamb]) == []
+    (line,) = summary(experiment, [adam, replace(tuned, records=adam.records[:1]), lamb])
+    assert line.startswith("At MovieLens, batch 1k the search chose the same setting for 'Adam' and 'Adam, eps tuned':")
+
+
 def test_collapsed_seeds_are_told():
     cell = Cell("SGD", (), panel="MovieLens", column="batch 1k")
     experiment = Experiment("t", "T", (cell,), (ACCURACY,))

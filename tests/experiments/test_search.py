@@ -163,10 +163,10 @@ def test_a_miniature_goes_from_the_short_budget_to_the_report(climbed):
     assert set(page.tuning["part"]) == {"short", "full", "seeds"}
 
 
-SLOW = [pytest.param(recorded, marks=pytest.mark.slow) for recorded in (12, 16, 31)]
+SLOW = [pytest.param(recorded, marks=pytest.mark.slow) for recorded in (12, 31)]
 
 
-@pytest.mark.parametrize("recorded", [5, 25, *SLOW])
+@pytest.mark.parametrize("recorded", [5, 16, 25, *SLOW])
 def test_killed_in_and_between_rungs_nothing_is_lost(climbed, tmp_path, monkeypatch, recorded):
     """After so many records: in the first rung, after it, in the second, in the confirmation, in the final runs."""
     write = Store.write
