@@ -1,6 +1,7 @@
 """Imports point down: a module imports its own layer and the layers below it, and no two modules import each other."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,6 +127,13 @@ def test_every_layer_has_a_module():
 def test_imports_point_down():
     problems = dict.fromkeys(find_problems(ROOT))
     assert not problems, "\n".join(problems)
+
+
+def test_matplotlib_is_imported_in_one_place():
+    """Which takes care of its backend."""
+    for name, path in find_modules(ROOT).items():
+        if name != "lawn.plotting":
+            assert not re.search(r"^\s*(import|from) matplotlib", path.read_text(), flags=re.MULTILINE), name
 
 
 def test_the_optimizers_import_nothing_but_torch():

@@ -126,7 +126,8 @@ class Grid:
                 OmegaConf.update(composed, key, parse_override(override).value())
                 resolved = resolve(composed)
             finally:  # a copy of the composition for each value would take as long as all the rest
-                OmegaConf.update(composed, key, before[name])
+                if name in before:
+                    OmegaConf.update(composed, key, before[name])
             value = reduce(getattr, key.split("."), resolved)
             if _with_value(self.config, key, value) != resolved:
                 raise ConfigError(f"{override}: other keys depend on it, so it cannot be an axis of a grid")

@@ -1,7 +1,7 @@
 """The keys under which LAWN stores phase and norms in an optimizer (paper section 3).
 
 They are in the optimizer's own state and param groups, where every tool that saves an optimizer finds them. State
-follows a parameter wherever checkpoints are entry by name, by owner or per parameter:
+follows its parameter, whether a checkpoint is keyed by name, by owner or by parameter:
 
     state[p]["lawn_norm"]   the norm c of the weight or of its block, as a float; 0.0 while the weight is free
 
@@ -95,7 +95,7 @@ def complete_state_dict(saved: dict[str, Any], groups: list[Group], keys: list[s
     merged_groups = []
     for index, (loaded, group) in enumerate(zip(old, groups, strict=True)):
         if "target_norms" in loaded:
-            raise ValueError("this checkpoint is of an earlier version of LAWN, which entry norms by position")
+            raise ValueError("an earlier version of LAWN wrote this checkpoint, with norms by position")
         merged = {**{key: group[key] for key in keys if key in group}, **loaded, "blocks": group.get("blocks")}
         check_group({**merged, "params": group["params"]}, index, "the loaded param group")
         merged_groups.append({**merged, "free_steps": check_free_steps(merged["free_steps"])})

@@ -222,13 +222,22 @@ def read_config(folder: Path, *needed: str) -> dict[str, Any]:
     """config.yaml of a run directory. Raises RunError if it cannot be read or lacks a key."""
     path = folder / "config.yaml"
     try:
-        content: Any = yaml.load(path.read_text("utf8"), YAML_LOADER)
+        content = _yaml(path.read_text("utf8"))
+        if not isinstance(content, dict):
+            raise ValueError("no mapping")
         for key in needed:
             content[key]
     except Exception as error:  # of the system or YAML, with several lines
         reason = f"no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
         raise RunError(f"{path}: cannot be read ({reason}); put it back") from error
     return content
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, YAML_LOADER)
+    except yaml.YAMLError:  # libyaml does not read the characters of a path that is not in UTF-8
+        return yaml.safe_load(text)
 
 
 def read_environment(folder: Path) -> dict[str, Any]:

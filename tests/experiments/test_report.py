@@ -1,5 +1,6 @@
 """From records to numbers, pages, tables and figures."""
 
+import io
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ from experiments.definitions.spec import Cell, Experiment, Measure, Paper
 from experiments.planning.study import Tuning, studies
 from experiments.records import Record, Store
 from experiments.reporting import report
+from experiments.reporting.drawing import FIGURES
 from experiments.reporting.layout import show
 from experiments.reporting.outcomes import Outcome, comparisons
 from experiments.reporting.page import entry
@@ -91,7 +93,7 @@ def test_the_index_stands_alone(results):
     assert "<script" not in text
 
 
-def test_a_figure_without_anything_to_draw(results):
+def test_a_figure_without_anything_to_draw(results, drawn_figures):
     page = report.experiment_page(replace(MINI, cells=MINI.cells[1:]), Store(results))
     report.write(page, results)
     assert (results / "mini.png").exists()
@@ -389,6 +391,15 @@ def test_committed_results_are_those_of_the_records(name, committed, tmp_path):
     assert (page.figure is not None) == (ROOT / "results" / f"{name}.svg").exists()
     for path in report.embedding():
         assert report.embedded(path, [page]) == path.read_text()
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k == "tuning")) for k in FIGURES])
+def test_every_kind_of_figure_is_drawn(kind, committed):
+    experiments = [experiment for experiment in EXPERIMENTS.values() if experiment.figure == kind]
+    page = next(page for page in (report.page_of(e, committed) for e in experiments) if page.figure_shown)
+    with io.StringIO() as file:
+        page.figure().savefig(file, format="svg")
+        assert file.getvalue().count("<path") > 20
 
 
 def test_every_record_is_shown():

@@ -13,6 +13,8 @@ from experiments.planning import search
 from experiments.planning.study import studies
 from experiments.records import Store
 from experiments.reporting import report
+from lawn.identity import run_name
+from tests.experiments import helpers
 from tests.experiments.helpers import ACCURACY, run_experiment
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3)
@@ -170,7 +172,18 @@ SLOW = [pytest.param(recorded, marks=pytest.mark.slow) for recorded in (12, 31)]
 def test_killed_in_and_between_rungs_nothing_is_lost(climbed, tmp_path, monkeypatch, recorded):
     """After so many records: in the first rung, after it, in the second, in the confirmation, in the final runs."""
     write = Store.write
-    written = []
+    written: list[str] = []
+    trained: list[str] = []
+
+    def finished(config):
+        """In place of training: the run directory of the same run of `climbed`."""
+        name = run_name(config)
+        if not (tmp_path / "runs" / name / "DONE").exists():
+            shutil.copytree(climbed / "runs" / name, tmp_path / "runs" / name, dirs_exist_ok=True)
+            trained.append(name)
+
+    monkeypatch.setattr(helpers, "train", finished)
+    monkeypatch.setattr(helpers, "train_vectorized", lambda configs: list(map(finished, configs)))
 
     def stop(self, *arguments):
         if len(written) == recorded:
@@ -178,15 +191,14 @@ def test_killed_in_and_between_rungs_nothing_is_lost(climbed, tmp_path, monkeypa
         written.append(write(self, *arguments).name)
         return self.read(written[-1])
 
-    shutil.copytree(climbed / "runs", tmp_path / "runs")  # trained already: what is lost would be records
     monkeypatch.setattr(Store, "write", stop)
     with pytest.raises(KeyboardInterrupt):
         run_experiment(RUNGS, tmp_path)
     monkeypatch.setattr(Store, "write", write)
-    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/DONE")}
-    assert set(written) <= {path.parent.name for path in done}
+    assert set(written) < set(trained)
+    killed = len(trained)
     assert run_experiment(RUNGS, tmp_path) == []
-    assert done.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/DONE")}.items()
+    assert set(trained[:killed]).isdisjoint(trained[killed:])
     names = [[record.name for record in Store(folder / "results").all()] for folder in (climbed, tmp_path)]
     assert names[0] == names[1]
 

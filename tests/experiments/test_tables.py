@@ -147,5 +147,8 @@ def test_the_presets_of_the_tables_exist():
 def test_a_grid_over_a_key_that_others_depend_on_is_refused(monkeypatch):
     """E_free and E_warmup are proportional to train.epochs."""
     grid = Grid.__wrapped__(("dataset=digits", "optim=adam_lawn"), "cifar/adam_lawn", "val", (), "")
+    monkeypatch.setattr(grid, "axes", {"optim.lrr": ["1", "2"]})
+    assert grid.problem.startswith("optim.lrr: no such key; optim takes ")
+    grid = Grid.__wrapped__(("dataset=digits", "optim=adam_lawn"), "cifar/adam_lawn", "val", (), "")
     monkeypatch.setattr(grid, "axes", {"train.epochs": ["10", "20"]})
     assert grid.problem == "train.epochs=10: other keys depend on it, so it cannot be an axis of a grid"

@@ -165,6 +165,9 @@ def test_the_figure_at_the_end_and_of_several_runs(tiny, tmp_path, capsys, monke
     first, second = (str(RunDirectory(config).path) for config in configs)
     assert diagnostics_main([first, f"LAWN={second}", "--out", f"{tmp_path}/both.png"]) == 0
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(figure, "draw", draw)
+    figure.save({"Adam": figure.read(Path(first))}, tmp_path / "one.png")
+    assert (tmp_path / "one.png").stat().st_size > 5 * (tmp_path / "both.png").stat().st_size
     shown = draw({"Adam": figure.read(Path(first)), "LAWN": figure.read(Path(second))})
     by_title = {axis.get_ylabel(): axis for axis in shown.axes}
     assert len(by_title) == 7  # no curvature was measured
@@ -183,8 +186,9 @@ OTHERS = [pytest.param(backend, marks=pytest.mark.slow) for backend in ("nonsens
 @pytest.mark.parametrize("backend", [LACKING, *OTHERS])
 def test_no_display_and_no_backend_is_needed(tmp_path, backend):
     """MPLBACKEND as a notebook leaves it to what it starts."""
-    code = "import plotting; plotting.Figure().savefig('x.png')"  # the module by itself, without torch
-    environment = {**os.environ, "MPLBACKEND": backend, "PYTHONPATH": str(ROOT / "lawn")}
+    plotting = str(ROOT / "lawn" / "plotting.py")  # all imports of matplotlib are there, see tests/test_imports.py
+    code = f"import runpy; runpy.run_path({plotting!r})['Figure']().savefig('x.png')"
+    environment = {**os.environ, "MPLBACKEND": backend}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
