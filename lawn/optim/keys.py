@@ -61,6 +61,9 @@ def add_defaults(groups: list[Group], index: int, free_steps: int | None) -> Non
 
 def check_group(group: Group, index: int, label: str = "param group") -> None:
     """Raise ValueError or TypeError if LAWN does not support a param group."""
+    constrain = group.get("constrain")
+    if constrain is not None and not isinstance(constrain, bool):
+        raise ValueError(f"{label} {index}: constrain={constrain!r}, but it must be True, False or None")
     module = sys.modules.get("torch.distributed.tensor")  # slow to import, and a DTensor exists only if it is imported
     if module is not None and any(isinstance(p, module.DTensor) for p in group["params"]):
         raise TypeError(
