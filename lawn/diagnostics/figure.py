@@ -45,6 +45,8 @@ def read_metrics(path: Path) -> pd.DataFrame:
         RunError: if the file cannot be read, is truncated, or is another table (some spreadsheets write semicolons).
     """
     file = path / "metrics.csv"
+    if not path.is_dir():
+        raise RunError(f"{path}: no such run directory")
     try:
         text = file.read_text("utf8")
         rows = pd.read_csv(io.StringIO(text))

@@ -388,6 +388,13 @@ def test_an_empty_list_is_refused(make):
         make([], lr=1e-2)
 
 
+@every_lawn
+@pytest.mark.parametrize("value", ["no", 1, 0.0])
+def test_constrain_is_a_bool_or_none(make, value):
+    with pytest.raises(ValueError, match=f"param group 1: constrain={value!r}, but it must be True, False or None"):
+        make([{"params": [layer()[0]]}, {"params": [layer()[0]], "constrain": value}], lr=1e-2, free_steps=0)
+
+
 @each(OWN)
 def test_decay_of_constrained_weights_is_refused(make):
     weight, bias = layer()

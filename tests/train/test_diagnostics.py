@@ -216,7 +216,11 @@ def test_what_cannot_be_drawn_is_one_line(tiny, tmp_path, capsys):
     plain = tiny("train.epochs=1")
     train(plain)
     capsys.readouterr()
-    for path, reason in ((RunDirectory(plain).path, "is not of a run with diagnostics=on"), (tmp_path, "cannot be")):
+    for path, reason in (
+        (RunDirectory(plain).path, "is not of a run with diagnostics=on"),
+        (tmp_path, "cannot be"),
+        (tmp_path / "nothing", "nothing: no such run directory"),
+    ):
         assert diagnostics_main([str(path), "--out", f"{tmp_path}/x.png"]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")
