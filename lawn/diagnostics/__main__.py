@@ -21,6 +21,8 @@ def main(arguments: list[str] | None = None) -> int:
         runs: dict[str, pd.DataFrame] = {}
         for text in given.runs:
             name, _, path = ("", "", text) if Path(text).exists() else text.partition("=")
+            if not path:
+                raise ConfigError(f"{text}: no such run directory")
             name = name or Path(path).name
             if name in runs:
                 raise ConfigError(f"{text}: another run is called {name}; give names, as NAME=RUN_DIR")
