@@ -157,9 +157,9 @@ def _of_equilibrium(record: Record, numbers: dict[str, list[Number]]) -> list[st
         f"its formula ({norm.setting}). Of sqrt(2 lr d / (1 + a)), the form for small angles, the angle is within "
         f"{_percent(limit)}.",
         "The remaining deviation of the norm is not noise: with momentum the formula takes the gradients of different "
-        f"updates for uncorrelated. With their correlation counted, as measured, the norm is within "
-        f"{_percent(counted.error)}. The rest is that the norm fluctuates, at large angles with momentum: the angle whose cosine is "
-        f"E w.w+ / E w.w, which is what the formula is of, is within {_percent(turn.error)}.",
+        "updates for uncorrelated. With their correlation counted, as measured, the norm is within "
+        f"{_percent(counted.error)}. The rest is that the norm fluctuates, at large angles with momentum: the angle "
+        f"whose cosine is E w.w+ / E w.w, which is what the formula is of, is within {_percent(turn.error)}.",
         f"So the norm's formula fails where gradients are alike from update to update: at {off.setting} it is off by "
         f"{100 * off.error:+.0f} % ({100 * at[COUNTED].error:+.1f} % with the correlation counted), the angle, which "
         f"does not depend on the gradients, by {100 * at[ANGLE].error:+.1f} %. Without momentum both hold within "

@@ -18,7 +18,7 @@ from experiments.definitions.spec import Cell, Experiment, Measure, PaperResult
 from experiments.planning.study import Tuning, studies
 from experiments.records import Record, Store
 from experiments.reporting import report
-from experiments.reporting.layout import show
+from experiments.reporting.layout import format_mean
 from experiments.reporting.outcomes import Outcome, comparisons
 from experiments.reporting.page import entry
 from experiments.reporting.sentences import summary
@@ -103,7 +103,7 @@ def test_records_that_were_tampered_with_are_refused(results):
     content = json.loads(path.read_text())
     content["config"]["optim"]["lr"] = 0.5
     path.write_text(json.dumps(content))
-    with pytest.raises(RunError, match="its config is not the one"):
+    with pytest.raises(RunError, match="its config does not match its name"):
         report.experiment_page(MINI, Store(results))
     path.write_text("{")
     with pytest.raises(RunError, match=r"damaged record \("):
@@ -156,10 +156,10 @@ def test_warnings_of_the_runs_stand_below_the_table(tmp_path, tiny_data):
 
 
 def test_mean_and_error():
-    assert show([1.0, 2.0, 3.0], 2) == "2.00 (0.58, n=3)"
-    assert show([2.0], 1) == "2.0 (n=1)"
-    assert show([], 1) == ""
-    assert show([1e-4, 3e-4], -2) == "2.0e-04 (1.0e-04, n=2)"
+    assert format_mean([1.0, 2.0, 3.0], 2) == "2.00 (0.58, n=3)"
+    assert format_mean([2.0], 1) == "2.0 (n=1)"
+    assert format_mean([], 1) == ""
+    assert format_mean([1e-4, 3e-4], -2) == "2.0e-04 (1.0e-04, n=2)"
     assert mean_and_error([1.0, 2.0, 3.0]) == (2.0, pytest.approx(1 / sqrt(3)))
     assert isnan(mean_and_error([2.0])[1])
 
@@ -364,7 +364,7 @@ def test_a_record_that_is_not_what_it_says_is_refused(results, part):
     with pytest.raises(RunError, match=r"its config does not match its name\); delete it and run again"):
         list(store.all())
     if part != "name":  # else there is none of the run
-        with pytest.raises(RunError, match="its config is not the one"):
+        with pytest.raises(RunError, match="its config does not match its name"):
             report.experiment_page(one, Store(path.parent.parent))
 
 

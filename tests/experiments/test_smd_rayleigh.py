@@ -270,7 +270,7 @@ def test_a_damaged_record_is_refused_in_one_line(call, results, damage, drawn_fi
     code, _, err = call("report", "smd_rayleigh")
     assert (code, err.count("\n")) == (1, 1)
     assert err.startswith(f"error: {path}: ")
-    assert ("its config is not the one" if damage == "config" else "damaged record") in err
+    assert ("its config does not match its name" if damage == "config" else "damaged record") in err
 
 
 @pytest.mark.parametrize(("option", "value"), [("--only", "lr=1"), ("--set", "data_dir=x")])
