@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", UserError.exit_code)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; run the same command again to resume", file=sys.stderr)
         return Stopped.exit_code
 
 
@@ -82,9 +82,9 @@ def plan(given: argparse.Namespace) -> int:
     print(pd.DataFrame(rows).to_string(index=False))
     known = [seconds for seconds in each if seconds is not None]
     print(
-        f"\n{len(rows)} cells, {total} runs, {total - len(each)} done; the others one after the other at the pace "
-        f"of those recorded: {duration(sum(known))}"
-        + (f", and {len(each) - len(known)} runs of which nothing like them was recorded" if known != each else "")
+        f"\n{len(rows)} cells, {total} runs, {total - len(each)} done; the remaining runs take about "
+        f"{duration(sum(known))} if run sequentially (estimated from recorded runs)"
+        + (f"; {len(each) - len(known)} runs have no similar record" if known != each else "")
     )
     return 0
 
@@ -151,7 +151,7 @@ def write(given: argparse.Namespace) -> int:
         report.write_index(pages, given.results)
         print(given.results / "index.html")
     if own:
-        report.embed(pages)
+        report.update_blocks(pages)
     return 0
 
 
@@ -204,17 +204,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _studies(given: argparse.Namespace) -> list[Study]:
-    """The studies of the experiments named; a cell that several of them have stands once."""
+    """The studies of the experiments named; a cell in several experiments is listed once."""
     for name in given.names:
         _known(name)
     chosen = [EXPERIMENTS[name].only(given.only) for name in given.names if name in EXPERIMENTS]
     how = (-1 if given.short else 0, given.selection, tuple(given.set), given.seeds)
     found = [study for experiment in chosen for study in studies(experiment, *how)]
-    return list({(s.cell.overrides, s.cell.sweep, s.cell.whole, s.budget): s for s in found}.values())
+    return list({(s.cell.overrides, s.cell.sweep, s.cell.grid_only, s.budget): s for s in found}.values())
 
 
 def _simulations(given: argparse.Namespace) -> list[Simulation]:
-    """Those named. Raises ConfigError where options say something about runs, which a simulation does not have."""
+    """The named simulations. Raises ConfigError for options about runs, which a simulation does not have."""
     named = [SIMULATIONS[name] for name in dict.fromkeys(given.names) if name in SIMULATIONS]
     for option in ("only", "set"):
         if named and getattr(given, option):

@@ -157,7 +157,7 @@ class Store:
         """Read the tuning files that have changed since."""
         for folder in (self.runs, self.tuning):  # otherwise it would look as if nothing had been run
             if folder.exists() and not (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
-                raise RunError(f"{folder}: is no folder that can be read; make it one, or give other --results")
+                raise RunError(f"{folder}: cannot be read as a folder; choose another with --results")
         for path in self.tuning.glob("[!.]*.jsonl"):
             try:
                 stat = path.stat()
@@ -216,7 +216,7 @@ def save(path: Path, content: dict[str, Any]) -> Record:
 def _record(path: Path, name: str, content: dict[str, Any], needed: tuple[str, ...] = OF_ALL) -> Record:
     """Raises one of DAMAGE if the content does not match the name or lacks a `needed` property."""
     if not identity_hash(content["config"]) == content["hash"] == name.rpartition("-")[2]:
-        raise ValueError("its config is not the one that its name stands for")
+        raise ValueError("its config does not match its name")
     record = Record(
         path=path,
         name=name,

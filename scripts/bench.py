@@ -1,5 +1,5 @@
-"""What the benchmarks share: timing in turns, the machine's rates, and a page and a JSON file in results/bench/ on what
-was measured, where and with what."""
+"""Shared code of the benchmarks: timing in turns, the machine's rates, and a page and a JSON file in results/bench/ on
+what was measured, where and with what."""
 
 import json
 import statistics
@@ -32,7 +32,7 @@ def parser(description: str | None, rounds: int) -> ArgumentParser:
     return made
 
 
-def turns(measures: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+def interleave(measures: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
     """What each gives in every round, one after the other, so that a drift of the machine's speed reaches all."""
     given: dict[str, list[float]] = {name: [] for name in measures}
     for count in range(warm_up + rounds):

@@ -58,8 +58,8 @@ def measure(given: Namespace, *keys: str) -> bench.Row:
         for name, config in (("without", without), ("with", on))
     }
     epochs = {name: partial(bench.seconds, run.train_epoch, device) for name, run in runs.items()}
-    count = max(1, round(SECONDS / bench.turns(epochs, 1)["without"][0]))
-    found = bench.turns(epochs, given.rounds * count)
+    count = max(1, round(SECONDS / bench.interleave(epochs, 1)["without"][0]))
+    found = bench.interleave(epochs, given.rounds * count)
     found["figure"] = [figure_seconds(runs["with"])]
     return {
         "seconds": {what: round(statistics.median(values), 3) for what, values in found.items()},

@@ -2,7 +2,7 @@
 
 VGG-19 on images in CIFAR-10's form and ResNet-50 on JPEG files in ImageNet's folders, all generated: no download. In
 turns, in every round: an epoch of a few updates of `run.py` (Adam-LAWN, constrained), the same epoch of a plain loop,
-as many times the bare forward and backward pass, and a matrix product. The plain loop is what one writes first: a
+as many times the bare forward and backward pass, and a matrix product. The plain loop is a straightforward baseline: a
 DataLoader with torchvision's transforms, the model as it is made, in fp32, torch's Adam. Then the input pipelines
 alone, against the plain loop's DataLoader and the machine: copying memory for CIFAR, decoding the files for ImageNet.
 Writes medians, and medians of the ratios within a round, with hardware and versions to
@@ -33,8 +33,8 @@ from lawn.train.distributed import World
 from lawn.train.throughput import peak_flops
 from lawn.train.trainer import Trainer
 from scripts import bench
-from scripts.generated import CLASSES, HEIGHT, WIDTH, write_cifar, write_photos
-from scripts.plain_images import WORKERS, Plain, nothing, plain_cifar, plain_imagenet, plain_loader
+from scripts.plain_images import WORKERS, Plain, discard, plain_cifar, plain_imagenet, plain_loader
+from scripts.synthetic_images import CLASSES, HEIGHT, WIDTH, write_cifar, write_photos
 
 RESNET_UPDATES = 4 * WORKERS  # the first batch is waited for: a small share of so many
 BYTES = 3 * 32 * 32 * (1 + 4)  # CIFAR's augmentation reads an image as uint8 and writes it as float32
@@ -57,7 +57,7 @@ SIZES = {
 }
 
 
-class Bare:
+class ForwardBackward:
     """Forward and backward of a run's network, compiled, laid out and in number formats as there, and nothing else."""
 
     def __init__(self, run: Trainer, size: int) -> None:
@@ -82,13 +82,13 @@ def measure_training(config: Config, samples: Dataset, size: int, rounds: int, d
     loader = plain_loader(samples, config.train.batch_size, device)
     plain = Plain(copy.deepcopy(task.model), loader, device)  # a run lays out its own
     run = Trainer(config, task, World(device))
-    bare, count, precision = Bare(run, size), task.dataset.num_train, run.execution.precision
+    bare, count, precision = ForwardBackward(run, size), task.dataset.num_train, run.execution.precision
 
     def plain_rate() -> float:
         with bench.torch_defaults():
             return count / bench.seconds(plain.epoch, device)
 
-    found = bench.turns(
+    found = bench.interleave(
         {
             "ours": lambda: bench.training_rate(run),
             "plain": plain_rate,
@@ -129,7 +129,7 @@ def measure_input(
     def rate(epoch: Callable[[], None]) -> float:
         return dataset.num_train / bench.seconds(epoch, device)
 
-    return bench.turns({"ours": lambda: rate(ours), "plain": lambda: rate(plain), "peak": peak}, rounds)
+    return bench.interleave({"ours": lambda: rate(ours), "plain": lambda: rate(plain), "peak": peak}, rounds)
 
 
 def settings(config: Config, size: int) -> dict[str, object]:
@@ -163,7 +163,7 @@ def cifar_input(config: Config, root: Path, rounds: int, device: torch.device) -
 
 
 def imagenet_input(config: Config, root: Path, size: int, rounds: int, device: torch.device) -> bench.Row:
-    files = ImageFolder(str(root / "imagenet" / "train"), nothing)
+    files = ImageFolder(str(root / "imagenet" / "train"), discard)
     decoder = plain_loader(files, config.train.batch_size, device)
 
     def decoding() -> float:
@@ -202,7 +202,7 @@ TRAINING: bench.Columns = {
 INPUT: bench.Columns = {
     **RATES,
     "share of the machine's rate": lambda row: bench.percent(row["peak_share"]),
-    "which is": lambda row: row["peak"],
+    "reference": lambda row: row["peak"],
 }
 REMARKS = """Training is an epoch of `run.py` with Adam-LAWN, constrained, input included. The plain loop is a
 DataLoader with torchvision's transforms and a worker for each core, fp32, channels first, torch's Adam; of the input

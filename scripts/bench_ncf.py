@@ -1,8 +1,8 @@
 """Time NCF's training against a plain loop: python -m scripts.bench_ncf --data-dir D [--rounds 15]
 
-The plain loop is what one writes first, in the manner of github.com/guoyang9/NCF: a Dataset that draws negatives and
-returns samples one by one, a DataLoader, embeddings that are looked up and concatenated, torch's Adam. Both train the
-same network (16 factors) in turns: an epoch of ours, some batches of the plain loop, a matrix product.
+The plain loop is a straightforward baseline, in the manner of github.com/guoyang9/NCF: a Dataset that draws negatives
+and returns samples one by one, a DataLoader, embeddings that are looked up and concatenated, torch's Adam. Both train
+the same network (16 factors) in turns: an epoch of ours, some batches of the plain loop, a matrix product.
 Prints medians of the ratios within a round, the share of the matrix product's rate that is spent on the network's
 FLOPs, and the peak memory of a run from start to end; writes the same with hardware and versions to
 results/bench/ncf-DEVICE.json and .md.
@@ -117,7 +117,7 @@ def measure(name: str, batch_size: int, rounds: int, data_dir: Path, device: tor
     assert isinstance(task.dataset, Interactions)
     plain = Plain(task.dataset, batch_size, device)
     run = Trainer(config, task, World(device))
-    found = bench.turns(
+    found = bench.interleave(
         {
             "ours": lambda: bench.training_rate(run),
             "plain": plain.rate,

@@ -47,7 +47,7 @@ def parameters(model: str, device: torch.device) -> Params:
     return params
 
 
-def wrapped(params: Params) -> Optimizer:
+def lawn_adam(params: Params) -> Optimizer:
     base = Adam(params, fused=True)
     LAWN(base, free_steps=0)
     return base
@@ -82,7 +82,7 @@ CANDIDATES: dict[str, Callable[[Params], Optimizer]] = {
     "torch Adam, single": lambda params: Adam(params, foreach=False),
     "AdamLAWN": lambda params: AdamLAWN(params, free_steps=0),
     "AdamLAWN, fused=False": lambda params: AdamLAWN(params, free_steps=0, fused=False),
-    "LAWN(torch Adam, fused)": wrapped,
+    "LAWN(torch Adam, fused)": lawn_adam,
     "LAMBLAWN": lambda params: LAMBLAWN(params, free_steps=0),
     "SGDLAWN": lambda params: SGDLAWN(params, free_steps=0),
     "timm Lamb": lamb,
@@ -91,7 +91,7 @@ CANDIDATES: dict[str, Callable[[Params], Optimizer]] = {
 }
 
 
-def moved(optimizer: Optimizer) -> int:
+def bytes_moved(optimizer: Optimizer) -> int:
     """Bytes that a step reads and writes at least: gradients in, weights and state in and out."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state = sum(t.nbytes for kept in optimizer.state.values() for t in kept.values() if isinstance(t, Tensor))
@@ -111,7 +111,7 @@ def make(model: str, device: torch.device) -> dict[str, Optimizer]:
 def summary(
     optimizer: Optimizer, taken: list[float], fused: list[float], foreach: list[float], bandwidths: list[float]
 ) -> bench.Row:
-    count = moved(optimizer)
+    count = bytes_moved(optimizer)
     return {
         "milliseconds": round(1e3 * statistics.median(taken), 2),
         "ratio": round(bench.median_ratio(taken, fused), 2),
@@ -133,7 +133,7 @@ def measure(model: str, device: torch.device, rounds: int) -> tuple[dict[str, be
     """A row for each optimizer, and bytes per second of the memory."""
     optimizers = make(model, device)
     steps = {name: partial(bench.seconds, optimizer.step, device) for name, optimizer in optimizers.items()}
-    found = bench.turns({**steps, "memory": lambda: bench.memory_rate(device, in_place=True)}, rounds, warm_up=3)
+    found = bench.interleave({**steps, "memory": lambda: bench.memory_rate(device, in_place=True)}, rounds, warm_up=3)
     rates = found.pop("memory")
     rows = {
         name: summary(optimizer, found[name], found[FUSED], found[FOREACH], rates)

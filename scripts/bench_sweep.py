@@ -60,7 +60,7 @@ def measure(given: Namespace, count: int, batch_size: int, factors: int, optim: 
     def epoch_alone() -> float:
         return dataset.num_train / bench.training_rate(alone)
 
-    found = bench.turns({"together": epoch_together, "alone": epoch_alone}, given.rounds)
+    found = bench.interleave({"together": epoch_together, "alone": epoch_alone}, given.rounds)
     times = bench.median_ratio(found["together"], found["alone"])
     return {
         "seconds": {what: round(statistics.median(values), 3) for what, values in found.items()},
@@ -82,10 +82,10 @@ def name(count: int, batch_size: int, factors: int, optim: str, seeds: bool) -> 
 
 
 COLUMNS: bench.Columns = {
-    "an epoch of one, s": lambda row: f"{row['seconds']['alone']:.3g}",
-    "of all together, s": lambda row: f"{row['seconds']['together']:.3g}",
-    "together, in times of one": lambda row: f"{row['times_one']:.1f}",
-    "against one after the other": lambda row: f"{row['speedup']:.2f} x",
+    "1 run, s/epoch": lambda row: f"{row['seconds']['alone']:.3g}",
+    "N runs batched, s/epoch": lambda row: f"{row['seconds']['together']:.3g}",
+    "batched / 1 run": lambda row: f"{row['times_one']:.1f}",
+    "speedup over sequential": lambda row: f"{row['speedup']:.2f} x",
 }
 REMARKS = """Training alone, evaluation not counted. Runs of one seed see the same batches; with a seed each, every run
 draws its own."""

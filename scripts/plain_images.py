@@ -1,4 +1,4 @@
-"""What one writes first to train on images, for the benchmarks to compare with: a DataLoader with torchvision's
+"""A straightforward baseline for training on images, to compare the benchmarks with: a DataLoader with torchvision's
 transforms, the model as it is made, in fp32, torch's Adam."""
 
 import os
@@ -58,7 +58,7 @@ def plain_imagenet(root: Path, size: int) -> Dataset:
     return ImageFolder(str(root / "imagenet" / "train"), augment)
 
 
-def nothing(image: Image.Image) -> int:
+def discard(image: Image.Image) -> int:
     return 0
 
 

@@ -55,7 +55,7 @@ def test_before_the_time_is_up_the_job_goes_back_into_the_queue(tmp_path, script
         job.send_signal(signal.SIGUSR1)
         said, _ = job.communicate(timeout=30)
     assert job.returncode == 0
-    assert "back into the queue" in said
+    assert "requeueing" in said
     assert (tmp_path / "calls").read_text() == "requeue 40007\n"
 
 

@@ -34,10 +34,10 @@ AUTOMATIC = Experiment(
         *_cells(AUTO, "auto"),
     ),
     (HEADLINE,),
-    rival=AUTO,
+    compared_row=AUTO,
     notes=(
-        "Adam-LAWN. Fixed E_free is a share of the run's epochs; the best of them is taken from the same numbers, on "
-        "test, which favours it. `optim.free_epochs=auto` switches when the median training margin "
+        "Adam-LAWN. A fixed E_free is given as a percentage of the run's epochs; its best value is selected on the "
+        "same test numbers, which favours it. `optim.free_epochs=auto` switches when the median training margin "
         f"has been {THRESHOLD:g} or more for about half an epoch (lawn.diagnostics.FlatteningOnset).",
         "Peak rate and warmup are those of the best of table 4's grid after as many epochs, on the validation split of "
         "MovieLens-100k, or the preset's. The rule was fitted to the validation split: there the grid has its best "

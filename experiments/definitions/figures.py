@@ -34,8 +34,8 @@ FIGURE1 = Experiment(
     notes=(
         f"A fully homogeneous network (no biases), batch 10k. After epoch {_SWITCH} of 300 (in proportion where the "
         "run is shorter) the output layer is multiplied by 0.2 and all norms are fixed. Until then both are the same "
-        "run. The paper's curves are an image, so no numbers stand beside ours, and it names neither the learning "
-        "rate nor the batch size.",
+        "run. The paper's curves are an image, so there are no numbers to compare with, and it names neither the "
+        "learning rate nor the batch size.",
     ),
 )
 
@@ -50,7 +50,7 @@ _INSIDE = (
 _HOW = (
     "The Hessian of the training loss and the covariance of the samples' gradients (of one sample, not of a minibatch) "
     "are estimated on the same 1,000 training samples every {}; norms, angles and gradients of each weight are means "
-    "over about 8 updates of each epoch. A single seed: a look inside, not a comparison of methods."
+    "over about 8 updates of each epoch. A single seed: an illustration, not a comparison of methods."
 )
 FLATTENING_DIGITS = Experiment(
     "flattening_digits",

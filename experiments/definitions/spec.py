@@ -7,7 +7,7 @@ from lawn.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Paper:
+class PaperResult:
     """The number that the paper prints in a cell."""
 
     value: float | None  # None: "Fail"
@@ -24,9 +24,9 @@ class Cell:
     column: str = ""
     epochs: tuple[int, ...] = ()  # budgets: the paper's, then a shorter one; empty: the dataset's own
     sweep: str | None = None  # preset below conf/sweep which its hyperparameters are chosen from; None: all are given
-    paper: Paper | None = None  # None: the paper has no such cell
+    paper: PaperResult | None = None  # None: the paper has no such cell
     seeds: int | None = None  # number of final runs; None: that of the experiment
-    whole: bool = False  # only run every point of the grid once
+    grid_only: bool = False  # only run every point of the grid once
 
     @property
     def name(self) -> str:
@@ -56,7 +56,7 @@ class Experiment:
     measures: tuple[Measure, ...]
     figure: str | None = None  # "epochs": curves of every cell; "batch": the measure over the batch size, by panel;
     # "diagnostics": what diagnostics=on measures, of the first run of every cell
-    rival: str | None = None  # a row to be compared with the best of the others, in every column
+    compared_row: str | None = None  # a row to be compared with the best of the others, in every column
     pairs: tuple[tuple[str, str], ...] = ()  # rows to compare: a method, and what LAWN makes of it
     notes: tuple[str, ...] = ()  # what the reader has to know
     seeds: int = 3

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from experiments.definitions.spec import Cell, Experiment, Measure, Paper
+from experiments.definitions.spec import Cell, Experiment, Measure, PaperResult
 
 
 def _paper() -> dict[str, Any]:
@@ -66,11 +66,18 @@ EPS = (
 )
 DECAY = "Adam, SGD and LAMB have weight decay (Adam's is decoupled); their LAWN variants have none."
 SGD_LAWN = "The ICLR text prints no SGD-LAWN; the arXiv version pairs LAWN with SGD, too."
-RANGE = "Of the paper's standard errors only the range is known; its upper end, {}, is used."
+RANGE = "The paper gives only a range for its standard errors; its upper end, {}, is used."
 
 
 def _cell(
-    dataset: str, batch: str, optim: tuple[str, ...], sweep: str, row: str, *, paper: Paper | None, column: str = ""
+    dataset: str,
+    batch: str,
+    optim: tuple[str, ...],
+    sweep: str,
+    row: str,
+    *,
+    paper: PaperResult | None,
+    column: str = "",
 ) -> Cell:
     """`batch` as the paper writes it, `optim`: the overrides that choose optimizer and loss."""
     name, *more = optim
@@ -95,7 +102,7 @@ def _by_batch(table: str, rows: tuple[str, ...], dataset: str | None = None, err
         printed = PAPER[table].get(key)
         values, errors = (printed["value"], printed["stderr"]) if isinstance(printed, dict) else (printed, None)
         for i, column in enumerate(PAPER[table]["columns"]):
-            paper = None if values is None else Paper(values[i], errors[i] if errors else error)
+            paper = None if values is None else PaperResult(values[i], errors[i] if errors else error)
             cell = _cell(column.get("dataset", dataset), str(column["batch"]), *OPTIMIZERS[key], paper=paper)
             cells.append(replace(cell, seeds=SEEDS.get(key) if table == "table4" else None))
     return cells
@@ -107,7 +114,7 @@ TABLE1 = Experiment(
     tuple(_by_batch("table1", ("sgd", "adam", "adam_eps", "adam_lawn", "lamb_plus", "lamb_lawn"), "imagenet")),
     (ACCURACY,),
     pairs=PAIRS,
-    notes=(DECAY, EPS, "What LAMB+ is stands in an appendix that is not public; here it clips the trust ratio."),
+    notes=(DECAY, EPS, "The appendix that defines LAMB+ is not public; our LAMB+ clips the trust ratio."),
 )
 
 _SMOOTHED = ("optim=adam", "loss=label_smoothing", "loss.smoothing=0.05")
@@ -121,7 +128,9 @@ TABLE2 = Experiment(
     "table2",
     "Table 2: other ways to keep a network adaptive",
     tuple(
-        _cell(column["dataset"], str(column["batch"]), overrides, sweep, row, paper=Paper(PAPER["table2"][key][i]))
+        _cell(
+            column["dataset"], str(column["batch"]), overrides, sweep, row, paper=PaperResult(PAPER["table2"][key][i])
+        )
         for key, (row, overrides, sweep) in METHODS.items()
         for i, column in enumerate(PAPER["table2"]["columns"])
     ),
@@ -151,8 +160,8 @@ TABLE4 = Experiment(
         EPS,
         SGD_LAWN,
         RANGE.format(0.25),
-        "The grids were widened twice after first results had been seen: those of the adaptive optimizers by a larger "
-        "peak rate, then all of them to 48 points, by larger peak rates and a longer warmup.",
+        "The grids were widened twice after we had seen the first results: those of the adaptive optimizers by a "
+        "larger peak rate, then all of them to 48 points, by larger peak rates and a longer warmup.",
     ),
 )
 
@@ -172,7 +181,7 @@ def _focal() -> list[Cell]:
                         optim if loss is None else (*optim, f"loss={loss[0]}", f"loss.gamma={loss[1]}"),
                         sweep,
                         f"{name}, batch {'smaller' if size == 0 else 'larger'}",
-                        paper=Paper(PAPER["table5"][f"{key}_bs{size + 1}"][i]),
+                        paper=PaperResult(PAPER["table5"][f"{key}_bs{size + 1}"][i]),
                         column="cross entropy" if loss is None else f"focal {loss[1]}",
                     )
                 )
@@ -192,7 +201,7 @@ TABLE6 = Experiment(
     "table6",
     "Table 6: calibration of VGG-19 on CIFAR",
     tuple(
-        _cell(column["dataset"], "256", *OPTIMIZERS[key], paper=Paper(PAPER["table6"][key][i]))
+        _cell(column["dataset"], "256", *OPTIMIZERS[key], paper=PaperResult(PAPER["table6"][key][i]))
         for key in ("adam", "adam_lawn")
         for i, column in enumerate(PAPER["table6"]["columns"])
     ),

@@ -10,7 +10,7 @@ CHECKED = ("Adam, eps 1e-8", "Adam-LAWN"), "batch 10k"  # cells whose grid is ru
 
 
 def _whole(cell: Cell, panel: str, epochs: int) -> Cell:
-    return replace(cell, panel=panel, epochs=(epochs,), paper=None, seeds=None, whole=True)
+    return replace(cell, panel=panel, epochs=(epochs,), paper=None, seeds=None, grid_only=True)
 
 
 _CELLS = [cell for cell in TABLE4.cells if cell.panel == PANELS["movielens100k"]]

@@ -120,7 +120,7 @@ def run(
                 pool.start(jobs)
             left = float("inf") if budget is None else budget - (time.monotonic() - start)
             if left <= 0:
-                tqdm.write("the time is up; the same command goes on from here")
+                tqdm.write("the time is up; run the same command again to resume")
             if not pool.running or left <= 0:
                 return failed + diverged
             for ended in pool.wait(min(left, REFRESH_SECONDS)):

@@ -96,7 +96,7 @@ class Grid:
     @cached_property
     def _extended(self) -> dict[str, list[str | None]]:
         """The axes with one more value at both ends, if there is one."""
-        ends = {key: search.beyond(values) for key, values in self.axes.items()}
+        ends = {key: search.extrapolate(values) for key, values in self.axes.items()}
         return {key: [*values, ends[key][1], ends[key][0]] for key, values in self.axes.items()}  # index -1 is the last
 
     def _job(self, point: Point, seed: int) -> Job:

@@ -8,8 +8,8 @@
 3. The BEST of these once more with other seeds. A point that diverges or collapses for one of them loses, and the next
    best takes its place; of those that remain the best mean wins.
 
-The same for every optimizer. Nothing here is random, and a step depends on scores alone, so that what was killed goes
-on from what is recorded.
+The same for every optimizer. Nothing here is random, and a step depends on scores alone, so that a killed search
+resumes from its records.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,12 +34,12 @@ def neighbours(point: Point, shape: Sequence[int]) -> list[Point]:
     return [(*point[:k], i, *point[k + 1 :]) for k, i in moved if -1 <= i <= shape[k]]
 
 
-def trials(shape: Sequence[int]) -> int:
+def num_trials(shape: Sequence[int]) -> int:
     """The number of points to try with the whole budget after a search with a shorter one."""
     return min(2 * BEST * len(shape), prod(shape))
 
 
-def explore(
+def points_to_try(
     shape: Sequence[int],
     start: Sequence[Point],
     limit: int | None,
@@ -71,26 +71,26 @@ def ranked(points: Sequence[Point], score: Score) -> list[Point]:
     return sorted(points, key=lambda point: -_finite(score(point)))
 
 
-def confirm(best: Sequence[Point], scores: Callable[[Point], list[float | None]]) -> list[Point]:
-    """The points, of `best` from best to worst, to run with all seeds: until BEST of them stand, at most 2 BEST."""
+def points_to_confirm(best: Sequence[Point], scores: Callable[[Point], list[float | None]]) -> list[Point]:
+    """The points to run with all seeds, from `best` in its order: until BEST of them are stable, at most 2 BEST."""
     asked: list[Point] = []
-    standing = 0
+    stable = 0
     for point in best[: 2 * BEST]:
-        if standing == BEST:
+        if stable == BEST:
             break
         asked.append(point)
-        standing += None in scores(point) or stands([value for value in scores(point) if value is not None])
+        stable += None in scores(point) or is_stable([value for value in scores(point) if value is not None])
     return asked
 
 
-def stands(scores: Sequence[float]) -> bool:
+def is_stable(scores: Sequence[float]) -> bool:
     """Whether no seed diverged or collapsed."""
     return not any(map(isnan, scores)) and min(scores) >= COLLAPSED * max(scores)
 
 
-def choose(confirmed: Sequence[Point], scores: Callable[[Point], list[float]]) -> Point:
-    """The point with the best mean among those that stand, or among all if none does."""
-    return max(confirmed, key=lambda point: (stands(scores(point)), mean(scores(point))))
+def best_point(confirmed: Sequence[Point], scores: Callable[[Point], list[float]]) -> Point:
+    """The point with the best mean among the stable points, or among all if none is stable."""
+    return max(confirmed, key=lambda point: (is_stable(scores(point)), mean(scores(point))))
 
 
 def mean(scores: Sequence[float]) -> float:
@@ -102,7 +102,7 @@ def _finite(score: float | None) -> float:
     return -inf if score is None or isnan(score) else score
 
 
-def beyond(values: Sequence[str]) -> tuple[str | None, str | None]:
+def extrapolate(values: Sequence[str]) -> tuple[str | None, str | None]:
     """The values one step beyond both ends of an axis, by the ratio of the last two; None for an end at 0 and for a
     non-numeric axis."""
     try:

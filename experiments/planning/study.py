@@ -57,11 +57,11 @@ class Study:
     ) -> None:
         self.cell = cell
         self.budget = budgets[0] if budgets else None
-        self.seeds = 0 if cell.whole else seeds
+        self.seeds = 0 if cell.grid_only else seeds
         epochs = () if self.budget is None else (f"train.epochs={self.budget}",)
         self.grid = Grid((*cell.overrides, *epochs), cell.sweep, selection, extra, experiment)
         self.shorter: Grid | None = None
-        if len(budgets) > 1 and cell.sweep is not None and not cell.whole:
+        if len(budgets) > 1 and cell.sweep is not None and not cell.grid_only:
             overrides = (*cell.overrides, f"train.epochs={budgets[-1]}")
             self.shorter = Grid(overrides, cell.sweep, selection, extra, experiment)
 
@@ -74,18 +74,18 @@ class Study:
         """The runs that tune the hyperparameters, as far as they follow from the records."""
         if self.problem or not self.grid.points:
             return Tuning()
-        if self.cell.whole:
+        if self.cell.grid_only:
             return Tuning(full=self.grid.jobs())
         start, short, limit = self.grid.points, [], None
         if self.shorter is not None:
-            shorter, short, limit = self.shorter, self.shorter.jobs(), search.trials(self.grid.shape)
+            shorter, short, limit = self.shorter, self.shorter.jobs(), search.num_trials(self.grid.shape)
             if not all(store.has(job.name) for job in short):
                 return Tuning(short, unknown=limit + CONFIRMING)
             start = search.ranked(start, lambda point: shorter.score(store, point))
         return replace(self._search(store, start, limit), short=short)
 
     def _search(self, store: Store, start: list[Point], limit: int | None) -> Tuning:
-        """The search over at most `limit` points, beginning with the first of `start`; see `search.explore`."""
+        """The search over at most `limit` points, beginning with the first of `start`; see `search.points_to_try`."""
 
         def score(point: Point) -> float | None:
             return self.grid.score(store, point)
@@ -96,18 +96,20 @@ class Study:
         def known(point: Point) -> list[float]:
             return [value for value in scores(point) if value is not None]
 
-        tried = search.explore(self.grid.shape, start, limit, score, lambda point: self.grid.job(point) is not None)
+        tried = search.points_to_try(
+            self.grid.shape, start, limit, score, lambda point: self.grid.job(point) is not None
+        )
         full = self.grid.jobs(tried)
         if any(score(point) is None for point in tried):
             return Tuning(full=full, unknown=max(0, (limit or len(start)) - len(full)) + CONFIRMING)
-        confirmed = search.confirm(search.ranked(tried, score), scores)
+        confirmed = search.points_to_confirm(search.ranked(tried, score), scores)
         confirming = self.grid.jobs(confirmed, search.CONFIRMING_SEEDS)
         done = all(None not in scores(point) for point in confirmed)
-        return Tuning([], full, confirming, 0, search.choose(confirmed, known) if done else None)
+        return Tuning([], full, confirming, 0, search.best_point(confirmed, known) if done else None)
 
     def final_runs(self, store: Store) -> Iterator[Job]:
         """The final runs of the cell, for the seeds 0, 1, ... without end; none before the tuning has ended."""
-        if self.problem or self.cell.whole:
+        if self.problem or self.cell.grid_only:
             return
         setting: tuple[str, ...] = ()
         config = self.grid.config

@@ -7,12 +7,12 @@ from experiments.definitions.spec import Experiment, Measure
 from experiments.definitions.tuning_curves import FULL, SHORT
 from experiments.planning import search
 from experiments.records import Store
-from experiments.reporting import tuned
+from experiments.reporting import tuning_tables
 from experiments.reporting.layout import Entry
 from experiments.reporting.outcomes import Outcome, outcomes, places
 from experiments.reporting.page import Page, figure_of, page_name, panels, provenance
 from experiments.reporting.statistics import BestOf
-from experiments.reporting.trials import curves, score
+from experiments.reporting.trials import best_of_curves, score
 
 K = 5  # trials that a user may afford
 Best = dict[tuple[str, str, str], BestOf]  # by panel, column and row
@@ -21,7 +21,7 @@ Best = dict[tuple[str, str, str], BestOf]  # by panel, column and row
 def curves_page(experiment: Experiment, store: Store, selection: str = "val") -> Page:
     """The page of the tuning curves, from the grids instead of the final runs."""
     found = outcomes(experiment, store, selection)
-    complete = curves(found)
+    complete = best_of_curves(found)
     best = {(o.cell.panel, o.cell.column, o.cell.row): curve for o, curve in complete}
 
     def entry_of(outcome: Outcome, measure: Measure, cells: list[Outcome]) -> Entry:
@@ -46,9 +46,9 @@ def curves_page(experiment: Experiment, store: Store, selection: str = "val") ->
         figure_shown=bool(complete),
         source="tuning/tuning_curves.csv",
         source_title="Every run",
-        tuned=tuned.table(found),
-        grids=tuned.grids(found),
-        tuning=tuned.frame(found),
+        tuned=tuning_tables.table(found),
+        grids=tuning_tables.grids(found),
+        tuning=tuning_tables.frame(found),
         outcomes=found,
     )
 
@@ -79,10 +79,10 @@ def _winners(found: list[Outcome], best: Best) -> list[str]:
             first, second, *_ = sorted(here, key=lambda row: -here[row].mean[K - 1])
             schedule = "" if panel == SHORT else f", {panel.partition(', ')[2]}"
             parts.append(
-                f"{column}{schedule}: {first}, {here[first].mean[K - 1]:.2f}, before {second}, "
-                f"{here[second].mean[K - 1]:.2f}"
+                f"{column}{schedule}: {first} ({here[first].mean[K - 1]:.2f}), then {second} "
+                f"({here[second].mean[K - 1]:.2f})"
             )
-    return [f"Ahead with {K} trials: {'; '.join(parts)}."] if parts else []
+    return [f"Best with {K} trials: {'; '.join(parts)}."] if parts else []
 
 
 def _easier(experiment: Experiment, found: list[Outcome], best: Best) -> list[str]:
@@ -100,7 +100,7 @@ def _easier(experiment: Experiment, found: list[Outcome], best: Best) -> list[st
             missed = [sum(pair[i].mean[-1] - pair[i].mean[K - 1] for pair in both) / len(both) for i in (0, 1)]
             lines.append(
                 f"{rival} against {base}: better with {K} trials in {few} of {len(both)} columns, with the whole "
-                f"grid in {many}. With {K} trials {rival} misses {missed[1]:.2f} points of its best on average, "
+                f"grid in {many}. With {K} trials {rival} is {missed[1]:.2f} points below its best on average, "
                 f"{base} {missed[0]:.2f}."
             )
     return lines
@@ -131,14 +131,14 @@ def _filtered(full: Outcome, short: Outcome) -> str:
         for outcome in (full, short)
     )
     by_full, by_short = search.ranked(points, ours.get), search.ranked(points, theirs.get)
-    limit = search.trials(full.study.grid.shape)
-    tried = search.explore(full.study.grid.shape, by_short, limit, ours.get, ours.__contains__)
+    limit = search.num_trials(full.study.grid.shape)
+    tried = search.points_to_try(full.study.grid.shape, by_short, limit, ours.get, ours.__contains__)
     found = search.ranked(tried, ours.get)[0]
     correlation = spearmanr([ours[point] for point in points], [theirs[point] for point in points]).statistic
     return (
         f"{full.cell.row} at {full.cell.column}: of {len(points)} settings the best after {full.epochs} epochs "
-        f"({ours[by_full[0]]:.2f}) stood at place {by_short.index(by_full[0]) + 1} after {short.epochs}, and the best "
-        f"after {short.epochs} gets {ours[by_short[0]]:.2f} after {full.epochs} (place "
+        f"({ours[by_full[0]]:.2f}) has rank {by_short.index(by_full[0]) + 1} after {short.epochs}, and the best "
+        f"after {short.epochs} gets {ours[by_short[0]]:.2f} after {full.epochs} (rank "
         f"{by_full.index(by_short[0]) + 1}; rank correlation {correlation:.2f}). The search that starts from the short "
-        f"order finds place {by_full.index(found) + 1} ({ours[found]:.2f}) with {len(tried)} runs."
+        f"ranking finds rank {by_full.index(found) + 1} ({ours[found]:.2f}) with {len(tried)} runs."
     )

@@ -10,7 +10,7 @@ import numpy as np
 from experiments.definitions.spec import Experiment
 from experiments.reporting.outcomes import Outcome, paper, places
 from experiments.reporting.statistics import mean_and_error
-from experiments.reporting.trials import curves
+from experiments.reporting.trials import best_of_curves
 from lawn.diagnostics import figure as diagnostics
 from lawn.files import atomic
 from lawn.plotting import Figure, rc_context
@@ -91,7 +91,7 @@ def over_trials(experiment: Experiment, found: list[Outcome]) -> Figure:
     """
     families = {rival: [base for base, other in experiment.pairs if other == rival] for _, rival in experiment.pairs}
     columns = places(found)
-    best_at = {(o.cell.panel, o.cell.column, o.cell.row): best for o, best in curves(found)}
+    best_at = {(o.cell.panel, o.cell.column, o.cell.row): best for o, best in best_of_curves(found)}
     size = (2.1 * len(columns), 2.0 * len(families) + 0.4)
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(families), len(columns), squeeze=False)

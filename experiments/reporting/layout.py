@@ -36,23 +36,23 @@ class Table:
     rows: list[list[str]]
 
 
-def show(values: list[float], digits: int) -> str:
+def format_mean(values: list[float], digits: int) -> str:
     """'mean (standard error, n)', or 'mean (n=1)' of a single value, or '' of none."""
     if not values:
         return ""
-    (mean, error), text = mean_and_error(values), form(digits)
+    (mean, error), text = mean_and_error(values), number_format(digits)
     return f"{mean:{text}} (n=1)" if isnan(error) else f"{mean:{text}} ({error:{text}}, n={len(values)})"
 
 
-def form(digits: int) -> str:
+def number_format(digits: int) -> str:
     """The format of a number with so many digits after the point; negative: significant ones, in powers of ten."""
     return f".{digits}f" if digits >= 0 else f".{-digits - 1}e"
 
 
-def signed(number: float) -> str:
+def format_signed(number: float) -> str:
     """Three significant digits with the sign; nothing for NaN."""
     return "" if isnan(number) else f"{number:+.3g}"
 
 
-def plain(number: str) -> str:
+def format_plain(number: str) -> str:
     return f"{float(number):g}"

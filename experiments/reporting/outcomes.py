@@ -82,7 +82,7 @@ class Pair:
         return place(self.panel, self.column)
 
     @property
-    def turned(self) -> bool:
+    def sign_differs(self) -> bool:
         """Whether the paper has the opposite sign."""
         return not isnan(self.paper) and (self.gain.difference > 0) != (self.paper > 0)
 

@@ -10,9 +10,9 @@ import pandas as pd
 
 from experiments.definitions.spec import Experiment, Measure
 from experiments.records import Record, Store
-from experiments.reporting import tuned
+from experiments.reporting import tuning_tables
 from experiments.reporting.drawing import FIGURES
-from experiments.reporting.layout import Entry, Panel, Table, form, show, signed
+from experiments.reporting.layout import Entry, Panel, Table, format_mean, format_signed, number_format
 from experiments.reporting.outcomes import Outcome, Pair, comparisons, outcomes, paper
 from experiments.reporting.sentences import method, summary
 from experiments.reporting.statistics import mean_and_error
@@ -37,7 +37,7 @@ class Page:
     source: str | None = None  # the file of all numbers; None: each number links to its records
     source_title: str = "The record"
     marks: str = ""  # what the marks beside differences mean; empty where the paper has no numbers
-    paper_numbers: bool = True  # whether numbers of the paper stand beside ours
+    paper_numbers: bool = True  # whether the paper has numbers to compare with ours
     warnings: Mapping[str, list[str]] = field(default_factory=dict)  # of the runs, with the cells that they are of
     comparisons: Table | None = None  # with LAWN and without
     compared: str = ""  # what the comparisons are
@@ -68,9 +68,9 @@ def experiment_page(experiment: Experiment, store: Store, selection: str = "val"
         warnings=_warnings(found),
         comparisons=Table(COMPARED, [_compared(pair) for pair in pairs]) if pairs else None,
         compared=_compared_by(pairs),
-        tuned=tuned.table(found),
-        grids=tuned.grids(found),
-        tuning=tuned.frame(found),
+        tuned=tuning_tables.table(found),
+        grids=tuning_tables.grids(found),
+        tuning=tuning_tables.frame(found),
         outcomes=found,
     )
 
@@ -158,8 +158,8 @@ def _frame(experiment: Experiment, found: list[Outcome]) -> pd.DataFrame:
 def _compared_by(pairs: list[Pair]) -> str:
     return (
         f"By {method(pairs)}. An interval holds the true difference with 95 % "
-        "probability, by itself; Holm's correction is over this table. Detectable is the true difference that as "
-        "many seeds show with 80 % probability, without a correction."
+        "probability, by itself; Holm's correction is over this table. The detectable difference is the true "
+        "difference that as many seeds detect with 80 % probability, without a correction."
     )
 
 
@@ -167,7 +167,7 @@ def _measured(experiment: Experiment, found: list[Outcome], selection: str) -> s
     measures = experiment.measures
     shown = f"{measures[0].title}: mean" if len(measures) == 1 else "Mean"
     shown = f"{shown[0].upper()}{shown[1:]} (standard error, number of seeds) at the last epoch{_budget(found)}"
-    chosen = tuned.protocol(selection) if any(cell.sweep for cell in experiment.cells) else ""
+    chosen = tuning_tables.protocol(selection) if any(cell.sweep for cell in experiment.cells) else ""
     return f"{shown}. {chosen}".rstrip()
 
 
@@ -183,10 +183,10 @@ def _marks(found: list[Outcome]) -> str:
         return ""
     if not any(paper.error for paper in printed):
         return (
-            "Below ours stand the paper's number and the difference. The paper gives no standard errors here, so "
-            "none is marked."
+            "The line below gives the paper's number and the difference. The paper gives no standard errors here, so "
+            "no difference is marked."
         )
-    return "Below ours stand the paper's number and the difference, with * where it exceeds both standard errors."
+    return "The line below gives the paper's number and the difference, with * where it exceeds both standard errors."
 
 
 def _warnings(found: list[Outcome]) -> dict[str, list[str]]:
@@ -201,7 +201,7 @@ def provenance(records: list[Record], tuning: Sequence[Record] = ()) -> str:
     """Code versions and hardware, in a line."""
     found = [environment for record in records for environment in record.environments]
     if not found:
-        return "Nothing of it has been run."
+        return "No runs yet."
     machines = sorted({e["device"] if e["device"] != "cpu" else f"{e['cores']}-core {e['cpu']}" for e in found})
     packages = sorted({f"torch {e['packages']['torch']}" for e in found})
     chosen = f", after {len(tuning)} that chose the hyperparameters, {_code(tuning)}" if tuning else ""
@@ -211,10 +211,10 @@ def provenance(records: list[Record], tuning: Sequence[Record] = ()) -> str:
 
 def entry(outcome: Outcome, measure: Measure) -> Entry:
     printed = outcome.cell.paper
-    text = form(measure.digits)
+    text = number_format(measure.digits)
     difference = outcome.difference(measure)
     return Entry(
-        ours="Fail" if outcome.failed else show(outcome.values(measure), measure.digits),
+        ours="Fail" if outcome.failed else format_mean(outcome.values(measure), measure.digits),
         paper="" if printed is None else "Fail" if printed.value is None else f"{printed.value:{text}}",
         difference="" if isnan(difference) else f"{difference:+{text}}",
         marked=outcome.marked(measure),
@@ -231,13 +231,13 @@ def _compared(pair: Pair) -> list[str]:
     return [
         pair.place,
         f"{pair.base} → {pair.rival}",
-        signed(pair.gain.difference),
-        f"{signed(low)} to {signed(high)}" if known else "",
+        format_signed(pair.gain.difference),
+        f"{format_signed(low)} to {format_signed(high)}" if known else "",
         f"{pair.gain.p:.2g}" if known else "",
         f"{pair.adjusted:.2g}" if known else "",
         f"{pair.gain.detectable():.2g}" if known else "",
         f"{pair.seeds[0]}, {pair.seeds[1]}",
-        signed(pair.paper),
+        format_signed(pair.paper),
     ]
 
 

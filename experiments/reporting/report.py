@@ -85,19 +85,19 @@ def render(template: str, **content: object) -> str:
     return TEMPLATES.get_template(template).render(**content)
 
 
-def embed(pages: Sequence[Page]) -> None:
+def update_blocks(pages: Sequence[Page]) -> None:
     """Renew the blocks of README.md, results/README.md and docs/."""
-    for path in embedding():
-        write_text(path, embedded(path, pages))
+    for path in pages_with_blocks():
+        write_text(path, with_updated_blocks(path, pages))
 
 
-def embedding() -> list[Path]:
+def pages_with_blocks() -> list[Path]:
     """The pages that may have blocks."""
     root = RESULTS.parent
     return [root / "README.md", RESULTS / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
 
-def embedded(path: Path, pages: Iterable[Page]) -> str:
+def with_updated_blocks(path: Path, pages: Iterable[Page]) -> str:
     """The text of a page with its blocks renewed: what stands between `<!-- summary NAME -->`, `<!-- summary-table NAME
     -->` (the first panel, without links) or `<!-- output NAME -->` (as the terminal shows it) and `<!-- end -->`."""
     blocks = {}

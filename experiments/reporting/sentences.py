@@ -13,33 +13,38 @@ EXPLAINED_ERROR = 2.0  # points: a larger standard error of the headline metric 
 
 
 def against_the_best(experiment: Experiment, found: list[Outcome]) -> list[str]:
-    """How the rival stands to the best of the other rows, a sentence for each column that has both."""
+    """The compared row against the best of the other rows, a sentence for each column that has both."""
     measure = experiment.measures[0]
     sign = -1 if measure.smaller_is_better else 1
     lines = []
     for panel, column in places(found):
         filled = [o for o in found if (o.cell.panel, o.cell.column) == (panel, column) and o.values(measure)]
-        rival = next((o for o in filled if o.cell.row == experiment.rival), None)
+        rival = next((o for o in filled if o.cell.row == experiment.compared_row), None)
         others = [o for o in filled if o is not rival]
         if rival is None or not others:
             continue
         best = max(others, key=lambda o: sign * o.mean(measure))
         (mean, error), (top, spread) = (mean_and_error(o.values(measure)) for o in (rival, best))
         gain = sign * (mean - top)
-        within = "no standard error is known" if isnan(spread) else "within the latter's standard error"
-        standing = within if isnan(spread) or abs(gain) <= spread else "above it" if gain > 0 else "below it by more"
+        if isnan(spread):
+            verdict = "the latter has no standard error"
+        elif abs(gain) <= spread:
+            verdict = "the difference is within the latter's standard error"
+        else:
+            verdict = f"the former is {'better' if gain > 0 else 'worse'} by more than the latter's standard error"
         switched = sorted(r.result["last"]["free_epochs"] for r in rival.records if "free_epochs" in r.result["last"])
+        switches = [f"{epochs:.2f}" for epochs in (*switched[:1], *switched[-1:])]
         lines.append(
-            f"{rival.cell.row} at {place(panel, column)}: {mean:.2f} ({error:.2f}), the best of the others, "
-            f"{best.cell.row}, {top:.2f} ({spread:.2f}): {standing}."
-            + (f" Norms were fixed after {switched[0]:.2f} to {switched[-1]:.2f} epochs." if switched else "")
+            f"On {place(panel, column)}, {rival.cell.row} gives {mean:.2f} ({error:.2f}); the best of the others "
+            f"({best.cell.row}) gives {top:.2f} ({spread:.2f}); {verdict}."
+            + (f" Norms were fixed after {' to '.join(dict.fromkeys(switches))} epochs." if switches else "")
         )
     return lines
 
 
 def summary(experiment: Experiment, found: list[Outcome]) -> list[str]:
-    """How the ranking stands to the paper's, in sentences; none where nothing can be compared."""
-    if experiment.rival:
+    """Comparisons and rankings against the paper's, in sentences; none where nothing can be compared."""
+    if experiment.compared_row:
         return against_the_best(experiment, found)
     pairs = comparisons(experiment, found)
     lines = []
@@ -60,17 +65,17 @@ def summary(experiment: Experiment, found: list[Outcome]) -> list[str]:
             f"{method(pairs)}, p after Holm's correction for {len(pairs)} comparisons."
         )
         printed = [c for c in pairs if not isnan(c.paper)]
-        turned = "; ".join(
+        differing = "; ".join(
             f"{c.rival} against {c.base} at {c.place} "
             f"(here {c.gain.difference:+.3g}, p = {c.adjusted:.2g}, paper {c.paper:+.3g})"
             for c in printed
-            if c.turned
+            if c.sign_differs
         )
         if printed:
-            agree = sum(not c.turned for c in printed)
+            agree = sum(not c.sign_differs for c in printed)
             lines.append(
-                f"The sign is the paper's in {agree} of the {len(printed)} comparisons that it has"
-                + (f"; opposite are: {turned}." if turned else ".")
+                f"The sign agrees with the paper in {agree} of the {len(printed)} comparisons that the paper has"
+                + (f"; it differs for: {differing}." if differing else ".")
             )
     return lines + _shared(found) + _rankings(experiment, found) + _spread(experiment, found)
 

@@ -26,7 +26,7 @@ CODE = ("lawn", "experiments")  # what a simulation's numbers come from
 
 
 @dataclass(frozen=True)
-class Shown:
+class SimulationContent:
     """The content of the page, from the record alone."""
 
     panels: list[Panel]
@@ -39,16 +39,16 @@ class Shown:
 class Simulation:
     name: str
     title: str
-    settings: Any  # a dataclass that says all that decides what comes out
+    settings: Any  # a dataclass of all settings that affect the result
     short: Any  # the same, for seconds of computing
     run: Callable[[Any], dict[str, Any]]
-    show: Callable[[Record], Shown]
+    show: Callable[[Record], SimulationContent]
     measured: str  # what the numbers are
     notes: tuple[str, ...] = ()
     seconds: tuple[float, float] = (0.0, 0.0)  # about what both take on one core
 
     def record(self, results: Path, short: bool = False) -> Record | None:
-        """Raises RunError where it is damaged, or not what its name says."""
+        """Raises RunError if the record is damaged or does not match its name."""
         path = self._path(results, short)
         return read_record(path) if path.exists() else None
 
@@ -76,7 +76,7 @@ def simulation_page(simulation: Simulation, results: Path) -> Page:
     measured = simulation.measured
     if record is not None and record is short:
         measured += " These are numbers of the short settings, --short: few updates, few repeats."
-    shown = Shown([], [], pd.DataFrame(), None)
+    shown = SimulationContent([], [], pd.DataFrame(), None)
     if record is not None:
         with _reading(record):
             shown = simulation.show(record)

@@ -5,7 +5,7 @@ from experiments.reporting.outcomes import Outcome
 from experiments.reporting.statistics import BestOf, best_of
 
 
-def curves(found: list[Outcome]) -> list[tuple[Outcome, BestOf]]:
+def best_of_curves(found: list[Outcome]) -> list[tuple[Outcome, BestOf]]:
     """The complete grids with their curves."""
     complete = [outcome for outcome in found if outcome.tried and len(outcome.tried) == len(outcome.tuning.full)]
     return [(outcome, best_of([score(record) for _, record in outcome.tried])) for outcome in complete]

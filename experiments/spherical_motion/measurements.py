@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.spherical_motion.rayleigh import Point, Walk, flow_time, noise_gradient
+from experiments.spherical_motion.rayleigh import Point, Trajectories, flow_time, noise_gradient
 from lawn.diagnostics import equilibrium_angle, equilibrium_norm
 
 
@@ -80,7 +80,7 @@ class Drop:
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides what comes out: their hash names the record."""
+    """All settings that affect the result: their hash names the record."""
 
     name: str = "smd_rayleigh"
     seed: int = 0
@@ -125,12 +125,14 @@ def at_equilibrium(
 ) -> list[dict[str, Any]]:
     """For each point and repeat, over the last half: root mean square of angle and norm, means of the others;
     `turn` is the angle whose cosine is E w.w+ / E w.w, which is what the theory is of."""
-    walk = Walk(points, [start * _norm(point, dimension) for point in points], repeats, dimension, generator)
+    trajectories = Trajectories(
+        points, [start * _norm(point, dimension) for point in points], repeats, dimension, generator
+    )
     names = ("angle", "norm", "turn", "unit_gradient", "carried", "excess")
-    sums = torch.zeros(len(names), len(walk.weights), dtype=torch.float64)
+    sums = torch.zeros(len(names), len(trajectories.weights), dtype=torch.float64)
     for step in range(steps):
         measured = step >= steps // 2
-        seen = walk.step(carried=measured)
+        seen = trajectories.step(carried=measured)
         if measured:
             measures = (seen.angle**2, seen.square, seen.inner, seen.unit_gradient, seen.carried, seen.excess)
             sums += torch.stack(measures)
@@ -150,11 +152,11 @@ def over_angles(settings: Settings, lawn: bool, generator: torch.Generator) -> l
     part, n = settings.angles, settings.dimension
     points = [_with_angle(theta, a, settings, lawn) for a, theta in product(part.momentum, part.angle)]
     norms = [1.0 if lawn else _norm(point, n) for point in points]
-    walk = Walk(points, norms, part.repeats, n, generator, lawn)
-    squares = torch.zeros(len(walk.weights), dtype=torch.float64)
-    risks = torch.empty(part.steps, len(walk.weights), dtype=torch.float64)
+    trajectories = Trajectories(points, norms, part.repeats, n, generator, lawn)
+    squares = torch.zeros(len(trajectories.weights), dtype=torch.float64)
+    risks = torch.empty(part.steps, len(trajectories.weights), dtype=torch.float64)
     for step in range(part.steps):
-        seen = walk.step()
+        seen = trajectories.step()
         risks[step] = seen.excess
         if step >= part.steps // 2:
             squares += seen.angle**2
@@ -180,17 +182,21 @@ def after_drop(settings: Settings, lawn: bool, generator: torch.Generator) -> li
     for a in part.momentum:
         point = Point(part.rate * (1 - a), a, part.noise, 0.0 if lawn else part.weight_decay)
         norm = _norm(replace(point, weight_decay=part.weight_decay), n)
-        walk = Walk([point], [norm if lawn else part.start * norm], part.repeats, n, generator, lawn)
+        trajectories = Trajectories([point], [norm if lawn else part.start * norm], part.repeats, n, generator, lawn)
         angles, risks = torch.empty(2, part.steps, part.repeats, dtype=torch.float64)
         off = torch.zeros(2, dtype=torch.float64)
         for step in range(part.steps):
             if step == part.at:
-                walk.scale_lr(part.factor)
-            before = walk.weights.clone()
-            seen = walk.step()
+                trajectories.scale_lr(part.factor)
+            before = trajectories.weights.clone()
+            seen = trajectories.step()
             angles[step], risks[step] = seen.angle, seen.excess
             if lawn:
-                tangent = walk.optimizer.param_groups[0]["lr"] * tangents(before, walk.buffers).norm(dim=1) / norm
+                tangent = (
+                    trajectories.optimizer.param_groups[0]["lr"]
+                    * tangents(before, trajectories.buffers).norm(dim=1)
+                    / norm
+                )
                 errors = [(seen.angle / formula - 1).abs().max() for formula in (tangent, tangent.atan())]
                 off = torch.maximum(off, torch.stack(errors))
         row: dict[str, Any] = {"lawn": lawn, **asdict(point), "norm": norm}
@@ -221,18 +227,18 @@ def tangents(weights: Tensor, vectors: Tensor) -> Tensor:
     return torch.addcmul(vectors, weights, along, value=-1)
 
 
-def effective(angle: float, momentum: float) -> float:
+def effective_angle(angle: float, momentum: float) -> float:
     """E: the angular update of plain SGD that goes as far in many updates as this one does with momentum."""
     return angle * math.sqrt((1 + momentum) / (1 - momentum))
 
 
 def limiting_excess(angle: float, momentum: float, noise: float, dimension: int) -> float:
-    return effective(angle, momentum) * noise * math.sqrt(dimension - 1) / 2
+    return effective_angle(angle, momentum) * noise * math.sqrt(dimension - 1) / 2
 
 
 def updates_to_converge(angle: float, momentum: float, noise: float, dimension: int) -> float:
     """Until the excess is 1/e of what it has been at the start, where the buffer is empty. By fixed-point iteration."""
-    full = flow_time(dimension) * 2 * noise * math.sqrt(dimension - 1) / effective(angle, momentum)
+    full = flow_time(dimension) * 2 * noise * math.sqrt(dimension - 1) / effective_angle(angle, momentum)
     updates = full
     for _ in range(1000):  # from below, a contraction
         updates = full + momentum * (1 - momentum**updates) / (1 - momentum)

@@ -7,8 +7,8 @@ from typing import Any
 import pandas as pd
 
 from experiments.records import Record
-from experiments.reporting.layout import Entry, Panel, show
-from experiments.reporting.simulations import Shown, Simulation
+from experiments.reporting.layout import Entry, Panel, format_mean
+from experiments.reporting.simulations import Simulation, SimulationContent
 from experiments.reporting.statistics import mean_and_error
 from experiments.spherical_motion import measurements as smd
 from experiments.spherical_motion.figure import draw
@@ -51,10 +51,10 @@ class Number:
         if not self.values:
             return ["", "", ""]
         theory = "" if isnan(self.theory) else f"{self.theory:.{self.digits}f}"
-        return [show(self.values, self.digits), theory, f"{100 * self.error:+.2f}" if theory else ""]
+        return [format_mean(self.values, self.digits), theory, f"{100 * self.error:+.2f}" if theory else ""]
 
 
-def show_record(record: Record) -> Shown:
+def show_record(record: Record) -> SimulationContent:
     make = {"equilibrium": _equilibrium, "correlated": _equilibrium, "angles": _angles, "drop": _drop}
     numbers = {
         part: [number for row in record.result[part] for number in make[part](part, row, record.config)]
@@ -76,7 +76,7 @@ def show_record(record: Record) -> Shown:
     )
     panels = [_panel(title, numbers[part]) for part, title in TITLES.items()]
     summary = [*_of_equilibrium(record, numbers), *_of_angles(numbers["angles"]), *_of_drop(record)]
-    return Shown(panels, summary, frame, lambda: draw(record))
+    return SimulationContent(panels, summary, frame, lambda: draw(record))
 
 
 def _equilibrium(part: str, row: dict[str, Any], config: dict[str, Any]) -> list[Number]:
@@ -133,7 +133,7 @@ def _panel(title: str, numbers: list[Number]) -> Panel:
     used = {q: [any(at[s, q].entries[i] for s in settings) for i in range(3)] for q in quantities}
     if COUNTED in used:
         used[TURN] = [False] * 3  # in the sentences
-        used[COUNTED][0] = False  # stands beside the norm already
+        used[COUNTED][0] = False  # is in the norm's column
     columns = [head for q in quantities for head, use in zip(heads[q], used[q], strict=True) if use]
     rows = []
     for setting in settings:
@@ -153,13 +153,13 @@ def _of_equilibrium(record: Record, numbers: dict[str, list[Number]]) -> list[st
     at = {n.quantity: n for n in less if n.setting == off.setting}
     return [
         f"(a) In all {len(rows)} settings of the grid the angle is within {_percent(angle.error)} of "
-        f"arccos(1 - lr d / (1 + a)) (farthest off: {angle.setting}), the norm within {_percent(norm.error)} of its "
-        f"formula ({norm.setting}). Of sqrt(2 lr d / (1 + a)), the form for small angles, the angle is within "
+        f"arccos(1 - lr d / (1 + a)) (largest deviation: {angle.setting}), the norm within {_percent(norm.error)} of "
+        f"its formula ({norm.setting}). Of sqrt(2 lr d / (1 + a)), the form for small angles, the angle is within "
         f"{_percent(limit)}.",
-        "What is left of the norm is no noise: with momentum the formula takes the gradients of different updates for "
-        f"uncorrelated. With their correlation counted, as measured, the norm is within {_percent(counted.error)}. "
-        "The rest is that the norm fluctuates, at large angles with momentum: the angle whose cosine is "
-        f"E w.w+ / E w.w, which is what the formula is of, is within {_percent(turn.error)}.",
+        "The remaining deviation of the norm is not noise: with momentum the formula takes the gradients of different "
+        "updates for uncorrelated. With their correlation counted, as measured, the norm is within "
+        f"{_percent(counted.error)}. The rest is that the norm fluctuates, at large angles with momentum: the angle "
+        f"whose cosine is E w.w+ / E w.w, which is what the formula is of, is within {_percent(turn.error)}.",
         f"So the norm's formula fails where gradients are alike from update to update: at {off.setting} it is off by "
         f"{100 * off.error:+.0f} % ({100 * at[COUNTED].error:+.1f} % with the correlation counted), the angle, which "
         f"does not depend on the gradients, by {100 * at[ANGLE].error:+.1f} %. Without momentum both hold within "
@@ -169,11 +169,11 @@ def _of_equilibrium(record: Record, numbers: dict[str, list[Number]]) -> list[st
 
 def _of_angles(numbers: list[Number]) -> list[str]:
     angles = {n.setting: n.mean for n in numbers if n.quantity == ANGLE}
-    small = {s: smd.effective(angle, float(s.rpartition(" ")[2])) <= SMALL for s, angle in angles.items()}
+    small = {s: smd.effective_angle(angle, float(s.rpartition(" ")[2])) <= SMALL for s, angle in angles.items()}
     lines = []
     for quantity, what in (
         (EXCESS, "the limiting excess is"),
-        (CONVERGENCE, "the rate of convergence, 1 / updates, is (the filling of the buffer counted)"),
+        (CONVERGENCE, "the rate of convergence, 1 / updates, corrected for the warmup of the momentum buffer, is"),
     ):
         own = [n for n in numbers if n.quantity == quantity and n.values]
         if not own:
@@ -266,7 +266,7 @@ SMD_RAYLEIGH = Simulation(
         "measured. Theory of excess and convergence: that of small angles "
         "(experiments/spherical_motion/measurements.py).",
         "The optimizers are torch.optim.SGD and this project's SGDLAWN. In (a) the norm starts 1.5 times too large, in "
-        "(c) 3 times. Measured is the last half of the updates in (a) and (b); in (c) and (d) the last fifth before "
+        "(c) 3 times. We measure the last half of the updates in (a) and (b); in (c) and (d) the last fifth before "
         "the drop, a fifth to two fifths of the time scale after it (soon), and the last updates (late). The record "
         "has the settings of each part.",
     ),

@@ -23,7 +23,7 @@ SMALLEST_GAP, LARGEST_GAP = 0.5, 1.5  # of the other eigenvalues to the smallest
 
 @dataclass(frozen=True)
 class Point:
-    """What a weight is trained with."""
+    """Hyperparameters of a weight."""
 
     lr: float
     momentum: float
@@ -32,8 +32,8 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Of one update, a number for each weight [weights]."""
+class UpdateStatistics:
+    """Measurements of one update, a number for each weight [weights]."""
 
     angle: Tensor  # between the weights before and after it, radians
     inner: Tensor  # their inner product
@@ -51,7 +51,7 @@ def eigenvalues(dimension: int) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.float64), others])
 
 
-def images(weights: Tensor, spectrum: Tensor, noise: Tensor, generator: torch.Generator) -> Tensor:
+def noisy_products(weights: Tensor, spectrum: Tensor, noise: Tensor, generator: torch.Generator) -> Tensor:
     """(A + s S) w for a fresh S for each weight, but for a multiple of w: [weights, n], [n], [weights, 1]."""
     drawn = torch.randn(weights.shape, dtype=weights.dtype, generator=generator)
     return spectrum * weights + noise * weights.norm(dim=1, keepdim=True) * drawn
@@ -76,7 +76,7 @@ def angle(before: Tensor, after: Tensor) -> Tensor:
     return 2 * torch.asin((chord.norm(dim=1) / 2).clamp(max=1))
 
 
-def start(dimension: int) -> Tensor:
+def initial_weight(dimension: int) -> Tensor:
     """A weight [n] of norm 1 between the smallest eigenvector and all others, of which it has equal shares."""
     others = torch.full((dimension - 1,), math.sqrt(0.5 / (dimension - 1)), dtype=torch.float64)
     return torch.cat([torch.full((1,), math.sqrt(0.5), dtype=torch.float64), others])
@@ -87,11 +87,11 @@ def noise_gradient(noise: float, dimension: int) -> float:
     return 4 * noise**2 * (dimension - 1)
 
 
-class Walk:
+class Trajectories:
     """Weights on their way, `repeats` for each point, one after the other: all with noise of their own.
 
-    The start has the norm `norms[i]` at point i, in the direction of `start` but for random signs. With `lawn` it is
-    SGD-LAWN with this norm fixed, a parameter for each weight; else torch.optim.SGD with decay.
+    The start has the norm `norms[i]` at point i, in the direction of `initial_weight` but for random signs. With `lawn`
+    the optimizer is SGD-LAWN with this norm fixed, a parameter for each weight; else torch.optim.SGD with decay.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Walk:
         self._noise = self._spread([point.noise for point in points], repeats)
         self._momentum = self._spread([point.momentum for point in points], repeats)
         signs = torch.randint(0, 2, (len(points) * repeats, dimension), generator=generator) * 2.0 - 1.0
-        self.weights = signs * start(dimension) * self._spread(norms, repeats)
+        self.weights = signs * initial_weight(dimension) * self._spread(norms, repeats)
         self.gradients = torch.zeros_like(self.weights)
         groups = []
         for i, point in enumerate(points):
@@ -144,14 +144,14 @@ class Walk:
             group["lr"] *= factor
 
     @torch.no_grad()
-    def step(self, carried: bool = False) -> Seen:
+    def step(self, carried: bool = False) -> UpdateStatistics:
         """One update of every weight; `carried` is zero unless asked for, since the buffers have to be collected."""
         before = self.weights.clone()
-        self.gradients.copy_(gradient(before, images(before, self.spectrum, self._noise, self._generator)))
+        self.gradients.copy_(gradient(before, noisy_products(before, self.spectrum, self._noise, self._generator)))
         square = before.square().sum(1)
         along = (self.gradients * self.buffers).sum(1) if carried else torch.zeros_like(square)
         self.optimizer.step()
-        return Seen(
+        return UpdateStatistics(
             angle=angle(before, self.weights),
             inner=(before * self.weights).sum(1),
             square=square,
@@ -163,11 +163,11 @@ class Walk:
 
 @cache
 def flow_time(dimension: int) -> float:
-    """Time in which gradient flow from a walk's start, at norm 1 and without noise, brings the excess down to 1/e.
+    """Time in which gradient flow from the initial weight, at norm 1 and without noise, brings the excess down to 1/e.
 
     There w_i is proportional to w_i(0) exp(-2 lambda_i t). By bisection.
     """
-    spectrum, first = eigenvalues(dimension), start(dimension)
+    spectrum, first = eigenvalues(dimension), initial_weight(dimension)
     goal = float(excess(first[None], spectrum)) / math.e
     low, high = 0.0, 100.0
     while high - low > 1e-9:

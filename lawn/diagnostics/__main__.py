@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from lawn.diagnostics import figure
-from lawn.errors import ConfigError, UserError
+from lawn.errors import ConfigError, RunError, UserError
 from lawn.files import atomic
 
 
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         for text in given.runs:
             name, _, path = ("", "", text) if Path(text).exists() else text.partition("=")
             if not path:
-                raise ConfigError(f"{text}: no such run directory")
+                raise RunError(f"{text}: no such run directory")
             name = name or Path(path).name
             if name in runs:
                 raise ConfigError(f"{text}: another run is called {name}; give names, as NAME=RUN_DIR")

@@ -3,7 +3,7 @@
 step=$1
 
 requeue() {
-  echo "the time is almost up: back into the queue" >&2
+  echo "the time is almost up: requeueing" >&2
   kill "$step"
   wait "$step" || true
   scontrol requeue "$SLURM_JOB_ID"

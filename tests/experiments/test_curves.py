@@ -12,7 +12,7 @@ from experiments.execution.runner import missing
 from experiments.planning.study import studies
 from experiments.records import Store
 from experiments.reporting import report
-from experiments.reporting.trials import curves
+from experiments.reporting.trials import best_of_curves
 from tests.experiments.helpers import ACCURACY, run_experiment
 
 SMALL = ("dataset=digits", "model.widths=[8]", "dataset.limit=100", "optim=adam")
@@ -60,6 +60,6 @@ def test_a_grid_with_holes_has_no_curve(small, tmp_path):
     (tmp_path / "tuning").mkdir()
     (tmp_path / "tuning" / "tuning_curves.jsonl").write_text("".join(lines[1:]))
     page = report.page_of(experiment, Store(tmp_path))
-    assert len(curves(list(page.outcomes))) == 1
-    assert not any("stood at place" in line for line in page.summary)
+    assert len(best_of_curves(list(page.outcomes))) == 1
+    assert not any("has rank" in line for line in page.summary)
     assert report.page_of(experiment, Store(tmp_path / "nothing")).summary == []

@@ -15,12 +15,12 @@ import torch
 
 from experiments import records
 from experiments.__main__ import EXPERIMENTS, SIMULATIONS
-from experiments.definitions.spec import Cell, Experiment, Measure, Paper
+from experiments.definitions.spec import Cell, Experiment, Measure, PaperResult
 from experiments.planning.study import Tuning, studies
 from experiments.records import Record, Store
 from experiments.reporting import report
 from experiments.reporting.drawing import FIGURES
-from experiments.reporting.layout import show
+from experiments.reporting.layout import format_mean
 from experiments.reporting.outcomes import Outcome, comparisons
 from experiments.reporting.page import entry
 from experiments.reporting.sentences import summary
@@ -105,7 +105,7 @@ def test_records_that_were_tampered_with_are_refused(results):
     content = json.loads(path.read_text())
     content["config"]["optim"]["lr"] = 0.5
     path.write_text(json.dumps(content))
-    with pytest.raises(RunError, match="its config is not the one"):
+    with pytest.raises(RunError, match="its config does not match its name"):
         report.experiment_page(MINI, Store(results))
     path.write_text("{")
     with pytest.raises(RunError, match=r"damaged record \("):
@@ -137,7 +137,7 @@ def test_what_is_no_folder_of_records_is_not_taken_for_none(results, folder):
     shutil.rmtree(results / folder, ignore_errors=True)
     assert Store(results).read("digits-0") is None
     (results / folder).write_text("")
-    with pytest.raises(RunError, match=f"results/{folder}: is no folder that can be read; make it one, or give other"):
+    with pytest.raises(RunError, match=f"results/{folder}: cannot be read as a folder; choose another with"):
         report.experiment_page(MINI, Store(results))
 
 
@@ -158,10 +158,10 @@ def test_warnings_of_the_runs_stand_below_the_table(tmp_path, tiny_data):
 
 
 def test_mean_and_error():
-    assert show([1.0, 2.0, 3.0], 2) == "2.00 (0.58, n=3)"
-    assert show([2.0], 1) == "2.0 (n=1)"
-    assert show([], 1) == ""
-    assert show([1e-4, 3e-4], -2) == "2.0e-04 (1.0e-04, n=2)"
+    assert format_mean([1.0, 2.0, 3.0], 2) == "2.00 (0.58, n=3)"
+    assert format_mean([2.0], 1) == "2.0 (n=1)"
+    assert format_mean([], 1) == ""
+    assert format_mean([1e-4, 3e-4], -2) == "2.0e-04 (1.0e-04, n=2)"
     assert mean_and_error([1.0, 2.0, 3.0]) == (2.0, pytest.approx(1 / sqrt(3)))
     assert isnan(mean_and_error([2.0])[1])
 
@@ -175,24 +175,24 @@ def test_the_difference_is_marked_where_it_exceeds_both_errors():
         (72.0, 0.25, "-1.00", True),
         (70.0, None, "+1.00", False),  # not known
     ):
-        shown = entry(made_up(Cell("A", (), paper=Paper(paper, error)), *values), ACCURACY)
+        shown = entry(made_up(Cell("A", (), paper=PaperResult(paper, error)), *values), ACCURACY)
         assert (shown.ours, shown.difference, shown.marked) == ("71.00 (0.58, n=3)", difference, marked)
-    one = entry(made_up(Cell("A", (), paper=Paper(70.0, 0.25)), 71.0), ACCURACY)
+    one = entry(made_up(Cell("A", (), paper=PaperResult(70.0, 0.25)), 71.0), ACCURACY)
     assert (one.ours, one.difference, one.marked) == ("71.00 (n=1)", "+1.00", False)
-    both_fail = entry(made_up(Cell("A", (), paper=Paper(None)), 0.0, status="diverged"), ACCURACY)
+    both_fail = entry(made_up(Cell("A", (), paper=PaperResult(None)), 0.0, status="diverged"), ACCURACY)
     assert (both_fail.ours, both_fail.paper, both_fail.difference) == ("Fail", "Fail", "")
-    blank = entry(made_up(Cell("A", (), paper=Paper(70.0))), ACCURACY)
+    blank = entry(made_up(Cell("A", (), paper=PaperResult(70.0))), ACCURACY)
     assert (blank.ours, blank.paper, blank.difference, blank.marked) == ("", "70.00", "", False)
 
 
 def table(smaller_is_better: bool = False) -> tuple[Experiment, list[Outcome]]:
     cells = [
-        Cell("SGD", (), column="1k", paper=Paper(60.0)),
-        Cell("Adam", (), column="1k", paper=Paper(65.0)),
-        Cell("Adam-LAWN", (), column="1k", paper=Paper(67.0)),
-        Cell("SGD", (), column="100k", paper=Paper(None)),
-        Cell("Adam", (), column="100k", paper=Paper(64.0)),
-        Cell("Adam-LAWN", (), column="100k", paper=Paper(66.0)),
+        Cell("SGD", (), column="1k", paper=PaperResult(60.0)),
+        Cell("Adam", (), column="1k", paper=PaperResult(65.0)),
+        Cell("Adam-LAWN", (), column="1k", paper=PaperResult(67.0)),
+        Cell("SGD", (), column="100k", paper=PaperResult(None)),
+        Cell("Adam", (), column="100k", paper=PaperResult(64.0)),
+        Cell("Adam-LAWN", (), column="100k", paper=PaperResult(66.0)),
     ]
     measure = replace(ACCURACY, smaller_is_better=smaller_is_better)
     experiment = Experiment("t", "T", tuple(cells), (measure,), pairs=(("Adam", "Adam-LAWN"),))
@@ -207,14 +207,16 @@ def table(smaller_is_better: bool = False) -> tuple[Experiment, list[Outcome]]:
 def test_the_summary_names_what_differs_from_the_paper():
     experiment, found = table()
     first, second = comparisons(experiment, found)
-    assert (first.gain.difference, first.paper, first.turned) == (-2.0, 2.0, True)
-    assert (second.gain.difference, second.paper, second.turned) == (6.0, 2.0, False)
+    assert (first.gain.difference, first.paper, first.sign_differs) == (-2.0, 2.0, True)
+    assert (second.gain.difference, second.paper, second.sign_differs) == (6.0, 2.0, False)
     lines = summary(experiment, found)
     assert lines[0] == (
         "With LAWN the number is better in 1 of 2 comparisons (p < 0.05 in 1) and worse in 1 (p < 0.05 in 0); "
         "Welch's test over seeds, p after Holm's correction for 2 comparisons."
     )
-    assert lines[1].startswith("The sign is the paper's in 1 of the 2 comparisons that it has; opposite are: ")
+    assert lines[1].startswith(
+        "The sign agrees with the paper in 1 of the 2 comparisons that the paper has; it differs for: "
+    )
     assert "Adam-LAWN against Adam at 1k (here -2, p = 0.07, paper +2)." in lines[1]
     assert lines[2] == ("Order at 1k: Adam > Adam-LAWN > SGD; in the paper Adam-LAWN > Adam > SGD.")
     assert lines[3] == "Order at 100k: Adam-LAWN > Adam > SGD; as in the paper."
@@ -361,12 +363,10 @@ def test_a_record_that_is_not_what_it_says_is_refused(results, part):
     if part == "name":
         path.rename(path.with_stem(f"{path.stem[:-12]}{'0' * 12}"))
     store = Store(path.parent.parent)
-    with pytest.raises(
-        RunError, match=r"its config is not the one that its name stands for\); delete it and run again"
-    ):
+    with pytest.raises(RunError, match=r"its config does not match its name\); delete it and run again"):
         list(store.all())
     if part != "name":  # else there is none of the run
-        with pytest.raises(RunError, match="its config is not the one"):
+        with pytest.raises(RunError, match="its config does not match its name"):
             report.experiment_page(one, Store(path.parent.parent))
 
 
@@ -389,8 +389,8 @@ def test_committed_results_are_those_of_the_records(name, committed, tmp_path):
     for path in written:
         assert (tmp_path / path).read_text() == (ROOT / "results" / path).read_text()
     assert (page.figure is not None) == (ROOT / "results" / f"{name}.svg").exists()
-    for path in report.embedding():
-        assert report.embedded(path, [page]) == path.read_text()
+    for path in report.pages_with_blocks():
+        assert report.with_updated_blocks(path, [page]) == path.read_text()
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k == "tuning")) for k in FIGURES])

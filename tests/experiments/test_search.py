@@ -39,12 +39,12 @@ def test_the_search_follows_from_scores_alone(shape, data):
     points = search.grid(shape)
     scores = {point: float(data.draw(st.integers(0, 9))) for point in points}
     start = data.draw(st.permutations(points))
-    limit = search.trials(shape)
-    tried = search.explore(shape, start, limit, lambda p: scores.get(p, nan), scores.__contains__)
+    limit = search.num_trials(shape)
+    tried = search.points_to_try(shape, start, limit, lambda p: scores.get(p, nan), scores.__contains__)
     assert len(set(tried)) == len(tried) == limit
     assert set(start[: min(search.BEST, limit)]) <= set(tried)
     known = data.draw(st.sets(st.sampled_from(points)))
-    partly = search.explore(shape, start, limit, lambda p: scores[p] if p in known else None, scores.__contains__)
+    partly = search.points_to_try(shape, start, limit, lambda p: scores[p] if p in known else None, scores.__contains__)
     assert tried[: len(partly)] == partly
     assert partly == tried or not set(partly) <= known
 
@@ -56,16 +56,16 @@ def test_the_search_climbs_a_hill(x, y, start):
     def height(point: search.Point) -> float:
         return -abs(point[0] - x) - abs(point[1] - y)
 
-    tried = search.explore((6, 4), start, 48, height)
+    tried = search.points_to_try((6, 4), start, 48, height)
     assert (x, y) in tried
 
 
 def test_without_a_shorter_budget_the_whole_grid_is_tried_and_what_lies_beyond():
-    tried = search.explore((3, 4), search.grid((3, 4)), None, lambda point: float(point[0]))
+    tried = search.points_to_try((3, 4), search.grid((3, 4)), None, lambda point: float(point[0]))
     assert tried[:12] == search.grid((3, 4))
     assert {(3, k) for k in range(-1, 4)} <= set(tried)  # where the scores are best, and no further
     assert not any(point[0] == -1 for point in tried)
-    assert search.explore((3,), search.grid((3,)), None, lambda _: 1.0, lambda point: point[0] < 3)[-1] == (-1,)
+    assert search.points_to_try((3,), search.grid((3,)), None, lambda _: 1.0, lambda point: point[0] < 3)[-1] == (-1,)
 
 
 def test_a_diverged_point_is_worse_than_any():
@@ -76,24 +76,24 @@ def test_a_diverged_point_is_worse_than_any():
 def test_who_loses_a_seed_makes_room_for_the_next():
     best = [(i,) for i in range(9)]
     scores: dict[search.Point, list[float | None]] = {point: [70.0 - point[0], None, None] for point in best}
-    assert search.confirm(best, scores.__getitem__) == best[:3]
+    assert search.points_to_confirm(best, scores.__getitem__) == best[:3]
     scores[0,] = [70.0, nan, 70.0]  # diverged
     scores[1,] = [69.0, 69.0, 34.0]  # collapsed
     scores[2,] = [68.0, 67.0, 66.0]
-    assert search.confirm(best, scores.__getitem__) == best[:5]
+    assert search.points_to_confirm(best, scores.__getitem__) == best[:5]
     for point in best[3:]:
         scores[point] = [60.0, 0.0, 60.0]
-    asked = search.confirm(best, scores.__getitem__)
+    asked = search.points_to_confirm(best, scores.__getitem__)
     assert asked == best[:6]
     known = {point: [value for value in found if value is not None] for point, found in scores.items()}
-    assert search.choose(asked, known.__getitem__) == (2,)
+    assert search.best_point(asked, known.__getitem__) == (2,)
     known[2,] = [68.0, nan, nan]
-    assert search.choose(asked, known.__getitem__) == (1,)  # none stands: the best mean, and none that diverged
+    assert search.best_point(asked, known.__getitem__) == (1,)  # none is stable: the best mean, and none that diverged
 
 
 def test_the_mean_chooses():
     known = {(0,): [71.0, 65.0, 65.0], (1,): [70.0, 69.0, 69.0], (2,): [69.0, 69.0, 69.0]}
-    assert search.choose(list(known), known.__getitem__) == (1,)
+    assert search.best_point(list(known), known.__getitem__) == (1,)
     assert search.mean([1.0, nan]) == -inf
 
 
@@ -109,7 +109,7 @@ def test_the_mean_chooses():
     ],
 )
 def test_one_value_beyond_the_ends(values, ends):
-    assert search.beyond(values) == ends
+    assert search.extrapolate(values) == ends
 
 
 SMALL = ("dataset=digits", "model.widths=[8]", "dataset.limit=100")

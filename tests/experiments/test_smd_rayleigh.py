@@ -16,14 +16,14 @@ from experiments.spherical_motion import measurements as smd
 from experiments.spherical_motion.page import SMD_RAYLEIGH
 from experiments.spherical_motion.rayleigh import (
     Point,
-    Walk,
+    Trajectories,
     angle,
     eigenvalues,
     excess,
     flow_time,
     gradient,
-    images,
     noise_gradient,
+    noisy_products,
 )
 from lawn.diagnostics import equilibrium_angle, equilibrium_norm
 from lawn.train import provenance
@@ -73,7 +73,7 @@ def test_the_noise_is_that_of_random_symmetric_matrices():
     w = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
     drawn = torch.randn(many, n, n, dtype=torch.float64, generator=generator())
     explicit = s * (drawn + drawn.mT) / math.sqrt(2) @ w
-    ours = images(w.expand(many, n), torch.zeros(n, dtype=torch.float64), torch.tensor([[s]]), generator())
+    ours = noisy_products(w.expand(many, n), torch.zeros(n, dtype=torch.float64), torch.tensor([[s]]), generator())
     square = w @ w
     expected = 4 * s**2 * (torch.eye(n) - torch.outer(w, w) / square) / square
     for image in (explicit, ours):
@@ -90,8 +90,8 @@ def test_angles_of_any_size():
 
 def test_gradient_flow_takes_the_time_that_it_is_said_to():
     """Small steps without noise, on the quotient itself."""
-    walk = Walk([Point(lr=1e-3, momentum=0.0, noise=0.0)], [1.0], 1, 8, generator(), lawn=True)
-    risks = [float(walk.step().excess) for _ in range(1000)]
+    trajectories = Trajectories([Point(lr=1e-3, momentum=0.0, noise=0.0)], [1.0], 1, 8, generator(), lawn=True)
+    risks = [float(trajectories.step().excess) for _ in range(1000)]
     steps = next(step for step, risk in enumerate(risks) if risk <= risks[0] / math.e)
     assert steps * 1e-3 == pytest.approx(flow_time(8), rel=1e-2)
 
@@ -162,17 +162,17 @@ def test_fixed_norms_do_not(drops):
 def test_the_angle_of_fixed_norms_by_hand():
     """arctan(lr ||r|| / c) from the very first update, with r = b - w (w.b) / c^2 and b = a b + g."""
     lr, a, c = 0.3, 0.9, 2.0
-    walk = Walk([Point(lr, a, 0.3)], [c], 3, 6, generator(), lawn=True)
-    b = torch.zeros_like(walk.weights)
+    trajectories = Trajectories([Point(lr, a, 0.3)], [c], 3, 6, generator(), lawn=True)
+    b = torch.zeros_like(trajectories.weights)
     for _ in range(5):
-        before = walk.weights.clone()
-        seen = walk.step()
-        b = a * b + walk.gradients  # which is tangent already
+        before = trajectories.weights.clone()
+        seen = trajectories.step()
+        b = a * b + trajectories.gradients  # which is tangent already
         r = b - before * (before * b).sum(1, keepdim=True) / c**2
         expected = torch.atan(lr * r.norm(dim=1) / c)
         torch.testing.assert_close(seen.angle, expected, rtol=1e-12, atol=0)
-        torch.testing.assert_close(walk.weights.norm(dim=1), torch.full((3,), c, dtype=torch.float64))
-        torch.testing.assert_close(walk.buffers, b)
+        torch.testing.assert_close(trajectories.weights.norm(dim=1), torch.full((3,), c, dtype=torch.float64))
+        torch.testing.assert_close(trajectories.buffers, b)
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +242,7 @@ def test_nothing_recorded(call, results):
     assert code == 0
     assert "0/1 0:03:00" in out
     assert call("report")[0] == 0
-    assert "Nothing of it has been run." in (results / "smd_rayleigh.md").read_text()
+    assert "No runs yet." in (results / "smd_rayleigh.md").read_text()
     assert not (results / "smd_rayleigh.png").exists()
 
 
@@ -270,7 +270,7 @@ def test_a_damaged_record_is_refused_in_one_line(call, results, damage, drawn_fi
     code, _, err = call("report", "smd_rayleigh")
     assert (code, err.count("\n")) == (1, 1)
     assert err.startswith(f"error: {path}: ")
-    assert ("its config is not the one" if damage == "config" else "damaged record") in err
+    assert ("its config does not match its name" if damage == "config" else "damaged record") in err
 
 
 @pytest.mark.parametrize(("option", "value"), [("--only", "lr=1"), ("--set", "data_dir=x")])

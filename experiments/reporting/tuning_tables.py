@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from experiments.planning import search
-from experiments.reporting.layout import Table, plain
+from experiments.reporting.layout import Table, format_plain
 from experiments.reporting.outcomes import Outcome, place
 
 HEAD = (
@@ -33,7 +33,7 @@ def grids(found: Sequence[Outcome]) -> list[str]:
         if outcome.study is None or not outcome.tried:
             continue
         for grid in filter(None, (outcome.study.shorter, outcome.study.grid)):
-            axes = "; ".join(f"{axis} {', '.join(map(plain, values))}" for axis, values in grid.axes.items())
+            axes = "; ".join(f"{axis} {', '.join(map(format_plain, values))}" for axis, values in grid.axes.items())
             epochs = grid.config.train.epochs
             lines[f"`sweep={outcome.cell.sweep}`, {epochs} epochs: {axes}"] = None
     return list(lines)
@@ -55,13 +55,13 @@ def _row(outcome: Outcome) -> list[str]:
         if job.setting in scores:
             scores[job.setting].append(recorded[job.name].headline)
     best = search.mean(scores.pop(outcome.setting))
-    others = [search.mean(values) for values in scores.values() if search.stands(values)]
+    others = [search.mean(values) for values in scores.values() if search.is_stable(values)]
     counts = " + ".join(str(len(jobs)) for jobs in (tuning.short, tuning.full, tuning.confirming) if jobs)
     diverged = sum(record.diverged for record in recorded.values())
     return [
         place(outcome.cell.panel, outcome.cell.column),
         outcome.cell.row,
-        written(outcome.setting),
+        format_setting(outcome.setting),
         f"{best:.2f}" + (f"; {max(others):.2f}" if others else ""),
         _standing(outcome) if tuning.short else "",
         counts + (f", {diverged} diverged" if diverged else ""),
@@ -70,10 +70,10 @@ def _row(outcome: Outcome) -> list[str]:
     ]
 
 
-def written(setting: tuple[str, ...]) -> str:
+def format_setting(setting: tuple[str, ...]) -> str:
     """Hyperparameters as they are read: lr 0.01, free_epochs 7.5."""
     pairs = (override.split("=", 1) for override in setting)
-    return ", ".join(f"{key.split('.')[1]} {plain(value)}" for key, value in pairs)
+    return ", ".join(f"{key.split('.')[1]} {format_plain(value)}" for key, value in pairs)
 
 
 def _standing(outcome: Outcome) -> str:
