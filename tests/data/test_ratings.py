@@ -49,7 +49,7 @@ interactions = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6), st.integ
 def test_holding_out_keeps_every_rating_and_takes_the_latest(rows):
     ratings = Ratings(*np.array(rows).T)
     rest, held = hold_out_latest(ratings)
-    assert sorted(zip(*map(np.ndarray.tolist, vars(rest.and_also(held)).values()), strict=True)) == sorted(rows)
+    assert sorted(zip(*map(np.ndarray.tolist, vars(rest.concatenate(held)).values()), strict=True)) == sorted(rows)
     for user, item, time in zip(held.users, held.items, held.times, strict=True):
         mine = [(t, place, i) for place, (u, i, t) in enumerate(rows) if u == user]
         assert len(mine) > 1

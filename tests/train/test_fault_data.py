@@ -1,4 +1,4 @@
-"""A run does not go on with other data than it was begun on."""
+"""A run does not resume on other data than it started on."""
 
 import re
 from pathlib import Path
@@ -34,7 +34,9 @@ def test_other_data_than_a_run_was_begun_on(tmp_path, capsys):
     checkpoint = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     for words, other in others.items():
         write_ratings(data, other)
-        with pytest.raises(RunError, match=rf"^{tmp_path}/run: was begun on other data \({words}.*\); put those back"):
+        with pytest.raises(
+            RunError, match=rf"^{tmp_path}/run: was started on other data \({words}.*\); put those back"
+        ):
             train(config)
         assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == checkpoint
     write_ratings(data, synthetic_ratings())
@@ -76,5 +78,5 @@ def test_the_command_on_other_data(tmp_path, devices):
     ended = helpers.run(*keys)
     assert ended.returncode == 1
     last = ended.stderr.splitlines()[-1]
-    assert last.startswith(f"error: {tmp_path}/run: was begun on other data (items 150 then, 160 now, ")
+    assert last.startswith(f"error: {tmp_path}/run: was started on other data (items 150 then, 160 now, ")
     assert "Traceback" not in ended.stderr

@@ -87,9 +87,9 @@ def test_another_process_on_the_same_run_is_refused(tiny):
     """The lock is that of a process which is alive, and no more."""
     config = tiny(*DIGITS)
     with RunDirectory(config).lock():
-        with pytest.raises(RunError, match="another process is at work on this run"):
+        with pytest.raises(RunError, match="another process uses this run directory"):
             train(config)
-        with pytest.raises(RunError, match="another process is at work on this run"):
+        with pytest.raises(RunError, match="another process uses this run directory"):
             train_vectorized([config, tiny(*DIGITS, "seed=1")])
     assert (RunDirectory(config).path / ".lock").exists()
     assert train(config)["status"] == "done"
@@ -104,7 +104,7 @@ def test_of_three_processes_of_one_run_one_runs(tmp_path):
         time.sleep(0.05)
     ends = sorted(one.go() for one in three)
     assert [code for code, *_ in ends] == [0, 1, 1]
-    line = f"error: {tmp_path}/run: another process is at work on this run; wait for it, or stop it\n"
+    line = f"error: {tmp_path}/run: another process uses this run directory; wait for it, or stop it\n"
     assert [err for *_, err in ends] == ["", line, line]
 
 

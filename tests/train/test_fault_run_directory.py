@@ -18,7 +18,7 @@ from tests.train.faults import ALWAYS, DIGITS, after, check_equal, copied
 @pytest.mark.parametrize("gone", ["deleted", "moved", "begun again"])
 @pytest.mark.parametrize("when", [3, 52])  # in the middle, and before the result is written
 def test_a_run_directory_that_goes_while_the_run_is_at_work(tiny, whole, tmp_path, monkeypatch, gone, when):
-    """It is not made again; of a moved one the same command goes on."""
+    """It is not made again; a moved one is resumed by the same command."""
     config = tiny(*DIGITS, ALWAYS, f"run_dir={tmp_path}/run")
     path = RunDirectory(config).path
 
@@ -33,9 +33,7 @@ def test_a_run_directory_that_goes_while_the_run_is_at_work(tiny, whole, tmp_pat
 
     with monkeypatch.context() as patch:
         after(when, go, patch)
-        with pytest.raises(
-            RunError, match=r"run: was deleted or moved while the run was at work in it, .* last checkpoint$"
-        ):
+        with pytest.raises(RunError, match=r"run: was deleted or moved during the run, .* command again to resume$"):
             train(config)
     assert [file.name for file in path.glob("*")] == ([".lock"] if gone == "begun again" else [])
     assert path.exists() == (gone == "begun again")
@@ -136,7 +134,7 @@ def test_whatever_file_of_a_stopped_run_is_damaged_it_is_named_or_the_end_is_the
     (now,) = env["resumed"]
     lost = name == "env.json"
     assert env["git"] == (None if lost else now["git"])
-    assert ("what the run was begun with is not known any more" in capsys.readouterr().out) == lost
+    assert ("the run's initial environment is unknown" in capsys.readouterr().out) == lost
 
 
 @pytest.mark.parametrize("damage", [emptied, cut, a_folder, unreadable])
