@@ -158,7 +158,7 @@ def test_decimals_and_a_header(tmp_path):
     assert got.times.tolist() == [964982703.25, 964982703.0]
 
 
-def test_times_that_say_nothing(tmp_path):
+def test_equal_times_hold_out_random_items(tmp_path):
     """What is held out is drawn by the dataset's seed, a warning says so; the validation split knows the same test."""
     rows = [(user, item, 1, 5 + user) for user in range(1, 41) for item in range(user, user + 12)]
     write_ratings(tmp_path / "u.data", rows)
@@ -175,7 +175,7 @@ def test_times_that_say_nothing(tmp_path):
     assert not pairs & set(zip(one.candidate_users.tolist(), one.candidates[:, 0].tolist(), strict=True))
 
 
-def test_times_that_leave_it_open_for_most_users(tmp_path):
+def test_ties_in_time_for_most_users_are_a_warning(tmp_path):
     """As days do. The last in the file is held out, as where it is open for a few."""
     rows = [(user, item, 1, item // 3) for user in range(1, 6) for item in range(user, user + 9)]
     write_ratings(tmp_path / "u.data", rows)

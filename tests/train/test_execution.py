@@ -206,7 +206,7 @@ def test_a_sample_alone_is_fine_elsewhere(tiny_data):
         refuse_single_values(task, task.model, batch, Batching(4))
 
 
-def test_steps_that_are_not_compiled_are_told(tiny, monkeypatch, capsys):
+def test_steps_that_are_not_compiled_are_a_warning(tiny, monkeypatch, capsys):
     """They are slower, and round differently."""
     weight = [torch.nn.Parameter(torch.ones(2, 2))]
     assert constrained_step(torch.optim.Adam(weight)) == {}

@@ -23,7 +23,7 @@ def left_in(folder: Path) -> tuple[Config, Path]:
     return config, data
 
 
-def test_other_data_than_a_run_was_begun_on(tmp_path, capsys):
+def test_resuming_on_other_data_is_refused(tmp_path, capsys):
     """To go on with them is refused, and changes nothing; a run that is done says that it was on others."""
     config, data = left_in(tmp_path)
     others = {
@@ -55,7 +55,7 @@ def test_other_data_than_a_run_was_begun_on(tmp_path, capsys):
     assert capsys.readouterr().out == done
 
 
-def test_a_run_of_before_data_were_recorded_goes_on(tmp_path, capsys):
+def test_a_run_without_recorded_data_resumes(tmp_path, capsys):
     config, data = left_in(tmp_path)
     state = RunDirectory(config).load()
     assert state is not None

@@ -96,7 +96,7 @@ def test_another_process_on_the_same_run_is_refused(tiny):
 
 
 @pytest.mark.slow
-def test_of_three_processes_of_one_run_one_runs(tmp_path):
+def test_one_of_three_processes_trains_a_run(tmp_path):
     """The real command; that one waits in its first update until the others have been refused."""
     keys = ("model.widths=[16]", "dataset.limit=200", "train.epochs=2", "device=cpu", f"run_dir={tmp_path}/run")
     three = [Paused(tmp_path / f"{k}", "lawn.train.trainer:Trainer.after_update", *keys) for k in range(3)]
@@ -186,7 +186,7 @@ WORKER = "DataLoader worker (pid 7) is killed by signal: "
         (f"{WORKER}Killed.", f"has died ({WORKER}Killed.); the same command goes on"),
     ],
 )
-def test_what_data_workers_die_of(text, words):
+def test_causes_of_dead_data_workers(text, words):
     with pytest.raises(RunError) as caught, translate_torch_errors(rank=0):
         raise RuntimeError(text)
     assert f"a data worker {words}" in str(caught.value)
