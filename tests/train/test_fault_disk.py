@@ -34,7 +34,7 @@ def tmpfs(tmp_path):
 
 
 def test_a_full_filesystem(tmpfs, tiny, whole, capsys, monkeypatch):
-    """The first checkpoint fits, the second does not; with more room the same command goes on, to the same end."""
+    """The first checkpoint fits, the second does not; with more room the same command resumes, to the same end."""
     folder = tmpfs(128)
     config = tiny(*DIGITS, ALWAYS, f"runs_dir={folder}")
     path = RunDirectory(config).path

@@ -183,7 +183,7 @@ WORKER = "DataLoader worker (pid 7) is killed by signal: "
             "RuntimeError: unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)\n",
             "has used up the shared memory (RuntimeError: unable to allocate shared memory(shm) for file </torch_1>:",
         ),
-        (f"{WORKER}Killed.", f"has died ({WORKER}Killed.); the same command goes on"),
+        (f"{WORKER}Killed.", f"has died ({WORKER}Killed.); run the same command again"),
     ],
 )
 def test_causes_of_dead_data_workers(text, words):
