@@ -1,4 +1,4 @@
-# Everything a newcomer types. `make help` lists it.
+# Main targets; `make help` lists them.
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 DATA_DIR ?= data

@@ -12,7 +12,7 @@ from typing import Any
 def stop(number: int, _: FrameType | None) -> None:
     """The signal handler during the imports below, which take seconds."""
     with suppress(OSError):
-        os.write(2, f"{signal.Signals(number).name}: stopped before anything was begun\n".encode())
+        os.write(2, f"{signal.Signals(number).name}: stopped before the run started\n".encode())
     os._exit(75)
 
 
@@ -96,7 +96,7 @@ def main() -> int:
             raise
         fail(error)
     except KeyboardInterrupt as stop:  # a Stopped among them
-        echo(str(stop) or "interrupted; the same command goes on from the last checkpoint", sys.stderr)
+        echo(str(stop) or "interrupted; run the same command again to resume", sys.stderr)
         failures.append(getattr(stop, "exit_code", 130))
     return max(failures, default=0)
 

@@ -78,7 +78,7 @@ def parse_override(override: str) -> Override:
 
 @cache
 def _compose_choices(*choices: str) -> DictConfig:
-    """The composed config with nothing but the sweeper's values below `hydra`, or each copy would take far longer."""
+    """The composed config with nothing but the sweeper's values below `hydra`; smaller configs are faster to copy."""
     composed = _compose(*choices)
     with flag_override(composed, ["struct", "readonly"], False):
         composed["hydra"] = {"sweeper": {"params": composed.hydra.sweeper.params}}

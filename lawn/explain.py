@@ -11,7 +11,7 @@ from lawn.config import Config
 from lawn.errors import UserError
 
 
-def takes(section: str) -> str:
+def allowed_keys(section: str) -> str:
     """The keys of a section of the config, or of the config itself for any other name."""
     default = Config()
     owner = getattr(default, section, None)
@@ -42,7 +42,7 @@ def explain(error: BaseException) -> str:
         error = error.__cause__
     key = str(getattr(error, "full_key", None) or "")
     if isinstance(error, (ConfigAttributeError, ConfigKeyError)) and key:
-        return f"{key}: no such key; {takes(key.rpartition('.')[0])}"
+        return f"{key}: no such key; {allowed_keys(key.rpartition('.')[0])}"
     if isinstance(error, MissingMandatoryValue):
         return f"{key}: needs a value"
     text = " ".join(line.strip() for line in str(error).splitlines())

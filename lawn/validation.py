@@ -14,24 +14,24 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lawn.config import Config, rules
 from lawn.errors import ConfigError
-from lawn.explain import explain, takes
+from lawn.explain import allowed_keys, explain
 
 INTEGER_LIMIT = 2**63  # of integers without another upper bound
 RULES = dict(rules())
-GET = {key: attrgetter(key) for key in RULES}  # the value of a key in a config
+GETTERS = {key: attrgetter(key) for key in RULES}  # the value of a key in a config
 EPOCHS_FIRST = sorted(RULES, key=lambda key: key != "train.epochs")  # the defaults of others are proportional to it
 
 
-def _needed(schema: type, prefix: str = "") -> Iterator[str]:
+def _required_keys(schema: type, prefix: str = "") -> Iterator[str]:
     """The keys that cannot be None."""
     for field in fields(schema):
         if is_dataclass(field.default_factory):
-            yield from _needed(field.default_factory, f"{field.name}.")
+            yield from _required_keys(field.default_factory, f"{field.name}.")
         elif field.type is not Any and type(None) not in get_args(field.type):
             yield f"{prefix}{field.name}"
 
 
-NEEDED = frozenset(_needed(Config))
+REQUIRED_KEYS = frozenset(_required_keys(Config))
 
 
 def validate(composed: DictConfig) -> Config:
@@ -106,16 +106,16 @@ def _refuse_unknown_keys(node: DictConfig, schema: type, prefix: str) -> None:
     for key in map(str, node):
         section = next((f for f in fields(schema) if f.name == key), None)
         if section is None:
-            raise ConfigError(f"{prefix}{key}: no such key; {takes(prefix.rstrip('.'))}")
+            raise ConfigError(f"{prefix}{key}: no such key; {allowed_keys(prefix.rstrip('.'))}")
         if is_dataclass(section.default_factory):
             _refuse_unknown_keys(node[key], section.default_factory, f"{key}.")
 
 
 def _problems(c: Config) -> Iterator[str]:
     """The problems of a config, one line each, in the order to be reported."""
-    for key, get in GET.items():
+    for key, get in GETTERS.items():
         value = get(c)
-        if value is None and key in NEEDED:
+        if value is None and key in REQUIRED_KEYS:
             yield f"{key}: needs a value"
         limit = RULES[key].below or INTEGER_LIMIT
         for number in value if isinstance(value, list) else [value]:
@@ -124,7 +124,7 @@ def _problems(c: Config) -> Iterator[str]:
             if number == "":
                 yield f"{key}: must not be empty"
     for key in EPOCHS_FIRST:
-        rule, value = RULES[key], GET[key](c)
+        rule, value = RULES[key], GETTERS[key](c)
         if value is None:
             continue
         if rule.choices and value not in rule.choices:

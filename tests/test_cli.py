@@ -264,7 +264,7 @@ def test_a_launcher_of_clusters_reports_on_every_job(tmp_path):
     ("number", "code", "said"),
     [
         (signal.SIGKILL, 1, "ended without a result; killed, or out of memory or of hydra.launcher.timeout_min; see /"),
-        (signal.SIGTERM, 75, "the same command goes on from there"),
+        (signal.SIGTERM, 75, "run the same command again to resume"),
     ],
 )
 def test_a_job_of_a_launcher_that_is_killed_or_stopped(tmp_path, number, code, said):

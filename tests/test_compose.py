@@ -31,7 +31,7 @@ def test_a_sweep_preset_has_to_be_a_point_of_its_grid():
     refuse_sweeps(["sweep=e_free", "++optim.free_epochs=3"], swept)
 
 
-def test_without_a_checkout_the_remedy_is_said(tmp_path, monkeypatch):
+def test_without_a_checkout_an_error_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "CONF", tmp_path / "conf")
     with pytest.raises(UserError, match=r"conf: not there; configs are in a checkout: pip install -e '.\[harness\]'"):
         compose()

@@ -13,18 +13,18 @@ from lawn.data.download import download
 from lawn.data.interactions import Interactions
 from lawn.data.ratings import (
     Ratings,
-    bind,
-    by_time,
     count_ties,
     count_warnings,
     draw_candidates,
     drop_repeats,
     hold_out_latest,
+    make_interactions,
     naming_file,
     ordered_in_time,
     read_lines,
     read_ratings,
     renumber,
+    sort_by_time,
 )
 from lawn.errors import ConfigError, DataError
 
@@ -62,7 +62,7 @@ def he2017(
     train, notes = _clean(train, test)
     _check_users(test_path, train, test, user_ids)
     if split == "val":
-        everything = train.and_also(test)
+        everything = train.concatenate(test)
         train, untimed = ordered_in_time(train, seed)
         train, held = hold_out_latest(train)
         listed = draw_candidates(everything, held, size, candidates, seed, user_ids)
@@ -70,12 +70,12 @@ def he2017(
     else:
         if candidates > listed.shape[1]:
             raise ConfigError(f"dataset.candidates={candidates}: {listed_path} has {listed.shape[1]} for each user")
-        train, held = by_time(train), test
+        train, held = sort_by_time(train), test
         listed, more = _once(listed[:, :candidates], test)
         notes += more + _trained(listed, train, test)
     warnings += [f"{prefix}: {note}" for note in notes]
     with naming_file(train_path):
-        return bind(train, held, listed, size, negatives, warnings, user_ids)
+        return make_interactions(train, held, listed, size, negatives, warnings, user_ids)
 
 
 def _fetch(path: Path, released: bool) -> Path:
@@ -119,7 +119,7 @@ def _check_users(path: Path, train: Ratings, test: Ratings, user_ids: np.ndarray
 def _clean(train: Ratings, test: Ratings) -> tuple[Ratings, list[str]]:
     """The training ratings without repeats and held-out pairs, and notes on what was removed."""
     train, notes = drop_repeats(train)
-    stride = train.and_also(test).size[1]
+    stride = train.concatenate(test).size[1]
     leaked = np.isin(train.users * stride + train.items, test.users * stride + test.items)
     if leaked.any():
         notes.append(f"{leaked.sum()} held-out ratings are in the training file too and left out there")

@@ -29,7 +29,7 @@ class Interactions:
     warnings: list[str]
 
     def __post_init__(self) -> None:
-        self.unseen = Unseen(self.users, self.items, self.num_users, self.num_items)
+        self.sampler = NegativeSampler(self.users, self.items, self.num_users, self.num_items)
 
     @property
     def num_train(self) -> int:
@@ -52,7 +52,7 @@ class Interactions:
         self, batching: Batching, generator: torch.Generator
     ) -> Iterator[tuple[MicroBatch, tuple[Tensor, Tensor, Tensor]]]:
         """One epoch in random order: users, items and labels (1.0 positive, 0.0 negative)."""
-        negatives = self.unseen.sample(self.users, self.negatives, generator)
+        negatives = self.sampler.sample(self.users, self.negatives, generator)
         items = torch.cat([self.items[:, None], negatives], dim=1)
         # One number for user, item and label, so that the random order is read from memory only once.
         samples = (self.users[:, None] << 32) | (items << 1)
@@ -96,7 +96,7 @@ class Interactions:
         }
 
 
-class Unseen:
+class NegativeSampler:
     """Draws items that a user has not interacted with, uniformly and without rejection.
 
     Sorted by user and item, let p_0 < p_1 < ... be the items of one user. Below p_j lie p_j - j unseen items, so the

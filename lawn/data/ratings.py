@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lawn.data.download import count_mismatches
-from lawn.data.interactions import Interactions, Unseen
+from lawn.data.interactions import Interactions, NegativeSampler
 from lawn.errors import ConfigError, DataError
 
 
@@ -41,7 +41,7 @@ class Ratings:
     def __getitem__(self, index: np.ndarray) -> "Ratings":
         return Ratings(self.users[index], self.items[index], self.times[index])
 
-    def and_also(self, other: "Ratings") -> "Ratings":
+    def concatenate(self, other: "Ratings") -> "Ratings":
         mine, others = vars(self).values(), vars(other).values()
         return Ratings(*(np.concatenate(pair) for pair in zip(mine, others, strict=True)))
 
@@ -106,14 +106,14 @@ def renumber(*ids: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
     return [part.reshape(each.shape) for part, each in zip(parts, ids, strict=True)], different
 
 
-def by_time(ratings: Ratings) -> Ratings:
+def sort_by_time(ratings: Ratings) -> Ratings:
     """Sorted by user, then time; ties in time stay in the order of the file."""
     return ratings[np.lexsort((ratings.times, ratings.users))]
 
 
 def drop_repeats(ratings: Ratings) -> tuple[Ratings, list[str]]:
     """Keep the latest of several ratings of an item by the same user; a warning counts the others."""
-    latest_first = by_time(ratings)[np.arange(len(ratings))[::-1]]
+    latest_first = sort_by_time(ratings)[np.arange(len(ratings))[::-1]]
     pairs = latest_first.users * (ratings.items.max() + 1) + latest_first.items
     _, kept = np.unique(pairs, return_index=True)
     dropped = len(ratings) - len(kept)
@@ -124,7 +124,7 @@ def drop_repeats(ratings: Ratings) -> tuple[Ratings, list[str]]:
 
 def ordered_in_time(ratings: Ratings, seed: int) -> tuple[Ratings, list[str]]:
     """The ratings; with random times drawn by `seed`, and a warning, if no user has ratings at different times."""
-    ordered = by_time(ratings)
+    ordered = sort_by_time(ratings)
     if ((np.diff(ordered.users) == 0) & (np.diff(ordered.times) != 0)).any():
         return ratings, []
     times = np.random.default_rng(seed).permutation(len(ratings))
@@ -137,7 +137,7 @@ def hold_out_latest(ratings: Ratings) -> tuple[Ratings, Ratings]:
 
     Among ratings at the same time, the last in the file is the latest. Both results are sorted by user and time.
     """
-    ordered = by_time(ratings)
+    ordered = sort_by_time(ratings)
     last = np.append(ordered.users[1:] != ordered.users[:-1], True)
     single = np.bincount(ordered.users)[ordered.users] == 1
     held = last & ~single
@@ -173,16 +173,16 @@ def leave_one_out(
         train, held = hold_out_latest(train)
     listed = draw_candidates(ratings, held, ratings.size, candidates, seed, user_ids)
     warnings = [*warnings, *notes, *untimed, *count_ties(train, held)]
-    return bind(train, held, listed, ratings.size, negatives, warnings, user_ids)
+    return make_interactions(train, held, listed, ratings.size, negatives, warnings, user_ids)
 
 
 def draw_candidates(
     seen: Ratings, held: Ratings, size: tuple[int, int], count: int, seed: int, user_ids: np.ndarray
 ) -> np.ndarray:
     """For each held-out rating, `count` different items that its user has not rated in `seen`."""
-    unseen = Unseen(torch.from_numpy(seen.users), torch.from_numpy(seen.items), *size)
-    _refuse_full(unseen, user_ids)
-    available = unseen.available.numpy()[held.users]
+    sampler = NegativeSampler(torch.from_numpy(seen.users), torch.from_numpy(seen.items), *size)
+    _refuse_full(sampler, user_ids)
+    available = sampler.available.numpy()[held.users]
     if count > available.min(initial=count):
         user, most = user_ids[held.users[available.argmin()]], available.min()
         raise ConfigError(
@@ -192,10 +192,10 @@ def draw_candidates(
     rng = np.random.default_rng(seed)
     ranks = [rng.choice(int(total), count, replace=False) for total in available]
     users = torch.from_numpy(held.users)[:, None].expand(-1, count)
-    return unseen.kth(users, torch.from_numpy(np.array(ranks, np.int64).reshape(-1, count))).numpy()
+    return sampler.kth(users, torch.from_numpy(np.array(ranks, np.int64).reshape(-1, count))).numpy()
 
 
-def bind(
+def make_interactions(
     train: Ratings,
     held: Ratings,
     candidates: np.ndarray,
@@ -225,15 +225,15 @@ def bind(
         negatives=negatives,
         warnings=warnings,
     )
-    _refuse_full(data.unseen, user_ids)
+    _refuse_full(data.sampler, user_ids)
     return data
 
 
-def _refuse_full(unseen: Unseen, user_ids: np.ndarray) -> None:
-    for user in (unseen.available < 1).nonzero().flatten()[:1].tolist():
+def _refuse_full(sampler: NegativeSampler, user_ids: np.ndarray) -> None:
+    for user in (sampler.available < 1).nonzero().flatten()[:1].tolist():
         raise DataError(
-            f"user {user_ids[user]} has interacted with all {unseen.count[user]} items: there is none to rank against; "
-            "leave the user out"
+            f"user {user_ids[user]} has interacted with all {sampler.count[user]} items: there is none to rank "
+            "against; leave the user out"
         )
 
 

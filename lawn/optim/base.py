@@ -229,8 +229,8 @@ class LAWNOptimizer(Optimizer, ABC):
 
 def counter(steps: float) -> Tensor:
     """Create a step counter as torch's Adam does; half precision as the default dtype would stop it from counting."""
-    wide = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    return torch.tensor(steps, dtype=wide, device="cpu")
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return torch.tensor(steps, dtype=dtype, device="cpu")
 
 
 @cache

@@ -98,7 +98,7 @@ def bound_norms(model: nn.Module, select: Callable[[str], bool] | None = None) -
         bounds[p] = BoundedNorm(norm)
     for p, bound in bounds.items():
         for module, attribute, _ in places[p]:  # tied weights share v and c
-            _own_class(module)
+            _unshare_class(module)
             parametrize.register_parametrization(module, attribute, bound)
     return [name for names in chosen.values() for name in names]
 
@@ -126,7 +126,7 @@ def release(model: nn.Module) -> None:
         if len(chain) > 1:
             raise ValueError(f"{name} has another parametrization: remove that first")
     for module, attribute, _, _ in bounded:
-        _own_class(module)
+        _unshare_class(module)
         parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
 
 
@@ -139,7 +139,7 @@ def _parametrized(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]
                 yield module, attribute, f"{path}.{attribute}" if path else attribute, chain
 
 
-def _own_class(module: nn.Module) -> None:
+def _unshare_class(module: nn.Module) -> None:
     """Give a parametrized module its own class.
 
     torch implements parametrized weights as properties of a class that it creates for the module. Deep copies of the

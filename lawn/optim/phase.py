@@ -137,7 +137,7 @@ def constrain(optimizer: Optimizer, *, again: bool) -> None:
     groups = optimizer.param_groups
     chosen = [index for index, group in enumerate(groups) if again or not group["switched"]]
     if not chosen:
-        raise ValueError("the weights are constrained already; constrain(again=True) takes their present norms")
+        raise ValueError("the weights are constrained already; constrain(again=True) adopts their current norms")
     if not any(p.requires_grad and constrains(groups[index], p) for index in chosen for p in groups[index]["params"]):
         raise ValueError("nothing to constrain: no trainable parameter with two or more dimensions")
     switch(optimizer, chosen)
@@ -268,8 +268,8 @@ def _check_loaded_norms(group_update: GroupUpdate, index: int, known: set[tuple[
             name = describe(group_update.group, index, block[0])
             raise ValueError(
                 f"{name} has the norm {now:.6g}, but its state says {c:.6g}: parameters may be in another order "
-                "than when it was saved, in other blocks, or the weights are others; load by name, or take the "
-                "present norms with constrain(again=True)"
+                "than when it was saved, in other blocks, or the weights were replaced; load by name, or adopt "
+                "the current norms with constrain(again=True)"
             )
     known.update(blocks)
 

@@ -111,7 +111,7 @@ class LAWN:
         self._attach(**state)
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"LAWN has no {name!r}: it is no optimizer, but works on one; step, save and pass that")
+        raise AttributeError(f"LAWN has no {name!r}: it wraps an optimizer; use the wrapped optimizer instead")
 
     @property
     def constrained(self) -> bool:

@@ -5,7 +5,7 @@ from torch import nn
 from lawn.data.batching import Batching
 from lawn.errors import ConfigError
 from lawn.task import Batch, Task
-from lawn.train.throughput import on_meta
+from lawn.train.throughput import to_meta
 
 
 def refuse_single_values(task: Task, model: nn.Module, batch: Batch, batching: Batching) -> None:
@@ -16,7 +16,7 @@ def refuse_single_values(task: Task, model: nn.Module, batch: Batch, batching: B
     samples = task.dataset.num_train
     if min(micro_batch.stop - micro_batch.start for micro_batch in batching.micro_batches(samples)) > 1:
         return
-    shadow = on_meta(model).train()
+    shadow = to_meta(model).train()
     try:
         task.loss_and_margins(shadow, tuple(t[:1].to("meta") for t in batch))
     except ValueError as error:

@@ -86,7 +86,7 @@ def constrained_step(optimizer: Optimizer) -> dict[str, str]:
     group = optimizer.param_groups[0]
     backend, problem = dispatch.backend_of(group["params"][0], group["fused"])
     if problem:
-        echo(f"warning: constrained steps are not compiled, so they are slower and round otherwise: {problem}")
+        echo(f"warning: constrained steps are not compiled, so they are slower and round differently: {problem}")
     return {"constrained_step": backend}
 
 

@@ -78,7 +78,7 @@ def outcome(trainer: Trainer) -> dict[str, Any]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The last line of a run."""
+    """The line that reports the result."""
     last, divergence = result["last"], result["divergence"]
     metrics = [f"{k} {v:.4g}" for k, v in last.items() if k.startswith(result["split"]) and v is not None]
     share = "" if result["peak_share"] is None else f" ({100 * result['peak_share']:.0f} % of the matmul peak)"

@@ -71,7 +71,7 @@ class RunDirectory:
             except OSError as error:
                 raise RunError(f"{self.path}: cannot be written ({error})") from error
             if self._lock is None:
-                raise RunError(f"{self.path}: another process is at work on this run; wait for it, or stop it")
+                raise RunError(f"{self.path}: another process uses this run directory; wait for it, or stop it")
             self._check_owner()
             for name in FILES:
                 for abandoned in self.path.glob(f".{name}.*"):
@@ -94,8 +94,8 @@ class RunDirectory:
     def _check_lock(self) -> None:
         if self._lock is not None and not still_at(self.path / LOCK, self._lock):
             raise RunError(
-                f"{self.path}: was deleted or moved while the run was at work in it, which has stopped; moved back, "
-                "the same command goes on from its last checkpoint"
+                f"{self.path}: was deleted or moved during the run, which has stopped; if it was moved, move it "
+                "back and run the same command again to resume"
             )
 
     def begin(self, execution: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ class RunDirectory:
             try:
                 first = read_environment(self.path)
             except RunError as error:  # it was killed while it wrote the file
-                echo(f"warning: {str(error).partition(';')[0]}; what the run was begun with is not known any more")
+                echo(f"warning: {str(error).partition(';')[0]}; the run's initial environment is unknown")
                 first = {**now, "git": None, "dirty": None}
             now = {**first, "resumed": [*first.get("resumed", []), now]}
         try:
@@ -171,14 +171,14 @@ class RunDirectory:
             with ZipFile(path) as archive:  # torch does not verify checksums
                 damaged = archive.testzip()
             if damaged is not None:
-                raise BadZipFile(f"the checksum of {damaged} is another")
+                raise BadZipFile(f"checksum mismatch in {damaged}")
             state = torch.load(path, map_location="cpu", weights_only=True)
             found = state.get("version"), state.get("hash")
         except Exception as error:  # both raise many types
             raise RunError(f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})") from error
         if found != (CHECKPOINT_VERSION, self.hash):
             raise RunError(
-                f"{path}: is of format {found[0]} and run {found[1]}, not {CHECKPOINT_VERSION} and {self.hash}"
+                f"{path}: has format {found[0]} and run hash {found[1]}; expected {CHECKPOINT_VERSION} and {self.hash}"
             )
         return state
 

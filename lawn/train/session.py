@@ -38,7 +38,7 @@ def run_rank(run: PreparedRun, world: World) -> dict[str, Any]:
         task = run.build_task(world.device)
     with directory.lock() if directory else nullcontext(), deferred_signals() as request:
         trainer, recorder = start_or_resume(run, task, world, directory)
-        pause = _PauseCheck(trainer, recorder, request)
+        pause = _PauseCallback(trainer, recorder, request)
         while trainer.status == "running":
             if trainer.train_epoch(pause) is not None and recorder:
                 recorder.record_epoch(trainer)
@@ -71,7 +71,7 @@ def start_or_resume(
     data = task.dataset.fingerprint
     if state is not None and (changed := differences(state.get("data", {}), data)):
         where = directory.path if directory else run_name(run.config)
-        raise RunError(f"{where}: was begun on other data ({changed}); put those back, or delete it to start over")
+        raise RunError(f"{where}: was started on other data ({changed}); put those back, or delete it to start over")
     if directory:
         step = {} if details else constrained_step(trainer.optimizer)  # vectorized runs have a step of their own
         execution = {"ranks": world.size, "execution": asdict(trainer.execution), **step}
@@ -89,10 +89,10 @@ def start_or_resume(
 
 def stopped(request: StopRequest, trainer: Trainer, name: str) -> Stopped:
     where = f"{name} has stopped in epoch {trainer.epoch}, after {trainer.step} updates"
-    return Stopped(f"{request.signal}: {where}; the same command goes on from there")
+    return Stopped(f"{request.signal}: {where}; run the same command again to resume")
 
 
-class _PauseCheck:
+class _PauseCallback:
     """Decides between two updates whether the run has to stop, and saves a checkpoint then and when one is due.
 
     The ranks decide together about every AGREE_SECONDS, because the collective operation delays them.

@@ -45,7 +45,7 @@ def raise_on_signal() -> Iterator[None]:
     request = StopRequest()
 
     def stop() -> None:
-        raise Stopped(f"{request.signal}: stopped; the same command goes on, if anything is left to do")
+        raise Stopped(f"{request.signal}: stopped; run the same command again to resume")
 
     with _handled(request, stop):
         yield

@@ -14,12 +14,12 @@ from lawn.task import Batch, Task
 def flops_per_sample(task: Task, model: nn.Module, batch: Batch) -> float:
     """Matrix and convolution FLOPs of forward and backward for one sample, counted without computing anything."""
     with FlopCounterMode(display=False) as counter:
-        loss, _ = task.loss_and_margins(on_meta(model), tuple(t.to("meta") for t in batch))
+        loss, _ = task.loss_and_margins(to_meta(model), tuple(t.to("meta") for t in batch))
         loss.backward()
     return counter.get_total_flops() / len(batch[0])
 
 
-def on_meta(model: nn.Module) -> nn.Module:
+def to_meta(model: nn.Module) -> nn.Module:
     """A copy with shapes and without values, in eval mode: batch norm does not communicate with other ranks."""
     return copy.deepcopy(model).to("meta").eval()
 

@@ -9,7 +9,7 @@ from lawn.errors import RunError
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # CUDA, CPU, cuBLAS and cuDNN
 SHARED_MEMORY = ("shared memory(shm)", "file </torch_", "Bus error")  # how workers hand over what they have made
-RESUME_HINT = "the same command goes on from the last checkpoint"
+RESUME_HINT = "run the same command again to resume"
 
 
 class LostRankError(RunError):

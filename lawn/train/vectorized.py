@@ -21,7 +21,7 @@ from lawn.optim import NonFiniteError
 from lawn.task import Task
 from lawn.train.distributed import launched_by_torchrun
 from lawn.train.epoch_state import EpochState
-from lawn.train.throughput import flops_per_sample, on_meta, synchronize
+from lawn.train.throughput import flops_per_sample, synchronize, to_meta
 from lawn.train.trainer import Trainer
 from lawn.train.vectorized_step import VectorizedStep
 
@@ -61,7 +61,7 @@ def max_vectorized_runs(task: Task, batch: tuple[Tensor, ...]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        task.loss_and_margins(on_meta(task.model), tuple(t.to("meta") for t in batch))
+        task.loss_and_margins(to_meta(task.model), tuple(t.to("meta") for t in batch))
     weights = sum(p.nbytes for p in task.model.parameters())
     each = 4 * weights + 2 * saved + sum(t.nbytes for t in batch)  # the backward pass allocates as much again
     fit = int(0.25 * _free_bytes(batch[0].device) / each)
@@ -118,7 +118,7 @@ class VectorizedTrainer:
             part = slice(members[0], members[-1] + 1)
             optimizers = [trainer.optimizer for trainer in trainers[part]]
             step = None
-            if VectorizedStep.possible(optimizers):
+            if VectorizedStep.is_supported(optimizers):
                 stacks = [stack.detach()[part] for stack in self._stacks.values()]
                 step = VectorizedStep(optimizers, stacks, [own[part] for own in self._slices.values()])
             self._groups.append((part, step))

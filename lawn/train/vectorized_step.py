@@ -74,7 +74,7 @@ class _Weight:
         self.norm = self._column(found) if any(math.isfinite(c) for c in found) else None
 
     def _column(self, numbers: Sequence[float]) -> Tensor:
-        return over(torch.tensor(numbers, dtype=self.w.dtype, device=self.w.device), self.w)
+        return expand_runs(torch.tensor(numbers, dtype=self.w.dtype, device=self.w.device), self.w)
 
     def _state(self, name: str, like: Tensor) -> Tensor:
         """A tensor of the shape of `like` whose slices are, from now on, this state of the optimizers."""
@@ -86,10 +86,10 @@ class _Weight:
 
 
 class VectorizedStep:
-    """The steps of K optimizers of one class, in one. Their state stays theirs: each can go on alone.
+    """The steps of K optimizers of one class as one. The optimizers keep their own state, so each can continue alone.
 
     Args:
-        optimizers: K optimizers for which `possible` holds.
+        optimizers: K optimizers for which `is_supported` holds.
         weights: tensors [K, ...], without gradients: all parameters, stacked.
         slices: for each of them the K parameters that its slices are.
     """
@@ -104,7 +104,7 @@ class VectorizedStep:
         self._counts = self._weights[0].steps.tolist() if self._rule.adaptive else []
 
     @staticmethod
-    def possible(optimizers: Sequence[Optimizer]) -> bool:
+    def is_supported(optimizers: Sequence[Optimizer]) -> bool:
         """Whether they are of one class, and use nothing that only their own step knows."""
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         alike = len({type(optimizer) for optimizer in optimizers}) == 1 and type(optimizers[0]) in RULES
@@ -127,7 +127,9 @@ class VectorizedStep:
         first = self._weights[0].w
         numbers = torch.tensor(rates + scales, dtype=first.dtype).to(first.device, non_blocking=True)
         for weight, gradient, lr in zip(self._weights, gradients, numbers, strict=False):
-            self._update(weight, gradient, over(lr, weight.w), [over(x, weight.w) for x in numbers[len(rates) :]])
+            self._update(
+                weight, gradient, expand_runs(lr, weight.w), [expand_runs(x, weight.w) for x in numbers[len(rates) :]]
+            )
         return failed
 
     def _switch(self) -> set[int]:
@@ -189,7 +191,7 @@ class VectorizedStep:
         weight.first.mul_(weight.momentum).add_(g)
         if not any(weight.nesterov):
             return weight.first
-        nesterov = over(torch.tensor(weight.nesterov, device=g.device), g)
+        nesterov = expand_runs(torch.tensor(weight.nesterov, device=g.device), g)
         return torch.where(nesterov, torch.addcmul(g, weight.first, weight.momentum), weight.first)
 
 
@@ -198,7 +200,7 @@ def _holder(optimizer: Optimizer, own: Tensor) -> dict[str, Any]:
     return next(group for group in optimizer.param_groups for p in group["params"] if p is own)
 
 
-def over(numbers: Tensor, w: Tensor) -> Tensor:
+def expand_runs(numbers: Tensor, w: Tensor) -> Tensor:
     """[K] as [K, 1, ...], to be broadcast over w [K, ...]."""
     return numbers.view(-1, *[1] * (w.ndim - 1))
 

@@ -139,7 +139,7 @@ def renamed(text: str, user: int, item: int) -> str:
 
 
 @pytest.mark.parametrize("split", ["test", "val"])
-def test_ids_with_gaps_are_no_users_and_items_of_their_own(tmp_path, split):
+def test_gaps_in_the_ids_have_no_effect(tmp_path, split):
     texts = TRAIN, TEST, NEGATIVE
     loaded = []
     for user, item in ((1, 1), (3, 10**9), (10**17, 2)):

@@ -139,7 +139,7 @@ def test_images_that_are_not_sorted_into_classes(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_whatever_images_there_are_become_what_torchvision_makes_of_them(tmp_path):
+def test_images_of_any_kind_equal_those_of_torchvision(tmp_path):
     """Pixel for pixel, in its order."""
     rng = np.random.default_rng(0)
     color = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))

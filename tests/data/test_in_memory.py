@@ -133,7 +133,7 @@ def sized(name: str, content: bytes) -> tarfile.TarInfo:
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_what_was_unpacked_of_the_archive_of_cifar_is_read(tmp_path, monkeypatch, name):
+def test_unpacked_files_of_cifar_are_read(tmp_path, monkeypatch, name):
     release, folder = getattr(cifar, name.upper()), tmp_path / name
     write_release(folder, monkeypatch, {})
     packed = getattr(cifar, name)(tmp_path, "test", seed=0, val_fraction=0.25)

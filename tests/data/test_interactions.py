@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lawn.data.batching import Batching
-from lawn.data.interactions import Interactions, Unseen
+from lawn.data.interactions import Interactions, NegativeSampler
 
 pairs = st.integers(1, 5).flatmap(
     lambda users: st.integers(2, 9).flatmap(
@@ -21,17 +21,17 @@ pairs = st.integers(1, 5).flatmap(
 def test_kth_unseen_lists_exactly_the_unseen_items(case):
     num_users, num_items, seen = case
     users, items = torch.tensor(seen).T
-    unseen = Unseen(users, items, num_users, num_items)
+    sampler = NegativeSampler(users, items, num_users, num_items)
     for user in range(num_users):
         expected = [i for i in range(num_items) if (user, i) not in set(seen)]
-        assert unseen.available[user] == len(expected)
+        assert sampler.available[user] == len(expected)
         k = torch.arange(len(expected))
-        assert unseen.kth(torch.full_like(k, user), k).tolist() == expected
+        assert sampler.kth(torch.full_like(k, user), k).tolist() == expected
 
 
 def test_samples_are_uniform_over_the_unseen():
-    unseen = Unseen(torch.tensor([0, 0, 1]), torch.tensor([1, 3, 0]), 2, 6)
-    drawn = unseen.sample(torch.zeros(10_000, dtype=torch.long), 4, torch.Generator().manual_seed(0)).flatten()
+    sampler = NegativeSampler(torch.tensor([0, 0, 1]), torch.tensor([1, 3, 0]), 2, 6)
+    drawn = sampler.sample(torch.zeros(10_000, dtype=torch.long), 4, torch.Generator().manual_seed(0)).flatten()
     counts = torch.bincount(drawn, minlength=6)
     assert counts[[1, 3]].tolist() == [0, 0]
     assert ((counts[[0, 2, 4, 5]] / 10_000 - 1).abs() < 0.05).all()  # five standard deviations

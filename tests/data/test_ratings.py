@@ -49,7 +49,7 @@ interactions = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6), st.integ
 def test_holding_out_keeps_every_rating_and_takes_the_latest(rows):
     ratings = Ratings(*np.array(rows).T)
     rest, held = hold_out_latest(ratings)
-    assert sorted(zip(*map(np.ndarray.tolist, vars(rest.and_also(held)).values()), strict=True)) == sorted(rows)
+    assert sorted(zip(*map(np.ndarray.tolist, vars(rest.concatenate(held)).values()), strict=True)) == sorted(rows)
     for user, item, time in zip(held.users, held.items, held.times, strict=True):
         mine = [(t, place, i) for place, (u, i, t) in enumerate(rows) if u == user]
         assert len(mine) > 1
@@ -158,7 +158,7 @@ def test_decimals_and_a_header(tmp_path):
     assert got.times.tolist() == [964982703.25, 964982703.0]
 
 
-def test_times_that_say_nothing(tmp_path):
+def test_equal_times_hold_out_random_items(tmp_path):
     """What is held out is drawn by the dataset's seed, a warning says so; the validation split knows the same test."""
     rows = [(user, item, 1, 5 + user) for user in range(1, 41) for item in range(user, user + 12)]
     write_ratings(tmp_path / "u.data", rows)
@@ -175,7 +175,7 @@ def test_times_that_say_nothing(tmp_path):
     assert not pairs & set(zip(one.candidate_users.tolist(), one.candidates[:, 0].tolist(), strict=True))
 
 
-def test_times_that_leave_it_open_for_most_users(tmp_path):
+def test_ties_in_time_for_most_users_are_a_warning(tmp_path):
     """As days do. The last in the file is held out, as where it is open for a few."""
     rows = [(user, item, 1, item // 3) for user in range(1, 6) for item in range(user, user + 9)]
     write_ratings(tmp_path / "u.data", rows)

@@ -182,7 +182,7 @@ def test_a_killed_rank_ends_the_run_which_goes_on_with_any_number_of_ranks(tmp_p
 
     thread = Thread(target=kill)
     thread.start()
-    with pytest.raises(RunError, match=r"rank . was killed by SIGKILL; .* goes on from the last checkpoint"):
+    with pytest.raises(RunError, match=r"rank . was killed by SIGKILL; .* run the same command again to resume"):
         train(two)
     thread.join()
     assert not RunDirectory(two).done
@@ -223,7 +223,7 @@ def test_two_nodes_of_two_ranks_and_one_of_them_dies(tmp_path, tiny):
     print(f"ended after {time.monotonic() - died:.1f} s")
     first, second = ((tmp_path / f"node{k}.log").read_text() for k in (0, 1))
     assert "the connection to another rank is lost" in first
-    assert "the same command goes on from the last checkpoint" in first
+    assert "run the same command again to resume" in first
     assert "SIGKILL" in second
     assert not (tmp_path / "run" / "DONE").exists()
     whole = tiny(*keys[1:-1], f"run_dir={tmp_path}/whole")

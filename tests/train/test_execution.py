@@ -206,8 +206,8 @@ def test_a_sample_alone_is_fine_elsewhere(tiny_data):
         refuse_single_values(task, task.model, batch, Batching(4))
 
 
-def test_steps_that_are_not_compiled_are_told(tiny, monkeypatch, capsys):
-    """They are slower, and round otherwise."""
+def test_steps_that_are_not_compiled_are_a_warning(tiny, monkeypatch, capsys):
+    """They are slower, and round differently."""
     weight = [torch.nn.Parameter(torch.ones(2, 2))]
     assert constrained_step(torch.optim.Adam(weight)) == {}
     assert constrained_step(AdamLAWN(weight)) == {"constrained_step": "native"}
@@ -216,7 +216,7 @@ def test_steps_that_are_not_compiled_are_told(tiny, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
     config = tiny("train.epochs=1")
     train(config)
-    told = "constrained steps are not compiled, so they are slower and round otherwise: no C compiler was found"
+    told = "constrained steps are not compiled, so they are slower and round differently: no C compiler was found"
     assert f"warning: {told}\n" in capsys.readouterr().out
     assert json.loads((RunDirectory(config).path / "env.json").read_text())["constrained_step"] == "torch"
 

@@ -14,7 +14,7 @@ from tests.train.faults import check_equal, copied
 
 
 @pytest.mark.parametrize("sixteenths", [0, 1, 4, 7, 8, 12, 15])
-def test_a_checkpoint_that_is_cut_is_named_and_the_one_before_it_taken(stopped_run, tmp_path, capsys, sixteenths):
+def test_a_truncated_checkpoint_is_named_and_the_previous_one_used(stopped_run, tmp_path, capsys, sixteenths):
     config, whole = copied(stopped_run[0], tmp_path / "run"), stopped_run[1]
     path = tmp_path / "run" / "checkpoint.pt"
     content = path.read_bytes()
@@ -50,12 +50,14 @@ def test_a_flipped_bit_is_found_wherever_it_matters(stopped_run, tmp_path):
     assert damaged > 15
 
 
-def test_no_whole_checkpoint_is_an_error_and_so_is_one_of_another_run(stopped_run, tmp_path):
+def test_two_damaged_or_foreign_checkpoints_are_an_error(stopped_run, tmp_path):
     config = copied(stopped_run[0], tmp_path / "run")
     newest, previous = (tmp_path / "run" / name for name in ("checkpoint.pt", "checkpoint_previous.pt"))
     previous.write_bytes(b"")
     torch.save({"version": CHECKPOINT_VERSION, "hash": "another"}, newest)
-    with pytest.raises(RunError, match=rf"format {CHECKPOINT_VERSION} and run another, not .*checkpoint_previous.pt: "):
+    with pytest.raises(
+        RunError, match=rf"format {CHECKPOINT_VERSION} and run hash another; expected .*checkpoint_previous.pt: "
+    ):
         train(config)
 
 
@@ -67,8 +69,8 @@ def test_files_of_an_older_version(stopped_run, tmp_path, age):
         for name in ("checkpoint.pt", "checkpoint_previous.pt"):
             state = torch.load(tmp_path / "run" / name, weights_only=True)
             torch.save({**state, "version": 2}, tmp_path / "run" / name)
-        formats = rf"of format 2 and run (\w+), not {CHECKPOINT_VERSION} and \1"
-        problem = rf"checkpoint.pt: is {formats}.*; delete .* to start over"
+        formats = rf"has format 2 and run hash (\w+); expected {CHECKPOINT_VERSION} and \1"
+        problem = rf"checkpoint.pt: {formats}.*; delete .* to start over"
     else:
         path = tmp_path / "run" / "config.yaml"
         written = path.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""A run does not go on with other data than it was begun on."""
+"""A run does not resume on other data than it started on."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ def left_in(folder: Path) -> tuple[Config, Path]:
     return config, data
 
 
-def test_other_data_than_a_run_was_begun_on(tmp_path, capsys):
+def test_resuming_on_other_data_is_refused(tmp_path, capsys):
     """To go on with them is refused, and changes nothing; a run that is done says that it was on others."""
     config, data = left_in(tmp_path)
     others = {
@@ -34,7 +34,9 @@ def test_other_data_than_a_run_was_begun_on(tmp_path, capsys):
     checkpoint = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     for words, other in others.items():
         write_ratings(data, other)
-        with pytest.raises(RunError, match=rf"^{tmp_path}/run: was begun on other data \({words}.*\); put those back"):
+        with pytest.raises(
+            RunError, match=rf"^{tmp_path}/run: was started on other data \({words}.*\); put those back"
+        ):
             train(config)
         assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == checkpoint
     write_ratings(data, synthetic_ratings())
@@ -53,7 +55,7 @@ def test_other_data_than_a_run_was_begun_on(tmp_path, capsys):
     assert capsys.readouterr().out == done
 
 
-def test_a_run_of_before_data_were_recorded_goes_on(tmp_path, capsys):
+def test_a_run_without_recorded_data_resumes(tmp_path, capsys):
     config, data = left_in(tmp_path)
     state = RunDirectory(config).load()
     assert state is not None
@@ -76,5 +78,5 @@ def test_the_command_on_other_data(tmp_path, devices):
     ended = helpers.run(*keys)
     assert ended.returncode == 1
     last = ended.stderr.splitlines()[-1]
-    assert last.startswith(f"error: {tmp_path}/run: was begun on other data (items 150 then, 160 now, ")
+    assert last.startswith(f"error: {tmp_path}/run: was started on other data (items 150 then, 160 now, ")
     assert "Traceback" not in ended.stderr

@@ -34,7 +34,7 @@ def tmpfs(tmp_path):
 
 
 def test_a_full_filesystem(tmpfs, tiny, whole, capsys, monkeypatch):
-    """The first checkpoint fits, the second does not; with more room the same command goes on, to the same end."""
+    """The first checkpoint fits, the second does not; with more room the same command resumes, to the same end."""
     folder = tmpfs(128)
     config = tiny(*DIGITS, ALWAYS, f"runs_dir={folder}")
     path = RunDirectory(config).path
@@ -55,7 +55,7 @@ def test_a_full_filesystem(tmpfs, tiny, whole, capsys, monkeypatch):
     check_equal(config, whole)
 
 
-def test_a_file_that_may_not_be_as_large(tiny, capsys, monkeypatch):
+def test_a_limit_on_the_size_of_files(tiny, capsys, monkeypatch):
     """A quota, of the process: 20 kB for a file."""
     config = tiny(*DIGITS, "model.widths=[128]")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -97,7 +97,7 @@ def test_output_that_breaks_does_not_end_a_run(tiny, output):
     assert RunDirectory(config).done
 
 
-def test_what_is_said_to_nobody_is_dropped():
+def test_output_to_a_closed_stream_is_dropped():
     """The stream is usable afterwards, and its last flush does not fail."""
     reading, writing = os.pipe()
     os.close(reading)

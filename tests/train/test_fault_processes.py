@@ -87,16 +87,16 @@ def test_another_process_on_the_same_run_is_refused(tiny):
     """The lock is that of a process which is alive, and no more."""
     config = tiny(*DIGITS)
     with RunDirectory(config).lock():
-        with pytest.raises(RunError, match="another process is at work on this run"):
+        with pytest.raises(RunError, match="another process uses this run directory"):
             train(config)
-        with pytest.raises(RunError, match="another process is at work on this run"):
+        with pytest.raises(RunError, match="another process uses this run directory"):
             train_vectorized([config, tiny(*DIGITS, "seed=1")])
     assert (RunDirectory(config).path / ".lock").exists()
     assert train(config)["status"] == "done"
 
 
 @pytest.mark.slow
-def test_of_three_processes_of_one_run_one_runs(tmp_path):
+def test_one_of_three_processes_trains_a_run(tmp_path):
     """The real command; that one waits in its first update until the others have been refused."""
     keys = ("model.widths=[16]", "dataset.limit=200", "train.epochs=2", "device=cpu", f"run_dir={tmp_path}/run")
     three = [Paused(tmp_path / f"{k}", "lawn.train.trainer:Trainer.after_update", *keys) for k in range(3)]
@@ -104,7 +104,7 @@ def test_of_three_processes_of_one_run_one_runs(tmp_path):
         time.sleep(0.05)
     ends = sorted(one.go() for one in three)
     assert [code for code, *_ in ends] == [0, 1, 1]
-    line = f"error: {tmp_path}/run: another process is at work on this run; wait for it, or stop it\n"
+    line = f"error: {tmp_path}/run: another process uses this run directory; wait for it, or stop it\n"
     assert [err for *_, err in ends] == ["", line, line]
 
 
@@ -183,10 +183,10 @@ WORKER = "DataLoader worker (pid 7) is killed by signal: "
             "RuntimeError: unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)\n",
             "has used up the shared memory (RuntimeError: unable to allocate shared memory(shm) for file </torch_1>:",
         ),
-        (f"{WORKER}Killed.", f"has died ({WORKER}Killed.); the same command goes on"),
+        (f"{WORKER}Killed.", f"has died ({WORKER}Killed.); run the same command again"),
     ],
 )
-def test_what_data_workers_die_of(text, words):
+def test_causes_of_dead_data_workers(text, words):
     with pytest.raises(RunError) as caught, translate_torch_errors(rank=0):
         raise RuntimeError(text)
     assert f"a data worker {words}" in str(caught.value)

@@ -17,8 +17,8 @@ from tests.train.faults import ALWAYS, DIGITS, after, check_equal, copied
 
 @pytest.mark.parametrize("gone", ["deleted", "moved", "begun again"])
 @pytest.mark.parametrize("when", [3, 52])  # in the middle, and before the result is written
-def test_a_run_directory_that_goes_while_the_run_is_at_work(tiny, whole, tmp_path, monkeypatch, gone, when):
-    """It is not made again; of a moved one the same command goes on."""
+def test_a_run_directory_that_disappears_during_the_run(tiny, whole, tmp_path, monkeypatch, gone, when):
+    """It is not made again; a moved one is resumed by the same command."""
     config = tiny(*DIGITS, ALWAYS, f"run_dir={tmp_path}/run")
     path = RunDirectory(config).path
 
@@ -33,9 +33,7 @@ def test_a_run_directory_that_goes_while_the_run_is_at_work(tiny, whole, tmp_pat
 
     with monkeypatch.context() as patch:
         after(when, go, patch)
-        with pytest.raises(
-            RunError, match=r"run: was deleted or moved while the run was at work in it, .* last checkpoint$"
-        ):
+        with pytest.raises(RunError, match=r"run: was deleted or moved during the run, .* command again to resume$"):
             train(config)
     assert [file.name for file in path.glob("*")] == ([".lock"] if gone == "begun again" else [])
     assert path.exists() == (gone == "begun again")
@@ -61,7 +59,7 @@ def test_a_run_directory_is_another_runs_before_its_first_checkpoint_too(tiny, t
 
 
 @pytest.mark.parametrize("damage", [b"epoch,step\n1,", b"", None])
-def test_metrics_are_written_anew_from_the_checkpoint(stopped_run, tmp_path, damage):
+def test_metrics_are_rewritten_from_the_checkpoint(stopped_run, tmp_path, damage):
     config, whole = copied(stopped_run[0], tmp_path / "run"), stopped_run[1]
     metrics = tmp_path / "run" / "metrics.csv"
     metrics.unlink() if damage is None else metrics.write_bytes(damage)
@@ -116,9 +114,7 @@ def unreadable(path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["checkpoint.pt", "checkpoint_previous.pt", "config.yaml", "env.json", "metrics.csv", "output.log"]
 )
-def test_whatever_file_of_a_stopped_run_is_damaged_it_is_named_or_the_end_is_the_same(
-    stopped_run, tmp_path, capsys, name, damage
-):
+def test_a_damaged_file_of_a_stopped_run_is_named_or_has_no_effect(stopped_run, tmp_path, capsys, name, damage):
     config, whole = copied(stopped_run[0], tmp_path / "run"), stopped_run[1]
     path = tmp_path / "run" / name
     path.touch()
@@ -136,12 +132,12 @@ def test_whatever_file_of_a_stopped_run_is_damaged_it_is_named_or_the_end_is_the
     (now,) = env["resumed"]
     lost = name == "env.json"
     assert env["git"] == (None if lost else now["git"])
-    assert ("what the run was begun with is not known any more" in capsys.readouterr().out) == lost
+    assert ("the run's initial environment is unknown" in capsys.readouterr().out) == lost
 
 
 @pytest.mark.parametrize("damage", [emptied, cut, a_folder, unreadable])
 @pytest.mark.parametrize("name", ["config.yaml", "env.json", "metrics.csv", "result.json", "timing.json"])
-def test_whatever_file_of_a_finished_run_is_damaged_it_is_named_or_not_needed(stopped_run, tmp_path, name, damage):
+def test_a_damaged_file_of_a_finished_run_is_named_or_not_needed(stopped_run, tmp_path, name, damage):
     """By a call that finds the run done, and where it is recorded."""
     config = copied(stopped_run[1], tmp_path / "run")
     path = tmp_path / "run" / name

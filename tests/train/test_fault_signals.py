@@ -1,4 +1,4 @@
-"""A signal stops a run after its update, and the same command goes on from there."""
+"""A signal stops a run after its update, and the same command resumes it."""
 
 import os
 import re

@@ -59,7 +59,7 @@ def check_signal(phase: str, number: signal.Signals, workers: int, devices: int,
     (line,) = err.splitlines()
     assert line.startswith(f"{number.name}: ")
     if phase in ("training", "evaluation"):
-        assert re.search(r" has stopped in epoch 1, after [13] updates; the same command goes on from there$", line)
+        assert re.search(r" has stopped in epoch 1, after [13] updates; run the same command again to resume$", line)
     check_files(keys, phase)
 
 
@@ -105,7 +105,8 @@ def test_a_ctrl_c_at_a_terminal(terminal, devices):
     said = os.read(ours, 10_000).decode().strip()
     os.close(ours)
     assert code == Stopped.exit_code, said
-    assert re.search(r"SIGINT: \S+ has stopped in epoch 1, after 1 updates; the same command goes on from there$", said)
+    told = r"SIGINT: \S+ has stopped in epoch 1, after 1 updates; run the same command again to resume$"
+    assert re.search(told, said)
     check_files(keys, "training")
 
 

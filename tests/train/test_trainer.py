@@ -301,7 +301,7 @@ def test_recommendation(tmp_path):
     assert len(result["warnings"]) == 3
 
 
-def test_hit_ratios_that_say_nothing_are_a_warning(tmp_path):
+def test_too_few_candidates_are_a_warning(tmp_path):
     write_ratings(tmp_path / "ml-100k" / "u.data", synthetic_ratings())
     for candidates, named in ((5, "HR@5 and HR@10 and HR@20"), (10, "HR@10 and HR@20"), (20, "HR@20"), (21, None)):
         config = compose(
@@ -313,7 +313,7 @@ def test_hit_ratios_that_say_nothing_are_a_warning(tmp_path):
         assert found == ([f"{note}take more than 20 candidates"] if named else [])
 
 
-def test_the_directory_of_now_has_a_name_too(tiny, tmp_path, monkeypatch, capsys):
+def test_a_run_in_the_current_directory_has_a_name(tiny, tmp_path, monkeypatch, capsys):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     train(tiny("run_dir=.", "diagnostics=on"))

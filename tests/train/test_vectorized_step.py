@@ -74,7 +74,7 @@ def test_the_vectorized_step_is_the_steps_of_all(kind, seed, steps, resumed):
         joint.alone(gradient_of(seed, step + 1))
         alone.alone(gradient_of(seed, step + 1))
     check(joint, alone)
-    assert VectorizedStep.possible(joint.optimizers)
+    assert VectorizedStep.is_supported(joint.optimizers)
     vectorized = VectorizedStep(joint.optimizers, joint.stacks, joint.slices)
     for step in range(resumed, resumed + steps):
         assert vectorized.step(gradient_of(seed, step + 1)) == set()
@@ -122,12 +122,12 @@ def test_a_member_that_is_not_finite_touches_no_other(kind):
 
 def test_optimizers_without_a_vectorized_step_take_their_own():
     weights = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
-    assert VectorizedStep.possible([SGD([w], lr=0.1) for w in weights])
-    assert not VectorizedStep.possible([SGD([weights[0]], lr=0.1), Adam([weights[1]])])
-    assert not VectorizedStep.possible([Adam([w], amsgrad=True) for w in weights])
-    assert not VectorizedStep.possible([SGD([w], momentum=0.9, dampening=0.5) for w in weights])
-    assert not VectorizedStep.possible([torch.optim.RMSprop([w]) for w in weights])
-    assert not VectorizedStep.possible([AdamLAWN([{"params": [w], "blocks": [0]}]) for w in weights])
+    assert VectorizedStep.is_supported([SGD([w], lr=0.1) for w in weights])
+    assert not VectorizedStep.is_supported([SGD([weights[0]], lr=0.1), Adam([weights[1]])])
+    assert not VectorizedStep.is_supported([Adam([w], amsgrad=True) for w in weights])
+    assert not VectorizedStep.is_supported([SGD([w], momentum=0.9, dampening=0.5) for w in weights])
+    assert not VectorizedStep.is_supported([torch.optim.RMSprop([w]) for w in weights])
+    assert not VectorizedStep.is_supported([AdamLAWN([{"params": [w], "blocks": [0]}]) for w in weights])
 
 
 def test_a_copy_of_the_state_is_whole():
