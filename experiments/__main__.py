@@ -28,6 +28,7 @@ from experiments.reporting import report
 from experiments.reporting.simulations import Simulation, simulation_page
 from experiments.spherical_motion.page import SMD_RAYLEIGH
 from lawn.errors import ConfigError, UserError
+from lawn.task import dataset_reader
 from lawn.train import Stopped
 from lawn.train.signals import raise_on_signal
 
@@ -93,7 +94,9 @@ def execute(given: argparse.Namespace) -> int:
     """Run the missing runs, then write the pages."""
     store = Store(given.results)
     slots = _slots(given.devices, given.jobs)
-    to_run, simulations = _studies(given), _simulations(given)
+    chosen, simulations = _studies(given), _simulations(given)
+    unreadable = _unreadable_datasets(chosen, store)
+    to_run = [study for study in chosen if study.cell.value("dataset") not in unreadable]
     unsuccessful = run(to_run, store, slots, given.budget, given.vectorize) if to_run else []
     try:
         for simulation in simulations:
@@ -102,8 +105,23 @@ def execute(given: argparse.Namespace) -> int:
                 simulation.execute(given.results, given.short)
         write(given)
     finally:
-        failed = _report_failures(to_run, unsuccessful, store)
-    return UserError.exit_code if failed else 0
+        failed = _report_failures(chosen, unsuccessful, store)
+        for name, reason in unreadable.items():
+            print(f"failed: all runs of dataset={name}: {reason}", file=sys.stderr)
+    return UserError.exit_code if failed or unreadable else 0
+
+
+def _unreadable_datasets(studies: list[Study], store: Store) -> dict[str, str]:
+    """The datasets that missing runs need and that cannot be read or downloaded, with the reason."""
+    first_jobs = (next(iter(study.outstanding(store)), None) for study in studies if not study.problem)
+    configs = {job.config.dataset.name: job.config for job in first_jobs if job is not None}
+    reasons = {}
+    for name, config in configs.items():
+        try:
+            dataset_reader(config)()
+        except (UserError, OSError) as error:
+            reasons[name] = str(error)
+    return reasons
 
 
 def _report_failures(studies: list[Study], unsuccessful: list[JobResult], store: Store) -> bool:

@@ -3,8 +3,8 @@
 
 python scripts/rank_runs.py runs [--split val] [--only optim.name=adam_lawn] [--top 10] [--csv FILE]
 
-Prints what differs between the runs, then mean, standard error and number of seeds, the best first. --csv keeps a
-row for each run: its hash, the code version, what differs, and its metrics.
+Prints what differs between the runs of a dataset, then mean, standard error and number of seeds, the best first. --csv
+keeps a row for each run: its hash, the code version, what differs, and its metrics.
 """
 
 import argparse
@@ -34,6 +34,7 @@ def read(folder: Path, split: str) -> pd.DataFrame:
                 "status": result["status"],
                 **{key: result["last"].get(key) for key in ("train_loss", "margin_p50", "weight_norm")},
                 **{key: value for key, value in result["last"].items() if key.startswith(split)},
+                "headline": result["headline"],
                 "score": result["last"].get(f"{split}_{result['headline']}"),
             }
         )
@@ -80,14 +81,17 @@ def main() -> int:
         runs = runs[runs[key].astype(str) == str(OmegaConf.from_dotlist([f"value={value}"])["value"])]
         if runs.empty:
             parser.error(f"--only {given.only}: no finished run of eval.split={given.split} has this value")
+    if not runs.empty and len(names := sorted(set(runs["dataset.name"]))) > 1:
+        parser.error(f"runs of {', '.join(names)}: choose one dataset with --only dataset.name={names[0]}")
     if runs.empty:
         print(f"error: {given.folder}: no finished runs with eval.split={given.split}", file=sys.stderr)
         return 1
     if given.csv:
-        metrics = runs.columns[runs.columns.get_loc("status") :].drop("score")
+        metrics = runs.columns[runs.columns.get_loc("status") :].drop(["headline", "score"])
         kept = runs[["hash", "git", *varied(runs), "seed", *metrics]].dropna(axis=1, how="all")
         write_text(given.csv, kept.to_csv(index=False, float_format="%.6g"))
-    print(rank(runs).head(given.top).to_string(index=False))
+    ranked = rank(runs).rename(columns={"mean": f"mean {given.split}_{runs['headline'].iloc[0]}"})
+    print(ranked.head(given.top).to_string(index=False))
     return 0
 
 

@@ -186,6 +186,13 @@ def test_rank_runs(tmp_path, monkeypatch, capsys):
     assert (best[0], best[-2:]) == ("0.01", ["2", "0"])  # setting, seeds, diverged
     with (tmp_path / "table.csv").open() as file:
         assert len(file.readlines()) == 5
+    other = tmp_path / "runs" / "of-another-dataset"
+    shutil.copytree(next((tmp_path / "runs").glob("digits-*")), other)
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(text.replace("name: digits", "name: cifar10"))
+    with pytest.raises(SystemExit):
+        rank_runs.main()
+    assert "runs of cifar10, digits: choose one dataset with --only dataset.name=cifar10" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

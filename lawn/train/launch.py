@@ -1,11 +1,13 @@
 """Train one run, in this process or in several."""
 
+import os
 from typing import Any
 
 from lawn.compose import compose_unchecked, refuse_sweeps
 from lawn.config import Config
 from lawn.train.distributed import World, init_from_torchrun, launched_by_torchrun, local_device, set_device
 from lawn.train.prepare import prepare
+from lawn.train.progress import echo
 from lawn.train.session import run_rank
 from lawn.train.spawn import run_in_processes
 from lawn.train.torch_errors import translate_torch_errors
@@ -59,5 +61,7 @@ def train(config: Config) -> dict[str, Any]:
         set_device(device)
         with translate_torch_errors(rank=0):
             return run_rank(prepared, World(device))
+    if device.type == "cpu" and devices > (cores := os.cpu_count() or devices):
+        echo(f"warning: train.devices={devices}: so many processes share {cores} CPU cores")
     # A process that has used a GPU must not be forked; on CPUs a server that has imported everything forks.
     return run_in_processes(prepared, devices, "spawn" if device.type == "cuda" else "forkserver")

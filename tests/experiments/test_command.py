@@ -49,7 +49,23 @@ def test_plan_run_plan_report(call, tmp_path):
     assert (tmp_path / "results" / "tuned.md").read_text() == page
 
 
+def test_a_dataset_that_cannot_be_read_is_one_line(call, tmp_path, monkeypatch):
+    """The runs of other datasets go on."""
+    absent = Cell("NCF", ("dataset=movielens100k", "train.epochs=2"))
+    monkeypatch.setitem(command.EXPERIMENTS, "absent", replace(MINI, cells=(MINI.cells[0], absent), seeds=1))
+    (tmp_path / "file").write_text("")  # no folder can be made below a file
+    placed = (f"runs_dir={tmp_path}/runs", f"data_dir={tmp_path}/file/data")
+    code, out, err = call("run", "absent", "--devices", "cpu", "--set", *placed)
+    assert code == 1
+    assert "1 of 1 done" in out
+    (line,) = err.splitlines()
+    assert line.startswith("failed: all runs of dataset=movielens100k: ")
+    assert f"{tmp_path}/file" in line
+
+
 def test_failed_runs_are_named_and_fail_the_command(call, tmp_path, monkeypatch):
+    """Here their data go after they have been read once."""
+    monkeypatch.setattr(command, "dataset_reader", lambda _: lambda: None)
     absent = Cell("NCF", ("dataset=movielens100k", "train.epochs=2"))
     monkeypatch.setitem(command.EXPERIMENTS, "absent", replace(MINI, cells=(absent,)))
     (tmp_path / "file").write_text("")  # no folder can be made below a file

@@ -48,8 +48,9 @@ def agree(one: Config, other: Config, tolerance: float = 1e-6) -> None:
 
 @pytest.mark.parametrize("optim", ["adam_lawn", "lamb_lawn", "sgd"])
 @pytest.mark.parametrize("micro", [pytest.param((), marks=pytest.mark.slow), ("train.micro_batch_size=7",)])
-def test_two_ranks_give_what_one_process_gives(tmp_path, tiny, optim, micro):
-    """20 updates, the last of each epoch smaller than the others."""
+def test_two_ranks_give_what_one_process_gives(tmp_path, tiny, capsys, monkeypatch, optim, micro):
+    """20 updates, the last of each epoch smaller than the others; and they share a core with a warning."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
     switch = ("optim.free_epochs=1",) if "lawn" in optim else ()
     common = ("train.epochs=2", "dataset.limit=195", "train.batch_size=20", f"optim={optim}", "optim.lr=0.01", *switch)
     one = tiny(*common, f"run_dir={tmp_path}/one")
@@ -57,6 +58,7 @@ def test_two_ranks_give_what_one_process_gives(tmp_path, tiny, optim, micro):
     train(one)
     train(two)
     assert last_row(two)["step"] == "20"
+    assert "warning: train.devices=2: so many processes share 1 CPU cores\n" in capsys.readouterr().out
     agree(one, two)
 
 
