@@ -24,7 +24,7 @@ from lawn.diagnostics.figure import read_metrics
 from lawn.errors import WRITTEN_AGAIN, RunError
 from lawn.files import locked, write_text
 from lawn.identity import identity, identity_hash, run_name
-from lawn.train.run_directory import RunDirectory, read_environment, unpacked
+from lawn.train.run_directory import RunDirectory, decode_outcomes, read_environment
 
 DAMAGE = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)  # raised by reading a damaged record
 OF_ALL = ("code",)  # properties that every record must have
@@ -64,7 +64,7 @@ class Record:
     def outcomes(self) -> NDArray[np.int64] | None:
         """The outcome of each evaluation sample, see `Task.outcomes` [samples]; None in older records."""
         text = self.result.get("outcomes")
-        return None if text is None else unpacked(text)
+        return None if text is None else decode_outcomes(text)
 
     @property
     def scores(self) -> NDArray[np.float64] | None:

@@ -1,6 +1,6 @@
 """Errors that the user can fix: the command line prints each as one line and exits with its code."""
 
-WRITTEN_AGAIN = "delete DONE beside it, and the same command writes it again"  # for files of a finished run
+WRITTEN_AGAIN = "delete DONE in its folder and run the command again"  # for files of a finished run
 
 
 class UserError(Exception):

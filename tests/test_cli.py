@@ -219,7 +219,7 @@ def test_rank_runs_names_what_is_damaged(finished_runs, tmp_path, monkeypatch, c
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith(f"error: {path}: cannot be read (")
-    assert "; put it back" in err or "; delete DONE beside it" in err
+    assert "; put it back" in err or "; delete DONE in its folder" in err
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from typing import Any
 from lawn.config import Config
 from lawn.train.logger import Logger
 from lawn.train.progress import Progress, echo
-from lawn.train.run_directory import RunDirectory, packed
+from lawn.train.run_directory import RunDirectory, encode_outcomes
 from lawn.train.throughput import peak_flops
 from lawn.train.trainer import Trainer
 
@@ -68,7 +68,7 @@ def outcome(trainer: Trainer) -> dict[str, Any]:
         "last": trainer.rows[-1],
         "best": best and {"epoch": best["epoch"], name: best[key]},
         "divergence": trainer.divergence,
-        "outcomes": None if trainer.outcomes is None else packed(trainer.outcomes),
+        "outcomes": None if trainer.outcomes is None else encode_outcomes(trainer.outcomes),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "samples_per_second": round(rate, 1),
         "peak_share": round(rate * trainer.flops / (trainer.world.size * peak), 4) if trainer.flops else None,

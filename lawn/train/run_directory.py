@@ -263,14 +263,14 @@ def _json(path: Path, *needed: str) -> dict[str, Any]:
     return content
 
 
-def packed(outcomes: Tensor) -> str:
-    """Non-negative integers as text: 16 bits little-endian, zlib, base64; see `unpacked`."""
+def encode_outcomes(outcomes: Tensor) -> str:
+    """Non-negative integers as text: 16 bits little-endian, zlib, base64; see `decode_outcomes`."""
     data = outcomes.clamp(0, 2**15 - 1).numpy().astype("<i2").tobytes()
     return base64.b64encode(zlib.compress(data, 9)).decode()
 
 
-def unpacked(text: str) -> np.ndarray:
-    """The integers of a text made by `packed` [samples]. Raises ValueError for another text."""
+def decode_outcomes(text: str) -> np.ndarray:
+    """The integers of a text made by `encode_outcomes` [samples]. Raises ValueError for another text."""
     try:
         return np.frombuffer(zlib.decompress(base64.b64decode(text, validate=True)), dtype="<i2").astype(np.int64)
     except zlib.error as error:

@@ -29,7 +29,7 @@ from experiments.reporting.statistics import compare, compare_paired, holm, mean
 from lawn.compose import compose
 from lawn.errors import RunError
 from lawn.identity import run_name
-from lawn.train.run_directory import packed
+from lawn.train.run_directory import encode_outcomes
 from tests.experiments.helpers import ACCURACY, MINI, TUNED, run_experiment
 from tests.helpers import RECOMMENDERS, ROOT
 
@@ -450,7 +450,7 @@ def with_outcomes(outcome: Outcome, ranks: np.ndarray) -> Outcome:
     records = []
     for record, row in zip(outcome.records, ranks, strict=True):
         last = {"test_hr10": 100.0 * (row < 10).mean()}
-        result = {**record.result, "headline": "hr10", "last": last, "outcomes": packed(torch.tensor(row))}
+        result = {**record.result, "headline": "hr10", "last": last, "outcomes": encode_outcomes(torch.tensor(row))}
         records.append(replace(record, result=result))
     return replace(outcome, records=records)
 

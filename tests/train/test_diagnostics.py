@@ -264,7 +264,7 @@ def test_a_table_that_a_spreadsheet_has_saved_again_is_one_line(tiny):
 def test_a_table_that_is_cut_is_refused(tmp_path, left):
     """In the middle of a number, or with a row that is missing."""
     (tmp_path / "metrics.csv").write_text(left)
-    with pytest.raises(RunError, match=r"metrics.csv: is not whole; delete DONE beside it, and the same command"):
+    with pytest.raises(RunError, match=r"metrics.csv: is not whole; delete DONE in its folder and run the command"):
         figure.read_metrics(tmp_path)
     (tmp_path / "metrics.csv").write_text("epoch,train_loss\n1,0.5\n2,0.41\n")
     assert list(figure.read_metrics(tmp_path)["train_loss"]) == [0.5, 0.41]

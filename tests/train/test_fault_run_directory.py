@@ -82,7 +82,7 @@ def test_a_damaged_result_is_written_again(stopped_run, tmp_path, damage):
     config, whole = copied(stopped_run[1], tmp_path / "run"), stopped_run[1]
     path = tmp_path / "run" / "result.json"
     path.unlink() if damage is None else path.write_text(damage)
-    with pytest.raises(RunError, match=r"result.json: cannot be read .*; delete DONE beside it"):
+    with pytest.raises(RunError, match=r"result.json: cannot be read .*; delete DONE in its folder"):
         train(config)
     (tmp_path / "run" / "DONE").unlink()
     train(config)

@@ -18,7 +18,7 @@ from lawn.optimizers import OPTIMIZERS, PACKAGES, lawn_groups, optimizer_argumen
 from lawn.task import task_builder
 from lawn.train import train
 from lawn.train.distributed import World
-from lawn.train.run_directory import RunDirectory, packed, unpacked
+from lawn.train.run_directory import RunDirectory, decode_outcomes, encode_outcomes
 from lawn.train.throughput import flops_per_sample
 from lawn.train.trainer import Trainer, epoch_seed
 from tests.helpers import RECOMMENDERS, compose, synthetic_ratings, write_ratings
@@ -48,7 +48,7 @@ def test_run_directory(tiny):
     assert result["status"] == "done"
     assert result["last"]["epoch"] == 4
     assert result["best"]["accuracy"] == max(float(row["test_accuracy"]) for row in rows(config))
-    assert 100 * unpacked(result["outcomes"]).mean() == pytest.approx(result["last"]["test_accuracy"])
+    assert 100 * decode_outcomes(result["outcomes"]).mean() == pytest.approx(result["last"]["test_accuracy"])
     assert [row["constrained"] for row in rows(config)] == ["0", "0", "1", "1"]
     norms = [float(row["weight_norm"]) for row in rows(config)]
     assert norms[2] == pytest.approx(norms[1], rel=1e-6)
@@ -60,7 +60,7 @@ def test_run_directory(tiny):
 def test_the_rank_of_every_test_user_is_kept(tiny_data, tmp_path):
     places = (f"data_dir={tiny_data}", f"runs_dir={tmp_path}", "device=cpu", "train.epochs=2")
     result = train(compose("dataset=movielens100k", "optim=adam_lawn", *places, *RECOMMENDERS))
-    ranks = unpacked(result["outcomes"])
+    ranks = decode_outcomes(result["outcomes"])
     assert len(ranks) == 30
     for k in (5, 10, 20):
         assert 100 * (ranks < k).mean() == pytest.approx(result["last"][f"test_hr{k}"])
@@ -68,13 +68,13 @@ def test_the_rank_of_every_test_user_is_kept(tiny_data, tmp_path):
 
 @given(st.lists(st.integers(0, 2**15 - 1)))
 def test_outcomes_come_back(numbers):
-    assert unpacked(packed(torch.tensor(numbers, dtype=torch.long))).tolist() == numbers
+    assert decode_outcomes(encode_outcomes(torch.tensor(numbers, dtype=torch.long))).tolist() == numbers
 
 
 @pytest.mark.parametrize("text", ["", "AAAA", "not base64", "eJwDAAAAAAE"])
 def test_damaged_outcomes(text):
     with pytest.raises(ValueError, match=r"."):
-        unpacked(text)
+        decode_outcomes(text)
 
 
 def test_done_runs_are_not_run_again(tiny, capsys):
