@@ -23,6 +23,7 @@ class Cell:
     panel: str = ""  # the dataset, where a table has several
     column: str = ""
     epochs: tuple[int, ...] = ()  # budgets: the paper's, then a shorter one; empty: the dataset's own
+    grid_epochs: int | None = None  # of the grid that a search starts from; None: the shortest budget
     sweep: str | None = None  # preset below conf/sweep which its hyperparameters are chosen from; None: all are given
     paper: PaperResult | None = None  # None: the paper has no such cell
     seeds: int | None = None  # number of final runs; None: that of the experiment
@@ -31,6 +32,11 @@ class Cell:
     @property
     def name(self) -> str:
         return ", ".join(filter(None, (self.panel, self.column, self.row)))
+
+    def budgets(self, index: int = 0) -> tuple[int, ...]:
+        """The budget at an index, then the shorter ones; the last is that of the grid that a search starts from."""
+        shortest = () if self.grid_epochs is None else (self.grid_epochs,)
+        return (*self.epochs[index:], *shortest)
 
     def value(self, key: str) -> str:
         """The value of one of its overrides. Raises KeyError."""

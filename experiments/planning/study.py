@@ -158,7 +158,7 @@ def studies(
     return [
         Study(
             cell,
-            cell.epochs[budget:] if cell.epochs else (),
+            cell.budgets(budget),
             seeds or cell.seeds or experiment.seeds,
             selection,
             extra,

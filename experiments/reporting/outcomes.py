@@ -97,7 +97,7 @@ def _outcome(cell: Cell, store: Store, selection: str, seeds: int) -> Outcome:
     if not store.any_of(cell.value("dataset")):
         return nothing
     found = []
-    for budgets in [cell.epochs[k:] for k in range(len(cell.epochs))] or [()]:
+    for budgets in [cell.budgets(k) for k in range(len(cell.epochs))] or [()]:
         study = _study(cell, budgets, seeds, selection)
         if study.problem:
             continue

@@ -69,7 +69,8 @@ def test_overrides_by_hand():
         "optim=adam", "train.batch_size=4000", "loss=label_smoothing", "loss.smoothing=0.05"
     )  # fmt: skip
     assert (smoothed.epochs, smoothed.sweep) == ((300, 30), "cifar/adam")
-    assert cells["table4", "MovieLens-1M, batch 10k, LAMB"].epochs == (300, 30)
+    million = cells["table4", "MovieLens-1M, batch 10k, LAMB"]
+    assert (million.epochs, million.budgets(), million.budgets(-1)) == ((300, 60), (300, 60, 15), (60, 15))
     assert cells["table1", "ImageNet, batch 16k, LAMB+"].overrides == (
         "dataset=imagenet", "optim=lamb_plus", "train.batch_size=16384"
     )  # fmt: skip
