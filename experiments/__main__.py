@@ -18,6 +18,7 @@ import torch
 from experiments.definitions.automatic import AUTOMATIC
 from experiments.definitions.demo import DEMO
 from experiments.definitions.figures import FIGURE1, FIGURE2, FLATTENING_DIGITS, FLATTENING_MOVIELENS100K
+from experiments.definitions.matrix_factorization import MATRIX_FACTORIZATION
 from experiments.definitions.tables import TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6
 from experiments.definitions.tuning_curves import TUNING_CURVES
 from experiments.execution.pool import JobResult
@@ -33,7 +34,7 @@ from lawn.train import Stopped
 from lawn.train.signals import raise_on_signal
 
 _TABLES = (TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6, FIGURE1, FIGURE2)
-_BEYOND = (TUNING_CURVES, AUTOMATIC, FLATTENING_DIGITS, FLATTENING_MOVIELENS100K)
+_BEYOND = (MATRIX_FACTORIZATION, TUNING_CURVES, AUTOMATIC, FLATTENING_DIGITS, FLATTENING_MOVIELENS100K)
 EXPERIMENTS = {e.name: e for e in (DEMO, *_TABLES, *_BEYOND)}
 SIMULATIONS = {s.name: s for s in (SMD_RAYLEIGH,)}
 

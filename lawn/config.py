@@ -75,10 +75,17 @@ class ModelConfig:
         None, "vgg19, ncf_mlp: biases; without them and batch norm the network is fully homogeneous"
     )
     factors: int | None = key(
-        None, "ncf_mlp: width of the last hidden layer (predictive factors)", above=0, below=2**16
+        None,
+        "ncf_mlp: width of the last hidden layer (predictive factors); mf: dimensions of an embedding",
+        above=0,
+        below=2**16,
     )
     layers: int | None = key(None, "ncf_mlp: hidden layers", above=0, below=2**5)
     init: str | None = key(None, "ncf_mlp: initialization of He et al. 2017 or of torch", choices=("he2017", "torch"))
+    init_std: float | None = key(None, "mf: standard deviation of the initial embeddings", above=0)
+    regularization: float | None = key(
+        None, "mf: coefficient of half the squared norm of the parameters that a sample uses", at_least=0
+    )
 
 
 @dataclass
@@ -164,6 +171,11 @@ class TrainConfig:
 class EvalConfig:
     split: str = key("test", "test, or val: held out from the training set", choices=("test", "val"))
     every: int = key(1, "epochs between evaluations; the last epoch is always evaluated", above=0)
+    candidates: str | None = key(
+        None,
+        "recommenders: all: at the end, rank the held-out item also among all items that its user is not trained on",
+        choices=("all",),
+    )
 
 
 @dataclass

@@ -145,6 +145,32 @@ def ranks(scores: Tensor, items: Tensor) -> Tensor:
     return better.sum(dim=1)
 
 
+def ranks_among_all(scores: Tensor, held: Tensor, excluded: Tensor) -> Tensor:
+    """Rank the held-out item of each user among all items.
+
+    Args:
+        scores: scores [B, I] of all items.
+        held: id [B] of the held-out item.
+        excluded: items [B, I] that do not count, as those that the user is trained on.
+
+    Returns:
+        Ranks [B] from 0, as int64. Items with equal or NaN scores rank before the held-out item.
+
+    References:
+        Krichene & Rendle 2020, "On Sampled Metrics for Item Recommendation": metrics on sampled candidates can order
+        recommenders differently from metrics on all items.
+
+    Examples:
+        >>> import torch
+        >>> from lawn.metrics import ranks_among_all
+        >>> excluded = torch.tensor([[False, True, False, False]])
+        >>> ranks_among_all(torch.tensor([[0.5, 0.9, 0.5, 0.1]]), torch.tensor([0]), excluded)
+        tensor([1])
+    """
+    better = ~(scores < scores.gather(1, held[:, None])) & ~excluded
+    return better.scatter(1, held[:, None], False).sum(dim=1)
+
+
 def ranking_metrics(ranks: Tensor) -> dict[str, float]:
     """Compute HR@k and NDCG@k for k = 5, 10 and 20.
 

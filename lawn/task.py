@@ -32,6 +32,7 @@ from lawn.losses import (
     focal,
     label_smoothing,
 )
+from lawn.models.mf import MF
 from lawn.models.mlp import mlp
 from lawn.models.ncf import NCFMLP
 from lawn.models.resnet import resnet50
@@ -135,13 +136,14 @@ class Classification(Task):
 
 class Recommendation(Task):
     headline = "hr10"
+    max_pairs: ClassVar[int] = 2**18  # of a user and an item that are scored at a time
     datasets = {
         "movielens100k": movielens100k,
         "movielens1m": movielens1m,
         "movielens": movielens,
         "pinterest": pinterest,
     }
-    models = {"ncf_mlp": NCFMLP}
+    models = {"ncf_mlp": NCFMLP, "mf": MF}
     losses = {
         "bce": bce,
         "label_smoothing": binary_label_smoothing,
@@ -165,10 +167,30 @@ class Recommendation(Task):
     def size(dataset: Any) -> tuple[Any, ...]:
         return dataset.num_users, dataset.num_items
 
+    def loss_and_margins(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The model's regularization, if it has any, is part of the loss."""
+        if not getattr(self.model, "regularization", 0):
+            return super().loss_and_margins(network, batch)
+        users, items, labels = batch
+        logits, penalty = network(users, items, with_penalty=True)
+        return self.loss.mean(logits, labels) + penalty, self.margins(logits.detach(), labels)
+
     def rows(self, network: nn.Module, batch: Batch) -> Tensor:
         users, items = batch
         scores = network(users[:, None].expand_as(items).reshape(-1), items.reshape(-1))
         return metrics.ranks(scores.view_as(items), items)
+
+    def all_items_ranks(self, model: Any, batch: Batch) -> Tensor:
+        """The rank [B] of each held-out item among all items that its user is not trained on."""
+        dataset: Any = self.dataset
+        users, held = batch[0], batch[1][:, 0]
+        size = max(1, self.max_pairs // dataset.num_items)
+        return torch.cat(
+            [
+                metrics.ranks_among_all(model.all_scores(some), items, dataset.is_trained_on(some))
+                for some, items in zip(users.split(size), held.split(size), strict=True)
+            ]
+        )
 
     margins = staticmethod(binary_margin)
     metrics = staticmethod(metrics.ranking_metrics)
@@ -211,6 +233,10 @@ def task_builder(config: Config) -> Callable[..., Task]:
         if name not in members:
             choices = ", ".join(members)
             raise ConfigError(f"{group}={name}: does not fit dataset={config.dataset.name}; choose from {choices}")
+    if config.eval.candidates and kind is not Recommendation:
+        raise ConfigError(
+            f"eval.candidates={config.eval.candidates}: does not apply to dataset={config.dataset.name}, which has no items"
+        )
     model, loss = kind.models[config.model.name], kind.losses[config.loss.name]
     load = dataset_reader(config)
     model_arguments = arguments("model", config.model, model)

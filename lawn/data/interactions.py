@@ -69,6 +69,10 @@ class Interactions:
         mine = shard(len(self.candidates), rank, world_size)
         yield from zip(self.candidate_users[mine].split(users), self.candidates[mine].split(users), strict=True)
 
+    def is_trained_on(self, users: Tensor) -> Tensor:
+        """Whether each item is a training interaction of each of `users` [B]: bool [B, items]."""
+        return self.sampler.seen(users)
+
     @cached_property
     def fingerprint(self) -> Fingerprint:
         return {
@@ -105,12 +109,13 @@ class NegativeSampler:
     """
 
     def __init__(self, users: Tensor, items: Tensor, num_users: int, num_items: int) -> None:
-        self.stride = num_items + 1
+        self.stride, self.num_items = num_items + 1, num_items
         pairs = torch.unique(users * num_items + items)  # sorted, without duplicates
         owner, item = pairs // num_items, pairs % num_items
         self.count = torch.bincount(owner, minlength=num_users)
         self.start = self.count.cumsum(0) - self.count
         rank = torch.arange(len(pairs), device=pairs.device) - self.start[owner]
+        self._items = item
         self.keys = owner * self.stride + item - rank
         self.available = num_items - self.count
 
@@ -118,6 +123,15 @@ class NegativeSampler:
         """`count` independent uniform draws for each of `users` [N]: [N, count]."""
         bits = torch.randint(2**31, (len(users), count), generator=generator, device=users.device)
         return self.kth(users[:, None], (bits * self.available[users][:, None]) >> 31)
+
+    def seen(self, users: Tensor) -> Tensor:
+        """Whether each of `users` [B] has interacted with each item: bool [B, items]."""
+        counts = self.count[users]
+        row = torch.arange(len(users), device=users.device).repeat_interleave(counts)
+        first = self.start[users] - (counts.cumsum(0) - counts)
+        result = torch.zeros(len(users), self.num_items, dtype=torch.bool, device=users.device)
+        result[row, self._items[first[row] + torch.arange(len(row), device=users.device)]] = True
+        return result
 
     def kth(self, users: Tensor, k: Tensor) -> Tensor:
         """The k-th unseen item (from 0) of each user; needs k < available[user]. Shapes are broadcast."""

@@ -69,6 +69,15 @@ class NCFMLP(nn.Module):
     def _tables_are_smaller(self, batch_size: int) -> bool:
         return self.user.num_embeddings + self.item.num_embeddings <= 2 * batch_size
 
+    def all_scores(self, users: Tensor) -> Tensor:
+        """Compute the logits [B, items] of users [B] and all items."""
+        first = self.hidden[0]
+        assert isinstance(first, nn.Linear)
+        for_users, for_items = first.weight.chunk(2, dim=1)
+        by_user = F.linear(self.user.weight[users], for_users)
+        by_item = F.linear(self.item.weight, for_items, first.bias)
+        return self.score(self.hidden[1:](by_user[:, None] + by_item)).squeeze(2)
+
     def forward_vectorized(self, weights: dict[str, Tensor], users: Tensor, items: Tensor) -> Tensor:
         """Compute the logits of R networks of this architecture at once, with as many kernels as one `forward`.
 

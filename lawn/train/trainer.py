@@ -17,7 +17,7 @@ from lawn.diagnostics import FlatteningOnset, weight_norm
 from lawn.errors import RunError
 from lawn.optim import LAWNOptimizer, NonFiniteError, attenuate_logits
 from lawn.optimizers import IN_STEPS, OPTIMIZERS, SCHEDULES, optimizer_arguments
-from lawn.task import Task
+from lawn.task import Batch, Recommendation, Task
 from lawn.train.batchnorm import refuse_single_values
 from lawn.train.diagnostics import RunDiagnostics
 from lawn.train.distributed import World, sync_gradients
@@ -65,7 +65,7 @@ class Trainer:
         self.step = 0
         self.rows: list[Row] = []
         self.seconds = {"train": 0.0, "eval": 0.0, "log": 0.0}
-        self.flops = 0.0  # per sample
+        self.flops: float | None = None  # per sample; None until the first batch
         self.epoch_state: EpochState | None = None  # None between two epochs
         self.gradients: Tensor | None = None  # `EpochState.gradients` at the end of the last epoch
         self.divergence: dict[str, Any] | None = None
@@ -168,7 +168,7 @@ class Trainer:
         batching = replace(self.batching, skip=state.updates)
         for micro_batch, batch in task.dataset.train_batches(batching, generator):
             batch = self.execution.to_memory_format(batch)
-            if not self.flops:
+            if self.flops is None:
                 refuse_single_values(task, self.model, batch, self.batching)
                 self.flops = flops_per_sample(task, self.model, batch)
             if micro_batch.first:
@@ -236,15 +236,23 @@ class Trainer:
         return value.detach() / self.world.size
 
     def _evaluate(self) -> dict[str, float]:
-        """Each rank evaluates its shard; the metrics are those of all rows."""
+        rows = self._evaluation_rows(self.task.rows)
+        metrics = self.task.metrics(rows)
+        if self.epoch == self.config.train.epochs:
+            self.outcomes = self.task.outcomes(rows).long().cpu()
+            if self.config.eval.candidates == "all":
+                assert isinstance(self.task, Recommendation)  # lawn.task
+                among_all = self.task.metrics(self._evaluation_rows(self.task.all_items_ranks))
+                metrics |= {f"{name}_all": value for name, value in among_all.items()}
+        return metrics
+
+    def _evaluation_rows(self, rows_of: Callable[[nn.Module, Batch], Tensor]) -> Tensor:
+        """The rows of all evaluation samples; each rank computes those of its shard."""
         batches = self.task.dataset.eval_batches(self.world.rank, self.world.size)
-        rows = [self.task.rows(self.model, self.execution.to_memory_format(batch)) for batch in batches]
+        rows = [rows_of(self.model, self.execution.to_memory_format(batch)) for batch in batches]
         if not rows:
             raise RunError(f"rank {self.world.rank}: nothing to evaluate; there are more ranks than evaluation samples")
-        gathered = self.world.all_gather_rows(torch.cat(rows))
-        if self.epoch == self.config.train.epochs:
-            self.outcomes = self.task.outcomes(gathered).long().cpu()
-        return self.task.metrics(gathered)
+        return self.world.all_gather_rows(torch.cat(rows))
 
     def _switch_weights(self, mode: str) -> None:
         """A schedule-free optimizer uses other weights in training than in evaluation."""

@@ -159,7 +159,7 @@ class VectorizedTrainer:
         failed: dict[int, int] = {}
         for batches in zip(*epochs, strict=True):
             batch = [torch.stack(columns)[which] for columns in zip(*(drawn for _, drawn in batches), strict=True)]
-            if not trainers[0].flops:
+            if trainers[0].flops is None:
                 flops = flops_per_sample(task, task.model, batches[0][1])
                 for trainer in trainers:
                     trainer.flops = flops
