@@ -22,10 +22,10 @@ setup: $(READY) ## make the environment in .venv (uv where it is installed, else
 $(READY): pyproject.toml constraints.txt
 	@if command -v uv >/dev/null; then \
 		uv venv --quiet --allow-existing --python '>=3.11,<3.14' $(VENV) && \
-		uv pip install --quiet --compile-bytecode --python $(PYTHON) --constraint constraints.txt --editable '.[harness,baselines,bench,dev,docs]'; \
+		uv pip install --quiet --compile-bytecode --python $(PYTHON) --constraint constraints.txt --editable '.[harness,baselines,references,bench,dev,docs]'; \
 	else \
 		python3 -m venv $(VENV) && \
-		$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[harness,baselines,bench,dev,docs]'; \
+		$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[harness,baselines,references,bench,dev,docs]'; \
 	fi
 	@touch $@
 

@@ -18,6 +18,7 @@ import torch
 from experiments.definitions.automatic import AUTOMATIC
 from experiments.definitions.demo import DEMO
 from experiments.definitions.figures import FIGURE1, FIGURE2, FLATTENING_DIGITS, FLATTENING_MOVIELENS100K
+from experiments.definitions.horizon import HORIZON
 from experiments.definitions.matrix_factorization import MATRIX_FACTORIZATION
 from experiments.definitions.tables import TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6
 from experiments.definitions.tuning_curves import TUNING_CURVES
@@ -25,6 +26,7 @@ from experiments.execution.pool import JobResult
 from experiments.execution.runner import MAX_VECTORIZED, RuntimeEstimate, duration, missing, run
 from experiments.planning.study import SELECTIONS, SETTABLE, Study, studies
 from experiments.records import Record, Store
+from experiments.references import REFERENCES
 from experiments.reporting import report
 from experiments.reporting.simulations import Simulation, simulation_page
 from experiments.spherical_motion.page import SMD_RAYLEIGH
@@ -34,9 +36,9 @@ from lawn.train import Stopped
 from lawn.train.signals import raise_on_signal
 
 _TABLES = (TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6, FIGURE1, FIGURE2)
-_BEYOND = (MATRIX_FACTORIZATION, TUNING_CURVES, AUTOMATIC, FLATTENING_DIGITS, FLATTENING_MOVIELENS100K)
+_BEYOND = (HORIZON, MATRIX_FACTORIZATION, TUNING_CURVES, AUTOMATIC, FLATTENING_DIGITS, FLATTENING_MOVIELENS100K)
 EXPERIMENTS = {e.name: e for e in (DEMO, *_TABLES, *_BEYOND)}
-SIMULATIONS = {s.name: s for s in (SMD_RAYLEIGH,)}
+SIMULATIONS = {s.name: s for s in (SMD_RAYLEIGH, REFERENCES)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -103,7 +105,7 @@ def execute(given: argparse.Namespace) -> int:
         for simulation in simulations:
             if simulation.record(given.results, given.short) is None:
                 print(f"{simulation.name}: takes about {duration(simulation.seconds[given.short])} on one core")
-                simulation.execute(given.results, given.short)
+                simulation.execute(given.results, given.short, given.set)
         write(given)
     finally:
         failed = _report_failures(chosen, unsuccessful, store)
@@ -236,8 +238,9 @@ def _simulations(given: argparse.Namespace) -> list[Simulation]:
     """The named simulations. Raises ConfigError for options about runs, which a simulation does not have."""
     named = [SIMULATIONS[name] for name in dict.fromkeys(given.names) if name in SIMULATIONS]
     for option in ("only", "set"):
-        if named and getattr(given, option):
-            raise ConfigError(f"--{option}: {named[0].name} is a simulation, without runs of run.py; leave it out")
+        refused = [simulation.name for simulation in named if option == "only" or not simulation.needs_data]
+        if refused and getattr(given, option):
+            raise ConfigError(f"--{option}: {refused[0]} is a simulation, without runs of run.py; leave it out")
     return named
 
 

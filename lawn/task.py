@@ -235,7 +235,7 @@ def task_builder(config: Config) -> Callable[..., Task]:
             raise ConfigError(f"{group}={name}: does not fit dataset={config.dataset.name}; choose from {choices}")
     if config.eval.candidates and kind is not Recommendation:
         raise ConfigError(
-            f"eval.candidates={config.eval.candidates}: does not apply to dataset={config.dataset.name}, which has no items"
+            f"eval.candidates={config.eval.candidates}: is for recommenders, not dataset={config.dataset.name}"
         )
     model, loss = kind.models[config.model.name], kind.losses[config.loss.name]
     load = dataset_reader(config)

@@ -28,6 +28,7 @@ class Cell:
     paper: PaperResult | None = None  # None: the paper has no such cell
     seeds: int | None = None  # number of final runs; None: that of the experiment
     grid_only: bool = False  # only run every point of the grid once
+    all_items: bool = False  # final runs also rank all items
 
     @property
     def name(self) -> str:
@@ -60,8 +61,8 @@ class Experiment:
     title: str
     cells: tuple[Cell, ...]
     measures: tuple[Measure, ...]
-    figure: str | None = None  # "epochs": curves of every cell; "batch": the measure over the batch size, by panel;
-    # "diagnostics": what diagnostics=on measures, of the first run of every cell
+    figure: str | None = None  # "epochs": curves of every cell; "batch", "horizon": the first measure over the batch
+    # size, or over the epochs of a run, by panel; "diagnostics": what diagnostics=on measures, of each cell's first run
     compared_row: str | None = None  # a row to be compared with the best of the others, in every column
     pairs: tuple[tuple[str, str], ...] = ()  # rows to compare: a method, and what LAWN makes of it
     notes: tuple[str, ...] = ()  # what the reader has to know

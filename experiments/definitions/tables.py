@@ -99,6 +99,7 @@ def _cell(
         grid_epochs=GRID_EPOCHS.get((dataset, batch)),
         sweep=f"{SWEEPS.get(dataset, 'ncf')}/{sweep}",
         paper=paper,
+        all_items=dataset == "movielens1m",  # beside the literature
     )
 
 

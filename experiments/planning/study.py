@@ -120,8 +120,12 @@ class Study:
                 return
             setting = job.setting
             config = replace(job.config, eval=EvalConfig())
+        ranked = ("eval.candidates=all",) if self.cell.all_items else ()
+        if ranked:
+            config = replace(config, eval=replace(config.eval, candidates="all"))
         for seed in count():
-            yield Job(replace(config, seed=seed), (*self.grid.overrides, *setting, f"seed={seed}"), setting)
+            overrides = (*self.grid.overrides, *setting, *ranked, f"seed={seed}")
+            yield Job(replace(config, seed=seed), overrides, setting)
 
     def outstanding(self, store: Store) -> list[Job]:
         """The missing runs that can start now: those of the tuning, or after it the final ones."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.definitions.spec import Experiment
+from experiments.definitions.spec import Cell, Experiment
 from experiments.reporting.outcomes import Outcome, paper, places
 from experiments.reporting.statistics import mean_and_error
 from experiments.reporting.trials import best_of_curves
@@ -55,24 +55,35 @@ def over_epochs(experiment: Experiment, found: list[Outcome]) -> Figure:
 
 
 def over_batch_size(experiment: Experiment, found: list[Outcome]) -> Figure:
-    """A panel for each dataset: mean and standard error over the batch size, beside them the paper's numbers."""
+    """The first measure over the batch size, a panel for each dataset; the paper's numbers dotted."""
+    return _over(experiment, found, "batch size", lambda cell: int(cell.value("train.batch_size")))
+
+
+def over_horizon(experiment: Experiment, found: list[Outcome]) -> Figure:
+    """The first measure over the epochs of a run, a panel for each dataset; the paper's numbers dotted."""
+    return _over(experiment, found, "epochs", lambda cell: cell.epochs[0])
+
+
+def _over(experiment: Experiment, found: list[Outcome], xlabel: str, x: Callable[[Cell], int]) -> Figure:
     panels = list(dict.fromkeys(outcome.cell.panel for outcome in found))
     rows = list(dict.fromkeys(outcome.cell.row for outcome in found))
-    figure = Figure(figsize=(2.6 * len(panels), 3.1), layout="constrained")
+    figure = Figure(figsize=(max(4.0, 2.6 * len(panels)), 3.1), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     measure = experiment.measures[0]
     for axis, panel in zip(axes, panels, strict=True):
         labels: dict[int, str] = {}
         for i, row in enumerate(rows):
             line = [o for o in found if (o.cell.panel, o.cell.row) == (panel, row)]
-            sizes = [int(o.cell.value("train.batch_size")) for o in line]
-            labels |= dict(zip(sizes, (o.cell.column.removeprefix("batch ") for o in line), strict=True))
+            at = [x(o.cell) for o in line]
+            names = [o.cell.column.removeprefix("batch ").removesuffix(" epochs") for o in line]
+            labels |= dict(zip(at, names, strict=True))
             ours = [mean_and_error(o.values(measure)) for o in line]
             means, errors = [m for m, _ in ours], [0.0 if np.isnan(e) else e for _, e in ours]
-            axis.errorbar(sizes, means, errors, fmt="o-", color=f"C{i}", capsize=2, markersize=4, label=f"{row}, ours")
+            axis.errorbar(at, means, errors, fmt="o-", color=f"C{i}", capsize=2, markersize=4, label=f"{row}, ours")
             theirs = [paper(o.cell) for o in line]
-            axis.plot(sizes, theirs, "s:", color=f"C{i}", markersize=3, alpha=0.6, label=f"{row}, paper")
-        axis.set(xscale="log", title=panel, xlabel="batch size")
+            if not all(map(np.isnan, theirs)):
+                axis.plot(at, theirs, "s:", color=f"C{i}", markersize=3, alpha=0.6, label=f"{row}, paper")
+        axis.set(xscale="log", title=panel, xlabel=xlabel)
         axis.set_xticks(list(labels), list(labels.values()))
         axis.minorticks_off()
     axes[0].set_ylabel(measure.title)
@@ -122,4 +133,10 @@ def over_trials(experiment: Experiment, found: list[Outcome]) -> Figure:
     return figure
 
 
-FIGURES = {"tuning": over_trials, "epochs": over_epochs, "batch": over_batch_size, "diagnostics": of_diagnostics}
+FIGURES = {
+    "tuning": over_trials,
+    "epochs": over_epochs,
+    "batch": over_batch_size,
+    "horizon": over_horizon,
+    "diagnostics": of_diagnostics,
+}

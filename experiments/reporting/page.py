@@ -242,7 +242,9 @@ def _compared(pair: Pair) -> list[str]:
 
 
 def _epochs(cells: list[Outcome], column: str) -> str:
-    """What is said of a column's budget, where the cells have one."""
+    """What is said of a column's budget, where the cells have one and its title does not say it."""
+    if column.endswith(" epochs"):
+        return ""
     here = [o for o in cells if o.cell.column == column and o.cell.epochs]
     run = sorted({o.epochs for o in here if o.records and o.epochs is not None})
     paper = max((o.cell.epochs[0] for o in here), default=0)

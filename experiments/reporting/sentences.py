@@ -77,6 +77,8 @@ def summary(experiment: Experiment, found: list[Outcome]) -> list[str]:
                 f"The sign agrees with the paper in {agree} of the {len(printed)} comparisons that the paper has"
                 + (f"; it differs for: {differing}." if differing else ".")
             )
+    if experiment.figure == "horizon":
+        lines += _over_horizons(experiment, found)
     return lines + _shared(found) + _rankings(experiment, found) + _spread(experiment, found)
 
 
@@ -102,6 +104,24 @@ def _shared(found: list[Outcome]) -> list[str]:
             for same in rows.values()
             if len(same) > 1
         ]
+    return lines
+
+
+def _over_horizons(experiment: Experiment, found: list[Outcome]) -> list[str]:
+    """The order of the rows after each number of epochs, and what was chosen for each row."""
+    measure = experiment.measures[0]
+    sign = 1 if measure.smaller_is_better else -1
+    lines = []
+    for panel, column in places(found):
+        here = [o for o in found if (o.cell.panel, o.cell.column) == (panel, column) and o.values(measure)]
+        if len(here) > 1:
+            order = sorted(here, key=lambda o: sign * o.mean(measure))
+            means = (f"{o.cell.row} {o.mean(measure):.2f}" for o in order)
+            lines.append(f"After {column}: {' > '.join(means)}.")
+    for row in dict.fromkeys(o.cell.row for o in found):
+        chosen = [f"{' '.join(o.setting)} for {o.cell.column}" for o in found if o.cell.row == row and o.setting]
+        if len(chosen) > 1:
+            lines.append(f"Chosen for {row}: {'; '.join(chosen)}.")
     return lines
 
 

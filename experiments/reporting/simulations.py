@@ -4,7 +4,7 @@ A simulation has one record, results/simulations/NAME-HASH.json, in the form of 
 settings. Its page is that of an experiment.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,26 +41,27 @@ class Simulation:
     title: str
     settings: Any  # a dataclass of all settings that affect the result
     short: Any  # the same, for seconds of computing
-    run: Callable[[Any], dict[str, Any]]
+    run: Callable[..., dict[str, Any]]  # of the settings, and of `overrides` with `needs_data`
     show: Callable[[Record], SimulationContent]
     measured: str  # what the numbers are
     notes: tuple[str, ...] = ()
     seconds: tuple[float, float] = (0.0, 0.0)  # about what both take on one core
+    needs_data: bool = False
 
     def record(self, results: Path, short: bool = False) -> Record | None:
         """Raises RunError if the record is damaged or does not match its name."""
         path = self._path(results, short)
         return read_record(path) if path.exists() else None
 
-    def execute(self, results: Path, short: bool = False) -> Record:
-        """Compute and record it."""
+    def execute(self, results: Path, short: bool = False, overrides: Sequence[str] = ()) -> Record:
+        """Compute and record it; `overrides` of run.py say where the data is, for a simulation that needs any."""
         settings = self.short if short else self.settings
         content = {
             "hash": identity_hash(asdict(settings)),
             "command": f"python -m experiments run {self.name}" + (" --short" if short else ""),
             "config": asdict(settings),
             "environment": environment(torch.device("cpu"), CODE),
-            "result": self.run(settings),
+            "result": self.run(settings, overrides) if self.needs_data else self.run(settings),
         }
         return save(self._path(results, short), content)
 
@@ -97,7 +98,7 @@ def simulation_page(simulation: Simulation, results: Path) -> Page:
         summary=shown.summary,
         frame=shown.frame,
         records=[] if record is None else [record],
-        figure=None if record is None else figure,
+        figure=None if shown.figure is None else figure,
         source="" if record is None else f"{FOLDER}/{record.name}.json",
         paper_numbers=False,
     )

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class MF(nn.Module):
     """Scores pairs of users and items by the dot product of their embeddings, plus biases.
 
-    The score of user u and item i is b + b_u + b_i + p_u . q_i. Biases start at zero, embeddings are drawn from a normal
-    distribution. All parameters of a sample are regularized with it, so those of frequent users and items are
+    The score of user u and item i is b + b_u + b_i + p_u . q_i. Biases start at zero, embeddings are drawn from a
+    normal distribution. All parameters of a sample are regularized with it, so those of frequent users and items are
     regularized more.
 
     Args:

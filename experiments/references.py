@@ -1,0 +1,164 @@
+"""Recommenders without our training loop, to compare the tables' numbers with: popularity, and iALS of `implicit`.
+
+Both are matrix factorizations: popularity is a bias of each item. They are evaluated as the models of `run.py` are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import product
+from typing import Any
+
+import pandas as pd
+import torch
+from scipy.sparse import csr_matrix
+
+from experiments.records import Record
+from experiments.reporting.layout import Entry, Panel, format_mean
+from experiments.reporting.simulations import Simulation, SimulationContent
+from experiments.reporting.statistics import mean_and_error
+from lawn.compose import compose
+from lawn.data.interactions import Interactions
+from lawn.errors import ConfigError
+from lawn.models.mf import MF
+from lawn.task import Recommendation, task_builder
+
+METRICS = {
+    "hr10": "test HR@10, %",
+    "ndcg10": "NDCG@10, %",
+    "hr10_all": "HR@10 among all items, %",
+    "ndcg10_all": "NDCG@10 among all items, %",
+}
+ROWS = {"popularity": "Popularity", "ials": "iALS"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    dataset: str = "movielens1m"
+    factors: int = 192
+    iterations: int = 16
+    alphas: tuple[float, ...] = (2.0, 4.0, 8.0)  # weights of interactions; that of all other pairs is 1
+    regularizations: tuple[float, ...] = (10.0, 30.0, 100.0)
+    seeds: int = 3
+
+
+def run(settings: Settings, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Evaluate both on the test split; iALS with the weight and regularization that are best on the validation split.
+
+    Raises ConfigError without the package `implicit`.
+    """
+    if find_spec("implicit") is None:
+        raise ConfigError("references: the package implicit is not installed; pip install '.[references]'")
+
+    def load(split: str, factors: int) -> tuple[Recommendation, MF]:
+        task = task_builder(
+            compose(
+                *(f"dataset={settings.dataset}", "model=mf", f"model.factors={factors}", f"eval.split={split}"),
+                *overrides,
+            )
+        )(torch.device("cpu"))
+        assert isinstance(task, Recommendation)
+        assert isinstance(task.model, MF)
+        for parameter in task.model.parameters():
+            torch.nn.init.zeros_(parameter)
+        return task, task.model
+
+    task, model = load("test", 1)
+    data: Any = task.dataset
+    with torch.no_grad():
+        model.item_bias.copy_(data.items.bincount(minlength=data.num_items))
+    popularity = evaluate(task, model)
+    task, model = load("val", settings.factors)
+    grid = []
+    for alpha, regularization in product(settings.alphas, settings.regularizations):
+        fit_ials(model, task.dataset, settings, alpha, regularization, seed=0)
+        grid.append({"alpha": alpha, "regularization": regularization, "hr10": evaluate(task, model)["hr10"]})
+    best = max(grid, key=lambda point: point["hr10"])
+    task, model = load("test", settings.factors)
+    repeats = []
+    for seed in range(settings.seeds):
+        fit_ials(model, task.dataset, settings, best["alpha"], best["regularization"], seed)
+        repeats.append(evaluate(task, model))
+    metrics = {"popularity": [popularity], "ials": repeats}
+    return {"status": "done", "metrics": metrics, "grid": grid, "chosen": best, "warnings": task.warnings}
+
+
+@torch.no_grad()
+def fit_ials(model: MF, data: Any, settings: Settings, alpha: float, regularization: float, seed: int) -> None:
+    """Set the embeddings of the model by iALS (Hu et al. 2008) on the training interactions."""
+    from implicit.als import AlternatingLeastSquares
+    from threadpoolctl import threadpool_limits
+
+    assert isinstance(data, Interactions)
+    ones = torch.ones(len(data.users)).numpy()
+    seen = csr_matrix((ones, (data.users.numpy(), data.items.numpy())), shape=(data.num_users, data.num_items))
+    with threadpool_limits(1, "blas"):  # as implicit asks for: its own threads call it
+        solver = AlternatingLeastSquares(
+            settings.factors,
+            regularization,
+            alpha,
+            iterations=settings.iterations,
+            random_state=seed,
+            use_gpu=False,
+            num_threads=torch.get_num_threads(),
+        )
+        solver.fit(seen, show_progress=False)
+    model.user.weight.copy_(torch.from_numpy(solver.user_factors))
+    model.item.weight.copy_(torch.from_numpy(solver.item_factors))
+
+
+@torch.no_grad()
+def evaluate(task: Recommendation, model: MF) -> dict[str, float]:
+    """HR@10 and NDCG@10 among the candidates, and among all items."""
+    found = {}
+    for suffix, ranks_of in {"": task.rows, "_all": task.all_items_ranks}.items():
+        ranks = torch.cat([ranks_of(model, batch) for batch in task.dataset.eval_batches()])
+        metrics = task.metrics(ranks)
+        found |= {f"{name}{suffix}": metrics[name] for name in ("hr10", "ndcg10")}
+    return found
+
+
+def show_record(record: Record) -> SimulationContent:
+    values = {
+        (key, metric): [repeat[metric] for repeat in repeats]
+        for key, repeats in record.result["metrics"].items()
+        for metric in METRICS
+    }
+    rows = [
+        (title, [Entry(format_mean(values[key, metric], 2), "", "", False, []) for metric in METRICS])
+        for key, title in ROWS.items()
+    ]
+    frame = pd.DataFrame(
+        {
+            "row": ROWS[key],
+            "measure": METRICS[metric],
+            "n": len(numbers),
+            "mean": mean_and_error(numbers)[0],
+            "standard_error": mean_and_error(numbers)[1],
+        }
+        for (key, metric), numbers in values.items()
+    )
+    chosen, settings = record.result["chosen"], record.config
+    tried = "; ".join(f"{p['alpha']:g}, {p['regularization']:g}: {p['hr10']:.2f}" for p in record.result["grid"])
+    summary = [
+        f"iALS has {settings['factors']} factors and {settings['iterations']} iterations. Weight and regularization, "
+        f"and HR@10 on the validation split: {tried}. Chosen: {chosen['alpha']:g}, {chosen['regularization']:g}.",
+    ]
+    return SimulationContent([Panel("", list(METRICS.values()), rows)], summary, frame, None)
+
+
+REFERENCES = Simulation(
+    name="references",
+    title="MovieLens-1M: popularity and iALS",
+    settings=Settings(),
+    short=Settings(factors=16, iterations=3, alphas=(4.0,), regularizations=(30.0,), seeds=1),
+    run=run,
+    show=show_record,
+    measured="Mean (standard error, number of seeds) on the split and candidates of He et al. 2017.",
+    notes=(
+        "Popularity ranks items by their number of training interactions. iALS is implicit alternating least squares "
+        "(Hu et al. 2008) of the package implicit (`pip install '.[references]'`).",
+    ),
+    seconds=(600.0, 10.0),
+    needs_data=True,
+)
