@@ -56,10 +56,10 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def training_rate(run: Trainer) -> float:
+def training_rate(run: Trainer, pause: Callable[[], bool] = lambda: False) -> float:
     """Samples a second in the training part of the run's next epoch, on the run's own clock."""
     before = run.seconds["train"]
-    run.train_epoch()
+    run.train_epoch(pause)
     return run.task.dataset.num_train / (run.seconds["train"] - before)
 
 

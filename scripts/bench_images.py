@@ -97,6 +97,7 @@ def measure_training(config: Config, samples: Dataset, size: int, rounds: int, d
         },
         rounds,
     )
+    assert run.flops is not None  # it has trained
     return {
         **compared(found),
         "bare_images_per_second": round(statistics.median(found["bare"]), 1),

@@ -2,7 +2,8 @@
 
 The plain loop is a straightforward baseline, in the manner of github.com/guoyang9/NCF: a Dataset that draws negatives
 and returns samples one by one, a DataLoader, embeddings that are looked up and concatenated, torch's Adam. Both train
-the same network (16 factors) in turns: an epoch of ours, some batches of the plain loop, a matrix product.
+the same network (16 factors) in turns: an epoch of ours, some batches of the plain loop, a matrix product. On a CPU
+there are epochs of ours with one thread, with a fixed number of threads, and beside another process that uses a core.
 Prints medians of the ratios within a round, the share of the matrix product's rate that is spent on the network's
 FLOPs, and the peak memory of a run from start to end; writes the same with hardware and versions to
 results/bench/ncf-DEVICE.json and .md.
@@ -13,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -30,6 +32,7 @@ from lawn.data.batching import Batching
 from lawn.data.interactions import Interactions
 from lawn.task import task_builder
 from lawn.train.distributed import World
+from lawn.train.threads import INTERVAL_SECONDS, FreeCores
 from lawn.train.throughput import flops_per_sample, peak_flops
 from lawn.train.trainer import Trainer
 from scripts import bench
@@ -117,14 +120,19 @@ def measure(name: str, batch_size: int, rounds: int, data_dir: Path, device: tor
     assert isinstance(task.dataset, Interactions)
     plain = Plain(task.dataset, batch_size, device)
     run = Trainer(config, task, World(device))
-    found = bench.interleave(
-        {
-            "ours": lambda: bench.training_rate(run),
-            "plain": plain.rate,
-            "peak": lambda: peak_flops.__wrapped__(device, run.execution.precision),
-        },
-        rounds,
-    )
+    measures = {
+        "ours": lambda: rate(run),
+        "plain": plain.rate,
+        "peak": lambda: peak_flops.__wrapped__(device, run.execution.precision),
+    }
+    if device.type == "cpu":
+        measures |= {
+            "one thread": lambda: rate(run, threads=1),
+            "fixed threads": lambda: rate(run, adaptive=False),
+            "busy": lambda: rate(run, busy=True),
+            "busy, fixed threads": lambda: rate(run, adaptive=False, busy=True),
+        }
+    found = bench.interleave(measures, rounds)
     _, batch = next(task.dataset.train_batches(Batching(batch_size), torch.Generator(device)))
     flops = {"of the network": plain.flops(), "computed": flops_per_sample(task, task.model, batch)}
     share = bench.median_ratio(found["ours"], found["peak"])
@@ -136,6 +144,16 @@ def measure(name: str, batch_size: int, rounds: int, data_dir: Path, device: tor
         "flops_per_sample": {what: round(value) for what, value in flops.items()},
         "peak_share": {what: round(share * value, 3) for what, value in flops.items()},
         "peak_memory_gb": round(peak_memory(overrides), 2),
+        "threads": {
+            f"{name} / {base}": round(bench.median_ratio(found[name], found[base]), 2)
+            for name, base in (
+                ("ours", "fixed threads"),
+                ("ours", "one thread"),
+                ("busy", "one thread"),
+                ("busy, fixed threads", "one thread"),
+            )
+            if base in found
+        },
         "config": {
             "batch_size": batch_size,
             "updates": run.batching.updates(task.dataset.num_train),
@@ -143,6 +161,29 @@ def measure(name: str, batch_size: int, rounds: int, data_dir: Path, device: tor
             "execution": asdict(run.execution),
         },
     }
+
+
+def rate(run: Trainer, threads: int | None = None, adaptive: bool = True, busy: bool = False) -> float:
+    """Samples a second in the run's next epoch, optionally beside a process that keeps a core busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    hog = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+    try:
+        with FreeCores() as cores:
+            if busy:
+                time.sleep(INTERVAL_SECONDS)  # a run measures the load while it reads the data
+
+            def pause() -> bool:
+                if adaptive:
+                    cores.adapt()
+                return False
+
+            return bench.training_rate(run, pause)
+    finally:
+        if hog:
+            hog.kill()
+            hog.wait()
+        torch.set_num_threads(before)
 
 
 def peak_memory(overrides: tuple[str, ...]) -> float:
@@ -164,9 +205,19 @@ COLUMNS: bench.Columns = {
     "matmul GFLOP/s": lambda row: f"{row['peak_gflops']:.0f}",
     "peak memory, GB": lambda row: f"{row['peak_memory_gb']:.2f}",
 }
+THREADS: bench.Columns = {
+    "adaptive / fixed": lambda row: f"{row['threads']['ours / fixed threads']:.2f}",
+    "adaptive / one thread": lambda row: f"{row['threads']['ours / one thread']:.2f}",
+    "adaptive, beside a busy process / one thread": lambda row: f"{row['threads']['busy / one thread']:.2f}",
+    "fixed, beside a busy process / one thread": lambda row: (
+        f"{row['threads']['busy, fixed threads / one thread']:.2f}"
+    ),
+}
 REMARKS = """An epoch of `run.py`, negatives and order included, against single samples in a DataLoader.
 The first layer is computed for each user and item instead of each sample where that is less work, so fewer
 FLOPs are computed than the network has. Memory: the whole process, from start to evaluation."""
+THREADS_REMARKS = """Rates of an epoch with all threads: adapted to the load, as a run does, or fixed; alone, or beside
+a process that keeps a core busy. One thread: alone."""
 
 
 def main() -> int:
@@ -181,7 +232,10 @@ def main() -> int:
             f"{name}, batch {size:,}": measure(name, size, given.rounds, given.data_dir, device)
             for name, size in product(DATASETS, BATCH_SIZES)
         },
-        lambda rows: f"{bench.table('dataset', COLUMNS, rows)}\n\n{REMARKS}",
+        lambda rows: "\n\n".join(
+            [bench.table("dataset", COLUMNS, rows), REMARKS]
+            + ([bench.table("threads", THREADS, rows), THREADS_REMARKS] if device.type == "cpu" else [])
+        ),
     )
 
 

@@ -152,3 +152,20 @@ def test_weight_norm_is_of_the_weights_that_the_model_computes_with():
         for p in model.parameters():
             p.mul_(3)
     assert weight_norm(model).item() == pytest.approx(before)
+
+
+@given(seed=st.integers(0, 9999), users=st.integers(1, 6), items=st.integers(2, 9))
+@settings(deadline=None)
+def test_ranks_among_all_items_are_counted_one_by_one(seed, users, items):
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, 4, (users, items)).astype(float)  # with ties
+    scores[rng.random(scores.shape) < 0.1] = math.nan
+    held = rng.integers(items, size=users)
+    excluded = rng.random(scores.shape) < 0.3
+    got = metrics.ranks_among_all(torch.from_numpy(scores), torch.from_numpy(held), torch.from_numpy(excluded))
+    for user in range(users):
+        ahead = 0
+        for item in range(items):
+            if item != held[user] and not excluded[user, item] and not scores[user, item] < scores[user, held[user]]:
+                ahead += 1
+        assert got[user] == ahead

@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import torch
 
 from lawn.errors import ConfigError
+from lawn.models.mf import MF
 from lawn.models.mlp import mlp
 from lawn.models.ncf import NCFMLP
 from lawn.models.resnet import resnet50
@@ -80,3 +82,57 @@ def test_resnet50_begins_as_the_identity_of_its_blocks():
     assert len(gains) == 16
     assert all((gain == 0).all() for gain in gains)
     assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+
+
+def test_mf_learns_as_rendle_et_al_update_it():
+    """Their loop over samples, in NumPy."""
+    rate, decay = 0.1, 0.02
+    torch.manual_seed(0)
+    model = MF(4, 5, factors=3, init_std=0.5, regularization=decay).double()
+    p, q = model.user.weight.detach().numpy().copy(), model.item.weight.detach().numpy().copy()
+    by_user, by_item, bias = np.zeros(4), np.zeros(5), 0.0
+    rng = np.random.default_rng(0)
+    optimizer = torch.optim.SGD(model.parameters(), rate)
+    for _ in range(50):
+        u, i, label = rng.integers(4), rng.integers(5), float(rng.integers(2))
+        optimizer.zero_grad()
+        logits, penalty = model(torch.tensor([u]), torch.tensor([i]), with_penalty=True)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.tensor([label]).double())
+        (loss + penalty).backward()
+        optimizer.step()
+        gap = label - 1 / (1 + np.exp(-(bias + by_user[u] + by_item[i] + p[u] @ q[i])))
+        p[u], q[i] = p[u] + rate * (gap * q[i] - decay * p[u]), q[i] + rate * (gap * p[u] - decay * q[i])
+        by_user[u] += rate * (gap - decay * by_user[u])
+        by_item[i] += rate * (gap - decay * by_item[i])
+        bias += rate * (gap - decay * bias)
+    for got, expected in (
+        (model.user.weight, p), (model.item.weight, q), (model.user_bias, by_user), (model.item_bias, by_item),
+        (model.bias, np.array(bias)),
+    ):  # fmt: skip
+        torch.testing.assert_close(got.detach(), torch.from_numpy(expected), atol=1e-12, rtol=0)
+
+
+def test_the_penalty_of_a_batch_is_the_mean_of_its_samples():
+    model = MF(4, 5, factors=3, init_std=1.0, regularization=0.3).double()
+    users, items = torch.tensor([0, 0, 3]), torch.tensor([1, 1, 4])
+    logits, penalty = model(users, items, with_penalty=True)
+    each = [model(u, i, with_penalty=True) for u, i in zip(users.split(1), items.split(1), strict=True)]
+    torch.testing.assert_close(penalty, torch.stack([own for _, own in each]).mean())
+    torch.testing.assert_close(logits, model(users, items))
+    torch.testing.assert_close(logits, torch.cat([own for own, _ in each]))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        MF(4, 5, factors=3, init_std=1.0),
+        NCFMLP(4, 5, factors=4, layers=3, init="torch"),
+        NCFMLP(4, 5, factors=4, layers=1, init="torch", bias=False),
+    ],
+)
+def test_scores_of_all_items_are_those_of_the_pairs(model):
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    users = torch.tensor([2, 0, 2])
+    pairs = model(users.repeat_interleave(5), torch.arange(5).repeat(3))
+    torch.testing.assert_close(model.all_scores(users), pairs.view(3, 5))

@@ -166,6 +166,7 @@ TABLE4 = Experiment(
     (HR10,),
     pairs=PAIRS,
     seeds=8,
+    beside_literature=True,
     notes=(
         DECAY,
         EPS,

@@ -26,7 +26,7 @@ def curves_page(experiment: Experiment, store: Store, selection: str = "val") ->
 
     def entry_of(outcome: Outcome, measure: Measure, cells: list[Outcome]) -> Entry:
         curve = best.get((outcome.cell.panel, outcome.cell.column, outcome.cell.row))
-        return Entry("" if curve is None else _written(curve), "", "", False, [])
+        return Entry("" if curve is None else _written(curve))
 
     return Page(
         name=page_name(experiment, selection),

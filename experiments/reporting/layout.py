@@ -13,10 +13,10 @@ class Entry:
     """The text of one place of a table."""
 
     ours: str  # "mean (standard error, n)", "Fail", or nothing
-    paper: str  # the paper's number, "Fail", or nothing
-    difference: str
-    marked: bool
-    records: list[Record]
+    paper: str = ""  # the paper's number, "Fail", or nothing
+    difference: str = ""
+    marked: bool = False
+    records: Sequence[Record] = ()
 
 
 @dataclass(frozen=True)

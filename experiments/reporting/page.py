@@ -41,6 +41,7 @@ class Page:
     warnings: Mapping[str, list[str]] = field(default_factory=dict)  # of the runs, with the cells that they are of
     comparisons: Table | None = None  # with LAWN and without
     compared: str = ""  # what the comparisons are
+    literature: Table | None = None  # the numbers of others
     tuned: Table | None = None  # the chosen hyperparameters
     grids: Sequence[str] = ()
     tuning: pd.DataFrame = field(default_factory=pd.DataFrame)  # the runs that chose them
@@ -100,7 +101,14 @@ def panels(experiment: Experiment, found: list[Outcome], entry_of: EntryOf) -> l
         ]
         at = {(outcome.cell.row, outcome.cell.column): outcome for outcome in cells}
         rows = [
-            (row, [entry_of(at[row, column], measure, cells) for column in columns for measure in experiment.measures])
+            (
+                row,
+                [
+                    entry_of(at[row, column], measure, cells) if (row, column) in at else Entry("")
+                    for column in columns
+                    for measure in experiment.measures
+                ],
+            )
             for row in dict.fromkeys(outcome.cell.row for outcome in cells)
         ]
         made.append(Panel(title, heads, rows))

@@ -2,6 +2,7 @@
 
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +13,7 @@ from experiments.records import Store
 from experiments.reporting.curves import curves_page
 from experiments.reporting.drawing import save
 from experiments.reporting.layout import Entry, Panel
+from experiments.reporting.literature import literature_table
 from experiments.reporting.page import Page, experiment_page
 from lawn.files import write_text
 
@@ -28,7 +30,10 @@ TEMPLATES = Environment(
 def page_of(experiment: Experiment, store: Store, selection: str = "val") -> Page:
     """The page of an experiment."""
     build = curves_page if experiment.figure == "tuning" else experiment_page
-    return build(experiment, store, selection)
+    page = build(experiment, store, selection)
+    if experiment.beside_literature:
+        page = replace(page, literature=literature_table(store, page.outcomes, selection))
+    return page
 
 
 def latex(page: Page) -> str:

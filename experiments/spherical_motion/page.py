@@ -138,7 +138,7 @@ def _panel(title: str, numbers: list[Number]) -> Panel:
     rows = []
     for setting in settings:
         texts = [t for q in quantities for t, use in zip(at[setting, q].entries, used[q], strict=True) if use]
-        rows.append((setting, [Entry(text, "", "", False, []) for text in texts]))
+        rows.append((setting, [Entry(text) for text in texts]))
     return Panel(title, columns, rows)
 
 

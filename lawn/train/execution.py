@@ -25,11 +25,13 @@ class Execution:
     channels_last: bool  # the fastest memory format for convolutions
     compile: str  # off; default: fused kernels; reduce-overhead: CUDA graphs too
     deterministic: bool  # the same bits again, on the same machine
+    adaptive_threads: bool = False  # on a CPU: fewer threads where other processes need cores
 
     @classmethod
     def choose(cls, train: TrainConfig, model: nn.Module, device: torch.device, updates: int) -> "Execution":
         """On a GPU, arithmetic and memory bound convolutional networks; launching kernels bounds the others."""
         convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
+        small = any(isinstance(module, nn.Embedding) for module in model.modules())  # operations of a recommender
         precision, compiled = "fp32", "off"
         if device.type == "cuda":
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -41,6 +43,7 @@ class Execution:
             convolutional if train.channels_last is None else train.channels_last,
             train.compile or compiled,
             bool(train.deterministic),
+            device.type == "cpu" and small and not train.deterministic,
         )
 
     def prepare(self, model: nn.Module, device: torch.device) -> None:

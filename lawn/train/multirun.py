@@ -16,6 +16,7 @@ from lawn.train.prepare import PreparedRun, prepare
 from lawn.train.recorder import RunRecorder
 from lawn.train.session import report_done, start_or_resume, stopped
 from lawn.train.signals import deferred_signals
+from lawn.train.threads import FreeCores
 from lawn.train.torch_errors import translate_torch_errors
 from lawn.train.trainer import Trainer
 from lawn.train.vectorized import VectorizedTrainer, max_vectorized_runs, vectorization_key
@@ -77,7 +78,7 @@ def train_vectorized(configs: Sequence[Config]) -> None:
 
 
 def _train_group(group: list[PreparedRun], dataset: object, world: World) -> None:
-    with ExitStack() as locks, deferred_signals() as request:
+    with ExitStack() as locks, deferred_signals() as request, FreeCores() as cores:
         recorders: dict[Trainer, RunRecorder] = {}
         for run in group:
             locks.enter_context(run.directory.lock())
@@ -94,9 +95,11 @@ def _train_group(group: list[PreparedRun], dataset: object, world: World) -> Non
         while trained := vectorized.train_epoch():
             for trainer in trained:
                 recorders[trainer].record_epoch(trainer)
+            if trained[0].execution.adaptive_threads:
+                cores.adapt()
             if request.signal and any(trainer.status == "running" for trainer in recorders):
                 for trainer, recorder in recorders.items():
                     recorder.save_checkpoint(trainer.state_dict())
                 raise stopped(request, trained[0], f"{run_name(group[0].config)} with {len(group) - 1} others")
         for trainer, recorder in recorders.items():
-            recorder.finish(trainer)
+            recorder.finish(trainer, cores.note())

@@ -40,8 +40,8 @@ class RunRecorder:
         self._directory.save(state)
         self._saved = time.monotonic()
 
-    def finish(self, trainer: Trainer) -> dict[str, Any]:
-        """Write the result and mark the run as finished; returns the result."""
+    def finish(self, trainer: Trainer, note: str = "") -> dict[str, Any]:
+        """Write the result and mark the run as finished; returns the result. `note` ends the line that reports it."""
         self._progress.close()
         result = outcome(trainer)
         self._directory.write_metrics(trainer.rows)
@@ -49,7 +49,7 @@ class RunRecorder:
             self._directory.draw()
         self._directory.finish(result)
         self._logger.finish(result)
-        echo(summary(result))
+        echo(f"{summary(result)}{note}")
         return result
 
 

@@ -18,6 +18,7 @@ from lawn.train.provenance import environment
 from lawn.train.recorder import RunRecorder
 from lawn.train.run_directory import RunDirectory
 from lawn.train.signals import Stopped, StopRequest, deferred_signals
+from lawn.train.threads import FreeCores
 from lawn.train.trainer import Trainer
 
 AGREE_SECONDS = 0.1
@@ -34,17 +35,18 @@ def run_rank(run: PreparedRun, world: World) -> dict[str, Any]:
         if directory:
             report_done(run)
         return result
+    cores = FreeCores()
     with world.main_process_first():
         task = run.build_task(world.device)
-    with directory.lock() if directory else nullcontext(), deferred_signals() as request:
+    with directory.lock() if directory else nullcontext(), deferred_signals() as request, cores:
         trainer, recorder = start_or_resume(run, task, world, directory)
-        pause = _PauseCallback(trainer, recorder, request)
+        pause = _PauseCallback(trainer, recorder, request, cores)
         while trainer.status == "running":
             if trainer.train_epoch(pause) is not None and recorder:
                 recorder.record_epoch(trainer)
             if not trainer.between_epochs or (trainer.status == "running" and pause(at_once=True)):
                 raise stopped(request, trainer, run_name(run.config))
-        return world.broadcast(recorder.finish(trainer) if recorder else {})
+        return world.broadcast(recorder.finish(trainer, cores.note()) if recorder else {})
 
 
 def report_done(run: PreparedRun) -> None:
@@ -93,17 +95,20 @@ def stopped(request: StopRequest, trainer: Trainer, name: str) -> Stopped:
 
 
 class _PauseCallback:
-    """Decides between two updates whether the run has to stop, and saves a checkpoint then and when one is due.
+    """Decides between two updates whether the run has to stop, and saves a checkpoint then and when one is due. Adapts
+    the number of threads.
 
     The ranks decide together about every AGREE_SECONDS, because the collective operation delays them.
     """
 
-    def __init__(self, trainer: Trainer, recorder: RunRecorder | None, request: StopRequest) -> None:
-        self._trainer, self._recorder, self._request = trainer, recorder, request
+    def __init__(self, trainer: Trainer, recorder: RunRecorder | None, request: StopRequest, cores: FreeCores) -> None:
+        self._trainer, self._recorder, self._request, self._cores = trainer, recorder, request, cores
         self._last_step, self._last_time, self._next_step = trainer.step, time.monotonic(), trainer.step
 
     def __call__(self, at_once: bool = False) -> bool:
         trainer, recorder = self._trainer, self._recorder
+        if trainer.execution.adaptive_threads:
+            self._cores.adapt()
         alone = trainer.world.size == 1
         if not alone and trainer.step < self._next_step and not at_once:
             return False

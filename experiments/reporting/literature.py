@@ -1,0 +1,44 @@
+"""MovieLens-1M beside the literature: numbers of other methods and other authors on the same split."""
+
+from collections.abc import Sequence
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from experiments import definitions
+from experiments.definitions.matrix_factorization import MATRIX_FACTORIZATION
+from experiments.definitions.spec import Measure
+from experiments.records import Record, Store
+from experiments.references import METRICS, REFERENCES
+from experiments.reporting.layout import Table, format_mean
+from experiments.reporting.outcomes import Outcome, outcomes, paper
+
+PANEL, COLUMN = "MovieLens-1M", "batch 10k"  # of table 4
+HEAD = (
+    *("", "HR@10, %", "NDCG@10, %", "HR@10 among all items, %", "NDCG@10 among all items, %"),
+    *("LAWN's paper, HR@10", "others, HR@10", "others, NDCG@10", "source"),
+)
+
+
+def literature_table(store: Store, found: Sequence[Outcome], selection: str) -> Table | None:
+    """A row for each method, from the outcomes of table 4 and the records of the other methods; None without any."""
+    loaded: Any = OmegaConf.to_container(OmegaConf.load(Path(definitions.__file__).with_name("literature.yaml")))
+    ours = {o.cell.row: o for o in found if (o.cell.panel, o.cell.column) == (PANEL, COLUMN)}
+    ours |= {o.cell.row: o for o in outcomes(MATRIX_FACTORIZATION, store, selection)}
+    references = REFERENCES.record(store.runs.parent)
+    rows = [_row(row, loaded["sources"], ours.get(row.get("here", "")), references) for row in loaded["rows"]]
+    return Table(HEAD, rows) if any(row[1] for row in rows) else None
+
+
+def _row(row: dict[str, Any], sources: dict[str, str], ours: Outcome | None, references: Record | None) -> list[str]:
+    numbers = [""] * len(METRICS)
+    if ours is not None and ours.records:
+        numbers = [format_mean(ours.values(Measure(f"test_{metric}", "")), 2) for metric in METRICS]
+    elif references is not None and row.get("here") in references.result["metrics"]:
+        repeats = references.result["metrics"][row["here"]]
+        numbers = [format_mean([repeat[metric] for repeat in repeats], 2) for metric in METRICS]
+    of_paper = "" if ours is None or isnan(paper(ours.cell)) else f"{paper(ours.cell):.2f}"
+    printed = [f"{row[metric]:g}" if metric in row else "" for metric in ("hr10", "ndcg10")]
+    return [row["method"], *numbers, of_paper, *printed, sources.get(row.get("source", ""), "")]

@@ -1,0 +1,126 @@
+"""Popularity, iALS and rankings of all items, against computations from the rating files alone."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import __main__ as command
+from experiments.definitions.tables import TABLE4
+from experiments.records import Store
+from experiments.references import REFERENCES, Settings, run
+from experiments.reporting import report
+from lawn.errors import ConfigError
+from lawn.metrics import ranking_metrics
+from lawn.train import run as train
+from tests.helpers import synthetic_ratings
+
+TINY = Settings("movielens100k", factors=3, iterations=2, alphas=(1.0, 5.0), regularizations=(1.0, 10.0), seeds=2)
+
+
+def held_out() -> tuple[dict[int, set[int]], dict[int, int]]:
+    """Training items and the held-out item of each user with the ids of the file: the latest, in Python alone."""
+    training, held = {}, {}
+    for user in {row[0] for row in synthetic_ratings()}:
+        rows = sorted((r for r in synthetic_ratings() if r[0] == user), key=lambda r: r[3])
+        training[user], held[user] = {r[1] for r in rows[:-1]}, rows[-1][1]
+    return training, held
+
+
+def hits(ranks: list[int]) -> dict[str, float]:
+    return {
+        "hr10": 100 * float(np.mean([rank < 10 for rank in ranks])),
+        "ndcg10": 100 * float(np.mean([1 / np.log2(rank + 2) if rank < 10 else 0 for rank in ranks])),
+    }
+
+
+def test_popularity_is_counted(tiny_data):
+    pytest.importorskip("implicit")
+    training, held = held_out()
+    counts = Counter(item for items in training.values() for item in items)
+    items = {row[1] for row in synthetic_ratings()}
+    among_all = [
+        sum(counts[i] >= counts[held[user]] for i in items - training[user] - {held[user]}) for user in training
+    ]
+    result = run(TINY, (f"data_dir={tiny_data}", "dataset.candidates=20"))
+    (popularity,) = result["metrics"]["popularity"]
+    expected = {f"{name}_all": value for name, value in hits(among_all).items()}
+    assert {name: popularity[name] for name in expected} == pytest.approx(expected)
+    assert 0 < popularity["hr10_all"] < popularity["hr10"]
+    assert len(result["grid"]) == 4
+    assert result["chosen"] == max(result["grid"], key=lambda point: point["hr10"])
+    first, second = result["metrics"]["ials"]
+    assert first != second  # the seeds
+
+
+def test_a_run_ranks_all_items(tiny_data, tmp_path):
+    keys = (
+        "dataset=movielens100k", "dataset.candidates=20", "model=mf", "model.factors=4", "optim=sgd", "optim.lr=5",
+        "train.batch_size=100", "train.epochs=3", "eval.candidates=all", f"data_dir={tiny_data}", "device=cpu",
+    )  # fmt: skip
+    result = train(*keys, f"run_dir={tmp_path}")
+    weights = {k: v.double() for k, v in torch.load(tmp_path / "checkpoint.pt", weights_only=False)["model"].items()}
+    scores = weights["user.weight"] @ weights["item.weight"].T + weights["item_bias"]  # the user's biases order nothing
+    training, held = held_out()
+    users, items = sorted(training), sorted({row[1] for row in synthetic_ratings()})
+    ranks = []
+    for u, user in enumerate(users):
+        own = scores[u, items.index(held[user])]
+        others = [i for i, item in enumerate(items) if item not in training[user] and item != held[user]]
+        ranks.append(sum(bool(scores[u, i] >= own) for i in others))
+    expected = hits(ranks)
+    assert result["last"]["test_hr10_all"] == pytest.approx(expected["hr10"])
+    assert result["last"]["test_ndcg10_all"] == pytest.approx(expected["ndcg10"])
+    assert result["last"]["test_hr10"] > result["last"]["test_hr10_all"]
+    assert ranking_metrics(torch.tensor(ranks))["hr10"] == pytest.approx(expected["hr10"])
+
+
+def test_only_recommenders_have_items():
+    with pytest.raises(ConfigError, match=r"eval.candidates=all: is for recommenders, not dataset=digits"):
+        train("dataset=digits", "eval.candidates=all")
+
+
+@pytest.fixture
+def tiny_references(monkeypatch):
+    """The references on tiny data."""
+    tiny = replace(REFERENCES, settings=TINY)
+    monkeypatch.setitem(command.SIMULATIONS, "references", tiny)
+    monkeypatch.setattr("experiments.reporting.literature.REFERENCES", tiny)
+
+
+def test_the_literature_is_beside_our_numbers(tiny_references, tiny_data, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("implicit")
+    monkeypatch.setattr("experiments.references.task_builder", small_task_builder)
+    given = ["run", "references", "--results", str(tmp_path), "--set", f"data_dir={tiny_data}"]
+    assert command.main(given) == 0
+    assert "iALS" in capsys.readouterr().out
+    (path,) = (tmp_path / "simulations").glob("references-*.json")
+    metrics = json.loads(path.read_text())["result"]["metrics"]
+    page = report.page_of(TABLE4, Store(tmp_path))
+    assert page.literature is not None
+    (popularity,) = (row for row in page.literature.rows if row[0] == "Popularity")
+    assert popularity[1] == f"{metrics['popularity'][0]['hr10']:.2f} (n=1)"
+    assert popularity[6:] == ["45.35", "25.43", "[Rendle et al. 2020](https://arxiv.org/abs/2005.09683), table 1"]
+    report.write(page, tmp_path)
+    assert "MovieLens-1M beside the literature" in (tmp_path / "table4.md").read_text()
+    assert report.page_of(TABLE4, Store(tmp_path / "empty")).literature is None
+
+
+def small_task_builder(config):
+    from lawn.task import task_builder
+
+    return task_builder(replace(config, dataset=replace(config.dataset, candidates=20)))
+
+
+def test_references_without_their_package_are_one_line(tmp_path, capsys, monkeypatch):
+    given = ["run", "references", "--short", "--results", str(tmp_path), "--set", f"data_dir={tmp_path}"]
+    monkeypatch.setattr("experiments.references.find_spec", lambda _: None)
+    assert command.main(given) == ConfigError.exit_code
+    assert capsys.readouterr().err == (
+        "error: references: the package implicit is not installed; pip install '.[references]'\n"
+    )
+    assert not list(Path(tmp_path).rglob("*.json"))
