@@ -26,8 +26,8 @@ from experiments.execution.pool import JobResult
 from experiments.execution.runner import MAX_VECTORIZED, RuntimeEstimate, duration, missing, run
 from experiments.planning.study import SELECTIONS, SETTABLE, Study, studies
 from experiments.records import Record, Store
-from experiments.references import REFERENCES
 from experiments.reporting import report
+from experiments.reporting.references import REFERENCES
 from experiments.reporting.simulations import Simulation, simulation_page
 from experiments.spherical_motion.page import SMD_RAYLEIGH
 from lawn.errors import ConfigError, UserError

@@ -17,7 +17,13 @@ DATASETS = [name for task in TASKS for name in task.datasets]
 
 @pytest.mark.parametrize(("group", "member"), MEMBERS)
 def test_every_member_composes_and_its_arguments_fit(group, member):
-    dataset = {"ncf_mlp": "movielens100k", "bce": "movielens100k", "vgg19": "cifar10", "resnet50": "imagenet"}
+    dataset = {
+        "ncf_mlp": "movielens100k",
+        "mf": "movielens100k",
+        "bce": "movielens100k",
+        "vgg19": "cifar10",
+        "resnet50": "imagenet",
+    }
     overrides = [f"dataset={dataset[member]}"] if member in dataset else []
     config = compose(*overrides, f"{group}={member}")
     task_builder(config)

@@ -32,6 +32,7 @@ LAYERS = """
     experiments.definitions
     experiments.planning
     experiments.execution
+    experiments.references
     experiments.reporting
     experiments.spherical_motion
     experiments.__main__

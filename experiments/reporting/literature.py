@@ -11,9 +11,9 @@ from experiments import definitions
 from experiments.definitions.matrix_factorization import MATRIX_FACTORIZATION
 from experiments.definitions.spec import Measure
 from experiments.records import Record, Store
-from experiments.references import METRICS, REFERENCES
 from experiments.reporting.layout import Table, format_mean
 from experiments.reporting.outcomes import Outcome, outcomes, paper
+from experiments.reporting.references import METRICS, REFERENCES
 
 PANEL, COLUMN = "MovieLens-1M", "batch 10k"  # of table 4
 HEAD = (

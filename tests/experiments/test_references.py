@@ -12,8 +12,9 @@ import torch
 from experiments import __main__ as command
 from experiments.definitions.tables import TABLE4
 from experiments.records import Store
-from experiments.references import REFERENCES, Settings, run
+from experiments.references import Settings, run
 from experiments.reporting import report
+from experiments.reporting.references import REFERENCES
 from lawn.errors import ConfigError
 from lawn.metrics import ranking_metrics
 from lawn.train import run as train
