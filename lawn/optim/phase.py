@@ -177,6 +177,8 @@ def gradients(params: list[Tensor]) -> list[Tensor]:
     found = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     if any(g.is_sparse for g in found):
         raise TypeError("LAWN does not support sparse gradients")
+    if torch.compiler.is_compiling():
+        return found
     return [g.resolve_neg() if g.is_neg() else g for g in found]
 
 
