@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lawn.optim import keys, phase, rounding
+from lawn.optim import keys, phase, rounding, update
 from lawn.optim.zero_check import ZeroCheck
 
 # Keys of torch's param groups that do not change an update, or hold here anyway.
@@ -206,7 +206,8 @@ class LAWNOptimizer(Optimizer, ABC):
     def _update_group(self, group_update: phase.GroupUpdate) -> list[tuple[phase.GroupUpdate, Tensor | None]]:
         """Update a group; its constrained parameters by device and dtype, with the mask of their zero blocks."""
         if group_update.free:
-            for part in rounding.parts(group_update.group, group_update.free):
+            limit = update.batch_elements(group_update.free[0].device)
+            for part in rounding.parts(group_update.group, group_update.free, limit):
                 self._free_update(group_update.group, part)
         return [(single, self._constrained_update(single)) for single in group_update.split_by_device_and_dtype()]
 

@@ -22,8 +22,6 @@ KEY = "rounding"  # of a param group
 SEED = "lawn_seed"  # of a parameter's state
 MODES = ("nearest", "stochastic")
 DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of float32
-FREE_ELEMENTS = 1 << 24  # elements of a free update that have float32 copies at a time
-_MULTIPLIER, _MASK = 0x45D9F3B, 0xFFFFFFFF
 
 
 def check(mode: object, place: str = "") -> None:
@@ -58,14 +56,14 @@ def streams(optimizer: Optimizer, group: Group, params: list[Tensor]) -> Tensor 
         params: parameters of one dtype.
 
     Returns:
-        Streams [params], on the host, or None if the parameters are rounded to nearest. A shard that begins at element
+        Streams [params] as int32, on the host, or None if the parameters are rounded to nearest. A shard that begins at element
         s of the whole parameter uses the stream plus s.
     """
     if not params or not is_stochastic(group, params[0]):
         return None
     make_seeds(optimizer, group, params)
-    seeds = torch.tensor([optimizer.state[p][SEED] for p in params], dtype=torch.int64, device="cpu")
-    return _hash(_hash(seeds + 1) + group["steps"] & _MASK)
+    seeds = torch.tensor([optimizer.state[p][SEED] for p in params], dtype=torch.int32, device="cpu")
+    return _hash(_hash(seeds + 1) + group["steps"])
 
 
 def stochastic(values: Tensor, dtype: torch.dtype, streams: Tensor, numels: list[int]) -> Tensor:
@@ -80,30 +78,36 @@ def stochastic(values: Tensor, dtype: torch.dtype, streams: Tensor, numels: list
     Returns:
         Values [elements] in float32 that `dtype` represents exactly. Infinity and NaN do not change.
     """
-    starts = torch.tensor([0, *accumulate(numels)][:-1], dtype=torch.int64, device="cpu")
-    offsets = (streams - starts).to(values.device)
+    starts = torch.tensor([0, *accumulate(numels)][:-1], device="cpu")
+    offsets = (streams - starts).to(values.device, torch.int32)
     if len(numels) > 1:
         lengths = torch.tensor(numels, device="cpu").to(values.device)
         offsets = offsets.repeat_interleave(lengths, output_size=len(values))
-    noise = _hash(torch.arange(len(values), device=values.device).add_(offsets).bitwise_and_(_MASK))
+    numbers = _hash(torch.arange(len(values), dtype=torch.int32, device=values.device).add_(offsets))
     dropped = DROPPED_BITS[dtype]
-    bits = values.view(torch.int32) + noise.bitwise_and_((1 << dropped) - 1).to(torch.int32)
-    rounded = bits.bitwise_and_(-1 << dropped).view(torch.float32)
+    noise = numbers.bitwise_and_((1 << dropped) - 1)
+    rounded = (values.view(torch.int32) + noise).bitwise_and_(-1 << dropped).view(torch.float32)
     if dtype == torch.float16:  # its subnormal numbers are multiples of 2^-24
-        multiples = (values * 2.0**24 + noise * 2.0**-dropped).floor()
+        multiples = (values * 2.0**24 + noise * 2.0**-dropped).floor_()
         rounded = torch.where(values.abs() < 2.0**-14, multiples * 2.0**-24, rounded)
-    return torch.where(values.isfinite(), rounded, values)
+    return torch.where(values.isnan(), values, rounded)
 
 
-def parts(group: Group, params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Divide the parameters of a free update: a part that has float32 copies is of one dtype and of limited size."""
+def parts(group: Group, params: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    """Divide the parameters of a free update that may need float32 copies into parts of one dtype.
+
+    Args:
+        group: the param group.
+        params: its free parameters.
+        limit: number of elements of a part, which a single parameter may exceed.
+    """
     if group.get(KEY, "nearest") == "nearest":
         yield params
         return
     part: list[Tensor] = []
     elements = 0
     for p in sorted(params, key=lambda p: str(p.dtype)):
-        if part and (p.dtype != part[0].dtype or elements + p.numel() > FREE_ELEMENTS):
+        if part and (p.dtype != part[0].dtype or elements + p.numel() > limit):
             yield part
             part, elements = [], 0
         part.append(p)
@@ -135,7 +139,7 @@ def in_float32(
 
 
 def _hash(x: Tensor) -> Tensor:
-    """Hash numbers of 32 bits, which int64 holds because torch has few operations for unsigned types."""
+    """Hash int32 numbers, whose products overflow to 32 bits."""
     for _ in range(2):
-        x = ((x >> 16) ^ x).mul_(_MULTIPLIER).bitwise_and_(_MASK)
-    return (x >> 16).bitwise_xor_(x)
+        x = (x >> 16).bitwise_and_(0xFFFF).bitwise_xor_(x).mul_(0x45D9F3B)
+    return (x >> 16).bitwise_and_(0xFFFF).bitwise_xor_(x)

@@ -71,6 +71,11 @@ class Blocks:
         return [values[end - size] for size, end in zip(self.sizes, accumulate(self.sizes), strict=True)]
 
 
+def batch_elements(device: torch.device) -> int:
+    """Number of elements that are updated at a time."""
+    return BATCH_ELEMENTS.get(device.type, DEFAULT_BATCH_ELEMENTS)
+
+
 def norms(tensors: list[Tensor], sizes: list[int]) -> Tensor:
     """Compute the Frobenius norm of each block of tensors.
 
@@ -283,8 +288,7 @@ class _FlatLayout:
 
 def _batches(blocks: Blocks) -> Iterator[tuple[Blocks, _FlatLayout, slice]]:
     """Divide blocks into batches of limited size: the batch, its layout and its slice of the blocks."""
-    like = blocks.weights[0]
-    limit = BATCH_ELEMENTS.get(like.device.type, DEFAULT_BATCH_ELEMENTS)
+    limit = batch_elements(blocks.weights[0].device)
     if torch.compiler.is_compiling():
         limit = 0  # a block at a time: the compiler joins the operations of all blocks
     first_block, first_tensor, elements = 0, 0, 0
