@@ -43,7 +43,8 @@ def backend(blocks: Blocks, fused: bool | None) -> Backend:
     Returns:
         The module or object whose functions update the blocks.
     """
-    if fused is False or blocks.streams is not None or torch.compiler.is_compiling():
+    unsupported = blocks.streams is not None and blocks.weights[0].dtype == torch.float16
+    if fused is False or unsupported or torch.compiler.is_compiling():
         return update
     return _triton(blocks.lists) or cpu_kernels.load(blocks.lists, warn=bool(fused)) or update
 

@@ -190,6 +190,8 @@ def real(tensors: list[Tensor]) -> list[Tensor]:
     A gradient that is a lazy conjugate is copied, since it has no such view. Raises TypeError for a parameter that is
     a lazy conjugate.
     """
+    if not any(t.is_complex() for t in tensors):
+        return tensors
     if any(t.is_conj() and not t.requires_grad for t in tensors):
         tensors = [t.resolve_conj() if not t.requires_grad else t for t in tensors]
     if any(t.is_conj() for t in tensors):
