@@ -59,7 +59,12 @@ class LAWNOptimizer(Optimizer, ABC):
     """
 
     def __init__(
-        self, params: ParamsT, defaults: dict[str, Any], free_steps: int | None, fused: bool | None, mode: str
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        free_steps: int | None,
+        fused: bool | None,
+        mode: str = "nearest",
     ) -> None:
         if defaults["lr"] < 0:
             raise ValueError(f"lr must not be negative, got {defaults['lr']}")

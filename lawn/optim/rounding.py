@@ -5,7 +5,7 @@ expectation. Small updates, which rounding to nearest would lose, then act on av
 
 The random numbers come from a hash with a counter. The update of a parameter has a stream, which depends on the seed in
 the parameter's state and on the number of updates of its group; element i uses number i of the stream. A resumed run
-therefore draws the same numbers, and batches, devices and kernels do not matter.
+therefore draws the same numbers, and neither batches nor kernels nor devices matter.
 """
 
 from collections.abc import Iterator
@@ -56,8 +56,8 @@ def streams(optimizer: Optimizer, group: Group, params: list[Tensor]) -> Tensor 
         params: parameters of one dtype.
 
     Returns:
-        Streams [params] as int32, on the host, or None if the parameters are rounded to nearest. A shard that begins at element
-        s of the whole parameter uses the stream plus s.
+        Streams [params] as int32, on the host, or None if the parameters are rounded to nearest. A shard that begins
+        at element s of the whole parameter uses the stream plus s.
     """
     if not params or not is_stochastic(group, params[0]):
         return None
