@@ -121,7 +121,7 @@ def test_norms_that_change_later_are_followed():
         optimizer.load_state_dict(saved)
         advance(optimizer, step, 8, 12)
     assert_close(ours, theirs)
-    first = next(iter(ours.state))
+    first = ours.param_groups[0]["params"][0]
     ours.state[first]["lawn_norm"] *= 2
     ours.load_state_dict(ours.state_dict())
     with pytest.raises(ValueError, match="its state says"):
@@ -130,7 +130,7 @@ def test_norms_that_change_later_are_followed():
 
 @pytest.mark.slow
 def test_stochastic_rounding_draws_the_same_numbers():
-    ours, theirs = make_pair(SGDLAWN, SIZES[:2], torch.bfloat16, free_steps=3, rounding="stochastic")
+    ours, theirs = make_pair(SGDLAWN, SIZES[:1], torch.bfloat16, free_steps=3, rounding="stochastic")
     advance(ours, torch.compile(ours.step, backend="inductor"), 0, 8)
     advance(theirs, theirs.step, 0, 8)
     for p, q in zip(ours.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True):
