@@ -71,14 +71,14 @@ class LAWNOptimizer(Optimizer, ABC):
         rounding.check(mode)
         free_steps = keys.check_free_steps(free_steps)
         self._zero_check = ZeroCheck()
-        self._compare_norms = False  # whether norms were loaded, which the next step compares with the weights
+        self._may_trace = False  # set by a step that is not traced, which makes state and compares loaded norms
         defaults = {**defaults, "weight_decay": 0.0, "free_steps": free_steps, "fused": fused}
         super().__init__(params, defaults if mode == "nearest" else {**defaults, rounding.KEY: mode})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._zero_check = ZeroCheck()
-        self._compare_norms = True
+        self._may_trace = False
         keys.restore_norms(self.state)
         for entry in self.state.values():
             if "step" in entry:  # on the host, so that reading it does not wait for the device
@@ -180,22 +180,22 @@ class LAWNOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update()
+        group_updates = self._traceable() if torch.compiler.is_compiling() and self._may_trace else None
+        if group_updates is None:
+            self._update()
+        else:
+            self._traced_update(group_updates)
         return loss
 
     @torch.no_grad()
-    def _update(self) -> None:
-        group_updates = self._traceable() if torch.compiler.is_compiling() else None
-        if group_updates is None:
-            self._eager_update()
-            return
+    def _traced_update(self, group_updates: list[phase.GroupUpdate]) -> None:
         for group_update in group_updates:
             self._update_group(group_update)
             group_update.group["steps"] += 1
 
     @torch._disable_dynamo  # torch.compiler.disable would import the compiler at once
     @torch.no_grad()
-    def _eager_update(self) -> None:
+    def _update(self) -> None:
         if phase.is_dummy(self):
             self._make_state()
             return
@@ -206,7 +206,7 @@ class LAWNOptimizer(Optimizer, ABC):
             group_update.record(self.state)
         for single, index, zero in results:
             self._zero_check.check(single, index, zero)
-        self._compare_norms = False
+        self._may_trace = all(isinstance(group["lr"], Tensor) for group in self.param_groups)
 
     def _update_group(self, group_update: phase.GroupUpdate) -> list[tuple[phase.GroupUpdate, Tensor | None]]:
         """Update a group; its constrained parameters by device and dtype, with the mask of their zero blocks."""
@@ -219,10 +219,8 @@ class LAWNOptimizer(Optimizer, ABC):
     def _traceable(self) -> list[phase.GroupUpdate] | None:
         """Collect what a step updates if torch.compile can trace the step; None otherwise.
 
-        A tensor must hold the learning rate. State is made and norms are fixed by steps that are not traced.
+        State is made and norms are fixed by steps that are not traced.
         """
-        if self._compare_norms or not all(isinstance(group["lr"], Tensor) for group in self.param_groups):
-            return None
         group_updates = [phase.collect(group, self.state) for group in self.param_groups]
         for group_update in group_updates:
             params = [*group_update.free, *group_update.params]
