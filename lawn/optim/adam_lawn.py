@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 from lawn.optim import cpu_kernels, dispatch, update
 from lawn.optim.base import LAWNOptimizer, counter
 from lawn.optim.phase import GroupUpdate, check_shapes, gradients
+from lawn.optim.rounding import in_float32, streams
 
 
 class AdamLAWN(LAWNOptimizer):
@@ -39,6 +40,8 @@ class AdamLAWN(LAWNOptimizer):
         free_steps: number of updates before the switch; 0 constrains from the start, None waits for `constrain`.
         fused: whether compiled code may be used: None where it is available, True with a warning where it cannot be
             built, False never.
+        rounding: how updated bfloat16 and float16 weights are rounded. "stochastic" lets small updates act on average;
+            other dtypes do not change.
 
     Raises:
         ValueError: if a hyperparameter is out of range, or a param group has an unsupported key or weight decay on
@@ -70,9 +73,10 @@ class AdamLAWN(LAWNOptimizer):
         *,
         free_steps: int | None = None,
         fused: bool | None = None,
+        rounding: str = "nearest",
     ) -> None:
         check_adam(betas, eps)
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, free_steps, fused)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, free_steps, fused, rounding)
 
     def _state_of(self, group: dict[str, Any], params: list[Tensor]) -> Any:
         return moments(self, params, group)
@@ -80,28 +84,27 @@ class AdamLAWN(LAWNOptimizer):
     def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         first, second, steps = self._state_of(group, params)
         beta1, beta2 = group["betas"]
-        grads = gradients(params)
-        # On the CPU torch loops over tensors by default, and its fused form assumes equal strides.
-        on_cpu = all(p.is_cpu and p.is_floating_point() for p in params)
-        fused = group["fused"] is not False and on_cpu and cpu_kernels.same_layout(params, grads, first, second)
-        adam(
-            params,
-            grads,
-            first,
-            second,
-            [],
-            steps,
-            fused=fused or None,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-            has_complex=any(p.is_complex() for p in params),
-            decoupled_weight_decay=True,
-        )
+        lists = params, gradients(params), first, second
+        with in_float32(self, group, *lists) as (params, grads, first, second):
+            adam(
+                params,
+                grads,
+                first,
+                second,
+                [],
+                steps,
+                fused=self._may_fuse(group, params, grads, first, second) or None,
+                amsgrad=False,
+                capturable=torch.compiler.is_compiling(),
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+                has_complex=any(p.is_complex() for p in params),
+                decoupled_weight_decay=True,
+            )
 
     def _constrained_update(self, group_update: GroupUpdate) -> Tensor | None:
         return self._constrained_adam(group_update, trust=False)
@@ -111,11 +114,19 @@ class AdamLAWN(LAWNOptimizer):
         group, params = group_update.group, group_update.params
         first, second, steps = self._state_of(group, params)
         torch._foreach_add_(steps, counter(1.0), alpha=1.0)  # several times as fast as adding a number on the CPU
-        blocks = update.Blocks(params, group_update.sizes, group_update.norms, gradients(params), first, second)
+        lists = params, group_update.sizes, group_update.norms, gradients(params), first, second
+        blocks = update.Blocks(*lists, streams(self, group, params))
         corrections = update.bias_corrections(blocks, steps, group["betas"])
         backend = dispatch.backend(blocks, group["fused"])
         options = {"lr": group["lr"], "betas": group["betas"], "eps": group["eps"]}
         return backend.adam(blocks, corrections, trust=trust, **options)
+
+    @staticmethod
+    def _may_fuse(group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        """Whether torch's fused Adam, which assumes equal strides, replaces its default on the CPU, a loop."""
+        if group["fused"] is False or torch.compiler.is_compiling():
+            return False
+        return all(p.is_cpu and p.is_floating_point() for p in lists[0]) and cpu_kernels.same_layout(*lists)
 
 
 def check_adam(betas: tuple[float, float], eps: float) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lawn.optim import keys, phase
+from lawn.optim import keys, phase, rounding, update
 from lawn.optim.zero_check import ZeroCheck
 
 # Keys of torch's param groups that do not change an update, or hold here anyway.
@@ -25,8 +25,9 @@ class LAWNOptimizer(Optimizer, ABC):
     It trains without constraints for `free_steps` updates, then on the product of spheres ||w_l|| = c_l, where c_l is
     the norm of weight l at the switch. A subclass implements `_state_of`, `_free_update` and `_constrained_update`.
 
-    The param groups have the keys that `lawn.optim.keys` documents and two more: `fused`, and `weight_decay`, which
-    must be 0 in groups with constrained parameters, in both phases. All keys of a group apply to that group alone.
+    The param groups have the keys that `lawn.optim.keys` documents and three more: `fused`, `rounding`, and
+    `weight_decay`, which must be 0 in groups with constrained parameters, in both phases. All keys of a group apply to
+    that group alone.
 
     Args:
         params: parameters, named parameters or param groups.
@@ -34,10 +35,11 @@ class LAWNOptimizer(Optimizer, ABC):
         free_steps: number of updates before the switch; 0 constrains from the start, None waits for `constrain`.
         fused: whether compiled code may be used: None where it is available, True with a warning where it cannot be
             built, False never.
+        mode: "nearest" or "stochastic" rounding of updated weights to half precision, the group key `rounding`.
 
     Raises:
-        ValueError: if `lr` is negative, `free_steps` is not a non-negative integer or None, or a param group has an
-            unsupported key or weight decay on constrained parameters.
+        ValueError: if `lr` is negative, `free_steps` is not a non-negative integer or None, `mode` is unknown, or a
+            param group has an unsupported key or weight decay on constrained parameters.
         TypeError: if parameters are sharded (FSDP, tensor parallelism).
 
     References:
@@ -56,16 +58,27 @@ class LAWNOptimizer(Optimizer, ABC):
         True 4.92
     """
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], free_steps: int | None, fused: bool | None) -> None:
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        free_steps: int | None,
+        fused: bool | None,
+        mode: str = "nearest",
+    ) -> None:
         if defaults["lr"] < 0:
             raise ValueError(f"lr must not be negative, got {defaults['lr']}")
+        rounding.check(mode)
         free_steps = keys.check_free_steps(free_steps)
         self._zero_check = ZeroCheck()
-        super().__init__(params, {**defaults, "weight_decay": 0.0, "free_steps": free_steps, "fused": fused})
+        self._may_trace = False  # set by a step that is not traced, which makes state and compares loaded norms
+        defaults = {**defaults, "weight_decay": 0.0, "free_steps": free_steps, "fused": fused}
+        super().__init__(params, defaults if mode == "nearest" else {**defaults, rounding.KEY: mode})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._zero_check = ZeroCheck()
+        self._may_trace = False
         keys.restore_norms(self.state)
         for entry in self.state.values():
             if "step" in entry:  # on the host, so that reading it does not wait for the device
@@ -146,7 +159,6 @@ class LAWNOptimizer(Optimizer, ABC):
         """
         phase.constrain(self, again=again)
 
-    @torch._disable_dynamo(recursive=False)  # a compiled model in the closure stays compiled
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have gradients.
 
@@ -168,8 +180,18 @@ class LAWNOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update()
+        group_updates = self._traceable() if torch.compiler.is_compiling() and self._may_trace else None
+        if group_updates is None:
+            self._update()
+        else:
+            self._traced_update(group_updates)
         return loss
+
+    @torch.no_grad()
+    def _traced_update(self, group_updates: list[phase.GroupUpdate]) -> None:
+        for group_update in group_updates:
+            self._update_group(group_update)
+            group_update.group["steps"] += 1
 
     @torch._disable_dynamo  # torch.compiler.disable would import the compiler at once
     @torch.no_grad()
@@ -180,24 +202,44 @@ class LAWNOptimizer(Optimizer, ABC):
         phase.check_capture()
         results = []
         for index, group_update in enumerate(self._zero_check.begin(self)):
-            if group_update.free:
-                self._free_update(group_update.group, group_update.free)
-            for single in group_update.split_by_device_and_dtype():
-                results.append((single, index, self._constrained_update(single)))
+            results += [(single, index, zero) for single, zero in self._update_group(group_update)]
             group_update.record(self.state)
         for single, index, zero in results:
             self._zero_check.check(single, index, zero)
+        self._may_trace = all(isinstance(group["lr"], Tensor) for group in self.param_groups)
+
+    def _update_group(self, group_update: phase.GroupUpdate) -> list[tuple[phase.GroupUpdate, Tensor | None]]:
+        """Update a group; its constrained parameters by device and dtype, with the mask of their zero blocks."""
+        if group_update.free:
+            limit = update.batch_elements(group_update.free[0].device)
+            for part in rounding.parts(group_update.group, group_update.free, limit):
+                self._free_update(group_update.group, part)
+        return [(single, self._constrained_update(single)) for single in group_update.split_by_device_and_dtype()]
+
+    def _traceable(self) -> list[phase.GroupUpdate] | None:
+        """Collect what a step updates if torch.compile can trace the step; None otherwise.
+
+        State is made and norms are fixed by steps that are not traced.
+        """
+        group_updates = [phase.collect(group, self.state) for group in self.param_groups]
+        for group_update in group_updates:
+            params = [*group_update.free, *group_update.params]
+            if 0.0 in group_update.norms or not all(self.state.get(p) for p in params):
+                return None
+        return group_updates
 
     def _make_state(self) -> None:
         """Initialize the state that an update would initialize."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             self._state_of(group, params)
+            rounding.make_seeds(self, group, params)
             for p in params:
                 self.state[p].setdefault(keys.NORM, 0.0)
 
     def _check_keys(self, group: dict[str, Any], index: int) -> None:
         """Raise ValueError for a key of a param group that is set but not supported."""
+        rounding.check(group.get(rounding.KEY, "nearest"), f"param group {index}: ")
         for key, value in group.items():
             if key in self._unsupported_keys() and value:
                 raise ValueError(f"param group {index}: {type(self).__name__} has no {key}, got {key}={value!r}")
@@ -206,7 +248,7 @@ class LAWNOptimizer(Optimizer, ABC):
                 raise ValueError(f"param group {index}: unknown key {key!r}; did you mean {close[0]!r}?")
 
     def _supported_keys(self) -> list[str]:
-        return [*dict.fromkeys((*self.defaults, *keys.DEFAULTS))]
+        return [*dict.fromkeys((*self.defaults, rounding.KEY, *keys.DEFAULTS))]
 
     def _unsupported_keys(self) -> set[str]:
         return torch_keys() - set(self._supported_keys())

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from lawn.optim import cpu_kernels, update
@@ -42,7 +43,8 @@ def backend(blocks: Blocks, fused: bool | None) -> Backend:
     Returns:
         The module or object whose functions update the blocks.
     """
-    if fused is False:
+    unsupported = blocks.streams is not None and blocks.weights[0].dtype == torch.float16
+    if fused is False or unsupported or torch.compiler.is_compiling():
         return update
     return _triton(blocks.lists) or cpu_kernels.load(blocks.lists, warn=bool(fused)) or update
 

@@ -15,7 +15,8 @@ cast a tensor to the weight's dtype. Each param group has the keys:
     switched      whether the group is in the second phase, in which each weight's norm is fixed at its next update at
                   the latest
 
-The switch adds and removes no keys.
+The switch adds and removes no keys. With stochastic rounding a group has the key `rounding`, and the state of each of
+its half-precision parameters `lawn_seed`, an int (see `lawn.optim.rounding`).
 """
 
 import operator

@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from lawn.optim.adam_lawn import AdamLAWN, check_adam, moments
 from lawn.optim.phase import GroupUpdate, gradients
+from lawn.optim.rounding import in_float32
 from lawn.optim.update import real
 
 
@@ -141,6 +142,8 @@ class LAMBLAWN(AdamLAWN):
         free_steps: number of updates before the switch; 0 constrains from the start, None waits for `constrain`.
         fused: whether compiled code may be used: None where it is available, True with a warning where it cannot be
             built, False never.
+        rounding: how updated bfloat16 and float16 weights are rounded. "stochastic" lets small updates act on average;
+            other dtypes do not change.
 
     Raises:
         ValueError: if a hyperparameter is out of range, or a param group has an unsupported key or weight decay on
@@ -181,22 +184,24 @@ def lamb(
     """Apply one step of LAMB to parameters that have gradients."""
     first, second, steps = moments(optimizer, params, group)
     ndims = [p.ndim for p in params]
-    first, second, grads, params = map(real, (first, second, gradients(params), params))
     beta1, beta2 = group["betas"]
-    torch._foreach_add_(steps, 1)
-    torch._foreach_lerp_(first, grads, 1 - beta1)
-    torch._foreach_mul_(second, beta2)
-    torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-    counts = [step.item() for step in steps]  # on the host, so this does not wait for the device
-    roots = torch._foreach_sqrt(torch._foreach_div(second, [1 - beta2**t for t in counts]))
-    torch._foreach_add_(roots, group["eps"])
-    torch._foreach_mul_(roots, [1 - beta1**t for t in counts])
-    updates = torch._foreach_div(first, roots)
-    if weight_decay:
-        torch._foreach_add_(updates, params, alpha=weight_decay)
-    weight_norms, update_norms = torch._foreach_norm(params), torch._foreach_norm(updates)
-    for p, ndim, r, w_norm, r_norm in zip(params, ndims, updates, weight_norms, update_norms, strict=True):
-        if trust_vectors or ndim >= 2:
-            ratio = torch.where((w_norm > 0) & (r_norm > 0), w_norm / r_norm, 1.0).clamp(max=max_trust)
-            r = r * ratio
-        p.sub_(r * group["lr"])
+    with in_float32(optimizer, group, params, gradients(params), first, second) as lists:
+        params, grads, first, second = map(real, lists)
+        torch._foreach_add_(steps, 1)
+        torch._foreach_lerp_(first, grads, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+        # The counters are on the host, so reading them does not wait for the device.
+        counts: list[Any] = [t.double() if torch.compiler.is_compiling() else t.item() for t in steps]
+        roots = torch._foreach_sqrt(torch._foreach_div(second, [1 - beta2**t for t in counts]))
+        torch._foreach_add_(roots, group["eps"])
+        torch._foreach_mul_(roots, [1 - beta1**t for t in counts])
+        updates = torch._foreach_div(first, roots)
+        if weight_decay:
+            torch._foreach_add_(updates, params, alpha=weight_decay)
+        weight_norms, update_norms = torch._foreach_norm(params), torch._foreach_norm(updates)
+        for p, ndim, r, w_norm, r_norm in zip(params, ndims, updates, weight_norms, update_norms, strict=True):
+            if trust_vectors or ndim >= 2:
+                ratio = torch.where((w_norm > 0) & (r_norm > 0), w_norm / r_norm, 1.0).clamp(max=max_trust)
+                r = r * ratio
+            p.sub_(r * group["lr"])

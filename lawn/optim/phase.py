@@ -114,7 +114,7 @@ def begin_step(optimizer: Optimizer, known: set[tuple[Tensor, ...]]) -> list[Gro
     groups = optimizer.param_groups
     for index, group in enumerate(groups):
         check_group(group, index)
-    group_updates = [_group_update(group, optimizer.state) for group in groups]
+    group_updates = [collect(group, optimizer.state) for group in groups]
     for index, group_update in enumerate(group_updates):
         if 0.0 in group_update.norms:
             measured = _measure_norms(group_update, index)
@@ -177,6 +177,8 @@ def gradients(params: list[Tensor]) -> list[Tensor]:
     found = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     if any(g.is_sparse for g in found):
         raise TypeError("LAWN does not support sparse gradients")
+    if torch.compiler.is_compiling():
+        return found
     return [g.resolve_neg() if g.is_neg() else g for g in found]
 
 
@@ -193,7 +195,7 @@ def check_shapes(group: Group, params: list[Tensor], state: list[Tensor]) -> lis
     return state
 
 
-def _group_update(group: Group, state: State) -> GroupUpdate:
+def collect(group: Group, state: State) -> GroupUpdate:
     """Collect a group's parameters with gradients. A block is updated whole if one of its parameters has a gradient."""
     due = is_due(group)
     free, constrained, norms = [], [], []

@@ -10,6 +10,7 @@ from torch.optim.sgd import sgd
 from lawn.optim import dispatch, update
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.phase import GroupUpdate, check_shapes, gradients
+from lawn.optim.rounding import in_float32, streams
 
 
 class SGDLAWN(LAWNOptimizer):
@@ -36,6 +37,8 @@ class SGDLAWN(LAWNOptimizer):
         free_steps: number of updates before the switch; 0 constrains from the start, None waits for `constrain`.
         fused: whether compiled code may be used: None where it is available, True with a warning where it cannot be
             built, False never.
+        rounding: how updated bfloat16 and float16 weights are rounded. "stochastic" lets small updates act on average;
+            other dtypes do not change.
 
     Raises:
         ValueError: if a hyperparameter is out of range, or a param group has an unsupported key or weight decay on
@@ -65,10 +68,11 @@ class SGDLAWN(LAWNOptimizer):
         *,
         free_steps: int | None = None,
         fused: bool | None = None,
+        rounding: str = "nearest",
     ) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-        super().__init__(params, {"lr": lr, "momentum": momentum}, free_steps, fused)
+        super().__init__(params, {"lr": lr, "momentum": momentum}, free_steps, fused, rounding)
 
     def _state_of(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
         """Return the momentum buffers; initialize what is missing."""
@@ -78,21 +82,23 @@ class SGDLAWN(LAWNOptimizer):
         return check_shapes(group, params, [self.state[p]["momentum_buffer"] for p in params])
 
     def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        buffers: list[Tensor | None] = [*self._state_of(group, params)]
-        sgd(
-            params,
-            gradients(params),
-            buffers,
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            lr=group["lr"],
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-        )
+        lists = params, gradients(params), self._state_of(group, params)
+        with in_float32(self, group, *lists) as (params, grads, buffers):
+            sgd(
+                params,
+                grads,
+                [*buffers],
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                lr=group["lr"],
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+            )
 
     def _constrained_update(self, group_update: GroupUpdate) -> Tensor | None:
         group, params = group_update.group, group_update.params
         buffers = self._state_of(group, params)
-        blocks = update.Blocks(params, group_update.sizes, group_update.norms, gradients(params), buffers)
+        lists = params, group_update.sizes, group_update.norms, gradients(params), buffers
+        blocks = update.Blocks(*lists, streams=streams(self, group, params))
         return dispatch.backend(blocks, group["fused"]).sgd(blocks, lr=group["lr"], momentum=group["momentum"])

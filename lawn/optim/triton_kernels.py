@@ -108,9 +108,20 @@ def _coefficients(sums, blocks, norms, lr, coefficients, zero, TRUST: tl.constex
 
 
 @triton.jit
+def _stochastic(w, at, stream):
+    """Round to bfloat16 as `lawn.optim.rounding.stochastic` does."""
+    x = (at.to(tl.int32) + stream).to(tl.uint32, bitcast=True)
+    for _ in tl.static_range(2):
+        x = ((x >> 16) ^ x) * 0x45D9F3B
+    x = (x >> 16) ^ x
+    bits = w.to(tl.uint32, bitcast=True) + (x & 0xFFFF)
+    return tl.where(w == w, ((bits >> 16) << 16).to(tl.float32, bitcast=True), w)
+
+
+@triton.jit
 def _move(
-    table, layout, numels, owners, scales, coefficients, eps,
-    ADAM: tl.constexpr, DTYPE: tl.constexpr, CHUNK: tl.constexpr,
+    table, layout, numels, owners, scales, coefficients, eps, streams,
+    STOCHASTIC: tl.constexpr, ADAM: tl.constexpr, DTYPE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     tensor, at, there = _locate(layout, numels, program, CHUNK)
@@ -122,6 +133,8 @@ def _move(
         v = tl.load(tl.load(table + 4 * tensor + 3).to(tl.pointer_type(DTYPE)) + at, there, 0.0).to(tl.float32)
         r = r * tl.load(scales + 2 * block) / (tl.sqrt(v) * tl.load(scales + 2 * block + 1) + eps)
     w = tl.load(coefficients + 2 * block) * w - tl.load(coefficients + 2 * block + 1) * r
+    if STOCHASTIC:
+        w = _stochastic(w, at, tl.load(streams + tensor))
     tl.store(weight, w.to(DTYPE), there)
 
 
@@ -274,7 +287,11 @@ def _step(
         *launch.tensors, owners, along, scales, launch.sums, *factors, eps, ADAM=adam, **constants
     )
     coefficients = launch.coefficients(lr, trust)
-    _move[launch.chunk_grid](*launch.tensors, owners, scales, coefficients, eps, ADAM=adam, **constants)
+    stochastic = blocks.streams is not None
+    streams = owners if blocks.streams is None else upload(blocks.streams, launch.device)
+    _move[launch.chunk_grid](
+        *launch.tensors, owners, scales, coefficients, eps, streams, STOCHASTIC=stochastic, ADAM=adam, **constants
+    )
     return launch.zero
 
 

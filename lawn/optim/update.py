@@ -21,6 +21,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from lawn.optim import rounding
+
 # Elements that are updated at a time, by device type. A block is never divided.
 BATCH_ELEMENTS = {"cpu": 1 << 20}
 DEFAULT_BATCH_ELEMENTS = 1 << 24
@@ -40,6 +42,8 @@ class Blocks:
         grads: gradients.
         first: first moments or momentum buffers; for `project` and `retract` the weights before the step.
         second: second moments; for `project` the tensors that receive the projected gradients.
+        streams: streams of random numbers [tensors] that round the weights, see `lawn.optim.rounding`; None rounds to
+            nearest.
     """
 
     weights: list[Tensor]
@@ -48,6 +52,7 @@ class Blocks:
     grads: list[Tensor] = field(default_factory=list)
     first: list[Tensor] = field(default_factory=list)
     second: list[Tensor] = field(default_factory=list)
+    streams: Tensor | None = None
 
     def __post_init__(self) -> None:
         if any(w.is_complex() for w in self.weights):
@@ -64,6 +69,11 @@ class Blocks:
         if len(self.sizes) == len(values):
             return values
         return [values[end - size] for size, end in zip(self.sizes, accumulate(self.sizes), strict=True)]
+
+
+def batch_elements(device: torch.device) -> int:
+    """Number of elements that are updated at a time."""
+    return BATCH_ELEMENTS.get(device.type, DEFAULT_BATCH_ELEMENTS)
 
 
 def norms(tensors: list[Tensor], sizes: list[int]) -> Tensor:
@@ -180,6 +190,8 @@ def real(tensors: list[Tensor]) -> list[Tensor]:
     A gradient that is a lazy conjugate is copied, since it has no such view. Raises TypeError for a parameter that is
     a lazy conjugate.
     """
+    if not any(t.is_complex() for t in tensors):
+        return tensors
     if any(t.is_conj() and not t.requires_grad for t in tensors):
         tensors = [t.resolve_conj() if not t.requires_grad else t for t in tensors]
     if any(t.is_conj() for t in tensors):
@@ -219,11 +231,13 @@ class _FlatLayout:
         self._numels = [t.numel() for t in tensors]
         ends = [0, *accumulate(self._numels)]
         bounds = [0, *accumulate(sizes)]
-        lengths = torch.tensor([ends[b] - ends[a] for a, b in pairwise(bounds)], device="cpu")
-        self._lengths = lengths.to(tensors[0].device)
+        self._device = tensors[0].device
         self._single = len(sizes) == 1
+        if not self._single:
+            lengths = torch.tensor([ends[b] - ends[a] for a, b in pairwise(bounds)], device="cpu")
+            self._lengths = lengths.to(self._device)
         self._dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-        self._sum_dtype = torch.float64 if tensors[0].device.type == "cpu" else self._dtype
+        self._sum_dtype = torch.float64 if self._device.type == "cpu" else self._dtype
 
     def flatten(self, tensors: list[Tensor]) -> Tensor:
         """Copy tensors to a vector [elements] in at least float32."""
@@ -244,7 +258,7 @@ class _FlatLayout:
 
     def expand(self, values: Tensor) -> Tensor:
         """Repeat values [blocks] for all elements of their blocks; the result broadcasts over [elements]."""
-        values = values.to(self._lengths.device, self._dtype)
+        values = values.to(self._device, self._dtype)
         if self._single:
             return values
         return values.repeat_interleave(self._lengths, output_size=sum(self._numels))
@@ -267,14 +281,18 @@ class _FlatLayout:
         keep, take = coefficients(ww, self.sums(w * r), self.sums(r * r), c, rate, trust=trust)
         zero = ww == 0
         keep, take = keep.masked_fill(zero, 0), take.masked_fill(zero, 0)
-        self.write(blocks.weights, (w * self.expand(keep)).addcmul_(r, self.expand(take), value=-1))
+        moved = (w * self.expand(keep)).addcmul_(r, self.expand(take), value=-1)
+        if blocks.streams is not None:
+            moved = rounding.stochastic(moved, blocks.weights[0].dtype, blocks.streams, self._numels)
+        self.write(blocks.weights, moved)
         return zero
 
 
 def _batches(blocks: Blocks) -> Iterator[tuple[Blocks, _FlatLayout, slice]]:
     """Divide blocks into batches of limited size: the batch, its layout and its slice of the blocks."""
-    like = blocks.weights[0]
-    limit = BATCH_ELEMENTS.get(like.device.type, DEFAULT_BATCH_ELEMENTS)
+    limit = batch_elements(blocks.weights[0].device)
+    if torch.compiler.is_compiling():
+        limit = 0  # a block at a time: the compiler joins the operations of all blocks
     first_block, first_tensor, elements = 0, 0, 0
     numels = [w.numel() for w in blocks.weights]
     ends = list(accumulate(blocks.sizes))
@@ -290,6 +308,7 @@ def _batches(blocks: Blocks) -> Iterator[tuple[Blocks, _FlatLayout, slice]]:
                 blocks.grads[tensors],
                 blocks.first[tensors],
                 blocks.second[tensors],
+                None if blocks.streams is None else blocks.streams[tensors],
             )
             yield batch, _FlatLayout(batch.weights, batch.sizes), selected
             first_block, first_tensor, elements = block + 1, end, 0

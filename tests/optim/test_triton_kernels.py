@@ -37,7 +37,7 @@ SIZES = [(60, 70), (5, 4), (7,), (3, 2, 3, 3)]  # the first in two chunks
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter's process")
-@pytest.mark.parametrize(("marked", "count"), [("not slow", 6), pytest.param("slow", 5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("marked", "count"), [("not slow", 7), pytest.param("slow", 5, marks=pytest.mark.slow)])
 def test_in_the_interpreter(marked, count):
     command = [
         sys.executable,
@@ -59,7 +59,7 @@ def test_in_the_interpreter(marked, count):
 def run(kind, device: str, dtype: torch.dtype, fused: bool | None, steps: int = 4, **keys) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(size, generator=generator).to(device, dtype)) for size in SIZES]
-    optimizer = kind(params, lr=0.02, free_steps=2, fused=fused, **keys)
+    optimizer = kind(params, **{"lr": 0.02, "free_steps": 2, "fused": fused, **keys})
     for _ in range(steps):
         for p in params:
             p.grad = torch.randn(p.shape, generator=generator).to(device, dtype)
@@ -91,6 +91,17 @@ def test_bfloat16_equals_the_plain_update(kind):
     """To the resolution of the type: the kernels round once where torch's operations round twice."""
     for p, q in zip(*(run(kind, "cpu", torch.bfloat16, fused) for fused in (None, False)), strict=True):
         torch.testing.assert_close(p, q, rtol=0.05, atol=0.02)
+
+
+@interpreted
+def test_rounds_by_the_same_numbers_as_the_plain_update():
+    """Entries differ only where the value is not quite the same; other numbers would change about half of them."""
+    outcomes = [
+        run(SGDLAWN, "cpu", torch.bfloat16, fused, steps=1, free_steps=0, rounding="stochastic")
+        for fused in (None, False)
+    ]
+    for p, q in zip(*outcomes, strict=True):
+        assert (p == q).float().mean() > 0.95
 
 
 @interpreted
