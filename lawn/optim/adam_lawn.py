@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
 
-from lawn.optim import cpu_kernels, dispatch, update
+from lawn.optim import cpu_kernels, dispatch, sharding, stages, update
 from lawn.optim.base import LAWNOptimizer, counter
 from lawn.optim.phase import GroupUpdate, check_shapes, gradients
 
@@ -77,10 +77,12 @@ class AdamLAWN(LAWNOptimizer):
     def _state_of(self, group: dict[str, Any], params: list[Tensor]) -> Any:
         return moments(self, params, group)
 
-    def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _free_update(self, group_update: GroupUpdate) -> stages.Pending | None:
+        group, params = group_update.group, group_update.free
         first, second, steps = self._state_of(group, params)
         beta1, beta2 = group["betas"]
         grads = gradients(params)
+        params = sharding.local(params)
         # On the CPU torch loops over tensors by default, and its fused form assumes equal strides.
         on_cpu = all(p.is_cpu and p.is_floating_point() for p in params)
         fused = group["fused"] is not False and on_cpu and cpu_kernels.same_layout(params, grads, first, second)
@@ -102,20 +104,37 @@ class AdamLAWN(LAWNOptimizer):
             has_complex=any(p.is_complex() for p in params),
             decoupled_weight_decay=True,
         )
+        return None
 
     def _constrained_update(self, group_update: GroupUpdate) -> Tensor | None:
         return self._constrained_adam(group_update, trust=False)
 
     def _constrained_adam(self, group_update: GroupUpdate, *, trust: bool) -> Tensor | None:
         """Apply the constrained update of Adam-LAWN, or with `trust` that of LAMB-LAWN."""
-        group, params = group_update.group, group_update.params
-        first, second, steps = self._state_of(group, params)
-        torch._foreach_add_(steps, counter(1.0), alpha=1.0)  # several times as fast as adding a number on the CPU
-        blocks = update.Blocks(params, group_update.sizes, group_update.norms, gradients(params), first, second)
-        corrections = update.bias_corrections(blocks, steps, group["betas"])
+        group = group_update.group
+        blocks, corrections = self._begin(group_update)
         backend = dispatch.backend(blocks, group["fused"])
         options = {"lr": group["lr"], "betas": group["betas"], "eps": group["eps"]}
         return backend.adam(blocks, corrections, trust=trust, **options)
+
+    def _sharded_update(self, part: GroupUpdate) -> stages.Pending:
+        return self._sharded_adam(part, trust=False)
+
+    def _sharded_adam(self, part: GroupUpdate, *, trust: bool) -> stages.Pending:
+        """Begin the update of `_constrained_adam` for sharded blocks."""
+        group = part.group
+        beta1, beta2 = group["betas"]
+        options = {"lr": group["lr"], "eps": group["eps"], "trust": trust, "fused": group["fused"]}
+        return stages.step(part, *self._begin(part), factors=(beta1, 1 - beta1, beta2, 1 - beta2), **options)
+
+    def _begin(self, group_update: GroupUpdate) -> tuple[update.Blocks, Tensor]:
+        """Count the update; return the blocks, local shards of DTensors, and the bias corrections."""
+        group, params = group_update.group, group_update.params
+        first, second, steps = self._state_of(group, params)
+        torch._foreach_add_(steps, counter(1.0), alpha=1.0)  # several times as fast as adding a number on the CPU
+        grads, weights = gradients(params), sharding.local(params)
+        blocks = update.Blocks(weights, group_update.sizes, group_update.norms, grads, first, second)
+        return blocks, update.bias_corrections(blocks, steps, group["betas"])
 
 
 def check_adam(betas: tuple[float, float], eps: float) -> None:
@@ -129,7 +148,7 @@ def check_adam(betas: tuple[float, float], eps: float) -> None:
 def moments(
     optimizer: torch.optim.Optimizer, params: list[Tensor], group: dict[str, Any]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Return first moments, second moments and step counters in torch Adam's format; initialize what is missing."""
+    """Return moments, local shards of DTensors, and step counters, as torch's Adam keeps them; make what is missing."""
     for p in params:
         if "step" not in optimizer.state[p]:
             optimizer.state[p] |= {

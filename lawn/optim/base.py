@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lawn.optim import keys, phase
+from lawn.optim import keys, phase, stages
 from lawn.optim.zero_check import ZeroCheck
 
 # Keys of torch's param groups that do not change an update, or hold here anyway.
@@ -178,13 +178,18 @@ class LAWNOptimizer(Optimizer, ABC):
             self._make_state()
             return
         phase.check_capture()
-        results = []
+        results: list[tuple[phase.GroupUpdate, int, Tensor | None]] = []
+        pending: list[tuple[phase.GroupUpdate, int, stages.Pending]] = []
         for index, group_update in enumerate(self._zero_check.begin(self)):
-            if group_update.free:
-                self._free_update(group_update.group, group_update.free)
+            waiting = self._free_update(group_update) if group_update.free or group_update.idle else None
+            if waiting is not None:
+                pending.append((group_update, index, waiting))
             for single in group_update.split_by_device_and_dtype():
                 results.append((single, index, self._constrained_update(single)))
+            pending += [(part, index, self._sharded_update(part)) for part in group_update.sharded if part.params]
             group_update.record(self.state)
+        zeros = stages.finish([waiting for _, _, waiting in pending])
+        results += [(part, index, zero) for (part, index, _), zero in zip(pending, zeros, strict=True)]
         for single, index, zero in results:
             self._zero_check.check(single, index, zero)
 
@@ -216,8 +221,11 @@ class LAWNOptimizer(Optimizer, ABC):
         """Return the state of the parameters; initialize what is missing."""
 
     @abstractmethod
-    def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """Update parameters of a group, which all have gradients, with the base optimizer's rule."""
+    def _free_update(self, group_update: phase.GroupUpdate) -> stages.Pending | None:
+        """Update the free parameters of a group, which all have gradients, with the base optimizer's rule.
+
+        Returns the part of the update that waits for sums over ranks, if there is one.
+        """
 
     @abstractmethod
     def _constrained_update(self, group_update: phase.GroupUpdate) -> Tensor | None:
@@ -225,6 +233,10 @@ class LAWNOptimizer(Optimizer, ABC):
 
         Returns a mask [blocks] of the blocks that are zero, or None if no block is zero.
         """
+
+    @abstractmethod
+    def _sharded_update(self, part: phase.GroupUpdate) -> stages.Pending:
+        """Begin the update of constrained blocks that hold DTensors, of one device and dtype."""
 
 
 def counter(steps: float) -> Tensor:

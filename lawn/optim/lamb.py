@@ -1,6 +1,6 @@
 """LAMB (You et al. 2020), LAMB+ and LAMB-LAWN."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from lawn.optim import sharding, stages
 from lawn.optim.adam_lawn import AdamLAWN, check_adam, moments
 from lawn.optim.phase import GroupUpdate, gradients
 from lawn.optim.update import real
@@ -80,12 +81,14 @@ class LAMB(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        pending = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if any(p.grad.is_sparse for p in params):
                 raise TypeError("LAMB does not support sparse gradients")
-            if params:
-                lamb(self, group, params, group["weight_decay"], self.max_trust, self.trust_vectors)
+            idle = [p for p in group["params"] if p.grad is None and p.requires_grad and sharding.is_dtensor(p)]
+            pending.append(lamb(self, group, params, idle, self.max_trust, self.trust_vectors))
+        stages.finish([waiting for waiting in pending if waiting is not None])
         return loss
 
 
@@ -163,25 +166,54 @@ class LAMBLAWN(AdamLAWN):
         tensor([[0.9950, 0.0995]], requires_grad=True)
     """
 
-    def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        lamb(self, group, params, group["weight_decay"], float("inf"), True)
+    def _free_update(self, group_update: GroupUpdate) -> stages.Pending | None:
+        return lamb(self, group_update.group, group_update.free, group_update.idle, float("inf"), True)
 
     def _constrained_update(self, group_update: GroupUpdate) -> Tensor | None:
         return self._constrained_adam(group_update, trust=True)
+
+    def _sharded_update(self, part: GroupUpdate) -> stages.Pending:
+        return self._sharded_adam(part, trust=True)
 
 
 def lamb(
     optimizer: Optimizer,
     group: dict[str, Any],
     params: list[Tensor],
-    weight_decay: float,
+    idle: list[Tensor],
     max_trust: float,
     trust_vectors: bool,
-) -> None:
-    """Apply one step of LAMB to parameters that have gradients."""
+) -> stages.Pending | None:
+    """Apply one step of LAMB to parameters that have gradients.
+
+    The update of DTensors waits for the norms of whole tensors; it is returned. `idle` are trainable DTensors without a
+    gradient on this rank, which take part in the sums as another rank may have a gradient.
+    """
+    sharded = [p for p in params if sharding.is_dtensor(p)]
+    plain = [p for p in params if not sharding.is_dtensor(p)] if sharded else params
+    if plain:
+        weights, updates = _updates(optimizer, group, plain)
+        trusted = [trust_vectors or p.ndim >= 2 for p in plain]
+        norms = torch._foreach_norm(weights), torch._foreach_norm(updates)
+        _apply(weights, updates, *norms, trusted, group["lr"], max_trust)
+    if not sharded and not idle:
+        return None
+    weights, updates = _updates(optimizer, group, sharded)
+    trusted = [trust_vectors or p.ndim >= 2 for p in sharded]
+    rest = real(sharding.local(idle))
+    columns = [_squares(weights + rest), _squares(updates + [t.new_zeros(0) for t in rest])]
+
+    def complete(reduced: Tensor) -> None:
+        weight_norms, update_norms = ([*column] for column in reduced[: len(sharded)].sqrt().unbind(1))
+        _apply(weights, updates, weight_norms, update_norms, trusted, group["lr"], max_trust)
+
+    return stages.Pending(sharded + idle, torch.stack(columns, 1), complete)
+
+
+def _updates(optimizer: Optimizer, group: dict[str, Any], params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Update the moments; return real views of the weights, local shards of DTensors, and LAMB's updates of them."""
     first, second, steps = moments(optimizer, params, group)
-    ndims = [p.ndim for p in params]
-    first, second, grads, params = map(real, (first, second, gradients(params), params))
+    first, second, grads, weights = map(real, (first, second, gradients(params), sharding.local(params)))
     beta1, beta2 = group["betas"]
     torch._foreach_add_(steps, 1)
     torch._foreach_lerp_(first, grads, 1 - beta1)
@@ -192,11 +224,31 @@ def lamb(
     torch._foreach_add_(roots, group["eps"])
     torch._foreach_mul_(roots, [1 - beta1**t for t in counts])
     updates = torch._foreach_div(first, roots)
-    if weight_decay:
-        torch._foreach_add_(updates, params, alpha=weight_decay)
-    weight_norms, update_norms = torch._foreach_norm(params), torch._foreach_norm(updates)
-    for p, ndim, r, w_norm, r_norm in zip(params, ndims, updates, weight_norms, update_norms, strict=True):
-        if trust_vectors or ndim >= 2:
+    if group["weight_decay"]:
+        torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
+    return weights, list(updates)
+
+
+def _apply(
+    weights: list[Tensor],
+    updates: list[Tensor],
+    weight_norms: Sequence[Tensor],
+    update_norms: Sequence[Tensor],
+    trusted: list[bool],
+    lr: float | Tensor,
+    max_trust: float,
+) -> None:
+    """Apply updates, multiplied by their trust ratios where these are `trusted`."""
+    for w, r, w_norm, r_norm, trust in zip(weights, updates, weight_norms, update_norms, trusted, strict=True):
+        if trust:
             ratio = torch.where((w_norm > 0) & (r_norm > 0), w_norm / r_norm, 1.0).clamp(max=max_trust)
             r = r * ratio
-        p.sub_(r * group["lr"])
+        w.sub_(r * lr)
+
+
+def _squares(tensors: list[Tensor]) -> Tensor:
+    """Compute the square of each tensor's norm [tensors], in float64 on the CPU."""
+    device = tensors[0].device
+    dtype = torch.float64 if device.type == "cpu" else torch.promote_types(tensors[0].dtype, torch.float32)
+    norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, dtype)) for t in tensors]
+    return torch.stack([norm.to(device, dtype) for norm in norms]) ** 2

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
-from lawn.optim import dispatch, update
+from lawn.optim import dispatch, sharding, stages, update
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.phase import GroupUpdate, check_shapes, gradients
 
@@ -71,16 +71,17 @@ class SGDLAWN(LAWNOptimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum}, free_steps, fused)
 
     def _state_of(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
-        """Return the momentum buffers; initialize what is missing."""
+        """Return the momentum buffers, local shards of DTensors; initialize what is missing."""
         for p in params:
             if self.state[p].get("momentum_buffer") is None:  # torch's SGD stores None without momentum
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return check_shapes(group, params, [self.state[p]["momentum_buffer"] for p in params])
 
-    def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _free_update(self, group_update: GroupUpdate) -> None:
+        group, params = group_update.group, group_update.free
         buffers: list[Tensor | None] = [*self._state_of(group, params)]
         sgd(
-            params,
+            sharding.local(params),
             gradients(params),
             buffers,
             weight_decay=group["weight_decay"],
@@ -96,3 +97,11 @@ class SGDLAWN(LAWNOptimizer):
         buffers = self._state_of(group, params)
         blocks = update.Blocks(params, group_update.sizes, group_update.norms, gradients(params), buffers)
         return dispatch.backend(blocks, group["fused"]).sgd(blocks, lr=group["lr"], momentum=group["momentum"])
+
+    def _sharded_update(self, part: GroupUpdate) -> stages.Pending:
+        group, params = part.group, part.params
+        buffers, weights = self._state_of(group, params), sharding.local(params)
+        blocks = update.Blocks(weights, part.sizes, part.norms, gradients(params), buffers)
+        factors, ones = (group["momentum"], 1.0, 0.0, 0.0), torch.ones(2, len(part.sizes), device="cpu")
+        options = {"lr": group["lr"], "fused": group["fused"], "trust": False, "eps": 0.0}
+        return stages.step(part, blocks, ones, factors=factors, **options)
