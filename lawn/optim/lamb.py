@@ -200,14 +200,17 @@ def lamb(
         return None
     weights, updates = _updates(optimizer, group, sharded)
     trusted = [trust_vectors or p.ndim >= 2 for p in sharded]
-    rest = real(sharding.local(idle))
-    columns = [_squares(weights + rest), _squares(updates + [t.new_zeros(0) for t in rest])]
+    update_of = dict(zip(sharded, updates, strict=True))
+    members = [p for p in group["params"] if p in update_of or p in set(idle)]  # in the same order on all ranks
+    shards = real(sharding.local(members))
+    moves = [update_of.get(p, shard.new_zeros(0)) for p, shard in zip(members, shards, strict=True)]
 
     def complete(reduced: Tensor) -> None:
-        weight_norms, update_norms = ([*column] for column in reduced[: len(sharded)].sqrt().unbind(1))
+        norms = dict(zip(members, reduced.sqrt(), strict=True))
+        weight_norms, update_norms = ([norms[p][column] for p in sharded] for column in range(2))
         _apply(weights, updates, weight_norms, update_norms, trusted, group["lr"], max_trust)
 
-    return stages.Pending(sharded + idle, torch.stack(columns, 1), complete)
+    return stages.Pending(members, torch.stack([_squares(shards), _squares(moves)], 1), complete)
 
 
 def _updates(optimizer: Optimizer, group: dict[str, Any], params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

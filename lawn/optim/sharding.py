@@ -33,8 +33,8 @@ def problem(p: Tensor) -> str:
     partial = [placement for placement in _of(p).placements if placement.is_partial()]
     if partial:
         return (
-            f"a DTensor with the placement {partial[0]}: its ranks hold terms of a sum, and a norm needs the sum; "
-            "redistribute it to Shard or Replicate"
+            f"a DTensor with the placement {partial[0]!r}: its ranks hold terms of a reduction, and a norm needs its "
+            "result; redistribute it to Shard or Replicate"
         )
     return ""
 
