@@ -2,8 +2,8 @@
 
 A transformer of 25 M parameters on two gloo ranks of this machine, with a thread each. The optimizers take turns, a
 training step each in every round, so a drift of the machine's speed reaches all of them. Prints the median time of a
-training step and of the optimizer's part of it, and what the optimizer takes more than AdamW, and more than fused
-AdamW, as a share of a training step with it; writes the same with hardware and versions to results/bench/fsdp-cpu.json and .md.
+training step and of the optimizer's part of it, and what the optimizer takes more than AdamW, plain and fused, as a
+share of a training step with AdamW; writes the same with hardware and versions to results/bench/fsdp-cpu.json and .md.
 """
 
 import statistics
