@@ -43,7 +43,7 @@ class AdamLAWN(LAWNOptimizer):
     Raises:
         ValueError: if a hyperparameter is out of range, or a param group has an unsupported key or weight decay on
             constrained parameters.
-        TypeError: if parameters are sharded (FSDP, tensor parallelism).
+        TypeError: if parameters are flat parameters of FullyShardedDataParallel, or DTensors with a Partial placement.
 
     References:
         Gupta et al. 2021, Algorithm 1, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).

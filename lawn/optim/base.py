@@ -23,7 +23,8 @@ class LAWNOptimizer(Optimizer, ABC):
     """Base class of the LAWN optimizers.
 
     It trains without constraints for `free_steps` updates, then on the product of spheres ||w_l|| = c_l, where c_l is
-    the norm of weight l at the switch. A subclass implements `_state_of`, `_free_update` and `_constrained_update`.
+    the norm of weight l at the switch. A subclass implements `_state_of`, `_free_update`,
+    `_constrained_update` and `_sharded_update`.
 
     The param groups have the keys that `lawn.optim.keys` documents and two more: `fused`, and `weight_decay`, which
     must be 0 in groups with constrained parameters, in both phases. All keys of a group apply to that group alone.
@@ -38,7 +39,7 @@ class LAWNOptimizer(Optimizer, ABC):
     Raises:
         ValueError: if `lr` is negative, `free_steps` is not a non-negative integer or None, or a param group has an
             unsupported key or weight decay on constrained parameters.
-        TypeError: if parameters are sharded (FSDP, tensor parallelism).
+        TypeError: if parameters are flat parameters of FullyShardedDataParallel, or DTensors with a Partial placement.
 
     References:
         Gupta et al. 2021, section 3, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
@@ -101,7 +102,7 @@ class LAWNOptimizer(Optimizer, ABC):
 
         Raises:
             ValueError: if a key is not supported, or constrained parameters have weight decay.
-            TypeError: if parameters are sharded.
+            TypeError: if parameters cannot be updated, as in the constructor.
         """
         given = "free_steps" in param_group
         index = len(self.param_groups)
@@ -161,7 +162,7 @@ class LAWNOptimizer(Optimizer, ABC):
         Raises:
             ValueError: if a norm cannot be fixed, or a constrained weight has become zero (on a GPU one or two updates
                 later). The message names the parameter.
-            TypeError: if a constrained parameter has a sparse gradient.
+            TypeError: if a constrained parameter has a sparse gradient, or a DTensor a gradient that is none.
             RuntimeError: if a CUDA graph is being captured.
         """
         loss = None

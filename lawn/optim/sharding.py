@@ -15,15 +15,14 @@ from torch import Tensor
 
 def is_dtensor(t: Tensor | None) -> bool:
     """Whether a tensor is a DTensor."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(t, module.DTensor)
+    kind = _dtensor()
+    return kind is not None and isinstance(t, kind)
 
 
 def local(tensors: list[Tensor]) -> list[Tensor]:
     """Replace each DTensor by the shard of this rank, which shares its memory. Call it without gradient recording."""
-    if "torch.distributed.tensor" not in sys.modules:
-        return tensors
-    return [_local(t) if is_dtensor(t) else t for t in tensors]
+    kind = _dtensor()
+    return tensors if kind is None else [_local(t) if isinstance(t, kind) else t for t in tensors]
 
 
 def problem(p: Tensor) -> str:
@@ -77,14 +76,17 @@ def all_reduce(params: list[Tensor], sums: Tensor) -> Tensor:
     Returns:
         Sums [params, terms] over whole parameters, the same bits on all ranks that share them.
     """
+    dims = [_shard_dims(p) for p in params]
     rows: dict[Any, list[int]] = {}
-    for row, p in enumerate(params):
-        if _shard_dims(p) and _of(p).device_mesh.get_coordinate() is not None:
+    for row, (p, own) in enumerate(zip(params, dims, strict=True)):
+        if own:
             rows.setdefault(_of(p).device_mesh, []).append(row)
     for mesh, members in rows.items():
+        if mesh.get_coordinate() is None:  # this rank holds none of these parameters
+            continue
         all_rows = len(members) == len(params)
         part = sums if all_rows else sums[members]
-        part = _add_over(mesh, [_shard_dims(params[row]) for row in members], part)
+        part = _add_over(mesh, [dims[row] for row in members], part)
         if all_rows:
             return part
         sums = sums.index_put((torch.tensor(members, device=sums.device),), part)
@@ -123,7 +125,12 @@ def _shard_dims(p: Tensor) -> tuple[int, ...]:
 
 def _local(t: Tensor) -> Tensor:
     shard = _of(t).to_local()
-    return shard.wait() if hasattr(shard, "wait") else shard  # an AsyncCollectiveTensor
+    return shard if type(shard) is Tensor or not hasattr(shard, "wait") else shard.wait()  # AsyncCollectiveTensor
+
+
+def _dtensor() -> type[Tensor] | None:
+    module = sys.modules.get("torch.distributed.tensor")
+    return None if module is None else module.DTensor
 
 
 def _of(t: Tensor) -> Any:

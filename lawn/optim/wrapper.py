@@ -37,8 +37,8 @@ class LAWN:
             built, False never.
 
     Raises:
-        TypeError: if `optimizer` has no hooks (it is not a torch optimizer), is a ZeroRedundancyOptimizer, or has
-            sharded parameters.
+        TypeError: if `optimizer` has no hooks (it is not a torch optimizer), is a ZeroRedundancyOptimizer, or has flat
+            parameters of FullyShardedDataParallel or DTensors with a Partial placement.
         ValueError: if `optimizer` is a LAWN optimizer already, `free_steps` is invalid, or constrained parameters have
             weight decay. The optimizer does not change then.
 
