@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 PLAIN = {Tensor, torch.nn.Parameter}
 
 
