@@ -193,7 +193,7 @@ def lamb(
     The update of DTensors waits for the norms of whole tensors; it is returned. `idle` are trainable DTensors without a
     gradient on this rank, which take part in the sums as another rank may have a gradient.
     """
-    sharded = [p for p in params if sharding.is_dtensor(p)]
+    sharded = [p for p in params if sharding.is_dtensor(p)] if sharding.any_dtensor(params) else []
     plain = [p for p in params if not sharding.is_dtensor(p)] if sharded else params
     if plain:
         trusted = [trust_vectors or p.ndim >= 2 for p in plain]

@@ -65,13 +65,13 @@ class GroupUpdate:
 
     def separate_sharded(self) -> "GroupUpdate":
         """Move the blocks that hold DTensors to `sharded`; return self."""
-        if not any(map(sharding.is_dtensor, self.params)):
+        if not sharding.any_dtensor(self.params):
             return self
         blocks, norms = self.blocks(), self.norms
         self.params, self.sizes, self.norms = [], [], []
         rest = GroupUpdate(self.group, [], [], [], [])
         for block, c in zip(blocks, norms, strict=True):
-            (rest if any(map(sharding.is_dtensor, block)) else self)._add(block, c)
+            (rest if sharding.any_dtensor(block) else self)._add(block, c)
         self.sharded = rest.split_by_device_and_dtype()
         return self
 
@@ -288,8 +288,11 @@ def gradients(params: list[Tensor]) -> list[Tensor]:
 
     Raises TypeError for sparse gradients.
     """
-    given = [sharding.gradient(p) for p in params]
-    found = [torch.zeros_like(p) if g is None else g for p, g in zip(sharding.local(params), given, strict=True)]
+    if sharding.any_dtensor(params):
+        given = map(sharding.gradient, params)
+        found = [torch.zeros_like(p) if g is None else g for p, g in zip(sharding.local(params), given, strict=True)]
+    else:
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     if any(g.is_sparse for g in found):
         raise TypeError("LAWN does not support sparse gradients")
     if torch.compiler.is_compiling():
@@ -299,6 +302,7 @@ def gradients(params: list[Tensor]) -> list[Tensor]:
 
 def check_shapes(group: Group, params: list[Tensor], state: list[Tensor]) -> list[Tensor]:
     """Return `state`, one tensor for each parameter, or its local shard. Raises RuntimeError where shapes differ."""
+    sharded = sharding.any_dtensor(params)
     for p, t in zip(params, state, strict=True):
         if t.shape != p.shape:
             position = next(i for i, q in enumerate(group["params"]) if q is p)
@@ -307,7 +311,7 @@ def check_shapes(group: Group, params: list[Tensor], state: list[Tensor]) -> lis
                 f"parameter {name!r} has the shape {tuple(p.shape)}, but its state {tuple(t.shape)}: the state is of "
                 "another parameter, or the parameter was replaced"
             )
-        if not sharding.same_shards(p, t):
+        if sharded and not sharding.same_shards(p, t):
             raise RuntimeError(
                 f"a parameter of shape {tuple(p.shape)} is not sharded as its state is; load the state with "
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
@@ -322,21 +326,22 @@ def collect(group: Group, state: State) -> GroupUpdate:
     idle: list[Tensor] = []
     constrained, norms = [], []
     for p in group["params"]:
-        if p.grad is None and not (p.requires_grad and sharding.is_dtensor(p)):
+        grad = p.grad
+        if grad is None and not (p.requires_grad and sharding.is_dtensor(p)):
             continue
-        if p.grad is not None and p.grad.is_sparse and constrains(group, p):
+        if grad is not None and grad.is_sparse and constrains(group, p):
             raise TypeError("LAWN does not support sparse gradients")
         entry = state.get(p)
         c = entry.get(NORM, 0.0) if entry else 0.0
         if not constrains(group, p):
-            (free if p.grad is not None else idle).append(p)
+            (idle if grad is None else free).append(p)
             if c and entry:  # constrain=False was set after the switch
                 entry[NORM] = 0.0
         elif due or c:
             constrained.append(p)
             norms.append(c)
         else:
-            (free if p.grad is not None else idle).append(p)
+            (idle if grad is None else free).append(p)
     if group["blocks"] is None:
         return GroupUpdate(group, free, constrained, [1] * len(constrained), norms, idle=idle).separate_sharded()
     blocks = _blocks(group, constrained)

@@ -12,17 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PLAIN = {Tensor, torch.nn.Parameter}
+
 
 def is_dtensor(t: Tensor | None) -> bool:
     """Whether a tensor is a DTensor."""
-    kind = _dtensor()
-    return kind is not None and isinstance(t, kind)
+    if type(t) in PLAIN:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def any_dtensor(tensors: list[Tensor]) -> bool:
+    """Whether there is a DTensor; for plain tensors this takes hardly any time."""
+    return not PLAIN.issuperset(map(type, tensors)) and any(map(is_dtensor, tensors))
 
 
 def local(tensors: list[Tensor]) -> list[Tensor]:
     """Replace each DTensor by the shard of this rank, which shares its memory. Call it without gradient recording."""
-    kind = _dtensor()
-    return tensors if kind is None else [_local(t) if isinstance(t, kind) else t for t in tensors]
+    return [_local(t) if is_dtensor(t) else t for t in tensors] if any_dtensor(tensors) else tensors
 
 
 def problem(p: Tensor) -> str:
@@ -121,7 +129,7 @@ def _add_over(mesh: Any, shard_dims: list[tuple[int, ...]], sums: Tensor) -> Ten
     counted = [all(coordinate[dim] == 0 for dim in dims if dim not in own) for own in shard_dims]
     result = sums.to(mesh.device_type, copy=True)  # the shards may be on the host, and the process group on a device
     if not all(counted):
-        result[~torch.tensor(counted, device=result.device)] = 0
+        result.masked_fill_(~torch.tensor(counted, device=result.device)[:, None], 0)
     for group in _groups(mesh, dims):
         torch.distributed.all_reduce(result, group=group)
     return result.to(sums.device)
@@ -147,11 +155,6 @@ def _shard_dims(p: Tensor) -> tuple[int, ...]:
 def _local(t: Tensor) -> Tensor:
     shard = _of(t).to_local()
     return shard if type(shard) is Tensor or not hasattr(shard, "wait") else shard.wait()  # AsyncCollectiveTensor
-
-
-def _dtensor() -> type[Tensor] | None:
-    module = sys.modules.get("torch.distributed.tensor")
-    return None if module is None else module.DTensor
 
 
 def _of(t: Tensor) -> Any:
