@@ -313,6 +313,26 @@ def complex_weights() -> float:
     return max(errors)
 
 
+def rounded_stochastically() -> list[float]:
+    """Shares of entries that are those of a plain weight: rows for each optimizer and phase, then shards of columns."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    shares = []
+    cases = [(kind, free_steps, 0) for kind in (AdamLAWN, SGDLAWN, LAMBLAWN) for free_steps in (None, 0)]
+    for kind, free_steps, dim in (*cases, (AdamLAWN, 0, 1)):
+        torch.manual_seed(0)
+        value = torch.randn(51, 40, dtype=torch.bfloat16)
+        plain, sharded = nn.Parameter(value.clone()), nn.Parameter(distribute_tensor(value, mesh(2), [Shard(dim)]))
+        made = [kind([p], lr=1e-3, free_steps=free_steps, rounding="stochastic") for p in (plain, sharded)]
+        for _ in range(3):
+            plain.grad = torch.randn(51, 40, dtype=torch.bfloat16)
+            sharded.grad = distribute_tensor(plain.grad, mesh(2), [Shard(dim)])
+            for optimizer in made:
+                optimizer.step()
+        shares.append((whole(sharded) == plain).double().mean().item())
+    return shares
+
+
 def lamb() -> float:
     models = [Model(), fsdp(Model())]
     for model in models:
@@ -458,7 +478,7 @@ def two_ranks(tmp_path_factory):
     jobs += [("two meshes", compare, (two_meshes, "AdamLAWN"))]
     jobs += [(f"missing, {kind}", gradients_that_are_missing, (kind,)) for kind in FOUR]
     single = (by_hand, gradients_on_one_rank, nothing_to_update, first_step_at_zero_rate, closure_called_twice)
-    single = (*single, gradient_of_another_placement, complex_weights, lamb, errors)
+    single = (*single, gradient_of_another_placement, complex_weights, rounded_stochastically, lamb, errors)
     jobs += [(job.__name__, job, ()) for job in single]
     for phase, after in SAVED.items():
         jobs += [(f"saved {phase}, {kind}", save, (kind, after, folder / f"{phase} {kind}")) for kind in FOUR]
@@ -524,6 +544,14 @@ def test_a_first_step_at_a_rate_of_zero_is_told_from_the_one_that_makes_state(tw
 def test_others_equal_one_process(two_ranks, job):
     for results in two_ranks[1]:
         assert results[job.__name__] < 1e-12
+
+
+def test_shards_of_rows_are_rounded_with_the_numbers_of_the_whole(two_ranks):
+    """Sums in another order change a few roundings; shards of columns draw numbers of their own."""
+    for results in two_ranks[1]:
+        *rows, columns = results["rounded_stochastically"]
+        assert min(rows) > 0.98, rows
+        assert columns < 0.9
 
 
 def test_errors_are_those_of_all_ranks(two_ranks):
