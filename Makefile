@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .DEFAULT_GOAL := help
 TABLES := table1 table2 table3 table4 table5 table6 figure1 figure2 tuning_curves automatic flattening_digits flattening_movielens100k
 SIMULATIONS := smd_rayleigh
-.PHONY: help setup demo data report $(TABLES) $(SIMULATIONS) test test-all lint docs format bench bench-ncf bench-sweep bench-optim bench-images bench-diagnostics audit clean
+.PHONY: help setup demo data report $(TABLES) $(SIMULATIONS) test test-all lint docs format bench bench-ncf bench-sweep bench-optim bench-images bench-diagnostics bench-fsdp audit clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,7 @@ bench: ## all benchmarks, one after the other; results/bench/
 	$(MAKE) bench-optim
 	$(MAKE) bench-images
 	$(MAKE) bench-diagnostics
+	$(MAKE) bench-fsdp
 
 bench-ncf: $(READY) ## time NCF's training against a plain loop, on MovieLens in DATA_DIR
 	$(PYTHON) -m scripts.bench_ncf --data-dir $(DATA_DIR) $(ARGS)
@@ -84,6 +85,9 @@ bench-images: $(READY) ## time VGG-19, ResNet-50 and their input pipelines again
 
 bench-diagnostics: $(READY) ## time training with diagnostics=on against without, on MovieLens and CIFAR-10 in DATA_DIR
 	$(PYTHON) -m scripts.bench_diagnostics --data-dir $(DATA_DIR) $(ARGS)
+
+bench-fsdp: $(READY) ## time training a transformer under FSDP2 with LAWN against AdamW, on two gloo ranks
+	$(PYTHON) -m scripts.bench_fsdp $(ARGS)
 
 audit: ## known vulnerabilities of the pinned packages (asks the network; needs uv)
 	uvx pip-audit --requirement constraints.txt --no-deps --disable-pip

@@ -78,6 +78,14 @@ def test_bench_optim(tmp_path):
 
 
 @pytest.mark.slow
+def test_bench_fsdp(tmp_path):
+    run_module("bench_fsdp", "--width", "64", "--layers", "1", "--vocabulary", "90", "--results", str(tmp_path))
+    rows = content(tmp_path, "fsdp")
+    assert rows["torch AdamW"]["added_share"] == 0
+    assert {row["collectives"] for name, row in rows.items() if "LAWN" in name} == {2}
+
+
+@pytest.mark.slow
 def test_bench_images(tmp_path):
     run_module("bench_images", "--sizes", "tiny", "--results", str(tmp_path))
     measured = content(tmp_path, "images")

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
 
-from lawn.optim import cpu_kernels, dispatch, update
+from lawn.optim import cpu_kernels, dispatch, sharding, stages, update
 from lawn.optim.base import LAWNOptimizer, counter
 from lawn.optim.phase import GroupUpdate, check_shapes, gradients
 from lawn.optim.rounding import in_float32, streams
@@ -46,7 +46,7 @@ class AdamLAWN(LAWNOptimizer):
     Raises:
         ValueError: if a hyperparameter is out of range, or a param group has an unsupported key or weight decay on
             constrained parameters.
-        TypeError: if parameters are sharded (FSDP, tensor parallelism).
+        TypeError: if parameters are flat parameters of FullyShardedDataParallel, or DTensors with a Partial placement.
 
     References:
         Gupta et al. 2021, Algorithm 1, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
@@ -81,19 +81,19 @@ class AdamLAWN(LAWNOptimizer):
     def _state_of(self, group: dict[str, Any], params: list[Tensor]) -> Any:
         return moments(self, params, group)
 
-    def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _free_update(self, group: dict[str, Any], params: list[Tensor], idle: list[Tensor]) -> stages.Pending | None:
         first, second, steps = self._state_of(group, params)
         beta1, beta2 = group["betas"]
-        lists = params, gradients(params), first, second
-        with in_float32(self, group, *lists) as (params, grads, first, second):
+        lists = sharding.local(params), gradients(params), first, second
+        with in_float32(self, group, params, *lists) as (weights, grads, first, second):
             adam(
-                params,
+                weights,
                 grads,
                 first,
                 second,
                 [],
                 steps,
-                fused=self._may_fuse(group, params, grads, first, second) or None,
+                fused=self._may_fuse(group, weights, grads, first, second) or None,
                 amsgrad=False,
                 capturable=torch.compiler.is_compiling(),
                 beta1=beta1,
@@ -102,24 +102,40 @@ class AdamLAWN(LAWNOptimizer):
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=False,
-                has_complex=any(p.is_complex() for p in params),
+                has_complex=any(w.is_complex() for w in weights),
                 decoupled_weight_decay=True,
             )
+        return None
 
     def _constrained_update(self, group_update: GroupUpdate) -> Tensor | None:
         return self._constrained_adam(group_update, trust=False)
 
     def _constrained_adam(self, group_update: GroupUpdate, *, trust: bool) -> Tensor | None:
         """Apply the constrained update of Adam-LAWN, or with `trust` that of LAMB-LAWN."""
-        group, params = group_update.group, group_update.params
-        first, second, steps = self._state_of(group, params)
-        torch._foreach_add_(steps, counter(1.0), alpha=1.0)  # several times as fast as adding a number on the CPU
-        lists = params, group_update.sizes, group_update.norms, gradients(params), first, second
-        blocks = update.Blocks(*lists, streams(self, group, params))
-        corrections = update.bias_corrections(blocks, steps, group["betas"])
+        group = group_update.group
+        blocks, corrections = self._begin(group_update)
         backend = dispatch.backend(blocks, group["fused"])
         options = {"lr": group["lr"], "betas": group["betas"], "eps": group["eps"]}
         return backend.adam(blocks, corrections, trust=trust, **options)
+
+    def _sharded_update(self, part: GroupUpdate) -> stages.Pending:
+        return self._sharded_adam(part, trust=False)
+
+    def _sharded_adam(self, part: GroupUpdate, *, trust: bool) -> stages.Pending:
+        """Begin the update of `_constrained_adam` for sharded blocks."""
+        group = part.group
+        beta1, beta2 = group["betas"]
+        options = {"lr": group["lr"], "eps": group["eps"], "trust": trust, "fused": group["fused"]}
+        return stages.step(part, *self._begin(part), factors=(beta1, 1 - beta1, beta2, 1 - beta2), **options)
+
+    def _begin(self, group_update: GroupUpdate) -> tuple[update.Blocks, Tensor]:
+        """Count the update; return the blocks, local shards of DTensors, and the bias corrections."""
+        group, params = group_update.group, group_update.params
+        first, second, steps = self._state_of(group, params)
+        torch._foreach_add_(steps, counter(1.0), alpha=1.0)  # several times as fast as adding a number on the CPU
+        lists = sharding.local(params), group_update.sizes, group_update.norms, gradients(params), first, second
+        blocks = update.Blocks(*lists, streams(self, group, params))
+        return blocks, update.bias_corrections(blocks, steps, group["betas"])
 
     @staticmethod
     def _may_fuse(group: dict[str, Any], *lists: list[Tensor]) -> bool:
@@ -140,7 +156,7 @@ def check_adam(betas: tuple[float, float], eps: float) -> None:
 def moments(
     optimizer: torch.optim.Optimizer, params: list[Tensor], group: dict[str, Any]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Return first moments, second moments and step counters in torch Adam's format; initialize what is missing."""
+    """Return moments, local shards of DTensors, and step counters, as torch's Adam keeps them; make what is missing."""
     for p in params:
         if "step" not in optimizer.state[p]:
             optimizer.state[p] |= {

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lawn.optim import keys, phase, rounding, update
+from lawn.optim import keys, phase, rounding, stages, update
 from lawn.optim.zero_check import ZeroCheck
 
 # Keys of torch's param groups that do not change an update, or hold here anyway.
@@ -23,7 +23,8 @@ class LAWNOptimizer(Optimizer, ABC):
     """Base class of the LAWN optimizers.
 
     It trains without constraints for `free_steps` updates, then on the product of spheres ||w_l|| = c_l, where c_l is
-    the norm of weight l at the switch. A subclass implements `_state_of`, `_free_update` and `_constrained_update`.
+    the norm of weight l at the switch. A subclass implements `_state_of`, `_free_update`,
+    `_constrained_update` and `_sharded_update`.
 
     The param groups have the keys that `lawn.optim.keys` documents and three more: `fused`, `rounding`, and
     `weight_decay`, which must be 0 in groups with constrained parameters, in both phases. All keys of a group apply to
@@ -40,7 +41,7 @@ class LAWNOptimizer(Optimizer, ABC):
     Raises:
         ValueError: if `lr` is negative, `free_steps` is not a non-negative integer or None, `mode` is unknown, or a
             param group has an unsupported key or weight decay on constrained parameters.
-        TypeError: if parameters are sharded (FSDP, tensor parallelism).
+        TypeError: if parameters are flat parameters of FullyShardedDataParallel, or DTensors with a Partial placement.
 
     References:
         Gupta et al. 2021, section 3, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
@@ -114,7 +115,7 @@ class LAWNOptimizer(Optimizer, ABC):
 
         Raises:
             ValueError: if a key is not supported, or constrained parameters have weight decay.
-            TypeError: if parameters are sharded.
+            TypeError: if parameters cannot be updated, as in the constructor.
         """
         given = "free_steps" in param_group
         index = len(self.param_groups)
@@ -173,7 +174,7 @@ class LAWNOptimizer(Optimizer, ABC):
         Raises:
             ValueError: if a norm cannot be fixed, or a constrained weight has become zero (on a GPU one or two updates
                 later). The message names the parameter.
-            TypeError: if a constrained parameter has a sparse gradient.
+            TypeError: if a constrained parameter has a sparse gradient, or a DTensor a gradient that is none.
             RuntimeError: if a CUDA graph is being captured.
         """
         loss = None
@@ -200,21 +201,39 @@ class LAWNOptimizer(Optimizer, ABC):
             self._make_state()
             return
         phase.check_capture()
-        results = []
+        results: list[tuple[phase.GroupUpdate, int, Tensor | None]] = []
+        pending: list[tuple[phase.GroupUpdate, int, stages.Pending]] = []
         for index, group_update in enumerate(self._zero_check.begin(self)):
-            results += [(single, index, zero) for single, zero in self._update_group(group_update)]
+            updated, waiting = self._update_group(group_update)
+            results += [(single, index, zero) for single, zero in updated]
+            pending += [(part, index, entry) for part, entry in waiting]
             group_update.record(self.state)
+        zeros = stages.finish([waiting for _, _, waiting in pending])
+        results += [(part, index, zero) for (part, index, _), zero in zip(pending, zeros, strict=True)]
         for single, index, zero in results:
             self._zero_check.check(single, index, zero)
         self._may_trace = all(isinstance(group["lr"], Tensor) for group in self.param_groups)
 
-    def _update_group(self, group_update: phase.GroupUpdate) -> list[tuple[phase.GroupUpdate, Tensor | None]]:
-        """Update a group; its constrained parameters by device and dtype, with the mask of their zero blocks."""
-        if group_update.free:
-            limit = update.batch_elements(group_update.free[0].device)
-            for part in rounding.parts(group_update.group, group_update.free, limit):
-                self._free_update(group_update.group, part)
-        return [(single, self._constrained_update(single)) for single in group_update.split_by_device_and_dtype()]
+    def _update_group(
+        self, group_update: phase.GroupUpdate
+    ) -> tuple[list[tuple[phase.GroupUpdate, Tensor | None]], list[tuple[phase.GroupUpdate, stages.Pending]]]:
+        """Update a group.
+
+        Returns the constrained parameters by device and dtype with the mask of their zero blocks, and the updates that
+        wait for sums over ranks.
+        """
+        group, free, idle = group_update.group, group_update.free, group_update.idle
+        pending = []
+        if free or idle:
+            limit = update.batch_elements((free or idle)[0].device)
+            for params, others in rounding.parts(group, free, idle, limit):
+                waiting = self._free_update(group, params, others)
+                if waiting is not None:
+                    pending.append((group_update, waiting))
+        singles = group_update.split_by_device_and_dtype()
+        updated = [(single, self._constrained_update(single)) for single in singles]
+        pending += [(part, self._sharded_update(part)) for part in group_update.sharded if part.params]
+        return updated, pending
 
     def _traceable(self) -> list[phase.GroupUpdate] | None:
         """Collect what a step updates if torch.compile can trace the step; None otherwise.
@@ -224,7 +243,8 @@ class LAWNOptimizer(Optimizer, ABC):
         group_updates = [phase.collect(group, self.state) for group in self.param_groups]
         for group_update in group_updates:
             params = [*group_update.free, *group_update.params]
-            if 0.0 in group_update.norms or not all(self.state.get(p) for p in params):
+            known = all(self.state.get(p) for p in params) and 0.0 not in group_update.norms
+            if not known or group_update.has_dtensors:
                 return None
         return group_updates
 
@@ -258,8 +278,12 @@ class LAWNOptimizer(Optimizer, ABC):
         """Return the state of the parameters; initialize what is missing."""
 
     @abstractmethod
-    def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """Update parameters of a group, which all have gradients, with the base optimizer's rule."""
+    def _free_update(self, group: dict[str, Any], params: list[Tensor], idle: list[Tensor]) -> stages.Pending | None:
+        """Update parameters of a group, which all have gradients, with the base optimizer's rule.
+
+        `idle` are trainable DTensors without a gradient on this rank, which take part in sums over ranks. Returns the
+        part of the update that waits for such sums, if there is one.
+        """
 
     @abstractmethod
     def _constrained_update(self, group_update: phase.GroupUpdate) -> Tensor | None:
@@ -267,6 +291,10 @@ class LAWNOptimizer(Optimizer, ABC):
 
         Returns a mask [blocks] of the blocks that are zero, or None if no block is zero.
         """
+
+    @abstractmethod
+    def _sharded_update(self, part: phase.GroupUpdate) -> stages.Pending:
+        """Begin the update of constrained blocks that hold DTensors, of one device and dtype."""
 
 
 def counter(steps: float) -> Tensor:

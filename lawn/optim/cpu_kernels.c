@@ -6,7 +6,10 @@
    update is tangent, so the norm of the new weights follows from these inner products. A block of zeros cannot be
    projected; its weights do not change and zero[b] is set.
 
-   Sums run in REAL within a chunk and in double over chunks. */
+   Sums run in REAL within a chunk and in double over chunks.
+
+   The last functions of this file are the stages of an update of sharded weights: between them, the inner products that
+   they return in `sums` are added over ranks. */
 
 #include <math.h>
 #include <stdint.h>
@@ -57,8 +60,8 @@ static int alone(int64_t blocks, const int64_t *at, const int64_t *n) {
     return small <= SERIAL;
 }
 
-/* Computes w.g / w.w, or NaN if w is zero. */
-static double gradient_along(int64_t from, int64_t to, REAL **w, REAL **g, const int64_t *n) {
+/* Computes w.w and, as `wr`, w.g. */
+static Dots gradient_dots(int64_t from, int64_t to, REAL **w, REAL **g, const int64_t *n) {
     double ww = 0, wg = 0;
     for (int64_t t = from; t < to; t++) {
         const REAL *restrict wt = w[t], *restrict gt = g[t];
@@ -75,7 +78,13 @@ static double gradient_along(int64_t from, int64_t to, REAL **w, REAL **g, const
             wg += swg;
         }
     }
-    return ww == 0 ? NAN : wg / ww;
+    return (Dots){ww, wg, 0};
+}
+
+/* Computes w.g / w.w, or NaN if w is zero. */
+static double gradient_along(int64_t from, int64_t to, REAL **w, REAL **g, const int64_t *n) {
+    Dots d = gradient_dots(from, to, w, g, n);
+    return d.ww == 0 ? NAN : d.wr / d.ww;
 }
 
 static int is_zero(int64_t from, int64_t to, REAL **w, const int64_t *n) {
@@ -86,15 +95,11 @@ static int is_zero(int64_t from, int64_t to, REAL **w, const int64_t *n) {
     return 1;
 }
 
-static void adam_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, REAL **v, const int64_t *n, double c,
-                       double lr, double beta1, double beta2, double eps_, double mscale_, double vscale_, int trust,
-                       uint8_t *zero) {
+static Dots adam_moments(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, REAL **v, const int64_t *n,
+                         double share, double beta1, double beta2, double eps_, double mscale_, double vscale_) {
     const REAL b1 = beta1, b2 = beta2, a1 = 1 - beta1, a2 = 1 - beta2, eps = eps_, mscale = mscale_, vscale = vscale_;
-    const double share = gradient_along(from, to, w, g, n);
-    if (isnan(share) && (*zero = is_zero(from, to, w, n)))
-        return;
     const REAL along = share;
-    double ww = 0, wr = 0, rr = 0, keep, take;
+    double ww = 0, wr = 0, rr = 0;
     for (int64_t t = from; t < to; t++) {
         const REAL *restrict wt = w[t], *restrict gt = g[t];
         REAL *restrict mt = m[t], *restrict vt = v[t];
@@ -119,8 +124,12 @@ static void adam_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, R
             rr += srr;
         }
     }
-    coefficients((Dots){ww, wr, rr}, c, lr, trust, &keep, &take);
-    const REAL a = keep, b = take * mscale;
+    return (Dots){ww, wr, rr};
+}
+
+static void adam_weights(int64_t from, int64_t to, REAL **w, REAL **m, REAL **v, const int64_t *n, double keep,
+                         double take, double eps_, double mscale_, double vscale_) {
+    const REAL eps = eps_, mscale = mscale_, vscale = vscale_, a = keep, b = take * mscale;
     for (int64_t t = from; t < to; t++) {
         REAL *restrict wt = w[t];
         const REAL *restrict mt = m[t], *restrict vt = v[t];
@@ -128,6 +137,18 @@ static void adam_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, R
         for (int64_t i = 0; i < n[t]; i++)
             wt[i] = a * wt[i] - b * mt[i] / (SQRT(vt[i]) * vscale + eps);
     }
+}
+
+static void adam_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, REAL **v, const int64_t *n, double c,
+                       double lr, double beta1, double beta2, double eps, double mscale, double vscale, int trust,
+                       uint8_t *zero) {
+    const double share = gradient_along(from, to, w, g, n);
+    if (isnan(share) && (*zero = is_zero(from, to, w, n)))
+        return;
+    double keep, take;
+    Dots d = adam_moments(from, to, w, g, m, v, n, share, beta1, beta2, eps, mscale, vscale);
+    coefficients(d, c, lr, trust, &keep, &take);
+    adam_weights(from, to, w, m, v, n, keep, take, eps, mscale, vscale);
 }
 
 /* r = m / (sqrt(v) * vscale + eps) * mscale with the bias corrections mscale and vscale of each block. */
@@ -138,14 +159,10 @@ void adam(int64_t blocks, const int64_t *at, const int64_t *n, const double *c, 
                           zero + b))
 }
 
-static void sgd_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, const int64_t *n, double c, double lr,
-                      double momentum, uint8_t *zero) {
-    const REAL mu = momentum;
-    const double share = gradient_along(from, to, w, g, n);
-    if (isnan(share) && (*zero = is_zero(from, to, w, n)))
-        return;
-    const REAL along = share;
-    double ww = 0, wr = 0, rr = 0, keep, take;
+static Dots sgd_buffers(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, const int64_t *n, double share,
+                        double momentum) {
+    const REAL mu = momentum, along = share;
+    double ww = 0, wr = 0, rr = 0;
     for (int64_t t = from; t < to; t++) {
         const REAL *restrict wt = w[t], *restrict gt = g[t];
         REAL *restrict mt = m[t];
@@ -166,7 +183,10 @@ static void sgd_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, co
             rr += srr;
         }
     }
-    coefficients((Dots){ww, wr, rr}, c, lr, 0, &keep, &take);
+    return (Dots){ww, wr, rr};
+}
+
+static void sgd_weights(int64_t from, int64_t to, REAL **w, REAL **m, const int64_t *n, double keep, double take) {
     const REAL a = keep, b = take;
     for (int64_t t = from; t < to; t++) {
         REAL *restrict wt = w[t];
@@ -177,15 +197,26 @@ static void sgd_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, co
     }
 }
 
+static void sgd_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, const int64_t *n, double c, double lr,
+                      double momentum, uint8_t *zero) {
+    const double share = gradient_along(from, to, w, g, n);
+    if (isnan(share) && (*zero = is_zero(from, to, w, n)))
+        return;
+    double keep, take;
+    Dots d = sgd_buffers(from, to, w, g, m, n, share, momentum);
+    coefficients(d, c, lr, 0, &keep, &take);
+    sgd_weights(from, to, w, m, n, keep, take);
+}
+
 /* Heavy ball: b <- momentum b + g, r = b. */
 void sgd(int64_t blocks, const int64_t *at, const int64_t *n, const double *c, uint8_t *zero, REAL **w, REAL **g,
          REAL **m, double lr, double momentum) {
     EACH_BLOCK(sgd_block(at[b], at[b + 1], w, g, m, n, c[b], lr, momentum, zero + b))
 }
 
-static void project_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **before, REAL **out, const int64_t *n) {
-    const double share = gradient_along(from, to, w, g, n);
-    const REAL along = isnan(share) && is_zero(from, to, w, n) ? 0 : share;
+static void tangent_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **before, REAL **out, const int64_t *n,
+                          double share) {
+    const REAL along = share;
     for (int64_t t = from; t < to; t++) {
         const REAL *restrict wt = w[t], *restrict gt = g[t];
         REAL *restrict bt = before[t], *restrict ot = out[t];
@@ -197,15 +228,19 @@ static void project_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **b
     }
 }
 
+static void project_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **before, REAL **out, const int64_t *n) {
+    const double share = gradient_along(from, to, w, g, n);
+    tangent_block(from, to, w, g, before, out, n, isnan(share) && is_zero(from, to, w, n) ? 0 : share);
+}
+
 /* Before a step of the base optimizer: copies w to before and writes the projected gradient to out. */
 void project(int64_t blocks, const int64_t *at, const int64_t *n, const double *c, uint8_t *zero, REAL **w, REAL **g,
              REAL **before, REAL **out) {
     EACH_BLOCK(project_block(at[b], at[b + 1], w, g, before, out, n))
 }
 
-static void retract_block(int64_t from, int64_t to, REAL **w, REAL **before, const int64_t *n, double c,
-                          uint8_t *zero) {
-    double ww = 0, wr = 0, rr = 0, keep, take;
+static Dots difference_dots(int64_t from, int64_t to, REAL **w, REAL **before, const int64_t *n) {
+    double ww = 0, wr = 0, rr = 0;
     for (int64_t t = from; t < to; t++) {
         const REAL *restrict wt = w[t], *restrict bt = before[t];
 #pragma omp parallel for schedule(static) reduction(+ : ww, wr, rr) if (n[t] > SERIAL)
@@ -224,9 +259,12 @@ static void retract_block(int64_t from, int64_t to, REAL **w, REAL **before, con
             rr += srr;
         }
     }
-    *zero = ww == 0 && is_zero(from, to, before, n);
-    coefficients((Dots){ww, wr, rr}, c, 1.0, 0, &keep, &take);
-    const REAL a = *zero ? 1 : keep, b = *zero ? 0 : take;
+    return (Dots){ww, wr, rr};
+}
+
+static void combine_block(int64_t from, int64_t to, REAL **w, REAL **before, const int64_t *n, double keep,
+                          double take) {
+    const REAL a = keep, b = take;
     for (int64_t t = from; t < to; t++) {
         REAL *restrict wt = w[t];
         const REAL *restrict bt = before[t];
@@ -236,8 +274,79 @@ static void retract_block(int64_t from, int64_t to, REAL **w, REAL **before, con
     }
 }
 
+static void retract_block(int64_t from, int64_t to, REAL **w, REAL **before, const int64_t *n, double c,
+                          uint8_t *zero) {
+    double keep, take;
+    Dots d = difference_dots(from, to, w, before, n);
+    *zero = d.ww == 0 && is_zero(from, to, before, n);
+    coefficients(d, c, 1.0, 0, &keep, &take);
+    combine_block(from, to, w, before, n, *zero ? 1 : keep, *zero ? 0 : take);
+}
+
 /* After a step of the base optimizer: projects its update before - w at before, applies it and rescales to norm c. */
 void retract(int64_t blocks, const int64_t *at, const int64_t *n, const double *c, uint8_t *zero, REAL **w,
              REAL **before) {
     EACH_BLOCK(retract_block(at[b], at[b + 1], w, before, n, c[b], zero + b))
+}
+
+static void store(double *sums, double first, double second) {
+    sums[0] = first;
+    sums[1] = second;
+}
+
+/* w.w and w.g of each block. */
+void products(int64_t blocks, const int64_t *at, const int64_t *n, REAL **w, REAL **g, double *sums) {
+    EACH_BLOCK({
+        Dots d = gradient_dots(at[b], at[b + 1], w, g, n);
+        store(sums + 2 * b, d.ww, d.wr);
+    })
+}
+
+/* The moments of `adam`, with w.g / w.w of each whole weight in `along`; then w.r and r.r. */
+void adam_advance(int64_t blocks, const int64_t *at, const int64_t *n, REAL **w, REAL **g, REAL **m, REAL **v,
+                  const double *along, const double *mscale, const double *vscale, double beta1, double beta2,
+                  double eps, double *sums) {
+    EACH_BLOCK({
+        Dots d = adam_moments(at[b], at[b + 1], w, g, m, v, n, along[b], beta1, beta2, eps, mscale[b], vscale[b]);
+        store(sums + 2 * b, d.wr, d.rr);
+    })
+}
+
+/* w <- keep w - take r. */
+void adam_move(int64_t blocks, const int64_t *at, const int64_t *n, REAL **w, REAL **g, REAL **m, REAL **v,
+               const double *keep, const double *take, const double *mscale, const double *vscale, double eps) {
+    EACH_BLOCK(adam_weights(at[b], at[b + 1], w, m, v, n, keep[b], take[b], eps, mscale[b], vscale[b]))
+}
+
+/* The same two of `sgd`. */
+void sgd_advance(int64_t blocks, const int64_t *at, const int64_t *n, REAL **w, REAL **g, REAL **m,
+                 const double *along, double momentum, double *sums) {
+    EACH_BLOCK({
+        Dots d = sgd_buffers(at[b], at[b + 1], w, g, m, n, along[b], momentum);
+        store(sums + 2 * b, d.wr, d.rr);
+    })
+}
+
+void sgd_move(int64_t blocks, const int64_t *at, const int64_t *n, REAL **w, REAL **g, REAL **m, const double *keep,
+              const double *take) {
+    EACH_BLOCK(sgd_weights(at[b], at[b + 1], w, m, n, keep[b], take[b]))
+}
+
+/* `project` with w.g / w.w of each whole weight. */
+void tangents(int64_t blocks, const int64_t *at, const int64_t *n, REAL **w, REAL **g, REAL **before, REAL **out,
+              const double *along) {
+    EACH_BLOCK(tangent_block(at[b], at[b + 1], w, g, before, out, n, along[b]))
+}
+
+/* The two stages of `retract`: w.r and r.r; then w <- keep before - take r. */
+void differences(int64_t blocks, const int64_t *at, const int64_t *n, REAL **w, REAL **before, double *sums) {
+    EACH_BLOCK({
+        Dots d = difference_dots(at[b], at[b + 1], w, before, n);
+        store(sums + 2 * b, d.wr, d.rr);
+    })
+}
+
+void combine(int64_t blocks, const int64_t *at, const int64_t *n, REAL **w, REAL **before, const double *keep,
+             const double *take) {
+    EACH_BLOCK(combine_block(at[b], at[b + 1], w, before, n, keep[b], take[b]))
 }

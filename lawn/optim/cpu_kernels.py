@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from ctypes import POINTER, c_double, c_int, c_int64, c_uint8, c_void_p
+from ctypes import POINTER, c_double, c_int, c_int64, c_uint8, c_void_p, cast
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -27,12 +27,21 @@ DTYPES = {torch.float32: ("float", "sqrtf"), torch.float64: ("double", "sqrt")}
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 TEMPORARY = ("/tmp", "/var/tmp", "/dev/shm")  # tried after TMPDIR where no cache can be written
 _TENSORS, _INTS, _DOUBLES = POINTER(c_void_p), POINTER(c_int64), POINTER(c_double)
-_BLOCKS = (c_int64, _INTS, _INTS, _DOUBLES, POINTER(c_uint8))
+_LAYOUT = (c_int64, _INTS, _INTS)
+_BLOCKS = (*_LAYOUT, _DOUBLES, POINTER(c_uint8))
 SIGNATURES = {
     "adam": (*_BLOCKS, *[_TENSORS] * 4, *[_DOUBLES] * 2, *[c_double] * 4, c_int),
     "sgd": (*_BLOCKS, *[_TENSORS] * 3, *[c_double] * 2),
     "project": (*_BLOCKS, *[_TENSORS] * 4),
     "retract": (*_BLOCKS, *[_TENSORS] * 2),
+    "products": (*_LAYOUT, *[_TENSORS] * 2, _DOUBLES),
+    "adam_advance": (*_LAYOUT, *[_TENSORS] * 4, *[_DOUBLES] * 3, *[c_double] * 3, _DOUBLES),
+    "adam_move": (*_LAYOUT, *[_TENSORS] * 4, *[_DOUBLES] * 4, c_double),
+    "sgd_advance": (*_LAYOUT, *[_TENSORS] * 3, _DOUBLES, c_double, _DOUBLES),
+    "sgd_move": (*_LAYOUT, *[_TENSORS] * 3, *[_DOUBLES] * 2),
+    "tangents": (*_LAYOUT, *[_TENSORS] * 4, _DOUBLES),
+    "differences": (*_LAYOUT, *[_TENSORS] * 2, _DOUBLES),
+    "combine": (*_LAYOUT, *[_TENSORS] * 2, *[_DOUBLES] * 2),
 }
 
 
@@ -59,28 +68,68 @@ class CPUKernels:
         eps: float,
         trust: bool,
     ) -> Tensor | None:
-        rows = [(c_double * len(blocks.sizes))(*row) for row in corrections.tolist()]
-        return self._call("adam", blocks, *rows, float(lr), *betas, eps, trust)
+        return self._update("adam", blocks, *map(_doubles, corrections), float(lr), *betas, eps, trust)
 
     def sgd(self, blocks: Blocks, *, lr: float | Tensor, momentum: float) -> Tensor | None:
-        return self._call("sgd", blocks, float(lr), momentum)
+        return self._update("sgd", blocks, float(lr), momentum)
 
     def project(self, blocks: Blocks) -> None:
-        self._call("project", blocks)
+        self._update("project", blocks)
 
     def retract(self, blocks: Blocks) -> Tensor | None:
-        return self._call("retract", blocks)
+        return self._update("retract", blocks)
 
-    def _call(self, name: str, blocks: Blocks, *arguments: object) -> Tensor | None:
+    def products(self, blocks: Blocks) -> Tensor:
+        return self._sums("products", blocks)
+
+    def advance(
+        self, blocks: Blocks, along: Tensor, scales: Tensor, factors: tuple[float, float, float, float], eps: float
+    ) -> Tensor:
+        if blocks.second:
+            corrections = map(_doubles, scales)
+            return self._sums("adam_advance", blocks, _doubles(along), *corrections, factors[0], factors[2], eps)
+        return self._sums("sgd_advance", blocks, _doubles(along), factors[0])
+
+    def move(self, blocks: Blocks, keep: Tensor, take: Tensor, scales: Tensor, eps: float) -> None:
+        if blocks.second:
+            self._call("adam_move", blocks, (), _doubles(keep), _doubles(take), *map(_doubles, scales), eps)
+        else:
+            self._call("sgd_move", blocks, (), _doubles(keep), _doubles(take))
+
+    def tangents(self, blocks: Blocks, along: Tensor) -> None:
+        self._call("tangents", blocks, (), _doubles(along))
+
+    def differences(self, blocks: Blocks) -> Tensor:
+        return self._sums("differences", blocks)
+
+    def combine(self, blocks: Blocks, keep: Tensor, take: Tensor) -> None:
+        self._call("combine", blocks, (), _doubles(keep), _doubles(take))
+
+    def _update(self, name: str, blocks: Blocks, *arguments: object) -> Tensor | None:
+        """Call a function that updates blocks of these norms and marks those that are zero."""
+        count = len(blocks.sizes)
+        zero = (c_uint8 * count)()
+        self._call(name, blocks, ((c_double * count)(*blocks.norms), zero), *arguments)
+        return torch.tensor(list(zero), dtype=torch.bool) if any(zero) else None
+
+    def _sums(self, name: str, blocks: Blocks, *arguments: object) -> Tensor:
+        """Call a function that computes two sums for each block: [blocks, 2]."""
+        sums = torch.empty(len(blocks.sizes), 2, dtype=torch.float64, device="cpu")
+        self._call(name, blocks, (), *arguments, cast(sums.data_ptr(), _DOUBLES))
+        return sums
+
+    def _call(self, name: str, blocks: Blocks, first: tuple[object, ...], *arguments: object) -> None:
         lists = blocks.lists
         count, tensor_count = len(blocks.sizes), len(blocks.weights)
         addresses = [(c_void_p * tensor_count)(*[t.data_ptr() for t in tensors]) for tensors in lists]
         numels = (c_int64 * tensor_count)(*[w.numel() for w in blocks.weights])
         starts = (c_int64 * (count + 1))(0, *accumulate(blocks.sizes))
-        norms = (c_double * count)(*blocks.norms)
-        zero = (c_uint8 * count)()
-        getattr(self._library, name)(count, starts, numels, norms, zero, *addresses, *arguments)
-        return torch.tensor(list(zero), dtype=torch.bool) if any(zero) else None
+        getattr(self._library, name)(count, starts, numels, *first, *addresses, *arguments)
+
+
+def _doubles(values: Tensor) -> Any:
+    """Copy a tensor to an array of C doubles."""
+    return (c_double * len(values))(*values.tolist())
 
 
 def load(lists: Sequence[list[Tensor]], *, warn: bool = False) -> CPUKernels | None:

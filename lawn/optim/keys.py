@@ -20,12 +20,13 @@ its half-precision parameters `lawn_seed`, an int (see `lawn.optim.rounding`).
 """
 
 import operator
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lawn.optim import sharding
 
 Group = dict[str, Any]
 State = Mapping[Tensor, dict[str, Any]]
@@ -65,17 +66,14 @@ def check_group(group: Group, index: int, label: str = "param group") -> None:
     constrain = group.get("constrain")
     if constrain is not None and not isinstance(constrain, bool):
         raise ValueError(f"{label} {index}: constrain={constrain!r}, but it must be True, False or None")
-    module = sys.modules.get("torch.distributed.tensor")  # slow to import, and a DTensor exists only if it is imported
-    if module is not None and any(isinstance(p, module.DTensor) for p in group["params"]):
-        raise TypeError(
-            f"{label} {index} holds sharded parameters (DTensor): a norm over one shard is not the weight's; "
-            "LAWN does not support FSDP2 or tensor parallelism yet, use DistributedDataParallel"
-        )
+    if sharding.any_dtensor(group["params"]):
+        for reason in filter(None, map(sharding.problem, group["params"])):
+            raise TypeError(f"{label} {index} holds {reason}")
     flat = [p for p in group["params"] if getattr(p, "_fsdp_flattened", False)]
     if flat and group.get("constrain") is not False and all(p.ndim < 2 for p in group["params"]):
         raise TypeError(
-            f"{label} {index} holds the flat parameters of FullyShardedDataParallel: a norm over one shard is not "
-            "the weight's; LAWN does not support FSDP yet, use DistributedDataParallel"
+            f"{label} {index} holds flat parameters of FullyShardedDataParallel, each with parts of several weights, "
+            "which have no norm of their own; use fully_shard (FSDP2)"
         )
     blocks = group.get("blocks")
     if blocks is not None and len(blocks) != len(group["params"]):

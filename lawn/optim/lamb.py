@@ -1,6 +1,7 @@
 """LAMB (You et al. 2020), LAMB+ and LAMB-LAWN."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from lawn.optim import sharding, stages
 from lawn.optim.adam_lawn import AdamLAWN, check_adam, moments
 from lawn.optim.phase import GroupUpdate, gradients
 from lawn.optim.rounding import in_float32
@@ -81,12 +83,14 @@ class LAMB(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        pending = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if any(p.grad.is_sparse for p in params):
                 raise TypeError("LAMB does not support sparse gradients")
-            if params:
-                lamb(self, group, params, group["weight_decay"], self.max_trust, self.trust_vectors)
+            idle = [p for p in group["params"] if p.grad is None and p.requires_grad and sharding.is_dtensor(p)]
+            pending.append(lamb(self, group, params, idle, self.max_trust, self.trust_vectors))
+        stages.finish([waiting for waiting in pending if waiting is not None])
         return loss
 
 
@@ -148,7 +152,7 @@ class LAMBLAWN(AdamLAWN):
     Raises:
         ValueError: if a hyperparameter is out of range, or a param group has an unsupported key or weight decay on
             constrained parameters.
-        TypeError: if parameters are sharded (FSDP, tensor parallelism).
+        TypeError: if parameters are flat parameters of FullyShardedDataParallel, or DTensors with a Partial placement.
 
     References:
         - Gupta et al. 2021, section 3, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
@@ -166,42 +170,115 @@ class LAMBLAWN(AdamLAWN):
         tensor([[0.9950, 0.0995]], requires_grad=True)
     """
 
-    def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        lamb(self, group, params, group["weight_decay"], float("inf"), True)
+    def _free_update(self, group: dict[str, Any], params: list[Tensor], idle: list[Tensor]) -> stages.Pending | None:
+        return lamb(self, group, params, idle, float("inf"), True)
 
     def _constrained_update(self, group_update: GroupUpdate) -> Tensor | None:
         return self._constrained_adam(group_update, trust=True)
+
+    def _sharded_update(self, part: GroupUpdate) -> stages.Pending:
+        return self._sharded_adam(part, trust=True)
 
 
 def lamb(
     optimizer: Optimizer,
     group: dict[str, Any],
     params: list[Tensor],
-    weight_decay: float,
+    idle: list[Tensor],
     max_trust: float,
     trust_vectors: bool,
-) -> None:
-    """Apply one step of LAMB to parameters that have gradients."""
+) -> stages.Pending | None:
+    """Apply one step of LAMB to parameters that have gradients.
+
+    The update of DTensors waits for the norms of whole tensors; it is returned. `idle` are trainable DTensors without a
+    gradient on this rank, which take part in the sums as another rank may have a gradient.
+    """
+    sharded = [p for p in params if sharding.is_dtensor(p)] if sharding.any_dtensor(params) else []
+    plain = [p for p in params if not sharding.is_dtensor(p)] if sharded else params
+    if plain:
+        trusted = [trust_vectors or p.ndim >= 2 for p in plain]
+        with _moved(optimizer, group, plain) as (weights, updates):
+            norms = torch._foreach_norm(weights), torch._foreach_norm(updates)
+            _apply(weights, updates, *norms, trusted, group["lr"], max_trust)
+    if not sharded and not idle:
+        return None
+    waiting = ExitStack()
+    weights, updates = waiting.enter_context(_moved(optimizer, group, sharded))
+    trusted = [trust_vectors or p.ndim >= 2 for p in sharded]
+    update_of = dict(zip(sharded, updates, strict=True))
+    members = [p for p in group["params"] if p in update_of or p in set(idle)]  # in the same order on all ranks
+    shards = real(sharding.local(members))
+    moves = [update_of.get(p, shard.new_zeros(0)) for p, shard in zip(members, shards, strict=True)]
+
+    def complete(reduced: Tensor) -> None:
+        norms = dict(zip(members, reduced.sqrt(), strict=True))
+        weight_norms, update_norms = ([norms[p][column] for p in sharded] for column in range(2))
+        _apply(weights, updates, weight_norms, update_norms, trusted, group["lr"], max_trust)
+        waiting.close()
+
+    return stages.Pending(members, torch.stack([_squares(shards), _squares(moves)], 1), complete)
+
+
+@contextmanager
+def _moved(
+    optimizer: Optimizer, group: dict[str, Any], params: list[Tensor]
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Update the moments; yield real views of the weights, local shards of DTensors, and LAMB's updates of them.
+
+    At the end the weights are rounded, if they are copies.
+    """
     first, second, steps = moments(optimizer, params, group)
-    ndims = [p.ndim for p in params]
+    lists = sharding.local(params), gradients(params), first, second
+    with in_float32(optimizer, group, params, *lists) as (weights, grads, first, second):
+        yield _updates(group, weights, grads, first, second, steps)
+
+
+def _updates(
+    group: dict[str, Any],
+    weights: list[Tensor],
+    grads: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+    steps: list[Tensor],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Update the moments; return real views of the weights and LAMB's updates of them."""
     beta1, beta2 = group["betas"]
-    with in_float32(optimizer, group, params, gradients(params), first, second) as lists:
-        params, grads, first, second = map(real, lists)
-        torch._foreach_add_(steps, 1)
-        torch._foreach_lerp_(first, grads, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-        # The counters are on the host, so reading them does not wait for the device.
-        counts: list[Any] = [t.double() if torch.compiler.is_compiling() else t.item() for t in steps]
-        roots = torch._foreach_sqrt(torch._foreach_div(second, [1 - beta2**t for t in counts]))
-        torch._foreach_add_(roots, group["eps"])
-        torch._foreach_mul_(roots, [1 - beta1**t for t in counts])
-        updates = torch._foreach_div(first, roots)
-        if weight_decay:
-            torch._foreach_add_(updates, params, alpha=weight_decay)
-        weight_norms, update_norms = torch._foreach_norm(params), torch._foreach_norm(updates)
-        for p, ndim, r, w_norm, r_norm in zip(params, ndims, updates, weight_norms, update_norms, strict=True):
-            if trust_vectors or ndim >= 2:
-                ratio = torch.where((w_norm > 0) & (r_norm > 0), w_norm / r_norm, 1.0).clamp(max=max_trust)
-                r = r * ratio
-            p.sub_(r * group["lr"])
+    first, second, grads, weights = map(real, (first, second, grads, weights))
+    torch._foreach_add_(steps, 1)
+    torch._foreach_lerp_(first, grads, 1 - beta1)
+    torch._foreach_mul_(second, beta2)
+    torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+    # The counters are on the host, so reading them does not wait for the device.
+    counts: list[Any] = [t.double() if torch.compiler.is_compiling() else t.item() for t in steps]
+    roots = torch._foreach_sqrt(torch._foreach_div(second, [1 - beta2**t for t in counts]))
+    torch._foreach_add_(roots, group["eps"])
+    torch._foreach_mul_(roots, [1 - beta1**t for t in counts])
+    updates = torch._foreach_div(first, roots)
+    if group["weight_decay"]:
+        torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
+    return weights, list(updates)
+
+
+def _apply(
+    weights: list[Tensor],
+    updates: list[Tensor],
+    weight_norms: Sequence[Tensor],
+    update_norms: Sequence[Tensor],
+    trusted: list[bool],
+    lr: float | Tensor,
+    max_trust: float,
+) -> None:
+    """Apply updates, multiplied by their trust ratios where these are `trusted`."""
+    for w, r, w_norm, r_norm, trust in zip(weights, updates, weight_norms, update_norms, trusted, strict=True):
+        if trust:
+            ratio = torch.where((w_norm > 0) & (r_norm > 0), w_norm / r_norm, 1.0).clamp(max=max_trust)
+            r = r * ratio
+        w.sub_(r * lr)
+
+
+def _squares(tensors: list[Tensor]) -> Tensor:
+    """Compute the square of each tensor's norm [tensors], in float64 on the CPU."""
+    device = tensors[0].device
+    dtype = torch.float64 if device.type == "cpu" else torch.promote_types(tensors[0].dtype, torch.float32)
+    norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, dtype)) for t in tensors]
+    return torch.stack([norm.to(device, dtype) for norm in norms]) ** 2

@@ -1,13 +1,13 @@
 """The two phases of training: the parameters that a step updates, and the switch to fixed norms."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lawn.optim import update
+from lawn.optim import dispatch, sharding, update
 from lawn.optim.keys import NORM, Group, State, check_group, constrains, describe, is_due
 
 REMEDY = "leave it free with a param group that has constrain=False, or give it more free steps"
@@ -36,9 +36,12 @@ class GroupUpdate:
     Attributes:
         group: the param group.
         free: free parameters.
+        idle: free trainable DTensors without a gradient on this rank. Another rank may have one.
         params: constrained parameters, block after block.
         sizes: number of parameters in each block.
         norms: norm c of each block; 0.0 where it is not fixed yet.
+        sharded: updates of the blocks that hold DTensors, of one device and dtype each; these are not in `params`.
+        sums: inner products w.w and w.g [blocks, 2] over whole weights, for such an update.
     """
 
     group: Group
@@ -46,6 +49,9 @@ class GroupUpdate:
     params: list[Tensor]
     sizes: list[int]
     norms: list[float]
+    sharded: list["GroupUpdate"] = field(default_factory=list)
+    sums: Tensor | None = None
+    idle: list[Tensor] = field(default_factory=list)
 
     def split_by_device_and_dtype(self) -> list["GroupUpdate"]:
         """Split the constrained parameters into updates of one device and dtype each."""
@@ -54,11 +60,66 @@ class GroupUpdate:
         updates: dict[tuple[torch.device, torch.dtype], GroupUpdate] = {}
         for block, c in zip(self.blocks(), self.norms, strict=True):
             key = block[0].device, block[0].dtype
-            single = updates.setdefault(key, GroupUpdate(self.group, [], [], [], []))
-            single.params += block
-            single.sizes.append(len(block))
-            single.norms.append(c)
+            updates.setdefault(key, GroupUpdate(self.group, [], [], [], []))._add(block, c)
         return list(updates.values())
+
+    def separate_sharded(self) -> "GroupUpdate":
+        """Move the blocks that hold DTensors to `sharded`; return self."""
+        if not sharding.any_dtensor(self.params):
+            return self
+        blocks, norms = self.blocks(), self.norms
+        self.params, self.sizes, self.norms = [], [], []
+        rest = GroupUpdate(self.group, [], [], [], [])
+        for block, c in zip(blocks, norms, strict=True):
+            (rest if sharding.any_dtensor(block) else self)._add(block, c)
+        self.sharded = rest.split_by_device_and_dtype()
+        return self
+
+    @property
+    def has_dtensors(self) -> bool:
+        """Whether a DTensor is among the parameters."""
+        return bool(self.sharded) or any(map(sharding.is_dtensor, (*self.free, *self.idle)))
+
+    def parts(self) -> list["GroupUpdate"]:
+        """This update and those of its sharded blocks."""
+        return [self, *self.sharded]
+
+    def local_blocks(
+        self, first: list[Tensor] | None = None, second: list[Tensor] | None = None, *, weights_only: bool = False
+    ) -> update.Blocks:
+        """Return the shards of this rank with their gradients, or with themselves, each tensor a block of its own."""
+        weights = sharding.local(self.params)
+        grads = weights if weights_only else gradients(self.params)
+        return update.Blocks(weights, [1] * len(weights), [], grads, first or [], second or [])
+
+    def per_block(self, values: Tensor) -> Tensor:
+        """Add values [params, ...] of the parameters of each block: [blocks, ...]."""
+        if len(self.sizes) == len(self.params):
+            return values
+        return values.new_zeros(len(self.sizes), *values.shape[1:]).index_add_(0, self._owners(values.device), values)
+
+    def per_param(self, values: Tensor) -> Tensor:
+        """Repeat values [..., blocks] for the parameters of each block: [..., params]."""
+        if len(self.sizes) == len(self.params):
+            return values
+        return values[..., self._owners(values.device)]
+
+    def keep(self, needed: list[bool]) -> None:
+        """Remove the other blocks."""
+        blocks = [block for block, chosen in zip(self.blocks(), needed, strict=True) if chosen]
+        self.norms = [c for c, chosen in zip(self.norms, needed, strict=True) if chosen]
+        self.params, self.sizes = [p for block in blocks for p in block], [len(block) for block in blocks]
+        if self.sums is not None:
+            self.sums = self.sums[torch.tensor(needed, device=self.sums.device)]
+
+    def _add(self, block: list[Tensor], c: float) -> None:
+        self.params += block
+        self.sizes.append(len(block))
+        self.norms.append(c)
+
+    def _owners(self, device: torch.device) -> Tensor:
+        """The block of each parameter."""
+        return torch.tensor([block for block, size in enumerate(self.sizes) for _ in range(size)], device=device)
 
     def blocks(self) -> list[list[Tensor]]:
         """The constrained parameters of each block."""
@@ -76,9 +137,10 @@ class GroupUpdate:
         for p in self.free:
             if state.get(p) or not _has_state(state):
                 state[p].setdefault(NORM, 0.0)
-        for p, c in zip(self.params, self.param_norms(), strict=True):
-            if state.get(p) or not _has_state(state):
-                state[p][NORM] = c
+        for part in self.parts():
+            for p, c in zip(part.params, part.param_norms(), strict=True):
+                if state.get(p) or not _has_state(state):
+                    state[p][NORM] = c
         self.group["steps"] += 1
 
 
@@ -93,17 +155,21 @@ def is_dummy(optimizer: Optimizer) -> bool:
         return False
     if any(rate != 0 for rate in rates):
         return False
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return bool(gradients) and not any(g.is_sparse or bool(g.any()) for g in gradients)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    grads = [sharding.gradient(p) for p in params]
+    flags = [[g is not None, g is not None and (g.is_sparse or bool(g.any()))] for g in grads]
+    given, nonzero = sharding.all_reduce(params, torch.tensor(flags, dtype=torch.float64, device="cpu")).sum(0).tolist()
+    return given > 0 and nonzero == 0
 
 
-def begin_step(optimizer: Optimizer, known: set[tuple[Tensor, ...]]) -> list[GroupUpdate]:
+def begin_step(optimizer: Optimizer, known: set[tuple[Tensor, ...]], fused: bool | None = None) -> list[GroupUpdate]:
     """Collect what a step updates, and fix the norms of weights that it constrains for the first time.
 
     Args:
         optimizer: the optimizer that makes the step.
         known: blocks whose norms are known to be theirs. All other norms were loaded; they are compared with those of
             the weights, which waits for the device, and their blocks are added.
+        fused: as for `dispatch.backend`, for sharded blocks; None takes it from the param group.
 
     Returns:
         The parameters to update of each param group.
@@ -115,14 +181,56 @@ def begin_step(optimizer: Optimizer, known: set[tuple[Tensor, ...]]) -> list[Gro
     for index, group in enumerate(groups):
         check_group(group, index)
     group_updates = [collect(group, optimizer.state) for group in groups]
+    sum_products([part for group_update in group_updates for part in group_update.sharded], fused)
     for index, group_update in enumerate(group_updates):
-        if 0.0 in group_update.norms:
-            measured = _measure_norms(group_update, index)
-            group_update.norms = [c or now for c, now in zip(group_update.norms, measured, strict=True)]
-        _check_loaded_norms(group_update, index, known)
+        for part in group_update.parts():
+            if 0.0 in part.norms:
+                measured = _measure_norms(part, index)
+                part.norms = [c or now for c, now in zip(part.norms, measured, strict=True)]
+            _check_loaded_norms(part, index, known)
     for group_update in group_updates:
-        group_update.group["switched"] = is_due(group_update.group) or any(group_update.norms)
+        fixed = any(any(part.norms) for part in group_update.parts())
+        group_update.group["switched"] = is_due(group_update.group) or fixed
     return group_updates
+
+
+def sum_products(
+    updates: list[GroupUpdate], fused: bool | None = None, *, weights_only: bool = False, all_blocks: bool = False
+) -> None:
+    """Compute `sums` of updates of sharded blocks, with one collective for each mesh.
+
+    Which parameters have gradients may differ between ranks, for example where a shard is empty. Every rank therefore
+    contributes for every block. A block is updated if a rank has a gradient of it; the others take theirs to be zero.
+
+    Args:
+        updates: updates of sharded blocks; those without any gradient are removed.
+        fused: as for `dispatch.backend`; None takes it from the param group.
+        weights_only: whether to compute only w.w.
+        all_blocks: whether to keep blocks without gradients.
+    """
+    if not updates:
+        return
+    sums = []
+    for part in updates:
+        given = [p.grad is not None for p in part.params]
+        blocks = part.local_blocks(weights_only=weights_only)
+        backend = dispatch.backend(blocks, part.group.get("fused") if fused is None else fused)
+        products = backend.products(blocks)
+        flags = products.new_ones(len(given)) if all(given) else products.new_tensor(given)
+        sums.append(torch.column_stack([products, flags]))
+    for part, reduced in zip(updates, all_reduce([part.params for part in updates], sums), strict=True):
+        part.sums, given_anywhere = part.per_block(reduced[:, :2]), part.per_block(reduced[:, 2])
+        if not (weights_only or all_blocks) and not all(
+            any(p.grad is not None for p in block) for block in part.blocks()
+        ):
+            part.keep((given_anywhere > 0).tolist())
+
+
+def all_reduce(params: list[list[Tensor]], sums: list[Tensor]) -> list[Tensor]:
+    """Apply `sharding.all_reduce` to the parameters of several updates together."""
+    together = sums[0] if len(sums) == 1 else torch.cat([values.to(sums[0].device) for values in sums])
+    reduced = sharding.all_reduce([p for each in params for p in each], together).split(list(map(len, params)))
+    return [values.to(own) for values, own in zip(reduced, sums, strict=True)]
 
 
 def check_capture() -> None:
@@ -152,12 +260,15 @@ def switch(optimizer: Optimizer, chosen: list[int]) -> None:
         check_group(group, index)
         blocks = _blocks(group, [p for p in group["params"] if p.requires_grad and constrains(group, p)])
         params = [p for block in blocks for p in block]
-        group_update = GroupUpdate(group, [], params, [len(block) for block in blocks], [])
-        group_update.norms = _measure_norms(group_update, index)
+        sizes = [len(block) for block in blocks]
+        group_update = GroupUpdate(group, [], params, sizes, [0.0] * len(sizes)).separate_sharded()
+        sum_products(group_update.sharded, weights_only=True)
+        for part in group_update.parts():
+            part.norms = _measure_norms(part, index)
         group_updates.append(group_update)
     for group_update in group_updates:
         group_update.group["switched"] = True
-        norms = dict(zip(group_update.params, group_update.param_norms(), strict=True))
+        norms = {p: c for part in group_update.parts() for p, c in zip(part.params, part.param_norms(), strict=True)}
         for p in group_update.group["params"]:
             if optimizer.state.get(p):  # the norms of other parameters are fixed at their first update
                 optimizer.state[p][NORM] = norms.get(p, 0.0)
@@ -173,8 +284,15 @@ def raise_zero(group_update: GroupUpdate, index: int, block: int) -> None:
 
 
 def gradients(params: list[Tensor]) -> list[Tensor]:
-    """Return the gradients of parameters, zeros where a parameter has none. Raises TypeError for sparse gradients."""
-    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    """Return the gradients of parameters, zeros where a parameter has none, and local shards of DTensors.
+
+    Raises TypeError for sparse gradients.
+    """
+    if sharding.any_dtensor(params):
+        given = map(sharding.gradient, params)
+        found = [torch.zeros_like(p) if g is None else g for p, g in zip(sharding.local(params), given, strict=True)]
+    else:
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     if any(g.is_sparse for g in found):
         raise TypeError("LAWN does not support sparse gradients")
     if torch.compiler.is_compiling():
@@ -183,7 +301,8 @@ def gradients(params: list[Tensor]) -> list[Tensor]:
 
 
 def check_shapes(group: Group, params: list[Tensor], state: list[Tensor]) -> list[Tensor]:
-    """Return `state`, one tensor for each parameter. Raises RuntimeError where their shapes differ."""
+    """Return `state`, one tensor for each parameter, or its local shard. Raises RuntimeError where shapes differ."""
+    sharded = sharding.any_dtensor(params)
     for p, t in zip(params, state, strict=True):
         if t.shape != p.shape:
             position = next(i for i, q in enumerate(group["params"]) if q is p)
@@ -192,35 +311,44 @@ def check_shapes(group: Group, params: list[Tensor], state: list[Tensor]) -> lis
                 f"parameter {name!r} has the shape {tuple(p.shape)}, but its state {tuple(t.shape)}: the state is of "
                 "another parameter, or the parameter was replaced"
             )
-    return state
+        if sharded and not sharding.same_shards(p, t):
+            raise RuntimeError(
+                f"a parameter of shape {tuple(p.shape)} is not sharded as its state is; load the state with "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+            )
+    return sharding.local(state)
 
 
 def collect(group: Group, state: State) -> GroupUpdate:
     """Collect a group's parameters with gradients. A block is updated whole if one of its parameters has a gradient."""
     due = is_due(group)
-    free, constrained, norms = [], [], []
+    free: list[Tensor] = []
+    idle: list[Tensor] = []
+    constrained, norms = [], []
     for p in group["params"]:
-        if p.grad is None:
+        grad = p.grad
+        if grad is None and not (p.requires_grad and sharding.is_dtensor(p)):
             continue
-        if p.grad.is_sparse and constrains(group, p):
+        if grad is not None and grad.is_sparse and constrains(group, p):
             raise TypeError("LAWN does not support sparse gradients")
         entry = state.get(p)
         c = entry.get(NORM, 0.0) if entry else 0.0
         if not constrains(group, p):
-            free.append(p)
+            (idle if grad is None else free).append(p)
             if c and entry:  # constrain=False was set after the switch
                 entry[NORM] = 0.0
         elif due or c:
             constrained.append(p)
             norms.append(c)
         else:
-            free.append(p)
+            (idle if grad is None else free).append(p)
     if group["blocks"] is None:
-        return GroupUpdate(group, free, constrained, [1] * len(constrained), norms)
+        return GroupUpdate(group, free, constrained, [1] * len(constrained), norms, idle=idle).separate_sharded()
     blocks = _blocks(group, constrained)
     # The minimum is 0.0, and the norm is measured, if a parameter was added to the block.
     norms = [min((state.get(p) or {}).get(NORM, 0.0) for p in block) for block in blocks]
-    return GroupUpdate(group, free, [p for block in blocks for p in block], [len(block) for block in blocks], norms)
+    params = [p for block in blocks for p in block]
+    return GroupUpdate(group, free, params, [len(block) for block in blocks], norms, idle=idle).separate_sharded()
 
 
 def _blocks(group: Group, constrained: list[Tensor]) -> list[list[Tensor]]:
@@ -250,6 +378,9 @@ def _measure_norms(group_update: GroupUpdate, index: int) -> list[float]:
 
 def _present_norms(group_update: GroupUpdate) -> list[float]:
     """Compute the present norm of each block."""
+    if group_update.sums is not None:
+        dtype = group_update.params[0].dtype.to_real() if group_update.params else torch.float64
+        return group_update.sums[:, 0].sqrt().to(torch.promote_types(dtype, torch.float32)).tolist()
     updates = group_update.split_by_device_and_dtype()
     norms = [update.norms(single.params, single.sizes).tolist() for single in updates]
     if len(updates) < 2:

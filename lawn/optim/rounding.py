@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lawn.optim import sharding
 from lawn.optim.keys import Group
 
 KEY = "rounding"  # of a param group
@@ -56,14 +57,15 @@ def streams(optimizer: Optimizer, group: Group, params: list[Tensor]) -> Tensor 
         params: parameters of one dtype.
 
     Returns:
-        Streams [params] as int32, on the host, or None if the parameters are rounded to nearest. A shard that begins
-        at element s of the whole parameter uses the stream plus s.
+        Streams [params] as int32, on the host, or None if the parameters are rounded to nearest. Those of a DTensor are
+        of the shard of this rank.
     """
     if not params or not is_stochastic(group, params[0]):
         return None
     make_seeds(optimizer, group, params)
     seeds = torch.tensor([optimizer.state[p][SEED] for p in params], dtype=torch.int32, device="cpu")
-    return _hash(_hash(seeds + 1) + group["steps"])
+    starts = torch.tensor([sharding.first_number(p) for p in params], dtype=torch.int32, device="cpu")
+    return _hash(_hash(seeds + 1) + group["steps"]) + starts
 
 
 def stochastic(values: Tensor, dtype: torch.dtype, streams: Tensor, numels: list[int]) -> Tensor:
@@ -93,49 +95,73 @@ def stochastic(values: Tensor, dtype: torch.dtype, streams: Tensor, numels: list
     return torch.where(values.isnan(), values, rounded)
 
 
-def parts(group: Group, params: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
+def parts(
+    group: Group, params: list[Tensor], idle: list[Tensor], limit: int
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Divide the parameters of a free update that may need float32 copies into parts of one dtype.
 
     Args:
         group: the param group.
-        params: its free parameters.
+        params: its free parameters with gradients.
+        idle: trainable DTensors without gradients. With DTensors there is one part for each dtype, so that all ranks
+            have the same parts.
         limit: number of elements of a part, which a single parameter may exceed.
+
+    Yields:
+        The parameters and the idle ones of each part.
     """
     if group.get(KEY, "nearest") == "nearest":
-        yield params
+        yield params, idle
+        return
+    if idle or any(map(sharding.is_dtensor, params)):
+        for dtype in sorted({p.dtype for p in (*params, *idle)}, key=str):
+            yield [p for p in params if p.dtype == dtype], [p for p in idle if p.dtype == dtype]
         return
     part: list[Tensor] = []
     elements = 0
     for p in sorted(params, key=lambda p: str(p.dtype)):
         if part and (p.dtype != part[0].dtype or elements + p.numel() > limit):
-            yield part
+            yield part, []
             part, elements = [], 0
         part.append(p)
         elements += p.numel()
     if part:
-        yield part
+        yield part, []
 
 
 @contextmanager
 def in_float32(
-    optimizer: Optimizer, group: Group, params: list[Tensor], grads: list[Tensor], *state: list[Tensor]
+    optimizer: Optimizer,
+    group: Group,
+    params: list[Tensor],
+    weights: list[Tensor],
+    grads: list[Tensor],
+    *state: list[Tensor],
 ) -> Iterator[tuple[list[Tensor], ...]]:
     """Let a free update that rounds stochastically work on float32 copies, and round them at the end.
 
-    Yields parameters, gradients and lists of the state: the given lists if the parameters are rounded to nearest. The
-    state is always rounded to nearest. The parameters are of one part, see `parts`.
+    Args:
+        optimizer: the optimizer.
+        group: the param group.
+        params: parameters of one part, see `parts`.
+        weights: the parameters, or the local shards of DTensors.
+        grads: gradients of the weights.
+        *state: lists of the state, which is always rounded to nearest.
+
+    Yields:
+        Weights, gradients and lists of the state: the given lists if the parameters are rounded to nearest.
     """
     own = streams(optimizer, group, params)
     if own is None:
-        yield params, grads, *state
+        yield weights, grads, *state
         return
-    copies = tuple([t.float() for t in tensors] for tensors in (params, grads, *state))
+    copies = tuple([t.float() for t in tensors] for tensors in (weights, grads, *state))
     yield copies
     for tensors, updated in zip(state, copies[2:], strict=True):
         torch._foreach_copy_(tensors, updated)
-    numels = [p.numel() for p in params]
-    rounded = stochastic(torch.cat([t.reshape(-1) for t in copies[0]]), params[0].dtype, own, numels)
-    torch._foreach_copy_(params, [t.view(p.shape) for t, p in zip(rounded.split(numels), params, strict=True)])
+    numels = [w.numel() for w in weights]
+    rounded = stochastic(torch.cat([t.reshape(-1) for t in copies[0]]), weights[0].dtype, own, numels)
+    torch._foreach_copy_(weights, [t.view(w.shape) for t, w in zip(rounded.split(numels), weights, strict=True)])
 
 
 def _hash(x: Tensor) -> Tensor:

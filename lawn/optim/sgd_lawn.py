@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
-from lawn.optim import dispatch, update
+from lawn.optim import dispatch, sharding, stages, update
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.phase import GroupUpdate, check_shapes, gradients
 from lawn.optim.rounding import in_float32, streams
@@ -43,7 +43,7 @@ class SGDLAWN(LAWNOptimizer):
     Raises:
         ValueError: if a hyperparameter is out of range, or a param group has an unsupported key or weight decay on
             constrained parameters.
-        TypeError: if parameters are sharded (FSDP, tensor parallelism).
+        TypeError: if parameters are flat parameters of FullyShardedDataParallel, or DTensors with a Partial placement.
 
     References:
         Gupta et al. 2021, section 3, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
@@ -75,17 +75,17 @@ class SGDLAWN(LAWNOptimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum}, free_steps, fused, rounding)
 
     def _state_of(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
-        """Return the momentum buffers; initialize what is missing."""
+        """Return the momentum buffers, local shards of DTensors; initialize what is missing."""
         for p in params:
             if self.state[p].get("momentum_buffer") is None:  # torch's SGD stores None without momentum
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return check_shapes(group, params, [self.state[p]["momentum_buffer"] for p in params])
 
-    def _free_update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        lists = params, gradients(params), self._state_of(group, params)
-        with in_float32(self, group, *lists) as (params, grads, buffers):
+    def _free_update(self, group: dict[str, Any], params: list[Tensor], idle: list[Tensor]) -> None:
+        lists = sharding.local(params), gradients(params), self._state_of(group, params)
+        with in_float32(self, group, params, *lists) as (weights, grads, buffers):
             sgd(
-                params,
+                weights,
                 grads,
                 [*buffers],
                 weight_decay=group["weight_decay"],
@@ -102,3 +102,12 @@ class SGDLAWN(LAWNOptimizer):
         lists = params, group_update.sizes, group_update.norms, gradients(params), buffers
         blocks = update.Blocks(*lists, streams=streams(self, group, params))
         return dispatch.backend(blocks, group["fused"]).sgd(blocks, lr=group["lr"], momentum=group["momentum"])
+
+    def _sharded_update(self, part: GroupUpdate) -> stages.Pending:
+        group, params = part.group, part.params
+        buffers, weights = self._state_of(group, params), sharding.local(params)
+        lists = weights, part.sizes, part.norms, gradients(params), buffers
+        blocks = update.Blocks(*lists, streams=streams(self, group, params))
+        factors, ones = (group["momentum"], 1.0, 0.0, 0.0), torch.ones(2, len(part.sizes), device="cpu")
+        options = {"lr": group["lr"], "fused": group["fused"], "trust": False, "eps": 0.0}
+        return stages.step(part, blocks, ones, factors=factors, **options)

@@ -139,6 +139,19 @@ def _move(
 
 
 @triton.jit
+def _block_sums(sums, blocks, result, COLUMN: tl.constexpr, TILE: tl.constexpr):
+    block = tl.program_id(0)
+    start, stop = tl.load(blocks + block), tl.load(blocks + block + 1)
+    first, second = 0.0, 0.0
+    for tile in range(start, stop, TILE):
+        row = tile + tl.arange(0, TILE)
+        first += tl.sum(tl.load(sums + 3 * row + COLUMN, row < stop, 0.0))
+        second += tl.sum(tl.load(sums + 3 * row + COLUMN + 1, row < stop, 0.0))
+    tl.store(result + 2 * block, first)
+    tl.store(result + 2 * block + 1, second)
+
+
+@triton.jit
 def _project(table, layout, numels, owners, along, DTYPE: tl.constexpr, CHUNK: tl.constexpr):
     program = tl.program_id(0)
     tensor, at, there = _locate(layout, numels, program, CHUNK)
@@ -216,6 +229,17 @@ class _Launch:
         self.constants = {"DTYPE": DTYPES[like.dtype], "CHUNK": CHUNK}
         self.sums = torch.empty(self.chunk_grid[0], 3, device=like.device)
         self.zero = torch.empty(self.block_grid[0], dtype=torch.int8, device=like.device)
+
+    def start(self, kernel: Any, *arguments: Any, **keys: Any) -> None:
+        """Launch a kernel on all chunks; there are none if all tensors are empty shards."""
+        if self.chunk_grid[0]:
+            kernel[self.chunk_grid](*self.tensors, *arguments, **keys, **self.constants)
+
+    def block_sums(self, column: int) -> Tensor:
+        """Add two columns of the rows of sums: [blocks, 2]."""
+        result = torch.empty(self.block_grid[0], 2, device=self.device)
+        _block_sums[self.block_grid](self.sums, self.layout.starts, result, COLUMN=column, TILE=TILE)
+        return result
 
     def gradient_along(self) -> Tensor:
         """Compute w.g / w.w of each block from the first two lists: [blocks]."""
@@ -309,6 +333,54 @@ def retract(blocks: Blocks) -> Tensor:
         *launch.tensors, launch.layout.owners, launch.coefficients(1.0, False), **launch.constants
     )
     return launch.zero
+
+
+# The stages of an update of sharded weights
+
+
+@_on_device_of_blocks
+def products(blocks: Blocks) -> Tensor:
+    launch = _Launch(blocks)
+    launch.start(_gradient_sums, launch.sums)
+    return launch.block_sums(0)
+
+
+@_on_device_of_blocks
+def advance(
+    blocks: Blocks, along: Tensor, scales: Tensor, factors: tuple[float, float, float, float], eps: float
+) -> Tensor:
+    launch = _Launch(blocks)
+    columns = upload(scales.T.float().contiguous(), launch.device)
+    owners, share = launch.layout.owners, along.float().contiguous()
+    launch.start(_moments, owners, share, columns, launch.sums, *factors, eps, ADAM=bool(blocks.second))
+    return launch.block_sums(1)
+
+
+@_on_device_of_blocks
+def move(blocks: Blocks, keep: Tensor, take: Tensor, scales: Tensor, eps: float) -> None:
+    launch = _Launch(blocks)
+    columns = upload(scales.T.float().contiguous(), launch.device)
+    coefficients = torch.stack([keep, take], 1).float()
+    launch.start(_move, launch.layout.owners, columns, coefficients, eps, ADAM=bool(blocks.second))
+
+
+@_on_device_of_blocks
+def tangents(blocks: Blocks, along: Tensor) -> None:
+    launch = _Launch(blocks)
+    launch.start(_project, launch.layout.owners, along.float().contiguous())
+
+
+@_on_device_of_blocks
+def differences(blocks: Blocks) -> Tensor:
+    launch = _Launch(blocks)
+    launch.start(_difference_sums, launch.sums)
+    return launch.block_sums(1)
+
+
+@_on_device_of_blocks
+def combine(blocks: Blocks, keep: Tensor, take: Tensor) -> None:
+    launch = _Launch(blocks)
+    launch.start(_retract, launch.layout.owners, torch.stack([keep, take], 1).float())
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:

@@ -184,6 +184,82 @@ def retract(blocks: Blocks) -> Tensor | None:
     return torch.cat(zero)
 
 
+def products(blocks: Blocks) -> Tensor:
+    """Compute the inner products w.w and w.g of each block: [blocks, 2].
+
+    This function and the next five are the stages of an update of sharded weights. Each block is the local shard of one
+    weight; the inner products of the shards are added before the next stage.
+    """
+    results = []
+    for batch, flat, _ in _batches(blocks):
+        w = flat.flatten(batch.weights)
+        results.append(torch.stack([flat.sums(w * w), flat.sums(w * flat.flatten(batch.grads))], 1))
+    return torch.cat(results)
+
+
+def advance(
+    blocks: Blocks, along: Tensor, scales: Tensor, factors: tuple[float, float, float, float], eps: float
+) -> Tensor:
+    """Update the moments with the projected gradient, g - along w.
+
+    Args:
+        blocks: blocks with gradients and both moments, or with momentum buffers only.
+        along: w.g / w.w of each block.
+        scales: bias corrections [2, blocks] of Adam, on the host; any values for momentum.
+        factors: factors of the first moment, its gradient, the second moment and its squared gradient.
+        eps: added to the square root of the second moment.
+
+    Returns:
+        Inner products w.r and r.r of each block [blocks, 2] with the base optimizer's update r.
+    """
+    results = []
+    for batch, flat, selected in _batches(blocks):
+        w = flat.flatten(batch.weights)
+        g = torch.addcmul(flat.flatten(batch.grads), w, flat.expand(along[selected]), value=-1)
+        flat.write(batch.first, flat.flatten(batch.first).mul_(factors[0]).add_(g, alpha=factors[1]))
+        if batch.second:
+            v = flat.flatten(batch.second).mul_(factors[2]).addcmul_(g, g, value=factors[3])
+            flat.write(batch.second, v)
+        r = flat.direction(batch, scales[:, selected], eps)
+        results.append(torch.stack([flat.sums(w * r), flat.sums(r * r)], 1))
+    return torch.cat(results)
+
+
+def move(blocks: Blocks, keep: Tensor, take: Tensor, scales: Tensor, eps: float) -> None:
+    """Replace the weights by keep w - take r, with r and the other arguments as in `advance`."""
+    for batch, flat, selected in _batches(blocks):
+        r = flat.direction(batch, scales[:, selected], eps)
+        w = flat.flatten(batch.weights).mul_(flat.expand(keep[selected]))
+        flat.write_weights(batch, w.addcmul_(r, flat.expand(take[selected]), value=-1))
+
+
+def tangents(blocks: Blocks, along: Tensor) -> None:
+    """Copy the weights to `first` and write projected gradients, g - along w, to `second`."""
+    for batch, flat, selected in _batches(blocks):
+        w = flat.flatten(batch.weights)
+        flat.write(batch.second, torch.addcmul(flat.flatten(batch.grads), w, flat.expand(along[selected]), value=-1))
+        flat.write(batch.first, w)
+
+
+def differences(blocks: Blocks) -> Tensor:
+    """Compute the inner products w.r and r.r [blocks, 2], where w is `first` and r = first - weights."""
+    results = []
+    for batch, flat, _ in _batches(blocks):
+        w = flat.flatten(batch.first)
+        r = w - flat.flatten(batch.weights)
+        results.append(torch.stack([flat.sums(w * r), flat.sums(r * r)], 1))
+    return torch.cat(results)
+
+
+def combine(blocks: Blocks, keep: Tensor, take: Tensor) -> None:
+    """Replace the weights by keep w - take r, with w and r as in `differences`."""
+    for batch, flat, selected in _batches(blocks):
+        w = flat.flatten(batch.first)
+        r = w - flat.flatten(batch.weights)
+        w.mul_(flat.expand(keep[selected]))
+        flat.write(batch.weights, w.addcmul_(r, flat.expand(take[selected]), value=-1))
+
+
 def real(tensors: list[Tensor]) -> list[Tensor]:
     """View complex tensors as real ones with a last axis of two.
 
@@ -263,6 +339,14 @@ class _FlatLayout:
             return values
         return values.repeat_interleave(self._lengths, output_size=sum(self._numels))
 
+    def direction(self, blocks: Blocks, scales: Tensor, eps: float) -> Tensor:
+        """Compute the base optimizer's update [elements] from the stored moments."""
+        m = self.flatten(blocks.first)
+        if not blocks.second:
+            return m
+        root = self.flatten(blocks.second).sqrt_().mul_(self.expand(scales[1])).add_(eps)
+        return m.mul_(self.expand(scales[0])).div_(root)
+
     def tangent(self, w: Tensor, ww: Tensor, v: Tensor) -> Tensor:
         """Project v on the tangent space at w, v - w (w.v) / (w.w) (equation 3); v itself where w is zero."""
         along = torch.where(ww == 0, 0, self.sums(w * v) / ww)
@@ -281,11 +365,14 @@ class _FlatLayout:
         keep, take = coefficients(ww, self.sums(w * r), self.sums(r * r), c, rate, trust=trust)
         zero = ww == 0
         keep, take = keep.masked_fill(zero, 0), take.masked_fill(zero, 0)
-        moved = (w * self.expand(keep)).addcmul_(r, self.expand(take), value=-1)
-        if blocks.streams is not None:
-            moved = rounding.stochastic(moved, blocks.weights[0].dtype, blocks.streams, self._numels)
-        self.write(blocks.weights, moved)
+        self.write_weights(blocks, (w * self.expand(keep)).addcmul_(r, self.expand(take), value=-1))
         return zero
+
+    def write_weights(self, blocks: Blocks, flat: Tensor) -> None:
+        """Round a vector [elements] to the dtype of the weights, and copy it to them."""
+        if blocks.streams is not None:
+            flat = rounding.stochastic(flat, blocks.weights[0].dtype, blocks.streams, self._numels)
+        self.write(blocks.weights, flat)
 
 
 def _batches(blocks: Blocks) -> Iterator[tuple[Blocks, _FlatLayout, slice]]:

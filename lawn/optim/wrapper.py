@@ -1,6 +1,7 @@
 """LAWN on any torch optimizer, through step hooks."""
 
 import sys
+from dataclasses import replace
 from itertools import chain
 from types import FrameType
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lawn.optim import dispatch, keys, phase, update
+from lawn.optim import dispatch, keys, phase, stages, update
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.zero_check import ZeroCheck
 
@@ -36,8 +37,8 @@ class LAWN:
             built, False never.
 
     Raises:
-        TypeError: if `optimizer` has no hooks (it is not a torch optimizer), is a ZeroRedundancyOptimizer, or has
-            sharded parameters.
+        TypeError: if `optimizer` has no hooks (it is not a torch optimizer), is a ZeroRedundancyOptimizer, or has flat
+            parameters of FullyShardedDataParallel or DTensors with a Partial placement.
         ValueError: if `optimizer` is a LAWN optimizer already, `free_steps` is invalid, or constrained parameters have
             weight decay. The optimizer does not change then.
 
@@ -192,7 +193,7 @@ class LAWN:
         """
         first = self._group_updates is None
         if first:
-            self._group_updates = self._zero_check.begin(self.optimizer)
+            self._group_updates = self._zero_check.begin(self.optimizer, self._fused)
         group_updates = self._group_updates or []
         for single in chain.from_iterable(group.split_by_device_and_dtype() for group in group_updates):
             params = single.params
@@ -201,9 +202,23 @@ class LAWN:
             projected = self._buffers(self._projected, params, grads)
             blocks = update.Blocks(params, single.sizes, single.norms, grads, before, projected)
             dispatch.backend(blocks, self._fused).project(blocks)
-            for p, tangent in zip(params, projected, strict=True):
-                self._gradients[p] = p.grad
-                p.grad = tangent
+            self._replace_gradients(params, projected)
+        parts = [part for group in group_updates for part in group.sharded if part.params]
+        if not first:  # the closure may have moved the weights; `sums` stay those of the weights before the step
+            now = [replace(part) for part in parts]
+            phase.sum_products(now, self._fused, all_blocks=True)
+            parts = now
+        for part in parts:
+            params = part.params
+            before = self._buffers(self._before, params, params) if first else list(map(torch.empty_like, params))
+            projected = self._buffers(self._projected, params, params)
+            stages.project(part, before, projected, self._fused)
+            self._replace_gradients(params, projected)
+
+    def _replace_gradients(self, params: list[Tensor], projected: list[Tensor]) -> None:
+        for p, tangent in zip(params, projected, strict=True):
+            self._gradients[p] = p.grad
+            p.grad = tangent
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -216,13 +231,20 @@ class LAWN:
         if self._dummy:
             for p in (p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None):
                 state[p].setdefault(keys.NORM, 0.0)
-        results = []
+        results: list[tuple[phase.GroupUpdate, int, Tensor | None]] = []
+        pending: list[tuple[phase.GroupUpdate, int, stages.Pending]] = []
         for index, group_update in enumerate(self._group_updates or []):
             for single in group_update.split_by_device_and_dtype():
                 before = [self._before[p] for p in single.params]
                 blocks = update.Blocks(single.params, single.sizes, single.norms, first=before)
                 results.append((single, index, dispatch.backend(blocks, self._fused).retract(blocks)))
+            for part in group_update.sharded:
+                before = [self._before[p] for p in part.params]
+                if before:
+                    pending.append((part, index, stages.retract(part, before, self._fused)))
             group_update.record(state)
+        zeros = stages.finish([waiting for _, _, waiting in pending])
+        results += [(part, index, zero) for (part, index, _), zero in zip(pending, zeros, strict=True)]
         self._restore_gradients()
         for single, index, zero in results:
             self._zero_check.check(single, index, zero)

@@ -21,13 +21,13 @@ class ZeroCheck:
         self._known: set[tuple[Tensor, ...]] = set()  # see `phase.begin_step`
         self._pending: list[tuple[phase.GroupUpdate, int, Tensor, torch.cuda.Event]] = []
 
-    def begin(self, optimizer: "Optimizer") -> list[phase.GroupUpdate]:
+    def begin(self, optimizer: "Optimizer", fused: bool | None = None) -> list[phase.GroupUpdate]:
         """Begin a step as `phase.begin_step` does. Raises ValueError for a weight that an earlier step found zero."""
         for group_update, index, zero, copied in self._pending:
             if copied.query():
                 _check_zero(group_update, index, zero)
         self._pending = [entry for entry in self._pending if not entry[-1].query()]
-        return phase.begin_step(optimizer, self._known)
+        return phase.begin_step(optimizer, self._known, fused)
 
     def check(self, group_update: phase.GroupUpdate, index: int, zero: Tensor | None) -> None:
         """Raise ValueError if a block is zero; on a GPU a later `begin` raises it.

@@ -145,24 +145,6 @@ def train_in_ddp(rank: int) -> list[Tensor]:
     return weights_of(model)
 
 
-def construct_on_sharded_parameters() -> list[str]:
-    """What each optimizer raises for a model under FSDP2."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model = make_model()
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    raised = []
-    for make_optimizer in (adam_lawn, lawn_on_adamw, lambda model: SGDLAWN(model.parameters())):
-        try:
-            make_optimizer(model)
-        except Exception as error:
-            raised.append(repr(error))
-        else:
-            raised.append("nothing")
-    return raised
-
-
 def resume_zero(rank: int, kind: str) -> dict[str, object]:
     """Weights after an uninterrupted run, and after one that is saved at each owner, joined, and loaded anew."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -203,7 +185,7 @@ def work(rank: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    left = {"ddp": train_in_ddp(rank), "fsdp2": construct_on_sharded_parameters()}
+    left = {"ddp": train_in_ddp(rank)}
     left |= {kind: resume_zero(rank, kind) for kind in ZERO}
     torch.save(left, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -236,15 +218,6 @@ def test_zero_resumes_bit_for_bit(two_processes, kind):
             assert_equal(uninterrupted, resumed)
             ended = [p.norm().item() for p in resumed if p.ndim > 1]
             assert ended == pytest.approx(fixed, rel=1e-12)
-
-
-def test_fsdp2_is_refused(two_processes):
-    """When the optimizer is made and on every rank, not hours later at the switch."""
-    for left in two_processes:
-        assert len(left["fsdp2"]) == 3
-        for raised in left["fsdp2"]:
-            assert raised.startswith("TypeError"), raised
-            assert "DTensor" in raised
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ SIZES = [(60, 70), (5, 4), (7,), (3, 2, 3, 3)]  # the first in two chunks
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter's process")
-@pytest.mark.parametrize(("marked", "count"), [("not slow", 7), pytest.param("slow", 5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("marked", "count"), [("not slow", 9), pytest.param("slow", 5, marks=pytest.mark.slow)])
 def test_in_the_interpreter(marked, count):
     command = [
         sys.executable,
@@ -123,6 +123,32 @@ def test_joined_blocks():
         outcomes.append([p.detach() for p in params])
     for p, q in zip(*outcomes, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("rule", ["adam", "sgd"])
+def test_stages_of_sharded_updates(rule):
+    """Each stage on local shards, one of them empty, equals that in plain operations."""
+    from lawn.optim import triton_kernels
+
+    outcomes = []
+    for backend in (update, triton_kernels):
+        generator = torch.Generator().manual_seed(0)
+        lists = [[torch.rand(size, generator=generator) for size in [(60, 70), (0, 4), (5, 4)]] for _ in range(6)]
+        weights, grads, first, second, before, projected = lists
+        along, keep, take = torch.rand(3, 3, generator=generator).double()
+        scales = torch.rand(2, 3, generator=generator).double()
+        blocks = update.Blocks(weights, [1, 1, 1], [], grads, first, second if rule == "adam" else [])
+        wrapper = update.Blocks(weights, [1, 1, 1], [], grads, before, projected)
+        difference = update.Blocks(weights, [1, 1, 1], [], first=before)
+        backend.tangents(wrapper, along)
+        sums = [backend.products(blocks), backend.advance(blocks, along, scales, (0.9, 0.1, 0.99, 0.01), 1e-6)]
+        backend.move(blocks, keep, take, scales, 1e-6)
+        sums.append(backend.differences(difference))
+        backend.combine(difference, keep, take)
+        outcomes.append([t.clone() for each in lists for t in each] + sums)
+    for p, q in zip(*outcomes, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, check_dtype=False)
 
 
 class Launches(TorchDispatchMode):
