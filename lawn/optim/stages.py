@@ -64,7 +64,7 @@ def step(
         The update, which waits for the inner products of its second stage.
     """
     single = replace(blocks, sizes=[1] * len(blocks.weights))
-    backend = dispatch.backend(single, fused if single.streams is None else False)
+    backend = dispatch.backend(single, fused)
     scales = part.per_param(corrections)
     sums = backend.advance(single, part.per_param(_along(part)), scales, factors, eps)
 

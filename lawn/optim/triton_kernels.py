@@ -306,17 +306,17 @@ def _step(
     launch = _Launch(blocks)
     scales = upload(corrections.T.float().contiguous(), launch.device)
     along = launch.gradient_along()
-    owners, constants = launch.layout.owners, launch.constants
-    _moments[launch.chunk_grid](
-        *launch.tensors, owners, along, scales, launch.sums, *factors, eps, ADAM=adam, **constants
-    )
-    coefficients = launch.coefficients(lr, trust)
-    stochastic = blocks.streams is not None
-    streams = owners if blocks.streams is None else upload(blocks.streams, launch.device)
-    _move[launch.chunk_grid](
-        *launch.tensors, owners, scales, coefficients, eps, streams, STOCHASTIC=stochastic, ADAM=adam, **constants
-    )
+    launch.start(_moments, launch.layout.owners, along, scales, launch.sums, *factors, eps, ADAM=adam)
+    _write_weights(launch, blocks, scales, launch.coefficients(lr, trust), eps)
     return launch.zero
+
+
+def _write_weights(launch: _Launch, blocks: Blocks, scales: Tensor, coefficients: Tensor, eps: float) -> None:
+    """Apply the update from the stored moments, by the coefficients [blocks, 2] of the weights and the update."""
+    owners, stochastic = launch.layout.owners, blocks.streams is not None
+    streams = owners if blocks.streams is None else upload(blocks.streams, launch.device)
+    keys = {"STOCHASTIC": stochastic, "ADAM": bool(blocks.second)}
+    launch.start(_move, owners, scales, coefficients, eps, streams, **keys)
 
 
 @_on_device_of_blocks
@@ -360,8 +360,7 @@ def advance(
 def move(blocks: Blocks, keep: Tensor, take: Tensor, scales: Tensor, eps: float) -> None:
     launch = _Launch(blocks)
     columns = upload(scales.T.float().contiguous(), launch.device)
-    coefficients = torch.stack([keep, take], 1).float()
-    launch.start(_move, launch.layout.owners, columns, coefficients, eps, ADAM=bool(blocks.second))
+    _write_weights(launch, blocks, columns, torch.stack([keep, take], 1).float(), eps)
 
 
 @_on_device_of_blocks
