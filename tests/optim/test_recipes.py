@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
-from lawn import LAWN
+from lawn import LAWN, AdamLAWN
 from tests.optim.helpers import fixed_norms
 from tests.optim.test_sharding import FREE_STEPS, KINDS, SAVED, STEPS, Job, Model, batches, error, fsdp, spawn, train
 
@@ -32,7 +32,7 @@ def share(step: int) -> tuple[Tensor, Tensor]:
     return x[rank::world], y[rank::world]
 
 
-def as_torchrun_does(folder: Path) -> None:
+def as_torchrun_does() -> None:
     rank, world = str(dist.get_rank()), str(dist.get_world_size())
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "test"}
@@ -68,8 +68,6 @@ def in_torchtitan(kind: str, start: int, stop: int, load: Path | None, save: Pat
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
     from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
-
-    from lawn import AdamLAWN
 
     class Optimizers(OptimizersContainer):
         @staticmethod
@@ -144,7 +142,7 @@ def in_lightning(kind: str, start: int, stop: int, load: Path | None, save: Path
 
 
 def run_in(framework: str, kind: str, start: int, stop: int, load: Path | None, save: Path | None) -> Trained:
-    as_torchrun_does(Path())
+    as_torchrun_does()
     inside = {"accelerate": in_accelerate, "torchtitan": in_torchtitan, "lightning": in_lightning}[framework]
     model, optimizer, loaded = inside(kind, start, stop, load, save)
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -218,3 +216,56 @@ def test_saved_and_resumed(runs, kind, phase):
     for saved, resumed in zip(runs["save"], runs["resume on 2"], strict=True):
         for ours, theirs in zip(resumed[job]["shards"], saved[job]["shards"], strict=True):
             assert torch.equal(ours, theirs)
+
+
+def lawn_on_adamw() -> Callable[..., Optimizer]:
+    """A factory, as the Trainer calls it."""
+
+    def make(model: nn.Module, free_steps: int, **options: Any) -> Optimizer:
+        return LAWN(torch.optim.AdamW(model.parameters(), weight_decay=0.0, **options), free_steps).optimizer
+
+    return make
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("cls", [AdamLAWN, lawn_on_adamw])
+def test_the_trainer_makes_the_optimizer(tmp_path, cls):
+    """Its two param groups, a tied weight, dropout, and a checkpoint before, at and after the switch."""
+    transformers = pytest.importorskip("transformers")
+    data = [torch.randint(32, (8,), generator=torch.Generator().manual_seed(i)) for i in range(56)]
+
+    def train_on(weight_decay: float = 0.0, resume: str | None = None) -> Any:
+        transformers.set_seed(0)
+        config = transformers.GPT2Config(
+            n_layer=1, n_embd=16, n_head=2, vocab_size=32, n_positions=8, bos_token_id=0, eos_token_id=0
+        )
+        arguments = transformers.TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=4,
+            max_steps=14,
+            save_steps=1,
+            weight_decay=weight_decay,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = transformers.Trainer(
+            transformers.GPT2LMHeadModel(config),
+            arguments,
+            train_dataset=[{"input_ids": x, "labels": x} for x in data],
+            optimizer_cls_and_kwargs=(cls, {"lr": 0.01, "free_steps": 4}),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = train_on()
+    norms = fixed_norms(whole.optimizer)
+    assert sum(c > 0 for c in norms) == sum(p.ndim > 1 for p in whole.model.parameters())
+    for after in (3, 4, 5, 9):
+        resumed = train_on(resume=str(tmp_path / f"checkpoint-{after}"))
+        assert fixed_norms(resumed.optimizer) == norms
+        for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+    if cls is AdamLAWN:
+        with pytest.raises(ValueError, match=r"weight_decay=0\.1, but LAWN replaces weight decay"):
+            train_on(weight_decay=0.1)
