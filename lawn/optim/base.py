@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lawn.optim import keys, phase, rounding, stages, update
+from lawn.optim import keys, phase, rounding, slices, stages, update
 from lawn.optim.zero_check import ZeroCheck
 
 # Keys of torch's param groups that do not change an update, or hold here anyway.
@@ -244,7 +244,7 @@ class LAWNOptimizer(Optimizer, ABC):
         for group_update in group_updates:
             params = [*group_update.free, *group_update.params]
             known = all(self.state.get(p) for p in params) and 0.0 not in group_update.norms
-            if not known or group_update.has_dtensors:
+            if not known or group_update.has_dtensors or group_update.slice_axes:
                 return None
         return group_updates
 
@@ -263,12 +263,12 @@ class LAWNOptimizer(Optimizer, ABC):
         for key, value in group.items():
             if key in self._unsupported_keys() and value:
                 raise ValueError(f"param group {index}: {type(self).__name__} has no {key}, got {key}={value!r}")
-            close = get_close_matches(key, ("constrain", "free_steps"), n=1, cutoff=0.85)
+            close = get_close_matches(key, ("constrain", "free_steps", slices.KEY), n=1, cutoff=0.85)
             if close and key not in close:
                 raise ValueError(f"param group {index}: unknown key {key!r}; did you mean {close[0]!r}?")
 
     def _supported_keys(self) -> list[str]:
-        return [*dict.fromkeys((*self.defaults, rounding.KEY, *keys.DEFAULTS))]
+        return [*dict.fromkeys((*self.defaults, rounding.KEY, slices.KEY, *keys.DEFAULTS))]
 
     def _unsupported_keys(self) -> set[str]:
         return torch_keys() - set(self._supported_keys())

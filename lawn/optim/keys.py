@@ -3,7 +3,8 @@
 They are in the optimizer's own state and param groups, where every tool that saves an optimizer finds them. State
 follows its parameter, whether a checkpoint is keyed by name, by owner or by parameter:
 
-    state[p]["lawn_norm"]   the norm c of the weight or of its block, as a float; 0.0 while the weight is free
+    state[p]["lawn_norm"]   the norm c of the weight or of its block, as a float, or those of its slices, as a list of
+                            floats; 0.0 while the weight is free
 
 The key exists exactly when the rest of the parameter's state exists. A float is saved unchanged, while loading would
 cast a tensor to the weight's dtype. Each param group has the keys:
@@ -15,21 +16,24 @@ cast a tensor to the weight's dtype. Each param group has the keys:
     switched      whether the group is in the second phase, in which each weight's norm is fixed at its next update at
                   the latest
 
-The switch adds and removes no keys. With stochastic rounding a group has the key `rounding`, and the state of each of
+The switch adds and removes no keys. A group may have the key `norm_axes`: the axes that a norm runs over, for a norm
+for each slice of its constrained parameters (see `lawn.optim.slices`). With stochastic rounding a group has the key `rounding`, and the state of each of
 its half-precision parameters `lawn_seed`, an int (see `lawn.optim.rounding`).
 """
 
 import operator
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lawn.optim import sharding
+from lawn.optim import sharding, slices
 
 Group = dict[str, Any]
 State = Mapping[Tensor, dict[str, Any]]
+Norm = float | list[float]  # a norm of a parameter, or one for each of its slices
 NORM = "lawn_norm"
 DEFAULTS: Group = {"constrain": None, "blocks": None, "free_steps": None, "steps": 0, "switched": False}
 
@@ -77,6 +81,16 @@ def check_group(group: Group, index: int, label: str = "param group") -> None:
     blocks = group.get("blocks")
     if blocks is not None and len(blocks) != len(group["params"]):
         raise ValueError(f"{label} {index}: blocks must have an int for each of {len(group['params'])} parameters")
+    axes = group.get(slices.KEY)
+    if axes is not None:
+        slices.check(axes, f"{label} {index}: ")
+        if blocks is not None:
+            raise ValueError(
+                f"{label} {index}: blocks (include_bias) join parameters to one norm, {slices.KEY} divides a parameter; "
+                "use separate param groups"
+            )
+        for p in filter(partial(constrains, group), group["params"]):
+            slices.check_param(axes, p, f"{label} {index}: ")
     if group.get("weight_decay") and any(constrains(group, p) for p in group["params"]):
         raise ValueError(
             f"{label} {index}: weight_decay={group['weight_decay']}, but LAWN replaces weight decay: "
@@ -104,10 +118,11 @@ def complete_state_dict(saved: dict[str, Any], groups: list[Group], keys: list[s
 
 
 def restore_norms(state: State) -> None:
-    """Store the norms as floats after loading, in each state that exists."""
+    """Store the norms as floats and lists of floats after loading, in each state that exists."""
     for entry in state.values():
         if entry:
-            entry[NORM] = float(entry.get(NORM) or 0.0)
+            norm = entry.get(NORM) or 0.0
+            entry[NORM] = [float(c) for c in norm] if isinstance(norm, list | tuple) else float(norm)
 
 
 def is_constrained(groups: list[Group]) -> bool:
@@ -123,7 +138,7 @@ def is_due(group: Group) -> bool:
 def remove_keys(optimizer: Optimizer) -> None:
     """Remove LAWN's keys from the param groups and the state."""
     for group in optimizer.param_groups:
-        for key in DEFAULTS:
+        for key in (*DEFAULTS, slices.KEY):
             group.pop(key, None)
     for entry in optimizer.state.values():
         entry.pop(NORM, None)
@@ -142,3 +157,9 @@ def constrains(group: Group, p: Tensor) -> bool:
     """Whether parameter `p` of the group is constrained in the second phase."""
     constrain = group.get("constrain")
     return p.numel() > 0 and (p.ndim >= 2 if constrain is None else bool(constrain))
+
+
+def slice_axes(group: Group, p: Tensor) -> tuple[int, ...] | None:
+    """Return the slice axes of a parameter whose slices have a norm each; None if it is free or has a single norm."""
+    axes = group.get(slices.KEY)
+    return slices.slice_axes(axes, p) if axes is not None and constrains(group, p) else None

@@ -1,14 +1,14 @@
 """The two phases of training: the parameters that a step updates, and the switch to fixed norms."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lawn.optim import dispatch, sharding, update
-from lawn.optim.keys import NORM, Group, State, check_group, constrains, describe, is_due
+from lawn.optim import dispatch, sharding, slices, update
+from lawn.optim.keys import NORM, Group, Norm, State, check_group, constrains, describe, is_due
 
 REMEDY = "leave it free with a param group that has constrain=False, or give it more free steps"
 
@@ -39,7 +39,7 @@ class GroupUpdate:
         idle: free trainable DTensors without a gradient on this rank. Another rank may have one.
         params: constrained parameters, block after block.
         sizes: number of parameters in each block.
-        norms: norm c of each block; 0.0 where it is not fixed yet.
+        norms: norm c of each block, or a list of those of its slices; 0.0 where they are not fixed yet.
         sharded: updates of the blocks that hold DTensors, of one device and dtype each; these are not in `params`.
         sums: inner products w.w and w.g [blocks, 2] over whole weights, for such an update.
     """
@@ -48,10 +48,26 @@ class GroupUpdate:
     free: list[Tensor]
     params: list[Tensor]
     sizes: list[int]
-    norms: list[float]
+    norms: list[Norm]
     sharded: list["GroupUpdate"] = field(default_factory=list)
     sums: Tensor | None = None
     idle: list[Tensor] = field(default_factory=list)
+
+    @property
+    def slice_axes(self) -> list[tuple[int, ...]]:
+        """The slice axes of each constrained parameter; empty if they have a single norm."""
+        if self.group.get(slices.KEY) is None:
+            return []
+        return [slices.slice_axes(self.group[slices.KEY], p) for p in self.params]
+
+    def describe(self, index: int, block: int) -> tuple[str, float]:
+        """Describe a block, which may be a slice, of param group `index`; return its norm as well."""
+        for p, axes, c in zip(self.params, self.slice_axes, self.norms, strict=False):
+            if block < (count := slices.count(p, axes)):
+                name = f"slice {slices.describe(p, axes, block)} of {describe(self.group, index, p)}"
+                return name, c[block] if isinstance(c, list) else c
+            block -= count
+        return describe(self.group, index, self.params[sum(self.sizes[:block])]), self.norms[block]
 
     def split_by_device_and_dtype(self) -> list["GroupUpdate"]:
         """Split the constrained parameters into updates of one device and dtype each."""
@@ -112,7 +128,7 @@ class GroupUpdate:
         if self.sums is not None:
             self.sums = self.sums[torch.tensor(needed, device=self.sums.device)]
 
-    def _add(self, block: list[Tensor], c: float) -> None:
+    def _add(self, block: list[Tensor], c: Norm) -> None:
         self.params += block
         self.sizes.append(len(block))
         self.norms.append(c)
@@ -126,7 +142,7 @@ class GroupUpdate:
         ends = accumulate(self.sizes)
         return [self.params[end - size : end] for size, end in zip(self.sizes, ends, strict=True)]
 
-    def param_norms(self) -> list[float]:
+    def param_norms(self) -> list[Norm]:
         """The norm c of each constrained parameter's block."""
         if len(self.sizes) == len(self.params):
             return self.norms
@@ -184,6 +200,7 @@ def begin_step(optimizer: Optimizer, known: set[tuple[Tensor, ...]], fused: bool
     sum_products([part for group_update in group_updates for part in group_update.sharded], fused)
     for index, group_update in enumerate(group_updates):
         for part in group_update.parts():
+            _check_counts(part, index)
             if 0.0 in part.norms:
                 measured = _measure_norms(part, index)
                 part.norms = [c or now for c, now in zip(part.norms, measured, strict=True)]
@@ -276,9 +293,9 @@ def switch(optimizer: Optimizer, chosen: list[int]) -> None:
 
 def raise_zero(group_update: GroupUpdate, index: int, block: int) -> None:
     """Raise ValueError for a block that has become zero since its norm was fixed."""
-    name = describe(group_update.group, index, group_update.params[sum(group_update.sizes[:block])])
+    name, c = group_update.describe(index, block)
     raise ValueError(
-        f"{name} is zero, but was constrained to the norm {group_update.norms[block]:.6g}: a weight of "
+        f"{name} is zero, but was constrained to the norm {c:.6g}: a weight of "
         "zero has no direction in which it could be rescaled; restore it, or set constrain=False for its param group"
     )
 
@@ -358,26 +375,26 @@ def _blocks(group: Group, constrained: list[Tensor]) -> list[list[Tensor]]:
     return [block for block in members.values() if needed.intersection(block)]
 
 
-def _measure_norms(group_update: GroupUpdate, index: int) -> list[float]:
-    """Compute the present norm of each block. Raises ValueError for a norm that cannot be fixed."""
+def _measure_norms(group_update: GroupUpdate, index: int) -> list[Norm]:
+    """Compute the present norms of each block. Raises ValueError for a norm that cannot be fixed."""
     norms = _present_norms(group_update)
-    for block, c in enumerate(norms):
+    for block, c in enumerate(_flatten(norms)):
         if 0 < c < float("inf"):
             continue
-        name = describe(group_update.group, index, group_update.params[sum(group_update.sizes[:block])])
+        name, _ = replace(group_update, norms=norms).describe(index, block)
         if c == 0:
             raise ValueError(f"cannot constrain {name}: its norm is 0.0; {REMEDY}")
         raise NonFiniteError(f"cannot constrain {name}: its norm is {c}")
     return norms
 
 
-def _present_norms(group_update: GroupUpdate) -> list[float]:
-    """Compute the present norm of each block."""
+def _present_norms(group_update: GroupUpdate) -> list[Norm]:
+    """Compute the present norms of each block."""
     if group_update.sums is not None:
         dtype = group_update.params[0].dtype.to_real() if group_update.params else torch.float64
         return group_update.sums[:, 0].sqrt().to(torch.promote_types(dtype, torch.float32)).tolist()
     updates = group_update.split_by_device_and_dtype()
-    norms = [update.norms(single.params, single.sizes).tolist() for single in updates]
+    norms = [_norms(single) for single in updates]
     if len(updates) < 2:
         return norms[0] if norms else []
     pairs = zip(updates, norms, strict=True)
@@ -385,15 +402,48 @@ def _present_norms(group_update: GroupUpdate) -> list[float]:
     return [by_first[block[0]] for block in group_update.blocks()]
 
 
+def _norms(single: GroupUpdate) -> list[Norm]:
+    """Compute the present norms of blocks of one device and dtype."""
+    axes = single.slice_axes
+    norms = update.norms(single.params, single.sizes, axes)
+    if not axes:
+        return norms.tolist()
+    return [each.tolist() for each in norms.split(list(map(slices.count, single.params, axes)))]
+
+
+def _flatten(norms: list[Norm]) -> list[float]:
+    """Return the norms of all blocks, among them those of slices."""
+    return [c for norm in norms for c in (norm if isinstance(norm, list) else [norm])]
+
+
+def _check_counts(group_update: GroupUpdate, index: int) -> None:
+    """Raise ValueError if a parameter has another number of norms than of slices."""
+    axes = group_update.slice_axes
+    if not axes and list not in map(type, group_update.norms):
+        return
+    counts = list(map(slices.count, group_update.params, axes)) if axes else [None] * len(group_update.sizes)
+    for p, c, count in zip(group_update.params, group_update.norms, counts, strict=False):
+        fixed = len(c) if isinstance(c, list) else None
+        if c != 0.0 and fixed != count:
+            kinds = [f"a norm for each of {n} slices" if n else "a single norm" for n in (count, fixed)]
+            raise ValueError(
+                f"{describe(group_update.group, index, p)} has {kinds[0]}, but its state {kinds[1]}: {slices.KEY} has "
+                "changed; adopt the current norms with constrain(again=True)"
+            )
+
+
 def _check_loaded_norms(group_update: GroupUpdate, index: int, known: set[tuple[Tensor, ...]]) -> None:
     """Raise ValueError for a loaded norm that belongs to another weight or block."""
     blocks = list(map(tuple, group_update.blocks()))
     if known.issuperset(blocks):
         return
-    for block, c, now in zip(blocks, group_update.norms, _present_norms(group_update), strict=True):
+    present = _present_norms(group_update)
+    owners = [block for block, c in zip(blocks, present, strict=True) for _ in _flatten([c])]
+    pairs = zip(owners, _flatten(group_update.norms), _flatten(present), strict=True)
+    for number, (block, c, now) in enumerate(pairs):
         tolerance = 0.02 if block[0].dtype.itemsize < 4 else 1e-3
         if block not in known and now > 0 and abs(now / c - 1) > tolerance:
-            name = describe(group_update.group, index, block[0])
+            name, _ = group_update.describe(index, number)
             raise ValueError(
                 f"{name} has the norm {now:.6g}, but its state says {c:.6g}: parameters may be in another order "
                 "than when it was saved, in other blocks, or the weights were replaced; load by name, or adopt "
