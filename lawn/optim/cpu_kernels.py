@@ -117,22 +117,24 @@ class CPUKernels:
         return sums
 
     def _call(self, name: str, blocks: Blocks, first: tuple[object, ...], *arguments: object) -> None:
-        count = len(blocks)
-        numels = torch.tensor([w.numel() for w in blocks.weights], device="cpu")
-        lists = [torch.tensor([t.data_ptr() for t in tensors], device="cpu") for tensors in blocks.lists]
+        count, tensor_count = len(blocks), len(blocks.weights)
+        lists: list[Any] = [[t.data_ptr() for t in tensors] for tensors in blocks.lists]
+        starts: Any
+        numels: Any
         if blocks.slice_axes:  # each slice is a tensor and a block
             starts = torch.arange(count + 1, device="cpu")
             numels, offsets, owners = blocks.slice_places()
-            lists = [addresses[owners] + offsets * blocks.weights[0].itemsize for addresses in lists]
+            offsets = offsets * blocks.weights[0].itemsize
+            lists = [torch.tensor(addresses, device="cpu")[owners] + offsets for addresses in lists]
         else:
-            starts = torch.tensor([0, *accumulate(blocks.sizes)], device="cpu")
+            starts = (c_int64 * (count + 1))(0, *accumulate(blocks.sizes))
+            numels = (c_int64 * tensor_count)(*[w.numel() for w in blocks.weights])
+            lists = [(c_void_p * tensor_count)(*addresses) for addresses in lists]
         values = [starts, numels, *first, *lists, *arguments]
         values = [v.double().contiguous() if isinstance(v, Tensor) and v.is_floating_point() else v for v in values]
         function = getattr(self._library, name)
         kinds = function.argtypes[1:]
-        pointers = [
-            cast(v.data_ptr(), kind) if isinstance(v, Tensor) else v for v, kind in zip(values, kinds, strict=True)
-        ]
+        pointers = [cast(v.data_ptr(), k) if isinstance(v, Tensor) else v for v, k in zip(values, kinds, strict=True)]
         function(count, *pointers)
 
 
