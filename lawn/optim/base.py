@@ -243,8 +243,9 @@ class LAWNOptimizer(Optimizer, ABC):
         group_updates = [phase.collect(group, self.state) for group in self.param_groups]
         for group_update in group_updates:
             params = [*group_update.free, *group_update.params]
-            known = all(self.state.get(p) for p in params) and 0.0 not in group_update.norms
-            if not known or group_update.has_dtensors or group_update.slice_axes:
+            if group_update.has_dtensors or group_update.slice_axes:
+                return None
+            if not all(self.state.get(p) for p in params) or 0.0 in group_update.norms:
                 return None
         return group_updates
 
@@ -255,7 +256,7 @@ class LAWNOptimizer(Optimizer, ABC):
             self._state_of(group, params)
             rounding.make_seeds(self, group, params)
             for p in params:
-                self.state[p].setdefault(keys.NORM, 0.0)
+                self.state[p].setdefault(keys.NORM, keys.free_norm(group, p))
 
     def _check_keys(self, group: dict[str, Any], index: int) -> None:
         """Raise ValueError for a key of a param group that is set but not supported."""

@@ -3,11 +3,11 @@
 They are in the optimizer's own state and param groups, where every tool that saves an optimizer finds them. State
 follows its parameter, whether a checkpoint is keyed by name, by owner or by parameter:
 
-    state[p]["lawn_norm"]   the norm c of the weight or of its block, as a float, or those of its slices, as a list of
-                            floats; 0.0 while the weight is free
+    state[p]["lawn_norm"]   the norm c of the weight or of its block, as a float; 0.0 while the weight is free. With
+                            `norm_axes` the norms of its slices, as a float64 tensor on the CPU
 
-The key exists exactly when the rest of the parameter's state exists. A float is saved unchanged, while loading would
-cast a tensor to the weight's dtype. Each param group has the keys:
+The key exists exactly when the rest of the parameter's state exists. A float is saved unchanged, while torch casts a
+tensor to the weight's dtype when it loads it; norms of slices are therefore loaded as a list. Each param group has the keys:
 
     constrain     True constrains all parameters, False none, None those with two or more dimensions
     blocks        None, or an int per parameter: constrained parameters with the same int share one norm
@@ -26,6 +26,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -33,7 +34,7 @@ from lawn.optim import sharding, slices
 
 Group = dict[str, Any]
 State = Mapping[Tensor, dict[str, Any]]
-Norm = float | list[float]  # a norm of a parameter, or one for each of its slices
+Norm = float | Tensor  # of a parameter, 0.0 if it is not fixed; or one for each of its slices, all fixed
 NORM = "lawn_norm"
 DEFAULTS: Group = {"constrain": None, "blocks": None, "free_steps": None, "steps": 0, "switched": False}
 
@@ -114,15 +115,39 @@ def complete_state_dict(saved: dict[str, Any], groups: list[Group], keys: list[s
         merged = {**{key: group[key] for key in keys if key in group}, **loaded, "blocks": group.get("blocks")}
         check_group({**merged, "params": group["params"]}, index, "the loaded param group")
         merged_groups.append({**merged, "free_steps": check_free_steps(merged["free_steps"])})
-    return {**saved, "param_groups": merged_groups}
+    state = {
+        key: {**entry, NORM: entry[NORM].tolist()} if isinstance(entry.get(NORM), Tensor) else entry
+        for key, entry in saved["state"].items()
+    }
+    return {**saved, "state": state, "param_groups": merged_groups}
 
 
 def restore_norms(state: State) -> None:
-    """Store the norms as floats and lists of floats after loading, in each state that exists."""
+    """Store the norms as floats, and those of slices as float64 tensors, after loading, in each state that exists."""
     for entry in state.values():
         if entry:
-            norm = entry.get(NORM) or 0.0
-            entry[NORM] = [float(c) for c in norm] if isinstance(norm, list | tuple) else float(norm)
+            norm = entry.get(NORM, 0.0)
+            if isinstance(norm, list | tuple):
+                entry[NORM] = torch.tensor(norm, dtype=torch.float64, device="cpu")
+            elif not isinstance(norm, Tensor) or norm.ndim == 0:
+                entry[NORM] = float(norm)
+
+
+def free_norm(group: Group, p: Tensor) -> Norm:
+    """Return what the state of a parameter without fixed norms holds."""
+    axes = slice_axes(group, p)
+    return 0.0 if axes is None else torch.zeros(slices.count(p, axes), dtype=torch.float64, device="cpu")
+
+
+def fixed_norm(entry: Mapping[str, Any] | None) -> Norm:
+    """Return the norm that the state of a parameter holds; 0.0 if none is fixed."""
+    norm = (entry or {}).get(NORM, 0.0)
+    return norm if not isinstance(norm, Tensor) or norm.any() else 0.0
+
+
+def is_fixed(norm: Norm) -> bool:
+    """Whether this is a fixed norm."""
+    return isinstance(norm, Tensor) or norm != 0.0
 
 
 def is_constrained(groups: list[Group]) -> bool:

@@ -8,7 +8,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lawn.optim import dispatch, sharding, slices, update
-from lawn.optim.keys import NORM, Group, Norm, State, check_group, constrains, describe, is_due
+from lawn.optim.keys import (
+    NORM,
+    Group,
+    Norm,
+    State,
+    check_group,
+    constrains,
+    describe,
+    fixed_norm,
+    free_norm,
+    is_due,
+    is_fixed,
+)
 
 REMEDY = "leave it free with a param group that has constrain=False, or give it more free steps"
 
@@ -39,7 +51,7 @@ class GroupUpdate:
         idle: free trainable DTensors without a gradient on this rank. Another rank may have one.
         params: constrained parameters, block after block.
         sizes: number of parameters in each block.
-        norms: norm c of each block, or a list of those of its slices; 0.0 where they are not fixed yet.
+        norms: norm c of each block, or those of its slices; 0.0 where they are not fixed yet.
         sharded: updates of the blocks that hold DTensors, of one device and dtype each; these are not in `params`.
         sums: inner products w.w and w.g [blocks, 2] over whole weights, for such an update.
     """
@@ -65,9 +77,9 @@ class GroupUpdate:
         for p, axes, c in zip(self.params, self.slice_axes, self.norms, strict=False):
             if block < (count := slices.count(p, axes)):
                 name = f"slice {slices.describe(p, axes, block)} of {describe(self.group, index, p)}"
-                return name, c[block] if isinstance(c, list) else c
+                return name, float(c[block]) if isinstance(c, Tensor) else c
             block -= count
-        return describe(self.group, index, self.params[sum(self.sizes[:block])]), self.norms[block]
+        return describe(self.group, index, self.params[sum(self.sizes[:block])]), float(self.norms[block])
 
     def split_by_device_and_dtype(self) -> list["GroupUpdate"]:
         """Split the constrained parameters into updates of one device and dtype each."""
@@ -152,7 +164,7 @@ class GroupUpdate:
         """Store the norms after the step, for parameters that have state, and count the step."""
         for p in self.free:
             if state.get(p) or not _has_state(state):
-                state[p].setdefault(NORM, 0.0)
+                state[p].setdefault(NORM, free_norm(self.group, p))
         for part in self.parts():
             for p, c in zip(part.params, part.param_norms(), strict=True):
                 if state.get(p) or not _has_state(state):
@@ -201,12 +213,12 @@ def begin_step(optimizer: Optimizer, known: set[tuple[Tensor, ...]], fused: bool
     for index, group_update in enumerate(group_updates):
         for part in group_update.parts():
             _check_counts(part, index)
-            if 0.0 in part.norms:
+            if not all(map(is_fixed, part.norms)):
                 measured = _measure_norms(part, index)
-                part.norms = [c or now for c, now in zip(part.norms, measured, strict=True)]
+                part.norms = [c if is_fixed(c) else now for c, now in zip(part.norms, measured, strict=True)]
             _check_loaded_norms(part, index, known)
     for group_update in group_updates:
-        fixed = any(any(part.norms) for part in group_update.parts())
+        fixed = any(any(map(is_fixed, part.norms)) for part in group_update.parts())
         group_update.group["switched"] = is_due(group_update.group) or fixed
     return group_updates
 
@@ -288,7 +300,7 @@ def switch(optimizer: Optimizer, chosen: list[int]) -> None:
         norms = {p: c for part in group_update.parts() for p, c in zip(part.params, part.param_norms(), strict=True)}
         for p in group_update.group["params"]:
             if optimizer.state.get(p):  # the norms of other parameters are fixed at their first update
-                optimizer.state[p][NORM] = norms.get(p, 0.0)
+                optimizer.state[p][NORM] = norms[p] if p in norms else free_norm(group_update.group, p)
 
 
 def raise_zero(group_update: GroupUpdate, index: int, block: int) -> None:
@@ -344,12 +356,12 @@ def collect(group: Group, state: State) -> GroupUpdate:
         if p.grad is not None and p.grad.is_sparse and constrains(group, p):
             raise TypeError("LAWN does not support sparse gradients")
         entry = state.get(p)
-        c = entry.get(NORM, 0.0) if entry else 0.0
+        c = fixed_norm(entry)
         if not constrains(group, p):
             (free if p.grad is not None else idle).append(p)
-            if c and entry:  # constrain=False was set after the switch
+            if entry and is_fixed(c):  # constrain=False was set after the switch
                 entry[NORM] = 0.0
-        elif due or c:
+        elif due or is_fixed(c):
             constrained.append(p)
             norms.append(c)
         else:
@@ -358,7 +370,7 @@ def collect(group: Group, state: State) -> GroupUpdate:
         return GroupUpdate(group, free, constrained, [1] * len(constrained), norms, idle=idle).separate_sharded()
     blocks = _blocks(group, constrained)
     # The minimum is 0.0, and the norm is measured, if a parameter was added to the block.
-    norms = [min((state.get(p) or {}).get(NORM, 0.0) for p in block) for block in blocks]
+    norms = [min(fixed_norm(state.get(p)) for p in block) for block in blocks]
     params = [p for block in blocks for p in block]
     return GroupUpdate(group, free, params, [len(block) for block in blocks], norms, idle=idle).separate_sharded()
 
@@ -408,23 +420,23 @@ def _norms(single: GroupUpdate) -> list[Norm]:
     norms = update.norms(single.params, single.sizes, axes)
     if not axes:
         return norms.tolist()
-    return [each.tolist() for each in norms.split(list(map(slices.count, single.params, axes)))]
+    return list(norms.to("cpu", torch.float64).split(list(map(slices.count, single.params, axes))))
 
 
 def _flatten(norms: list[Norm]) -> list[float]:
     """Return the norms of all blocks, among them those of slices."""
-    return [c for norm in norms for c in (norm if isinstance(norm, list) else [norm])]
+    return [c for norm in norms for c in (norm.tolist() if isinstance(norm, Tensor) else [norm])]
 
 
 def _check_counts(group_update: GroupUpdate, index: int) -> None:
     """Raise ValueError if a parameter has another number of norms than of slices."""
     axes = group_update.slice_axes
-    if not axes and list not in map(type, group_update.norms):
+    if not axes and not any(isinstance(c, Tensor) for c in group_update.norms):
         return
     counts = list(map(slices.count, group_update.params, axes)) if axes else [None] * len(group_update.sizes)
     for p, c, count in zip(group_update.params, group_update.norms, counts, strict=False):
-        fixed = len(c) if isinstance(c, list) else None
-        if c != 0.0 and fixed != count:
+        fixed = len(c) if isinstance(c, Tensor) else None
+        if is_fixed(c) and fixed != count:
             kinds = [f"a norm for each of {n} slices" if n else "a single norm" for n in (count, fixed)]
             raise ValueError(
                 f"{describe(group_update.group, index, p)} has {kinds[0]}, but its state {kinds[1]}: {slices.KEY} has "

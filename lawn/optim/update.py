@@ -14,7 +14,6 @@ Sums run in float64 on the CPU, where float32 sums over millions of terms are ac
 tensors are updated through their real views. `dispatch.py` chooses between these functions and compiled kernels.
 """
 
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -41,7 +40,7 @@ class Blocks:
     Attributes:
         weights: weights, updated in place.
         sizes: number of tensors in each block; all 1 if the tensors have slices, of which each is a block of its own.
-        norms: norm c of each block, or of each tensor those of its slices.
+        norms: norm c of each block; norms of slices are a tensor for each tensor.
         grads: gradients.
         first: first moments or momentum buffers; for `project` and `retract` the weights before the step.
         second: second moments; for `project` the tensors that receive the projected gradients.
@@ -82,8 +81,7 @@ class Blocks:
         """The norm of each block [blocks], on the host."""
         if not self.slice_axes:
             return torch.tensor(self.norms, dtype=dtype, device="cpu")
-        lists = [array("d", c) for c in self.norms if isinstance(c, list)]  # much faster than torch.tensor
-        return torch.cat([torch.frombuffer(c, dtype=torch.float64) for c in lists]).to(dtype)
+        return torch.cat([c for c in self.norms if isinstance(c, Tensor)]).to(dtype)
 
     def first_of_each(self, values: list[Tensor]) -> list[Tensor]:
         """Pick the first value of each set of tensors from a list with one value per tensor."""

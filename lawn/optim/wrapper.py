@@ -230,8 +230,9 @@ class LAWN:
         self._step = None
         state = self.optimizer.state
         if self._dummy:
-            for p in (p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None):
-                state[p].setdefault(keys.NORM, 0.0)
+            for group in self.optimizer.param_groups:
+                for p in filter(lambda p: p.grad is not None, group["params"]):
+                    state[p].setdefault(keys.NORM, keys.free_norm(group, p))
         results: list[tuple[phase.GroupUpdate, int, Tensor | None]] = []
         pending: list[tuple[phase.GroupUpdate, int, stages.Pending]] = []
         for index, group_update in enumerate(self._group_updates or []):

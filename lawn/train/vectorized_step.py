@@ -67,17 +67,17 @@ class _Weight:
             self.first = self._state("momentum_buffer", w)
         for optimizer, p in zip(optimizers, slices, strict=True):
             if isinstance(optimizer, LAWNOptimizer):
-                optimizer.state[p].setdefault(keys.NORM, 0.0)
+                optimizer.state[p].setdefault(keys.NORM, keys.free_norm(_holder(optimizer, p), p))
         self.read_norms()
 
     def read_norms(self) -> None:
         """The norms that the optimizers have fixed, infinite where they have not; None where none has."""
         states = [optimizer.state[p] for optimizer, p in zip(self.optimizers, self.slices, strict=True)]
-        found = [state.get(keys.NORM) or math.inf for state in states]
+        found = list(map(keys.fixed_norm, states))
         shape = [1 if axis in self.over else self.w.shape[axis] for axis in range(1, self.w.ndim)]
-        norms = [torch.tensor(c, dtype=self.w.dtype, device=self.w.device) for c in found]
+        norms = [torch.as_tensor(c if keys.is_fixed(c) else math.inf).to(self.w.device, self.w.dtype) for c in found]
         each = torch.stack([c.view(shape) if c.ndim else c.expand(shape) for c in norms])
-        self.norm = each if any(c != math.inf for c in found) else None
+        self.norm = each if any(map(keys.is_fixed, found)) else None
 
     def _column(self, numbers: Sequence[float]) -> Tensor:
         return expand_runs(torch.tensor(numbers, dtype=self.w.dtype, device=self.w.device), self.w)
