@@ -75,7 +75,8 @@ class _Weight:
         states = [optimizer.state[p] for optimizer, p in zip(self.optimizers, self.slices, strict=True)]
         found = list(map(keys.fixed_norm, states))
         shape = [1 if axis in self.over else self.w.shape[axis] for axis in range(1, self.w.ndim)]
-        norms = [torch.as_tensor(c if keys.is_fixed(c) else math.inf).to(self.w.device, self.w.dtype) for c in found]
+        given = [torch.as_tensor(c if keys.is_fixed(c) else math.inf, dtype=torch.float64) for c in found]
+        norms = [c.to(self.w.device, self.w.dtype) for c in given]
         each = torch.stack([c.view(shape) if c.ndim else c.expand(shape) for c in norms])
         self.norm = each if any(map(keys.is_fixed, found)) else None
 

@@ -60,9 +60,7 @@ def norms(t: Tensor, axes: tuple[int, ...]) -> list[float]:
 
 @every_kind
 @in_both_ways
-@given(
-    chosen=st.lists(st.sampled_from(CASES), min_size=1, max_size=3), seed=st.integers(0, 10**6), gaps=st.booleans()
-)
+@given(chosen=st.lists(st.sampled_from(CASES), min_size=1, max_size=3), seed=st.integers(0, 10**6), gaps=st.booleans())
 @settings(max_examples=8, deadline=None)
 def test_slices_equal_parameters_of_their_own(kind, fused, chosen, seed, gaps):
     """Over 20 steps with the switch at 10; with `gaps` the first parameter misses every third gradient."""
@@ -73,7 +71,10 @@ def test_slices_equal_parameters_of_their_own(kind, fused, chosen, seed, gaps):
     ]
     keys = {"lr": 0.05, "free_steps": 10, "fused": fused}
     one = kind(
-        [{"params": [w], "constrain": True, "norm_axes": given} for w, (_, given, _) in zip(together, chosen, strict=True)],
+        [
+            {"params": [w], "constrain": True, "norm_axes": given}
+            for w, (_, given, _) in zip(together, chosen, strict=True)
+        ],
         **keys,
     )
     other = kind([{"params": own, "constrain": True} for own in apart], **keys)
@@ -161,10 +162,10 @@ def test_complex_weights(kind):
     torch.testing.assert_close(ps[0].detach(), torch.stack([p.detach() for p in rows]), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", [AdamLAWN, SGDLAWN, LAMBLAWN])
+@pytest.mark.parametrize("kind", [AdamLAWN, SGDLAWN])
 @pytest.mark.parametrize("norm_axes", [0, 1])
 def test_random_numbers_are_of_elements(kind, norm_axes):
-    """Weights that equal along each slice, with gradients of zero but for the rounding, show which number is whose."""
+    """Whatever the slices are. Here their updates hardly depend on them, so that nearly all entries round alike."""
 
     def run(axes: int | None) -> Tensor:
         p = nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
@@ -178,7 +179,7 @@ def test_random_numbers_are_of_elements(kind, norm_axes):
 
     changed, expected = run(norm_axes), run(None)
     assert (changed != 1).any()
-    assert ((changed != expected).sum() <= 4), "the same numbers round values that differ little"
+    assert (changed != expected).sum() <= 4
 
 
 def make(kind: Maker, dtype: torch.dtype, seed: int = 0, **keys: Any) -> tuple[nn.Module, Optimizer]:
@@ -196,9 +197,9 @@ def advance(model: nn.Module, optimizer: Optimizer, start: int, stop: int) -> No
 
 
 @every_kind
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("cut", [2, 5])
-@pytest.mark.parametrize("carry", ["state_dict", "json", "dcp", "dcp, flattened"])
+@pytest.mark.parametrize("carry", ["state_dict", "json", pytest.param("dcp", marks=pytest.mark.slow), "dcp, flattened"])
 @pytest.mark.usefixtures("one_process")
 def test_resumes_bit_for_bit(kind, dtype, cut, carry, tmp_path):
     """Saved before and after the switch at 3."""
@@ -411,11 +412,10 @@ def test_stacked():
             stacked(model, pattern)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_runs_eagerly():
     p, q = (nn.Parameter(random((3, 4), 0)) for _ in range(2))
-    ours, theirs = (
-        AdamLAWN([{"params": [w], "norm_axes": 1}], lr=torch.tensor(0.05), free_steps=1) for w in (p, q)
-    )
+    ours, theirs = (AdamLAWN([{"params": [w], "norm_axes": 1}], lr=torch.tensor(0.05), free_steps=1) for w in (p, q))
     step = torch.compile(ours.step, backend="eager")
     for t in range(4):
         p.grad, q.grad = random(p.shape, t), random(p.shape, t)

@@ -77,7 +77,9 @@ def test_the_vectorized_step_is_the_steps_of_all(kind, seed, steps, resumed):
 
 
 @pytest.mark.parametrize("kind", [AdamLAWN, SGDLAWN, LAMBLAWN])
-@given(seed=st.integers(0, 1000), steps=st.integers(1, 8), resumed=st.integers(0, 8), norm_axes=st.sampled_from([-1, 0]))
+@given(
+    seed=st.integers(0, 1000), steps=st.integers(1, 8), resumed=st.integers(0, 8), norm_axes=st.sampled_from([-1, 0])
+)
 @settings(max_examples=5, deadline=None)
 def test_the_vectorized_step_keeps_norms_of_slices(kind, seed, steps, resumed, norm_axes):
     joint, alone = (Members(kind, seed, norm_axes=norm_axes) for _ in range(2))
