@@ -6,8 +6,8 @@ follows its parameter, whether a checkpoint is keyed by name, by owner or by par
     state[p]["lawn_norm"]   the norm c of the weight or of its block, as a float; 0.0 while the weight is free. With
                             `norm_axes` the norms of its slices, as a float64 tensor on the CPU
 
-The key exists exactly when the rest of the parameter's state exists. A float is saved unchanged, while torch casts a
-tensor to the weight's dtype when it loads it; norms of slices are therefore loaded as a list. Each param group has the keys:
+The key exists exactly when the rest of the parameter's state exists. A float is saved and loaded unchanged. torch would
+cast a tensor to the weight's dtype as it loads it, so it gets a list of floats instead. Each param group has the keys:
 
     constrain     True constrains all parameters, False none, None those with two or more dimensions
     blocks        None, or an int per parameter: constrained parameters with the same int share one norm
@@ -16,9 +16,9 @@ tensor to the weight's dtype when it loads it; norms of slices are therefore loa
     switched      whether the group is in the second phase, in which each weight's norm is fixed at its next update at
                   the latest
 
-The switch adds and removes no keys. A group may have the key `norm_axes`: the axes that a norm runs over, for a norm
-for each slice of its constrained parameters (see `lawn.optim.slices`). With stochastic rounding a group has the key `rounding`, and the state of each of
-its half-precision parameters `lawn_seed`, an int (see `lawn.optim.rounding`).
+The switch adds and removes no keys. Two more keys of a group exist only if they are used: `norm_axes`, the axes that a
+norm runs over, for a norm for each slice of the constrained parameters (see `lawn.optim.slices`), and `rounding`. With
+stochastic rounding the state of each half-precision parameter has `lawn_seed`, an int (see `lawn.optim.rounding`).
 """
 
 import operator
@@ -87,7 +87,7 @@ def check_group(group: Group, index: int, label: str = "param group") -> None:
         slices.check(axes, f"{label} {index}: ")
         if blocks is not None:
             raise ValueError(
-                f"{label} {index}: blocks (include_bias) join parameters to one norm, {slices.KEY} divides a parameter; "
+                f"{label} {index}: blocks (include_bias) join parameters to one norm, but {slices.KEY} divides each; "
                 "use separate param groups"
             )
         for p in filter(partial(constrains, group), group["params"]):

@@ -1,8 +1,8 @@
 """Param groups for LAWN optimizers: functions that choose which weights of a model are constrained.
 
-Each function returns groups with the keys `params`, `constrain` and, with `include_bias`, `blocks`, or `norm_axes` for a
-norm for each slice. Together the groups hold each trainable parameter once. "Weights" are trainable parameters with two
-or more dimensions.
+Each function returns groups with the keys `params`, `constrain` and, where they apply, `blocks` (`include_bias`) or
+`norm_axes` (`per_row`, `stacked`). Together the groups hold each trainable parameter once. "Weights" are trainable
+parameters with two or more dimensions.
 """
 
 import re
@@ -145,8 +145,8 @@ def matching(
 def stacked(model: nn.Module, pattern: str | re.Pattern[str]) -> list[dict[str, Any]]:
     """Constrain all weights, with a norm for each slice of those that stack several layers along their first axis.
 
-    Examples are the experts of a mixture, with weights [experts, in, out], and the members of an ensemble. Each slice is
-    treated like a parameter of a layer of its own: it is constrained if it has two or more dimensions. Stacked biases
+    Examples are the experts of a mixture, with weights [experts, in, out], and the members of an ensemble. Each slice
+    is treated as a parameter of its own: it is constrained if it has two or more dimensions. Stacked biases
     [experts, out] thus stay free.
 
     Args:
@@ -180,7 +180,9 @@ def stacked(model: nn.Module, pattern: str | re.Pattern[str]) -> list[dict[str, 
     if all(p.ndim < 3 for p in matched):
         text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
         raise ValueError(f"pattern {text!r} matches no trainable parameter with three or more dimensions")
-    stacks, weights, free = [], [], []
+    stacks: list[Tensor] = []
+    weights: list[Tensor] = []
+    free: list[Tensor] = []
     for p in model.parameters():
         if p.requires_grad:
             part = (stacks if p.ndim > 2 else free) if p in matched else (weights if p.ndim > 1 else free)
@@ -193,8 +195,8 @@ def stacked(model: nn.Module, pattern: str | re.Pattern[str]) -> list[dict[str, 
 def per_row(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Give each row of the constrained weights a norm of its own.
 
-    A row is a slice along the first axis: an output row of a matrix, a filter of a convolution, an embedding vector. (In
-    a transposed convolution it is what belongs to an input channel.)
+    A row is a slice along the first axis: an output row of a matrix, a filter of a convolution, an embedding vector.
+    In a transposed convolution it holds the weights of an input channel.
 
     Args:
         groups: result of another function of this module.

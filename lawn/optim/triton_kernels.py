@@ -370,7 +370,8 @@ def move(blocks: Blocks, keep: Tensor, take: Tensor, scales: Tensor, eps: float)
     launch = _Launch(blocks)
     columns = upload(scales.T.float().contiguous(), launch.device)
     coefficients = torch.stack([keep, take], 1).float()
-    launch.start(_move, launch.layout.owners, columns, coefficients, eps, ADAM=bool(blocks.second))
+    owners = launch.layout.owners
+    launch.start(_move, owners, columns, coefficients, eps, owners, STOCHASTIC=False, ADAM=bool(blocks.second))
 
 
 @_on_device_of_blocks

@@ -1,8 +1,8 @@
 """Constrained updates of blocks of tensors, in plain torch operations.
 
-A block is a set of tensors that share one norm c, nearly always a single weight w, or a slice of a weight. Let r be the base optimizer's
-update, computed from the projected gradient, and u = r - w (w.r) / (w.w) its tangent component. The constrained update
-is
+A block is a set of tensors that share one norm c, nearly always a single weight w, or it is a slice of a weight. Let r
+be the base optimizer's update, computed from the projected gradient, and u = r - w (w.r) / (w.w) its tangent component.
+The constrained update is
 
     w <- c (w - lr u) / ||w - lr u||.
 
