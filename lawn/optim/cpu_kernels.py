@@ -106,9 +106,11 @@ class CPUKernels:
 
     def _update(self, name: str, blocks: Blocks, *arguments: object) -> Tensor | None:
         """Call a function that updates blocks of these norms and marks those that are zero."""
-        zero = torch.zeros(len(blocks), dtype=torch.uint8, device="cpu")
-        self._call(name, blocks, (blocks.norm_of_each(), zero), *arguments)
-        return zero.bool() if zero.any() else None
+        count = len(blocks)
+        zero = (c_uint8 * count)()
+        norms = blocks.norm_of_each() if blocks.slice_axes else (c_double * count)(*blocks.norms)
+        self._call(name, blocks, (norms, zero), *arguments)
+        return torch.tensor(list(zero), dtype=torch.bool) if 1 in bytes(zero) else None
 
     def _sums(self, name: str, blocks: Blocks, *arguments: object) -> Tensor:
         """Call a function that computes two sums for each block: [blocks, 2]."""
