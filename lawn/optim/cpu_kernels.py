@@ -108,7 +108,7 @@ class CPUKernels:
         """Call a function that updates blocks of these norms and marks those that are zero."""
         count = len(blocks)
         zero = (c_uint8 * count)()
-        norms = blocks.norm_of_each() if blocks.slice_axes else (c_double * count)(*blocks.norms)
+        norms = blocks.norm_of_each() if blocks.slice_axes else (c_double * count)(*map(float, blocks.norms))
         self._call(name, blocks, (norms, zero), *arguments)
         return torch.tensor(list(zero), dtype=torch.bool) if 1 in bytes(zero) else None
 
