@@ -11,6 +11,7 @@
    The last functions of this file are the stages of an update of sharded weights: between them, the inner products that
    they return in `sums` are added over ranks. */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 
@@ -25,7 +26,8 @@ typedef struct {
    and rescales the result to norm c. The step is lr, multiplied by c / ||r|| of the projected r if `trust` (LAMB). */
 static void coefficients(Dots d, double c, double lr, int trust, double *keep, double *take) {
     double along = d.wr / d.ww;
-    double tangent = fmax(d.rr - along * d.wr, 0.0);
+    double tangent = d.rr - along * d.wr;
+    tangent = tangent > 4 * DBL_EPSILON * d.rr ? tangent : 0.0; /* NEGLIGIBLE of update.py */
     double step = trust && tangent > 0 ? lr * c / sqrt(tangent) : lr;
     double scale = c / sqrt(d.ww + step * step * tangent);
     *keep = scale * (1 + step * along);

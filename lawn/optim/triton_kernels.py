@@ -96,7 +96,8 @@ def _coefficients(sums, blocks, norms, lr, coefficients, zero, TRUST: tl.constex
         wr += tl.sum(tl.load(sums + 3 * row + 1, row < stop, 0.0))
         rr += tl.sum(tl.load(sums + 3 * row + 2, row < stop, 0.0))
     along = wr / ww
-    tangent = tl.maximum(rr - along * wr, 0.0)
+    tangent = rr - along * wr
+    tangent = tl.where(tangent > 4 * 1.1920929e-7 * rr, tangent, 0.0)  # NEGLIGIBLE of update.py
     c = tl.load(norms + block)
     rate = tl.load(lr)
     if TRUST:

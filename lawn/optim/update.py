@@ -28,6 +28,9 @@ from lawn.optim.keys import Norm
 # Elements that are updated at a time, by device type. A block is never divided.
 BATCH_ELEMENTS = {"cpu": 1 << 20}
 DEFAULT_BATCH_ELEMENTS = 1 << 24
+# A tangent component whose square is at most so many eps of the update's is rounding error, which LAMB's trust ratio
+# would magnify: that of a slice with one element, or of an update along the weight.
+NEGLIGIBLE = 4
 
 
 @dataclass
@@ -338,7 +341,8 @@ def coefficients(
         The factors a and b, each with the shape of the inner products.
     """
     along = wr / ww
-    tangent = (rr - along * wr).clamp(min=0)
+    tangent = rr - along * wr
+    tangent = torch.where(tangent > NEGLIGIBLE * torch.finfo(rr.dtype).eps * rr, tangent, 0)
     rate = torch.where(tangent > 0, lr * c / tangent.sqrt(), lr) if trust else lr
     scale = c / (ww + rate * rate * tangent).sqrt()
     return scale * (1 + rate * along), scale * rate
