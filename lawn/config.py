@@ -105,6 +105,11 @@ class OptimConfig:
         choices=("all", "final_homogeneous"),
     )
     include_bias: bool | None = key(None, "LAWN: the bias of a layer shares the norm of its weight")
+    granularity: str | None = key(
+        None,
+        "LAWN: one norm per weight (the default), or per output row, filter or embedding vector",
+        choices=("tensor", "row"),
+    )
     fused: bool | None = key(
         None, "false: plain torch operations; null: fused kernels if there are any", identity=False
     )

@@ -64,9 +64,10 @@ def adaptive_lawn(optimizer_class: type[AdamLAWN]) -> Callable[..., Optimizer]:
         free_steps: int,
         scope: str = "all",
         include_bias: bool = False,
+        granularity: str = "tensor",
         fused: bool | None = None,
     ) -> Optimizer:
-        groups = lawn_groups(model, scope, include_bias)
+        groups = lawn_groups(model, scope, include_bias, granularity)
         return optimizer_class(groups, lr, _pair(betas), eps, free_steps=free_steps, fused=fused)
 
     return build
@@ -92,10 +93,12 @@ def sgd_lawn(
     free_steps: int,
     scope: str = "all",
     include_bias: bool = False,
+    granularity: str = "tensor",
     fused: bool | None = None,
 ) -> Optimizer:
     """Build SGD-LAWN."""
-    return SGDLAWN(lawn_groups(model, scope, include_bias), lr, momentum, free_steps=free_steps, fused=fused)
+    groups = lawn_groups(model, scope, include_bias, granularity)
+    return SGDLAWN(groups, lr, momentum, free_steps=free_steps, fused=fused)
 
 
 def adam_hoffer(model: nn.Module, *, lr: float, betas: list[float], eps: float, fused: bool = True) -> Optimizer:
@@ -148,13 +151,19 @@ def decay_groups(model: nn.Module, weight_decay: float) -> Groups:
     return _nonempty({"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0})
 
 
-def lawn_groups(model: nn.Module, scope: str, include_bias: bool) -> Groups:
-    """Make the param groups of a LAWN optimizer. Raises ConfigError if the model has no weight in the scope."""
+def lawn_groups(model: nn.Module, scope: str, include_bias: bool, granularity: str = "tensor") -> Groups:
+    """Make the param groups of a LAWN optimizer.
+
+    Raises ConfigError if the model has no weight in the scope, or for norms of rows that biases share.
+    """
+    if granularity == "row" and include_bias:
+        raise ConfigError("optim.granularity=row: does not go with optim.include_bias=true")
     make_groups = {"all": param_groups.all_weights, "final_homogeneous": param_groups.final_homogeneous}[scope]
     try:
-        return make_groups(model, include_bias=include_bias)
+        groups = make_groups(model, include_bias=include_bias)
     except ValueError as error:
         raise ConfigError(f"optim.scope={scope}: {error}") from error
+    return param_groups.per_row(groups) if granularity == "row" else groups
 
 
 def _by_dimensions(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -74,6 +74,7 @@ def test_groups_and_code_name_the_same_members():
         (["train.logit_scale=0"], "train.logit_scale=0: must be from 1e-6 to 1"),
         (["train.logit_scale=0.2", "optim=adam"], "train.logit_scale=0.2: needs a LAWN optimizer"),
         (["optim.scope=last"], "optim.scope=last: must be one of all, final_homogeneous"),
+        (["optim.granularity=filter"], "optim.granularity=filter: must be one of tensor, row"),
         (["loss=label_smoothing", "loss.smoothing=1"], "loss.smoothing=1.0: must be below 1"),
         (["loss=focal", "loss.gamma=-1"], "loss.gamma=-1.0: must be"),
         (["dataset=pinterest", "dataset.prefix=../x"], r"dataset.prefix='../x': must be a plain name"),

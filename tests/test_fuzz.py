@@ -27,6 +27,7 @@ WORDS = {
     "model.init": {"he2017", "torch"},
     "eval.split": {"test", "val"},
     "optim.scope": {"all", "final_homogeneous"},
+    "optim.granularity": {"tensor", "row"},
     "schedule.name": {"linear", "constant"},
     "logger.mode": {"online", "offline", "disabled"},
     "dataset.loader": {"torch", "dali"},

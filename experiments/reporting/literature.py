@@ -34,11 +34,16 @@ def literature_table(store: Store, found: Sequence[Outcome], selection: str) -> 
 
 def _row(row: dict[str, Any], sources: dict[str, str], ours: Outcome | None, references: Record | None) -> list[str]:
     numbers = [""] * len(METRICS)
+    links: list[str] = []
     if ours is not None and ours.records:
         numbers = [format_mean(ours.values(Measure(f"test_{metric}", "")), 2) for metric in METRICS]
+        links = [f"[{record.config['seed']}](runs/{record.name}.json)" for record in ours.records]
     elif references is not None and row.get("here") in references.result["metrics"]:
         repeats = references.result["metrics"][row["here"]]
         numbers = [format_mean([repeat[metric] for repeat in repeats], 2) for metric in METRICS]
+        links = [f"[record](simulations/{references.name}.json)"]
+    if links:
+        numbers[0] += f" <sup>{' '.join(links)}</sup>"
     of_paper = "" if ours is None or isnan(paper(ours.cell)) else f"{paper(ours.cell):.2f}"
     printed = [f"{row[metric]:g}" if metric in row else "" for metric in ("hr10", "ndcg10")]
     return [row["method"], *numbers, of_paper, *printed, sources.get(row.get("source", ""), "")]

@@ -134,7 +134,7 @@ class AdamLAWN(LAWNOptimizer):
         first, second, steps = self._state_of(group, params)
         torch._foreach_add_(steps, counter(1.0), alpha=1.0)  # several times as fast as adding a number on the CPU
         lists = sharding.local(params), group_update.sizes, group_update.norms, gradients(params), first, second
-        blocks = update.Blocks(*lists, streams(self, group, params))
+        blocks = update.Blocks(*lists, streams(self, group, params), group_update.slice_axes)
         return blocks, update.bias_corrections(blocks, steps, group["betas"])
 
     @staticmethod

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lawn.optim import keys, phase, rounding, stages, update
+from lawn.optim import keys, phase, rounding, slices, stages, update
 from lawn.optim.zero_check import ZeroCheck
 
 # Keys of torch's param groups that do not change an update, or hold here anyway.
@@ -247,8 +247,9 @@ class LAWNOptimizer(Optimizer, ABC):
         group_updates = [phase.collect(group, self.state) for group in self.param_groups]
         for group_update in group_updates:
             params = [*group_update.free, *group_update.params]
-            known = all(self.state.get(p) for p in params) and 0.0 not in group_update.norms
-            if not known or group_update.has_dtensors:
+            if group_update.has_dtensors or group_update.slice_axes:
+                return None
+            if not all(self.state.get(p) for p in params) or 0.0 in group_update.norms:
                 return None
         return group_updates
 
@@ -259,7 +260,7 @@ class LAWNOptimizer(Optimizer, ABC):
             self._state_of(group, params)
             rounding.make_seeds(self, group, params)
             for p in params:
-                self.state[p].setdefault(keys.NORM, 0.0)
+                self.state[p].setdefault(keys.NORM, keys.free_norm(group, p))
 
     def _check_keys(self, group: dict[str, Any], index: int) -> None:
         """Raise ValueError for a key of a param group that is set but not supported."""
@@ -267,12 +268,12 @@ class LAWNOptimizer(Optimizer, ABC):
         for key, value in group.items():
             if key in self._unsupported_keys() and value:
                 raise ValueError(f"param group {index}: {type(self).__name__} has no {key}, got {key}={value!r}")
-            close = get_close_matches(key, ("constrain", "free_steps"), n=1, cutoff=0.85)
+            close = get_close_matches(key, ("constrain", "free_steps", slices.KEY), n=1, cutoff=0.85)
             if close and key not in close:
                 raise ValueError(f"param group {index}: unknown key {key!r}; did you mean {close[0]!r}?")
 
     def _supported_keys(self) -> list[str]:
-        return [*dict.fromkeys((*self.defaults, rounding.KEY, *keys.DEFAULTS))]
+        return [*dict.fromkeys((*self.defaults, rounding.KEY, slices.KEY, *keys.DEFAULTS))]
 
     def _unsupported_keys(self) -> set[str]:
         return torch_keys() - set(self._supported_keys())

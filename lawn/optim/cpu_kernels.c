@@ -11,6 +11,7 @@
    The last functions of this file are the stages of an update of sharded weights: between them, the inner products that
    they return in `sums` are added over ranks. */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 
@@ -25,7 +26,8 @@ typedef struct {
    and rescales the result to norm c. The step is lr, multiplied by c / ||r|| of the projected r if `trust` (LAMB). */
 static void coefficients(Dots d, double c, double lr, int trust, double *keep, double *take) {
     double along = d.wr / d.ww;
-    double tangent = fmax(d.rr - along * d.wr, 0.0);
+    double tangent = d.rr - along * d.wr;
+    tangent = tangent > 4 * DBL_EPSILON * d.rr ? tangent : 0.0; /* NEGLIGIBLE of update.py */
     double step = trust && tangent > 0 ? lr * c / sqrt(tangent) : lr;
     double scale = c / sqrt(d.ww + step * step * tangent);
     *keep = scale * (1 + step * along);
@@ -41,6 +43,31 @@ static void coefficients(Dots d, double c, double lr, int trust, double *keep, d
     for (int64_t b = 0; b < blocks; b++) {                                                                             \
         if (elements(at[b], at[b + 1], n) > SERIAL)                                                                    \
             BODY;                                                                                                      \
+    }
+
+#define PRAGMA(TEXT) _Pragma(#TEXT)
+
+/* Loops over tensor t. Large tensors use all threads. A parallel region with an if clause would enter OpenMP for small
+   ones as well, which takes longer than the update of a short slice. */
+#define EACH_CHUNK(SUMS, ...)                                                                                          \
+    if (n[t] > SERIAL) {                                                                                               \
+        PRAGMA(omp parallel for schedule(static) SUMS)                                                                 \
+        for (int64_t start = 0; start < n[t]; start += CHUNK)                                                          \
+            __VA_ARGS__                                                                                                \
+    } else {                                                                                                           \
+        for (int64_t start = 0; start < n[t]; start += CHUNK)                                                          \
+            __VA_ARGS__                                                                                                \
+    }
+
+#define EACH_ELEMENT(...)                                                                                              \
+    if (n[t] > SERIAL) {                                                                                               \
+        PRAGMA(omp parallel for simd schedule(static))                                                                 \
+        for (int64_t i = 0; i < n[t]; i++)                                                                             \
+            __VA_ARGS__                                                                                                \
+    } else {                                                                                                           \
+        PRAGMA(omp simd)                                                                                               \
+        for (int64_t i = 0; i < n[t]; i++)                                                                             \
+            __VA_ARGS__                                                                                                \
     }
 
 static int64_t elements(int64_t from, int64_t to, const int64_t *n) {
@@ -65,18 +92,17 @@ static Dots gradient_dots(int64_t from, int64_t to, REAL **w, REAL **g, const in
     double ww = 0, wg = 0;
     for (int64_t t = from; t < to; t++) {
         const REAL *restrict wt = w[t], *restrict gt = g[t];
-#pragma omp parallel for schedule(static) reduction(+ : ww, wg) if (n[t] > SERIAL)
-        for (int64_t start = 0; start < n[t]; start += CHUNK) {
+        EACH_CHUNK(reduction(+ : ww, wg), {
             int64_t end = start + CHUNK < n[t] ? start + CHUNK : n[t];
             REAL sww = 0, swg = 0;
-#pragma omp simd reduction(+ : sww, swg)
+            _Pragma("omp simd reduction(+ : sww, swg)")
             for (int64_t i = start; i < end; i++) {
                 sww += wt[i] * wt[i];
                 swg += wt[i] * gt[i];
             }
             ww += sww;
             wg += swg;
-        }
+        })
     }
     return (Dots){ww, wg, 0};
 }
@@ -103,11 +129,10 @@ static Dots adam_moments(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m,
     for (int64_t t = from; t < to; t++) {
         const REAL *restrict wt = w[t], *restrict gt = g[t];
         REAL *restrict mt = m[t], *restrict vt = v[t];
-#pragma omp parallel for schedule(static) reduction(+ : ww, wr, rr) if (n[t] > SERIAL)
-        for (int64_t start = 0; start < n[t]; start += CHUNK) {
+        EACH_CHUNK(reduction(+ : ww, wr, rr), {
             int64_t end = start + CHUNK < n[t] ? start + CHUNK : n[t];
             REAL sww = 0, swr = 0, srr = 0;
-#pragma omp simd reduction(+ : sww, swr, srr)
+            _Pragma("omp simd reduction(+ : sww, swr, srr)")
             for (int64_t i = start; i < end; i++) {
                 REAL p = gt[i] - along * wt[i];
                 REAL mi = b1 * mt[i] + a1 * p;
@@ -122,7 +147,7 @@ static Dots adam_moments(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m,
             ww += sww;
             wr += swr;
             rr += srr;
-        }
+        })
     }
     return (Dots){ww, wr, rr};
 }
@@ -133,9 +158,7 @@ static void adam_weights(int64_t from, int64_t to, REAL **w, REAL **m, REAL **v,
     for (int64_t t = from; t < to; t++) {
         REAL *restrict wt = w[t];
         const REAL *restrict mt = m[t], *restrict vt = v[t];
-#pragma omp parallel for simd schedule(static) if (n[t] > SERIAL)
-        for (int64_t i = 0; i < n[t]; i++)
-            wt[i] = a * wt[i] - b * mt[i] / (SQRT(vt[i]) * vscale + eps);
+        EACH_ELEMENT(wt[i] = a * wt[i] - b * mt[i] / (SQRT(vt[i]) * vscale + eps);)
     }
 }
 
@@ -166,11 +189,10 @@ static Dots sgd_buffers(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, 
     for (int64_t t = from; t < to; t++) {
         const REAL *restrict wt = w[t], *restrict gt = g[t];
         REAL *restrict mt = m[t];
-#pragma omp parallel for schedule(static) reduction(+ : ww, wr, rr) if (n[t] > SERIAL)
-        for (int64_t start = 0; start < n[t]; start += CHUNK) {
+        EACH_CHUNK(reduction(+ : ww, wr, rr), {
             int64_t end = start + CHUNK < n[t] ? start + CHUNK : n[t];
             REAL sww = 0, swr = 0, srr = 0;
-#pragma omp simd reduction(+ : sww, swr, srr)
+            _Pragma("omp simd reduction(+ : sww, swr, srr)")
             for (int64_t i = start; i < end; i++) {
                 REAL r = mu * mt[i] + (gt[i] - along * wt[i]);
                 mt[i] = r;
@@ -181,7 +203,7 @@ static Dots sgd_buffers(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, 
             ww += sww;
             wr += swr;
             rr += srr;
-        }
+        })
     }
     return (Dots){ww, wr, rr};
 }
@@ -191,9 +213,7 @@ static void sgd_weights(int64_t from, int64_t to, REAL **w, REAL **m, const int6
     for (int64_t t = from; t < to; t++) {
         REAL *restrict wt = w[t];
         const REAL *restrict mt = m[t];
-#pragma omp parallel for simd schedule(static) if (n[t] > SERIAL)
-        for (int64_t i = 0; i < n[t]; i++)
-            wt[i] = a * wt[i] - b * mt[i];
+        EACH_ELEMENT(wt[i] = a * wt[i] - b * mt[i];)
     }
 }
 
@@ -220,11 +240,10 @@ static void tangent_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **b
     for (int64_t t = from; t < to; t++) {
         const REAL *restrict wt = w[t], *restrict gt = g[t];
         REAL *restrict bt = before[t], *restrict ot = out[t];
-#pragma omp parallel for simd schedule(static) if (n[t] > SERIAL)
-        for (int64_t i = 0; i < n[t]; i++) {
+        EACH_ELEMENT({
             bt[i] = wt[i];
             ot[i] = gt[i] - along * wt[i];
-        }
+        })
     }
 }
 
@@ -243,11 +262,10 @@ static Dots difference_dots(int64_t from, int64_t to, REAL **w, REAL **before, c
     double ww = 0, wr = 0, rr = 0;
     for (int64_t t = from; t < to; t++) {
         const REAL *restrict wt = w[t], *restrict bt = before[t];
-#pragma omp parallel for schedule(static) reduction(+ : ww, wr, rr) if (n[t] > SERIAL)
-        for (int64_t start = 0; start < n[t]; start += CHUNK) {
+        EACH_CHUNK(reduction(+ : ww, wr, rr), {
             int64_t end = start + CHUNK < n[t] ? start + CHUNK : n[t];
             REAL sww = 0, swr = 0, srr = 0;
-#pragma omp simd reduction(+ : sww, swr, srr)
+            _Pragma("omp simd reduction(+ : sww, swr, srr)")
             for (int64_t i = start; i < end; i++) {
                 REAL r = bt[i] - wt[i];
                 sww += bt[i] * bt[i];
@@ -257,7 +275,7 @@ static Dots difference_dots(int64_t from, int64_t to, REAL **w, REAL **before, c
             ww += sww;
             wr += swr;
             rr += srr;
-        }
+        })
     }
     return (Dots){ww, wr, rr};
 }
@@ -268,9 +286,7 @@ static void combine_block(int64_t from, int64_t to, REAL **w, REAL **before, con
     for (int64_t t = from; t < to; t++) {
         REAL *restrict wt = w[t];
         const REAL *restrict bt = before[t];
-#pragma omp parallel for simd schedule(static) if (n[t] > SERIAL)
-        for (int64_t i = 0; i < n[t]; i++)
-            wt[i] = a * bt[i] - b * (bt[i] - wt[i]);
+        EACH_ELEMENT(wt[i] = a * bt[i] - b * (bt[i] - wt[i]);)
     }
 }
 

@@ -68,7 +68,7 @@ class CPUKernels:
         eps: float,
         trust: bool,
     ) -> Tensor | None:
-        return self._update("adam", blocks, *map(_doubles, corrections), float(lr), *betas, eps, trust)
+        return self._update("adam", blocks, *corrections, float(lr), *betas, eps, trust)
 
     def sgd(self, blocks: Blocks, *, lr: float | Tensor, momentum: float) -> Tensor | None:
         return self._update("sgd", blocks, float(lr), momentum)
@@ -86,50 +86,58 @@ class CPUKernels:
         self, blocks: Blocks, along: Tensor, scales: Tensor, factors: tuple[float, float, float, float], eps: float
     ) -> Tensor:
         if blocks.second:
-            corrections = map(_doubles, scales)
-            return self._sums("adam_advance", blocks, _doubles(along), *corrections, factors[0], factors[2], eps)
-        return self._sums("sgd_advance", blocks, _doubles(along), factors[0])
+            return self._sums("adam_advance", blocks, along, *scales, factors[0], factors[2], eps)
+        return self._sums("sgd_advance", blocks, along, factors[0])
 
     def move(self, blocks: Blocks, keep: Tensor, take: Tensor, scales: Tensor, eps: float) -> None:
         if blocks.second:
-            self._call("adam_move", blocks, (), _doubles(keep), _doubles(take), *map(_doubles, scales), eps)
+            self._call("adam_move", blocks, (), keep, take, *scales, eps)
         else:
-            self._call("sgd_move", blocks, (), _doubles(keep), _doubles(take))
+            self._call("sgd_move", blocks, (), keep, take)
 
     def tangents(self, blocks: Blocks, along: Tensor) -> None:
-        self._call("tangents", blocks, (), _doubles(along))
+        self._call("tangents", blocks, (), along)
 
     def differences(self, blocks: Blocks) -> Tensor:
         return self._sums("differences", blocks)
 
     def combine(self, blocks: Blocks, keep: Tensor, take: Tensor) -> None:
-        self._call("combine", blocks, (), _doubles(keep), _doubles(take))
+        self._call("combine", blocks, (), keep, take)
 
     def _update(self, name: str, blocks: Blocks, *arguments: object) -> Tensor | None:
         """Call a function that updates blocks of these norms and marks those that are zero."""
-        count = len(blocks.sizes)
+        count = len(blocks)
         zero = (c_uint8 * count)()
-        self._call(name, blocks, ((c_double * count)(*blocks.norms), zero), *arguments)
-        return torch.tensor(list(zero), dtype=torch.bool) if any(zero) else None
+        norms = blocks.norm_of_each() if blocks.slice_axes else (c_double * count)(*map(float, blocks.norms))
+        self._call(name, blocks, (norms, zero), *arguments)
+        return torch.tensor(list(zero), dtype=torch.bool) if 1 in bytes(zero) else None
 
     def _sums(self, name: str, blocks: Blocks, *arguments: object) -> Tensor:
         """Call a function that computes two sums for each block: [blocks, 2]."""
-        sums = torch.empty(len(blocks.sizes), 2, dtype=torch.float64, device="cpu")
-        self._call(name, blocks, (), *arguments, cast(sums.data_ptr(), _DOUBLES))
+        sums = torch.empty(len(blocks), 2, dtype=torch.float64, device="cpu")
+        self._call(name, blocks, (), *arguments, sums)
         return sums
 
     def _call(self, name: str, blocks: Blocks, first: tuple[object, ...], *arguments: object) -> None:
-        lists = blocks.lists
-        count, tensor_count = len(blocks.sizes), len(blocks.weights)
-        addresses = [(c_void_p * tensor_count)(*[t.data_ptr() for t in tensors]) for tensors in lists]
-        numels = (c_int64 * tensor_count)(*[w.numel() for w in blocks.weights])
-        starts = (c_int64 * (count + 1))(0, *accumulate(blocks.sizes))
-        getattr(self._library, name)(count, starts, numels, *first, *addresses, *arguments)
-
-
-def _doubles(values: Tensor) -> Any:
-    """Copy a tensor to an array of C doubles."""
-    return (c_double * len(values))(*values.tolist())
+        count, tensor_count = len(blocks), len(blocks.weights)
+        lists: list[Any] = [[t.data_ptr() for t in tensors] for tensors in blocks.lists]
+        starts: Any
+        numels: Any
+        if blocks.slice_axes:  # each slice is a tensor and a block
+            starts = torch.arange(count + 1, device="cpu")
+            numels, offsets, owners = blocks.slice_places()
+            offsets = offsets * blocks.weights[0].itemsize
+            lists = [torch.tensor(addresses, device="cpu")[owners] + offsets for addresses in lists]
+        else:
+            starts = (c_int64 * (count + 1))(0, *accumulate(blocks.sizes))
+            numels = (c_int64 * tensor_count)(*[w.numel() for w in blocks.weights])
+            lists = [(c_void_p * tensor_count)(*addresses) for addresses in lists]
+        values = [starts, numels, *first, *lists, *arguments]
+        values = [v.double().contiguous() if isinstance(v, Tensor) and v.is_floating_point() else v for v in values]
+        function = getattr(self._library, name)
+        kinds = function.argtypes[1:]
+        pointers = [cast(v.data_ptr(), k) if isinstance(v, Tensor) else v for v, k in zip(values, kinds, strict=True)]
+        function(count, *pointers)
 
 
 def load(lists: Sequence[list[Tensor]], *, warn: bool = False) -> CPUKernels | None:

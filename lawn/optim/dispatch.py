@@ -58,6 +58,7 @@ def backend(blocks: Blocks, fused: bool | None) -> Backend:
         The module or object whose functions update the blocks.
     """
     unsupported = blocks.streams is not None and blocks.weights[0].dtype == torch.float16
+    unsupported = unsupported or not blocks.has_dense_slices()
     if fused is False or unsupported or torch.compiler.is_compiling():
         return update
     return _triton(blocks.lists) or cpu_kernels.load(blocks.lists, warn=bool(fused)) or update

@@ -3,10 +3,11 @@
 They are in the optimizer's own state and param groups, where every tool that saves an optimizer finds them. State
 follows its parameter, whether a checkpoint is keyed by name, by owner or by parameter:
 
-    state[p]["lawn_norm"]   the norm c of the weight or of its block, as a float; 0.0 while the weight is free
+    state[p]["lawn_norm"]   the norm c of the weight or of its block, as a float; 0.0 while the weight is free. With
+                            `norm_axes` the norms of its slices, as a float64 tensor on the CPU
 
-The key exists exactly when the rest of the parameter's state exists. A float is saved unchanged, while loading would
-cast a tensor to the weight's dtype. Each param group has the keys:
+The key exists exactly when the rest of the parameter's state exists. A float is saved and loaded unchanged. torch would
+cast a tensor to the weight's dtype as it loads it, so it gets a list of floats instead. Each param group has the keys:
 
     constrain     True constrains all parameters, False none, None those with two or more dimensions
     blocks        None, or an int per parameter: constrained parameters with the same int share one norm
@@ -15,21 +16,25 @@ cast a tensor to the weight's dtype. Each param group has the keys:
     switched      whether the group is in the second phase, in which each weight's norm is fixed at its next update at
                   the latest
 
-The switch adds and removes no keys. With stochastic rounding a group has the key `rounding`, and the state of each of
-its half-precision parameters `lawn_seed`, an int (see `lawn.optim.rounding`).
+The switch adds and removes no keys. Two more keys of a group exist only if they are used: `norm_axes`, the axes that a
+norm runs over, for a norm for each slice of the constrained parameters (see `lawn.optim.slices`), and `rounding`. With
+stochastic rounding the state of each half-precision parameter has `lawn_seed`, an int (see `lawn.optim.rounding`).
 """
 
 import operator
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lawn.optim import sharding
+from lawn.optim import sharding, slices
 
 Group = dict[str, Any]
 State = Mapping[Tensor, dict[str, Any]]
+Norm = float | Tensor  # of a parameter, 0.0 if it is not fixed; or one for each of its slices, all fixed
 NORM = "lawn_norm"
 DEFAULTS: Group = {"constrain": None, "blocks": None, "free_steps": None, "steps": 0, "switched": False}
 
@@ -78,6 +83,16 @@ def check_group(group: Group, index: int, label: str = "param group") -> None:
     blocks = group.get("blocks")
     if blocks is not None and len(blocks) != len(group["params"]):
         raise ValueError(f"{label} {index}: blocks must have an int for each of {len(group['params'])} parameters")
+    axes = group.get(slices.KEY)
+    if axes is not None:
+        slices.check(axes, f"{label} {index}: ")
+        if blocks is not None:
+            raise ValueError(
+                f"{label} {index}: blocks (include_bias) join parameters to one norm, but {slices.KEY} divides each; "
+                "use separate param groups"
+            )
+        for p in filter(partial(constrains, group), group["params"]):
+            slices.check_param(axes, p, f"{label} {index}: ")
     if group.get("weight_decay") and any(constrains(group, p) for p in group["params"]):
         raise ValueError(
             f"{label} {index}: weight_decay={group['weight_decay']}, but LAWN replaces weight decay: "
@@ -101,14 +116,39 @@ def complete_state_dict(saved: dict[str, Any], groups: list[Group], keys: list[s
         merged = {**{key: group[key] for key in keys if key in group}, **loaded, "blocks": group.get("blocks")}
         check_group({**merged, "params": group["params"]}, index, "the loaded param group")
         merged_groups.append({**merged, "free_steps": check_free_steps(merged["free_steps"])})
-    return {**saved, "param_groups": merged_groups}
+    state = {
+        key: {**entry, NORM: entry[NORM].tolist()} if isinstance(entry.get(NORM), Tensor) else entry
+        for key, entry in saved["state"].items()
+    }
+    return {**saved, "state": state, "param_groups": merged_groups}
 
 
 def restore_norms(state: State) -> None:
-    """Store the norms as floats after loading, in each state that exists."""
+    """Store the norms as floats, and those of slices as float64 tensors, after loading, in each state that exists."""
     for entry in state.values():
         if entry:
-            entry[NORM] = float(entry.get(NORM) or 0.0)
+            norm = entry.get(NORM, 0.0)
+            if isinstance(norm, list | tuple):
+                entry[NORM] = torch.tensor(norm, dtype=torch.float64, device="cpu")
+            elif not isinstance(norm, Tensor) or norm.ndim == 0:
+                entry[NORM] = float(norm)
+
+
+def free_norm(group: Group, p: Tensor) -> Norm:
+    """Return what the state of a parameter without fixed norms holds."""
+    axes = slice_axes(group, p)
+    return 0.0 if axes is None else torch.zeros(slices.count(p, axes), dtype=torch.float64, device="cpu")
+
+
+def fixed_norm(entry: Mapping[str, Any] | None) -> Norm:
+    """Return the norm that the state of a parameter holds; 0.0 if none is fixed."""
+    norm = (entry or {}).get(NORM, 0.0)
+    return norm if not isinstance(norm, Tensor) or norm.any() else 0.0
+
+
+def is_fixed(norm: Norm) -> bool:
+    """Whether this is a fixed norm."""
+    return isinstance(norm, Tensor) or norm != 0.0
 
 
 def is_constrained(groups: list[Group]) -> bool:
@@ -124,7 +164,7 @@ def is_due(group: Group) -> bool:
 def remove_keys(optimizer: Optimizer) -> None:
     """Remove LAWN's keys from the param groups and the state."""
     for group in optimizer.param_groups:
-        for key in DEFAULTS:
+        for key in (*DEFAULTS, slices.KEY):
             group.pop(key, None)
     for entry in optimizer.state.values():
         entry.pop(NORM, None)
@@ -143,3 +183,9 @@ def constrains(group: Group, p: Tensor) -> bool:
     """Whether parameter `p` of the group is constrained in the second phase."""
     constrain = group.get("constrain")
     return p.numel() > 0 and (p.ndim >= 2 if constrain is None else bool(constrain))
+
+
+def slice_axes(group: Group, p: Tensor) -> tuple[int, ...] | None:
+    """Return the slice axes of a parameter whose slices have a norm each; None if it is free or has a single norm."""
+    axes = group.get(slices.KEY)
+    return slices.slice_axes(axes, p) if axes is not None and constrains(group, p) else None

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lawn.optim import sharding, stages
+from lawn.optim import keys, sharding, stages
 from lawn.optim.adam_lawn import AdamLAWN, check_adam, moments
 from lawn.optim.phase import GroupUpdate, gradients
 from lawn.optim.rounding import in_float32
@@ -133,7 +133,8 @@ class LAMBLAWN(AdamLAWN):
     """LAMB-LAWN: LAMB without weight decay in the free phase, projected LAMB on fixed weight norms after it.
 
     A constrained update is that of `AdamLAWN` with its learning rate multiplied by the trust ratio c / ||r|| of the
-    projected update r, so that each weight turns by about lr radians per update. Other parameters keep LAMB's update.
+    projected update r, so that each weight turns by about lr radians per update. With `norm_axes` the trust ratios of
+    both phases are of slices. Other parameters keep LAMB's update.
 
     LAWN replaces weight decay. Only groups with `constrain=False` may have `weight_decay`, which is added to the update
     inside the trust ratio, as in LAMB.
@@ -198,7 +199,7 @@ def lamb(
     if plain:
         trusted = [trust_vectors or p.ndim >= 2 for p in plain]
         with _moved(optimizer, group, plain) as (weights, updates):
-            norms = torch._foreach_norm(weights), torch._foreach_norm(updates)
+            norms = _norms(group, plain, weights), _norms(group, plain, updates)
             _apply(weights, updates, *norms, trusted, group["lr"], max_trust)
     if not sharded and not idle:
         return None
@@ -276,6 +277,18 @@ def _apply(
             ratio = torch.where((w_norm > 0) & (r_norm > 0), w_norm / r_norm, 1.0).clamp(max=max_trust)
             r = r * ratio
         w.sub_(r * lr)
+
+
+def _norms(group: dict[str, Any], params: list[Tensor], tensors: list[Tensor]) -> Sequence[Tensor]:
+    """Compute the norms of one tensor for each parameter, those of its slices if its group has `norm_axes`."""
+    slice_axes = [keys.slice_axes(group, p) for p in params]
+    if slice_axes.count(None) == len(params):
+        return torch._foreach_norm(tensors)
+    norms = []
+    for t, axes in zip(tensors, slice_axes, strict=True):
+        over = None if axes is None else tuple(axis for axis in range(t.ndim) if axis not in axes)
+        norms.append(torch.linalg.vector_norm(t, dim=over, keepdim=over is not None))
+    return norms
 
 
 def _squares(tensors: list[Tensor]) -> Tensor:

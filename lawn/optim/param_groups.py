@@ -1,7 +1,8 @@
 """Param groups for LAWN optimizers: functions that choose which weights of a model are constrained.
 
-Each function returns groups with the keys `params`, `constrain` and, with `include_bias`, `blocks`. Together the groups
-hold each trainable parameter once. "Weights" are trainable parameters with two or more dimensions.
+Each function returns groups with the keys `params`, `constrain` and, where they apply, `blocks` (`include_bias`) or
+`norm_axes` (`per_row`, `stacked`). Together the groups hold each trainable parameter once. "Weights" are trainable
+parameters with two or more dimensions.
 """
 
 import re
@@ -139,6 +140,94 @@ def matching(
             raise ValueError(f"pattern {text!r} matches no trainable parameter with two or more dimensions")
         weights += found
     return _groups(model, weights, include_bias)
+
+
+def stacked(model: nn.Module, pattern: str | re.Pattern[str]) -> list[dict[str, Any]]:
+    """Constrain all weights, with a norm for each slice of those that stack several layers along their first axis.
+
+    Examples are the experts of a mixture, with weights [experts, in, out], and the members of an ensemble. Each slice
+    is treated as a parameter of its own: it is constrained if it has two or more dimensions. Stacked biases
+    [experts, out] thus stay free.
+
+    Args:
+        model: model whose parameters are grouped.
+        pattern: regular expression. `re.search` looks for it in the qualified names of the parameters.
+
+    Returns:
+        Groups of constrained parameters and, if there are any, a group of free ones.
+
+    Raises:
+        ValueError: if the pattern matches no trainable parameter with three or more dimensions.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lawn.optim import param_groups
+        >>> model = nn.ModuleDict({"router": nn.Linear(4, 3), "experts": nn.ParameterList()})
+        >>> model["experts"].extend([torch.randn(3, 4, 4), torch.randn(3, 4)])
+        ParameterList(
+            (0): Parameter containing: [torch.float32 of size 3x4x4]
+            (1): Parameter containing: [torch.float32 of size 3x4]
+        )
+        >>> for group in param_groups.stacked(model, "^experts"):
+        ...     print(group["constrain"], group.get("norm_axes"), [tuple(p.shape) for p in group["params"]])
+        True (1, 2) [(3, 4, 4)]
+        True None [(3, 4)]
+        False None [(3,), (3, 4)]
+    """
+    named = model.named_parameters(remove_duplicate=False)
+    matched = {p for name, p in named if p.requires_grad and re.search(pattern, name)}
+    if all(p.ndim < 3 for p in matched):
+        text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+        raise ValueError(f"pattern {text!r} matches no trainable parameter with three or more dimensions")
+    stacks: list[Tensor] = []
+    weights: list[Tensor] = []
+    free: list[Tensor] = []
+    for p in model.parameters():
+        if p.requires_grad:
+            part = (stacks if p.ndim > 2 else free) if p in matched else (weights if p.ndim > 1 else free)
+            part.append(p)
+    groups = per_row([{"params": stacks, "constrain": True}])
+    groups += [{"params": weights, "constrain": True}, {"params": free, "constrain": False}]
+    return [group for group in groups if group["params"]]
+
+
+def per_row(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give each row of the constrained weights a norm of its own.
+
+    A row is a slice along the first axis: an output row of a matrix, a filter of a convolution, an embedding vector.
+    In a transposed convolution it holds the weights of an input channel.
+
+    Args:
+        groups: result of another function of this module.
+
+    Returns:
+        The groups, with a group of constrained weights for each number of dimensions.
+
+    Raises:
+        ValueError: if a group has `blocks` (`include_bias`), or constrains a parameter with fewer than two dimensions.
+
+    Examples:
+        >>> from torch import nn
+        >>> from lawn.optim import param_groups
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+        >>> groups = param_groups.per_row(param_groups.all_weights(model))
+        >>> [group.get("norm_axes") for group in groups]
+        [(1,), (1, 2, 3), None]
+    """
+    result = []
+    for group in groups:
+        if group.get("constrain") is False:
+            result.append(group)
+            continue
+        if group.get("blocks") is not None:
+            raise ValueError("a bias that shares the norm of a whole weight (include_bias) cannot have norms of rows")
+        for ndim in sorted({p.ndim for p in group["params"]}):
+            if ndim < 2:
+                raise ValueError("a constrained parameter with fewer than two dimensions has no rows")
+            params = [p for p in group["params"] if p.ndim == ndim]
+            result.append({**group, "params": params, "norm_axes": tuple(range(1, ndim))})
+    return result
 
 
 def _named_weights(model: nn.Module) -> dict[str, Tensor]:

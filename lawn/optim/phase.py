@@ -1,14 +1,26 @@
 """The two phases of training: the parameters that a step updates, and the switch to fixed norms."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lawn.optim import dispatch, sharding, update
-from lawn.optim.keys import NORM, Group, State, check_group, constrains, describe, is_due
+from lawn.optim import dispatch, sharding, slices, update
+from lawn.optim.keys import (
+    NORM,
+    Group,
+    Norm,
+    State,
+    check_group,
+    constrains,
+    describe,
+    fixed_norm,
+    free_norm,
+    is_due,
+    is_fixed,
+)
 
 REMEDY = "leave it free with a param group that has constrain=False, or give it more free steps"
 
@@ -39,7 +51,7 @@ class GroupUpdate:
         idle: free trainable DTensors without a gradient on this rank. Another rank may have one.
         params: constrained parameters, block after block.
         sizes: number of parameters in each block.
-        norms: norm c of each block; 0.0 where it is not fixed yet.
+        norms: norm c of each block, or those of its slices; 0.0 where they are not fixed yet.
         sharded: updates of the blocks that hold DTensors, of one device and dtype each; these are not in `params`.
         sums: inner products w.w and w.g [blocks, 2] over whole weights, for such an update.
     """
@@ -48,10 +60,26 @@ class GroupUpdate:
     free: list[Tensor]
     params: list[Tensor]
     sizes: list[int]
-    norms: list[float]
+    norms: list[Norm]
     sharded: list["GroupUpdate"] = field(default_factory=list)
     sums: Tensor | None = None
     idle: list[Tensor] = field(default_factory=list)
+
+    @property
+    def slice_axes(self) -> list[tuple[int, ...]]:
+        """The slice axes of each constrained parameter; empty if they have a single norm."""
+        if self.group.get(slices.KEY) is None:
+            return []
+        return [slices.slice_axes(self.group[slices.KEY], p) for p in self.params]
+
+    def describe(self, index: int, block: int) -> tuple[str, float]:
+        """Describe a block, which may be a slice, of param group `index`; return its norm as well."""
+        for p, axes, c in zip(self.params, self.slice_axes, self.norms, strict=False):
+            if block < (count := slices.count(p, axes)):
+                name = f"slice {slices.describe(p, axes, block)} of {describe(self.group, index, p)}"
+                return name, float(c[block]) if isinstance(c, Tensor) else c
+            block -= count
+        return describe(self.group, index, self.params[sum(self.sizes[:block])]), float(self.norms[block])
 
     def split_by_device_and_dtype(self) -> list["GroupUpdate"]:
         """Split the constrained parameters into updates of one device and dtype each."""
@@ -112,7 +140,7 @@ class GroupUpdate:
         if self.sums is not None:
             self.sums = self.sums[torch.tensor(needed, device=self.sums.device)]
 
-    def _add(self, block: list[Tensor], c: float) -> None:
+    def _add(self, block: list[Tensor], c: Norm) -> None:
         self.params += block
         self.sizes.append(len(block))
         self.norms.append(c)
@@ -126,7 +154,7 @@ class GroupUpdate:
         ends = accumulate(self.sizes)
         return [self.params[end - size : end] for size, end in zip(self.sizes, ends, strict=True)]
 
-    def param_norms(self) -> list[float]:
+    def param_norms(self) -> list[Norm]:
         """The norm c of each constrained parameter's block."""
         if len(self.sizes) == len(self.params):
             return self.norms
@@ -136,7 +164,7 @@ class GroupUpdate:
         """Store the norms after the step, for parameters that have state, and count the step."""
         for p in self.free:
             if state.get(p) or not _has_state(state):
-                state[p].setdefault(NORM, 0.0)
+                state[p].setdefault(NORM, free_norm(self.group, p))
         for part in self.parts():
             for p, c in zip(part.params, part.param_norms(), strict=True):
                 if state.get(p) or not _has_state(state):
@@ -184,12 +212,13 @@ def begin_step(optimizer: Optimizer, known: set[tuple[Tensor, ...]], fused: bool
     sum_products([part for group_update in group_updates for part in group_update.sharded], fused)
     for index, group_update in enumerate(group_updates):
         for part in group_update.parts():
-            if 0.0 in part.norms:
+            _check_counts(part, index)
+            if not all(map(is_fixed, part.norms)):
                 measured = _measure_norms(part, index)
-                part.norms = [c or now for c, now in zip(part.norms, measured, strict=True)]
+                part.norms = [c if is_fixed(c) else now for c, now in zip(part.norms, measured, strict=True)]
             _check_loaded_norms(part, index, known)
     for group_update in group_updates:
-        fixed = any(any(part.norms) for part in group_update.parts())
+        fixed = any(any(map(is_fixed, part.norms)) for part in group_update.parts())
         group_update.group["switched"] = is_due(group_update.group) or fixed
     return group_updates
 
@@ -271,14 +300,14 @@ def switch(optimizer: Optimizer, chosen: list[int]) -> None:
         norms = {p: c for part in group_update.parts() for p, c in zip(part.params, part.param_norms(), strict=True)}
         for p in group_update.group["params"]:
             if optimizer.state.get(p):  # the norms of other parameters are fixed at their first update
-                optimizer.state[p][NORM] = norms.get(p, 0.0)
+                optimizer.state[p][NORM] = norms[p] if p in norms else free_norm(group_update.group, p)
 
 
 def raise_zero(group_update: GroupUpdate, index: int, block: int) -> None:
     """Raise ValueError for a block that has become zero since its norm was fixed."""
-    name = describe(group_update.group, index, group_update.params[sum(group_update.sizes[:block])])
+    name, c = group_update.describe(index, block)
     raise ValueError(
-        f"{name} is zero, but was constrained to the norm {group_update.norms[block]:.6g}: a weight of "
+        f"{name} is zero, but was constrained to the norm {c:.6g}: a weight of "
         "zero has no direction in which it could be rescaled; restore it, or set constrain=False for its param group"
     )
 
@@ -332,12 +361,12 @@ def collect(group: Group, state: State) -> GroupUpdate:
         if grad is not None and grad.is_sparse and constrains(group, p):
             raise TypeError("LAWN does not support sparse gradients")
         entry = state.get(p)
-        c = entry.get(NORM, 0.0) if entry else 0.0
+        c = fixed_norm(entry)
         if not constrains(group, p):
             (idle if grad is None else free).append(p)
-            if c and entry:  # constrain=False was set after the switch
+            if entry and is_fixed(c):  # constrain=False was set after the switch
                 entry[NORM] = 0.0
-        elif due or c:
+        elif due or is_fixed(c):
             constrained.append(p)
             norms.append(c)
         else:
@@ -346,7 +375,7 @@ def collect(group: Group, state: State) -> GroupUpdate:
         return GroupUpdate(group, free, constrained, [1] * len(constrained), norms, idle=idle).separate_sharded()
     blocks = _blocks(group, constrained)
     # The minimum is 0.0, and the norm is measured, if a parameter was added to the block.
-    norms = [min((state.get(p) or {}).get(NORM, 0.0) for p in block) for block in blocks]
+    norms = [min(fixed_norm(state.get(p)) for p in block) for block in blocks]
     params = [p for block in blocks for p in block]
     return GroupUpdate(group, free, params, [len(block) for block in blocks], norms, idle=idle).separate_sharded()
 
@@ -363,26 +392,26 @@ def _blocks(group: Group, constrained: list[Tensor]) -> list[list[Tensor]]:
     return [block for block in members.values() if needed.intersection(block)]
 
 
-def _measure_norms(group_update: GroupUpdate, index: int) -> list[float]:
-    """Compute the present norm of each block. Raises ValueError for a norm that cannot be fixed."""
+def _measure_norms(group_update: GroupUpdate, index: int) -> list[Norm]:
+    """Compute the present norms of each block. Raises ValueError for a norm that cannot be fixed."""
     norms = _present_norms(group_update)
-    for block, c in enumerate(norms):
+    for block, c in enumerate(_flatten(norms)):
         if 0 < c < float("inf"):
             continue
-        name = describe(group_update.group, index, group_update.params[sum(group_update.sizes[:block])])
+        name, _ = replace(group_update, norms=norms).describe(index, block)
         if c == 0:
             raise ValueError(f"cannot constrain {name}: its norm is 0.0; {REMEDY}")
         raise NonFiniteError(f"cannot constrain {name}: its norm is {c}")
     return norms
 
 
-def _present_norms(group_update: GroupUpdate) -> list[float]:
-    """Compute the present norm of each block."""
+def _present_norms(group_update: GroupUpdate) -> list[Norm]:
+    """Compute the present norms of each block."""
     if group_update.sums is not None:
         dtype = group_update.params[0].dtype.to_real() if group_update.params else torch.float64
         return group_update.sums[:, 0].sqrt().to(torch.promote_types(dtype, torch.float32)).tolist()
     updates = group_update.split_by_device_and_dtype()
-    norms = [update.norms(single.params, single.sizes).tolist() for single in updates]
+    norms = [_norms(single) for single in updates]
     if len(updates) < 2:
         return norms[0] if norms else []
     pairs = zip(updates, norms, strict=True)
@@ -390,15 +419,48 @@ def _present_norms(group_update: GroupUpdate) -> list[float]:
     return [by_first[block[0]] for block in group_update.blocks()]
 
 
+def _norms(single: GroupUpdate) -> list[Norm]:
+    """Compute the present norms of blocks of one device and dtype."""
+    axes = single.slice_axes
+    norms = update.norms(single.params, single.sizes, axes)
+    if not axes:
+        return norms.tolist()
+    return list(norms.to("cpu", torch.float64).split(list(map(slices.count, single.params, axes))))
+
+
+def _flatten(norms: list[Norm]) -> list[float]:
+    """Return the norms of all blocks, among them those of slices."""
+    return [c for norm in norms for c in (norm.tolist() if isinstance(norm, Tensor) else [norm])]
+
+
+def _check_counts(group_update: GroupUpdate, index: int) -> None:
+    """Raise ValueError if a parameter has another number of norms than of slices."""
+    axes = group_update.slice_axes
+    if not axes and not any(isinstance(c, Tensor) for c in group_update.norms):
+        return
+    counts = list(map(slices.count, group_update.params, axes)) if axes else [None] * len(group_update.sizes)
+    for p, c, count in zip(group_update.params, group_update.norms, counts, strict=False):
+        fixed = len(c) if isinstance(c, Tensor) else None
+        if is_fixed(c) and fixed != count:
+            kinds = [f"a norm for each of {n} slices" if n else "a single norm" for n in (count, fixed)]
+            raise ValueError(
+                f"{describe(group_update.group, index, p)} has {kinds[0]}, but its state {kinds[1]}: {slices.KEY} has "
+                "changed; adopt the current norms with constrain(again=True)"
+            )
+
+
 def _check_loaded_norms(group_update: GroupUpdate, index: int, known: set[tuple[Tensor, ...]]) -> None:
     """Raise ValueError for a loaded norm that belongs to another weight or block."""
     blocks = list(map(tuple, group_update.blocks()))
     if known.issuperset(blocks):
         return
-    for block, c, now in zip(blocks, group_update.norms, _present_norms(group_update), strict=True):
+    present = _present_norms(group_update)
+    owners = [block for block, c in zip(blocks, present, strict=True) for _ in _flatten([c])]
+    pairs = zip(owners, _flatten(group_update.norms), _flatten(present), strict=True)
+    for number, (block, c, now) in enumerate(pairs):
         tolerance = 0.02 if block[0].dtype.itemsize < 4 else 1e-3
         if block not in known and now > 0 and abs(now / c - 1) > tolerance:
-            name = describe(group_update.group, index, block[0])
+            name, _ = group_update.describe(index, number)
             raise ValueError(
                 f"{name} has the norm {now:.6g}, but its state says {c:.6g}: parameters may be in another order "
                 "than when it was saved, in other blocks, or the weights were replaced; load by name, or adopt "

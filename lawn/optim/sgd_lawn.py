@@ -100,7 +100,7 @@ class SGDLAWN(LAWNOptimizer):
         group, params = group_update.group, group_update.params
         buffers = self._state_of(group, params)
         lists = params, group_update.sizes, group_update.norms, gradients(params), buffers
-        blocks = update.Blocks(*lists, streams=streams(self, group, params))
+        blocks = update.Blocks(*lists, streams=streams(self, group, params), slice_axes=group_update.slice_axes)
         return dispatch.backend(blocks, group["fused"]).sgd(blocks, lr=group["lr"], momentum=group["momentum"])
 
     def _sharded_update(self, part: GroupUpdate) -> stages.Pending:

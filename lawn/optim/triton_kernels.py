@@ -96,7 +96,8 @@ def _coefficients(sums, blocks, norms, lr, coefficients, zero, TRUST: tl.constex
         wr += tl.sum(tl.load(sums + 3 * row + 1, row < stop, 0.0))
         rr += tl.sum(tl.load(sums + 3 * row + 2, row < stop, 0.0))
     along = wr / ww
-    tangent = tl.maximum(rr - along * wr, 0.0)
+    tangent = rr - along * wr
+    tangent = tl.where(tangent > 4 * 1.1920929e-7 * rr, tangent, 0.0)  # NEGLIGIBLE of update.py
     c = tl.load(norms + block)
     rate = tl.load(lr)
     if TRUST:
@@ -197,7 +198,10 @@ class _Layout:
 
 
 @lru_cache(maxsize=64)
-def _layout(block_numels: tuple[tuple[int, ...], ...], device: torch.device) -> _Layout:
+def _layout(block_numels: tuple[tuple[int, ...], ...], counts: tuple[int, ...], device: torch.device) -> _Layout:
+    """Divide blocks of tensors with these numbers of elements, or with `counts` each tensor's slices, into chunks."""
+    if counts:
+        block_numels = tuple((n // k,) for (n,), k in zip(block_numels, counts, strict=True) for _ in range(k))
     chunks: list[tuple[int, int]] = []
     starts, owners, tensor = [0], [], 0
     for block, numels in enumerate(block_numels):
@@ -216,15 +220,21 @@ class _Launch:
 
     def __init__(self, blocks: Blocks) -> None:
         like = blocks.weights[0]
-        self.device, self.norms = like.device, blocks.norms
+        self.device, self.blocks = like.device, blocks
         numels = [w.numel() for w in blocks.weights]
         ends = accumulate(blocks.sizes)
         block_numels = tuple(tuple(numels[end - size : end]) for size, end in zip(blocks.sizes, ends, strict=True))
-        self.layout = _layout(block_numels, like.device)
+        self.layout = _layout(block_numels, tuple(blocks.counts), like.device)
         lists = [[t.data_ptr() for t in tensors] for tensors in blocks.lists]
         lists += [[0] * len(numels)] * (4 - len(lists))
-        table = upload(torch.tensor(lists, dtype=torch.int64, device="cpu").T.contiguous(), like.device)
-        self.chunk_grid, self.block_grid = (len(self.layout.chunks),), (len(blocks.sizes),)
+        addresses, streams = torch.tensor(lists, dtype=torch.int64, device="cpu").T, blocks.streams
+        if blocks.slice_axes:  # each slice is a tensor and a block
+            _, offsets, owners = blocks.slice_places()
+            addresses = addresses[owners] + offsets[:, None] * like.itemsize
+            streams = None if streams is None else streams[owners] + offsets.int()
+        table = upload(addresses.contiguous(), like.device)
+        self.streams = None if streams is None else upload(streams, like.device)
+        self.chunk_grid, self.block_grid = (len(self.layout.chunks),), (len(blocks),)
         self.tensors = (table, self.layout.chunks, self.layout.numels)
         self.constants = {"DTYPE": DTYPES[like.dtype], "CHUNK": CHUNK}
         self.sums = torch.empty(self.chunk_grid[0], 3, device=like.device)
@@ -253,7 +263,7 @@ class _Launch:
         result = torch.empty(self.block_grid[0], 2, device=self.device)
         full = torch.full((), float(lr), device=self.device) if not isinstance(lr, Tensor) else lr
         rate = full.to(self.device, torch.float32)
-        norms = upload(torch.tensor(self.norms, dtype=torch.float32, device="cpu"), self.device)
+        norms = upload(self.blocks.norm_of_each(torch.float32), self.device)
         _coefficients[self.block_grid](
             self.sums, self.layout.starts, norms, rate, result, self.zero, TRUST=trust, TILE=TILE
         )
@@ -288,7 +298,7 @@ def adam(
 
 @_on_device_of_blocks
 def sgd(blocks: Blocks, *, lr: float | Tensor, momentum: float) -> Tensor:
-    corrections = torch.ones(2, len(blocks.sizes), device="cpu")
+    corrections = torch.ones(2, len(blocks), device="cpu")
     return _step(blocks, corrections, lr, (momentum, 1.0, 0.0, 0.0), 0.0, adam=False, trust=False)
 
 
@@ -313,8 +323,8 @@ def _step(
 
 def _write_weights(launch: _Launch, blocks: Blocks, scales: Tensor, coefficients: Tensor, eps: float) -> None:
     """Apply the update from the stored moments, by the coefficients [blocks, 2] of the weights and the update."""
-    owners, stochastic = launch.layout.owners, blocks.streams is not None
-    streams = owners if blocks.streams is None else upload(blocks.streams, launch.device)
+    owners, stochastic = launch.layout.owners, launch.streams is not None
+    streams = launch.streams if stochastic else owners
     keys = {"STOCHASTIC": stochastic, "ADAM": bool(blocks.second)}
     launch.start(_move, owners, scales, coefficients, eps, streams, **keys)
 

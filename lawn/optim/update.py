@@ -1,8 +1,8 @@
 """Constrained updates of blocks of tensors, in plain torch operations.
 
-A block is a set of tensors that share one norm c, nearly always a single weight w. Let r be the base optimizer's
-update, computed from the projected gradient, and u = r - w (w.r) / (w.w) its tangent component. The constrained update
-is
+A block is a set of tensors that share one norm c, nearly always a single weight w, or it is a slice of a weight. Let r
+be the base optimizer's update, computed from the projected gradient, and u = r - w (w.r) / (w.w) its tangent component.
+The constrained update is
 
     w <- c (w - lr u) / ||w - lr u||.
 
@@ -16,16 +16,21 @@ tensors are updated through their real views. `dispatch.py` chooses between thes
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from lawn.optim import rounding
+from lawn.optim import rounding, slices
+from lawn.optim.keys import Norm
 
 # Elements that are updated at a time, by device type. A block is never divided.
 BATCH_ELEMENTS = {"cpu": 1 << 20}
 DEFAULT_BATCH_ELEMENTS = 1 << 24
+# A tangent component whose square is at most so many eps of the update's is rounding error, which LAMB's trust ratio
+# would magnify: that of a slice with one element, or of an update along the weight.
+NEGLIGIBLE = 4
 
 
 @dataclass
@@ -37,22 +42,24 @@ class Blocks:
 
     Attributes:
         weights: weights, updated in place.
-        sizes: number of tensors in each block.
-        norms: norm c of each block.
+        sizes: number of tensors in each block; all 1 if the tensors have slices, of which each is a block of its own.
+        norms: norm c of each block; norms of slices are a tensor for each tensor.
         grads: gradients.
         first: first moments or momentum buffers; for `project` and `retract` the weights before the step.
         second: second moments; for `project` the tensors that receive the projected gradients.
         streams: streams of random numbers [tensors] that round the weights, see `lawn.optim.rounding`; None rounds to
             nearest.
+        slice_axes: the axes of each tensor that select a slice, see `lawn.optim.slices`; empty if there are no slices.
     """
 
     weights: list[Tensor]
     sizes: list[int]
-    norms: list[float]
+    norms: list[Norm]
     grads: list[Tensor] = field(default_factory=list)
     first: list[Tensor] = field(default_factory=list)
     second: list[Tensor] = field(default_factory=list)
     streams: Tensor | None = None
+    slice_axes: list[tuple[int, ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if any(w.is_complex() for w in self.weights):
@@ -64,11 +71,46 @@ class Blocks:
         """The lists of tensors that are not empty."""
         return tuple(filter(None, (self.weights, self.grads, self.first, self.second)))
 
+    @property
+    def counts(self) -> list[int]:
+        """The number of slices of each tensor; empty if there are no slices."""
+        return [slices.count(w, axes) for w, axes in zip(self.weights, self.slice_axes, strict=False)]
+
+    def __len__(self) -> int:
+        """The number of blocks."""
+        return sum(self.counts) if self.slice_axes else len(self.sizes)
+
+    def norm_of_each(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The norm of each block [blocks], on the host."""
+        if not self.slice_axes:
+            return torch.tensor(self.norms, dtype=dtype, device="cpu")
+        return torch.cat([c for c in self.norms if isinstance(c, Tensor)]).to(dtype)
+
     def first_of_each(self, values: list[Tensor]) -> list[Tensor]:
-        """Pick each block's first value from a list with one value per tensor."""
+        """Pick the first value of each set of tensors from a list with one value per tensor."""
         if len(self.sizes) == len(values):
             return values
         return [values[end - size] for size, end in zip(self.sizes, accumulate(self.sizes), strict=True)]
+
+    def slice_places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For each slice its number of elements, the first of them in its tensor, and the tensor, on the host."""
+        return _slice_places(tuple(w.numel() for w in self.weights), tuple(self.counts))
+
+    def has_dense_slices(self) -> bool:
+        """Whether each slice, if there are any, is a contiguous part of its dense tensor."""
+        return all(
+            axes == tuple(range(len(axes))) and (len(axes) < 2 or w.is_contiguous())
+            for w, axes in zip(self.weights, self.slice_axes, strict=False)
+        )
+
+
+@lru_cache(maxsize=64)
+def _slice_places(numels: tuple[int, ...], counts: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    number = torch.tensor(counts, device="cpu")
+    owners = torch.arange(len(counts), device="cpu").repeat_interleave(number)
+    each = (torch.tensor(numels, device="cpu") // number)[owners]
+    positions = torch.arange(len(owners), device="cpu") - (number.cumsum(0) - number)[owners]
+    return each, positions * each, owners
 
 
 def batch_elements(device: torch.device) -> int:
@@ -76,12 +118,14 @@ def batch_elements(device: torch.device) -> int:
     return BATCH_ELEMENTS.get(device.type, DEFAULT_BATCH_ELEMENTS)
 
 
-def norms(tensors: list[Tensor], sizes: list[int]) -> Tensor:
+def norms(tensors: list[Tensor], sizes: list[int], slice_axes: list[tuple[int, ...]] | None = None) -> Tensor:
     """Compute the Frobenius norm of each block of tensors.
 
     Args:
         tensors: tensors of one device and dtype, block after block.
         sizes: number of tensors in each block.
+        slice_axes: the axes of each tensor that select a slice, of which each is a block of its own; None without
+            slices.
 
     Returns:
         Norms [blocks], in float64 for float64 tensors and in float32 for all others.
@@ -89,7 +133,7 @@ def norms(tensors: list[Tensor], sizes: list[int]) -> Tensor:
     if not tensors:
         return torch.zeros(0, device="cpu")
     results: list[Tensor] = []
-    for batch, flat, _ in _batches(Blocks(tensors, sizes, [0.0] * len(sizes))):
+    for batch, flat, _ in _batches(Blocks(tensors, sizes, [0.0] * len(sizes), slice_axes=slice_axes or [])):
         w = flat.flatten(batch.weights)
         results.append(flat.sums(w * w).sqrt().to(w.dtype))
     return torch.cat(results)
@@ -108,7 +152,10 @@ def bias_corrections(blocks: Blocks, steps: list[Tensor], betas: tuple[float, fl
     """
     beta1, beta2 = betas
     counts = torch.stack(blocks.first_of_each(steps)).double()
-    return torch.stack([1 / (1 - beta1**counts), 1 / (1 - beta2**counts).sqrt()])
+    factors = torch.stack([1 / (1 - beta1**counts), 1 / (1 - beta2**counts).sqrt()])
+    if not blocks.slice_axes:
+        return factors
+    return factors.repeat_interleave(torch.tensor(blocks.counts, device=factors.device), dim=1)
 
 
 def adam(
@@ -294,7 +341,8 @@ def coefficients(
         The factors a and b, each with the shape of the inner products.
     """
     along = wr / ww
-    tangent = (rr - along * wr).clamp(min=0)
+    tangent = rr - along * wr
+    tangent = torch.where(tangent > NEGLIGIBLE * torch.finfo(rr.dtype).eps * rr, tangent, 0)
     rate = torch.where(tangent > 0, lr * c / tangent.sqrt(), lr) if trust else lr
     scale = c / (ww + rate * rate * tangent).sqrt()
     return scale * (1 + rate * along), scale * rate
@@ -303,33 +351,41 @@ def coefficients(
 class _FlatLayout:
     """Layout of blocks in a flat vector, with sums over each block."""
 
-    def __init__(self, tensors: list[Tensor], sizes: list[int]) -> None:
+    def __init__(self, blocks: Blocks) -> None:
+        tensors, counts = blocks.weights, blocks.counts
         self._numels = [t.numel() for t in tensors]
-        ends = [0, *accumulate(self._numels)]
-        bounds = [0, *accumulate(sizes)]
+        self._slice_axes = blocks.slice_axes
         self._device = tensors[0].device
-        self._single = len(sizes) == 1
-        if not self._single:
+        self._single = len(blocks.sizes) == 1 and not counts
+        self._rows = counts[0] if len(counts) == 1 else 0  # the slices of a single tensor
+        if not self._single and not self._rows:
+            ends = [0, *accumulate(self._numels)]
+            bounds = [0, *accumulate(blocks.sizes)]
             lengths = torch.tensor([ends[b] - ends[a] for a, b in pairwise(bounds)], device="cpu")
+            if counts:
+                each = torch.tensor(counts, device="cpu")
+                lengths = (lengths // each).repeat_interleave(each)
             self._lengths = lengths.to(self._device)
         self._dtype = torch.promote_types(tensors[0].dtype, torch.float32)
         self._sum_dtype = torch.float64 if self._device.type == "cpu" else self._dtype
 
     def flatten(self, tensors: list[Tensor]) -> Tensor:
-        """Copy tensors to a vector [elements] in at least float32."""
+        """Copy tensors to a vector [elements] in at least float32, slice after slice."""
+        tensors = self._slices_of(tensors)
         if len(tensors) == 1:
             return tensors[0].reshape(-1).to(self._dtype, copy=True)
         return torch.cat([t.reshape(-1) for t in tensors]).to(self._dtype)
 
     def write(self, tensors: list[Tensor], flat: Tensor) -> None:
         """Copy a vector [elements] to tensors."""
-        pieces = flat.split(self._numels)
-        torch._foreach_copy_(tensors, [piece.view(t.shape) for piece, t in zip(pieces, tensors, strict=True)])
+        self._copy(self._slices_of(tensors), flat)
 
     def sums(self, flat: Tensor) -> Tensor:
         """Sum a vector [elements] over each block: [blocks]."""
         if self._single:
             return flat.sum(dtype=self._sum_dtype)[None]
+        if self._rows:
+            return flat.view(self._rows, -1).sum(1, dtype=self._sum_dtype)
         return torch.segment_reduce(flat.to(self._sum_dtype), "sum", lengths=self._lengths, unsafe=True)
 
     def expand(self, values: Tensor) -> Tensor:
@@ -337,7 +393,19 @@ class _FlatLayout:
         values = values.to(self._device, self._dtype)
         if self._single:
             return values
+        if self._rows:
+            return values[:, None].expand(-1, self._numels[0] // self._rows).reshape(-1)
         return values.repeat_interleave(self._lengths, output_size=sum(self._numels))
+
+    def _copy(self, tensors: list[Tensor], flat: Tensor) -> None:
+        pieces = flat.split(self._numels)
+        torch._foreach_copy_(tensors, [piece.view(t.shape) for piece, t in zip(pieces, tensors, strict=True)])
+
+    def _slices_of(self, tensors: list[Tensor]) -> list[Tensor]:
+        """View tensors such that their slices are one after the other."""
+        if not self._slice_axes:
+            return tensors
+        return [slices.to_front(t, axes) for t, axes in zip(tensors, self._slice_axes, strict=True)]
 
     def direction(self, blocks: Blocks, scales: Tensor, eps: float) -> Tensor:
         """Compute the base optimizer's update [elements] from the stored moments."""
@@ -360,7 +428,7 @@ class _FlatLayout:
         Returns a mask [blocks] of the blocks that are zero and do not change. The result is rounded once, at the end:
         in bfloat16 a factor near one would have no effect.
         """
-        c = torch.tensor(blocks.norms, dtype=self._sum_dtype, device="cpu").to(w.device)
+        c = blocks.norm_of_each(self._sum_dtype).to(w.device)
         rate = lr.to(w.device, self._sum_dtype) if isinstance(lr, Tensor) else lr
         keep, take = coefficients(ww, self.sums(w * r), self.sums(r * r), c, rate, trust=trust)
         zero = ww == 0
@@ -370,13 +438,19 @@ class _FlatLayout:
 
     def write_weights(self, blocks: Blocks, flat: Tensor) -> None:
         """Round a vector [elements] to the dtype of the weights, and copy it to them."""
-        if blocks.streams is not None:
-            flat = rounding.stochastic(flat, blocks.weights[0].dtype, blocks.streams, self._numels)
-        self.write(blocks.weights, flat)
+        if blocks.streams is None:
+            self.write(blocks.weights, flat)
+            return
+        if self._slice_axes:  # the elements in their own order, in which they have their random numbers
+            values = [torch.empty(w.shape, dtype=flat.dtype, device=flat.device) for w in blocks.weights]
+            self.write(values, flat)
+            flat = torch.cat([value.view(-1) for value in values])
+        rounded = rounding.stochastic(flat, blocks.weights[0].dtype, blocks.streams, self._numels)
+        self._copy(blocks.weights, rounded)
 
 
 def _batches(blocks: Blocks) -> Iterator[tuple[Blocks, _FlatLayout, slice]]:
-    """Divide blocks into batches of limited size: the batch, its layout and its slice of the blocks."""
+    """Divide blocks into batches of limited size: the batch, its layout and its part of the blocks."""
     limit = batch_elements(blocks.weights[0].device)
     if torch.compiler.is_compiling():
         limit = 0  # a block at a time: the compiler joins the operations of all blocks
@@ -384,6 +458,7 @@ def _batches(blocks: Blocks) -> Iterator[tuple[Blocks, _FlatLayout, slice]]:
     numels = [w.numel() for w in blocks.weights]
     ends = list(accumulate(blocks.sizes))
     counts = [sum(numels[end - size : end]) for size, end in zip(blocks.sizes, ends, strict=True)]
+    starts = [0, *accumulate(blocks.counts)] if blocks.slice_axes else range(len(ends) + 1)
     for block, end in enumerate(ends):
         elements += counts[block]
         if block + 1 == len(ends) or elements + counts[block + 1] > limit:
@@ -396,6 +471,7 @@ def _batches(blocks: Blocks) -> Iterator[tuple[Blocks, _FlatLayout, slice]]:
                 blocks.first[tensors],
                 blocks.second[tensors],
                 None if blocks.streams is None else blocks.streams[tensors],
+                blocks.slice_axes[tensors],
             )
-            yield batch, _FlatLayout(batch.weights, batch.sizes), selected
+            yield batch, _FlatLayout(batch), slice(starts[first_block], starts[block + 1])
             first_block, first_tensor, elements = block + 1, end, 0

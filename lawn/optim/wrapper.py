@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lawn.optim import dispatch, keys, phase, stages, update
+from lawn.optim import dispatch, keys, phase, slices, stages, update
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.zero_check import ZeroCheck
 
@@ -142,7 +142,7 @@ class LAWN:
 
     def _complete_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._prepare_added()
-        return keys.complete_state_dict(state_dict, optimizer.param_groups, list(keys.DEFAULTS))
+        return keys.complete_state_dict(state_dict, optimizer.param_groups, [slices.KEY, *keys.DEFAULTS])
 
     def _load(self, optimizer: Optimizer) -> None:
         self._zero_check = ZeroCheck()
@@ -200,7 +200,8 @@ class LAWN:
             grads = phase.gradients(params)
             before = self._buffers(self._before, params, params) if first else list(map(torch.empty_like, params))
             projected = self._buffers(self._projected, params, grads)
-            blocks = update.Blocks(params, single.sizes, single.norms, grads, before, projected)
+            lists = params, single.sizes, single.norms, grads, before, projected
+            blocks = update.Blocks(*lists, slice_axes=single.slice_axes)
             dispatch.backend(blocks, self._fused).project(blocks)
             self._replace_gradients(params, projected)
         parts = [part for group in group_updates for part in group.sharded if part.params]
@@ -229,14 +230,16 @@ class LAWN:
         self._step = None
         state = self.optimizer.state
         if self._dummy:
-            for p in (p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None):
-                state[p].setdefault(keys.NORM, 0.0)
+            for group in self.optimizer.param_groups:
+                for p in filter(lambda p: p.grad is not None, group["params"]):
+                    state[p].setdefault(keys.NORM, keys.free_norm(group, p))
         results: list[tuple[phase.GroupUpdate, int, Tensor | None]] = []
         pending: list[tuple[phase.GroupUpdate, int, stages.Pending]] = []
         for index, group_update in enumerate(self._group_updates or []):
             for single in group_update.split_by_device_and_dtype():
                 before = [self._before[p] for p in single.params]
-                blocks = update.Blocks(single.params, single.sizes, single.norms, first=before)
+                lists = single.params, single.sizes, single.norms
+                blocks = update.Blocks(*lists, first=before, slice_axes=single.slice_axes)
                 results.append((single, index, dispatch.backend(blocks, self._fused).retract(blocks)))
             for part in group_update.sharded:
                 before = [self._before[p] for p in part.params]

@@ -7,13 +7,14 @@ a tensor here with a number for each run. So many small runs take as many kernel
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from lawn.optim import keys, phase, update
+from lawn.optim import keys, phase, slices, update
 from lawn.optim.adam_lawn import AdamLAWN
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.lamb import LAMB, LAMBLAWN, LAMBPlus
@@ -49,6 +50,8 @@ class _Weight:
         self.slices = slices
         self.optimizers = optimizers
         self.groups = [_holder(optimizer, own) for optimizer, own in zip(optimizers, slices, strict=True)]
+        axes = keys.slice_axes(self.groups[0], slices[0])
+        self.over = tuple(axis for axis in range(1, w.ndim) if axes is None or axis - 1 not in axes)  # axes of a norm
         self.decay = self._column([group.get("weight_decay", 0) for group in self.groups])
         self.decays = any(group.get("weight_decay") for group in self.groups)
         if adaptive:
@@ -64,14 +67,18 @@ class _Weight:
             self.first = self._state("momentum_buffer", w)
         for optimizer, p in zip(optimizers, slices, strict=True):
             if isinstance(optimizer, LAWNOptimizer):
-                optimizer.state[p].setdefault(keys.NORM, 0.0)
+                optimizer.state[p].setdefault(keys.NORM, keys.free_norm(_holder(optimizer, p), p))
         self.read_norms()
 
     def read_norms(self) -> None:
         """The norms that the optimizers have fixed, infinite where they have not; None where none has."""
         states = [optimizer.state[p] for optimizer, p in zip(self.optimizers, self.slices, strict=True)]
-        found = [state.get(keys.NORM) or math.inf for state in states]
-        self.norm = self._column(found) if any(math.isfinite(c) for c in found) else None
+        found = list(map(keys.fixed_norm, states))
+        shape = [1 if axis in self.over else self.w.shape[axis] for axis in range(1, self.w.ndim)]
+        given = [torch.as_tensor(c if keys.is_fixed(c) else math.inf, dtype=torch.float64) for c in found]
+        norms = [c.to(self.w.device, self.w.dtype) for c in given]
+        each = torch.stack([c.view(shape) if c.ndim else c.expand(shape) for c in norms])
+        self.norm = each if any(map(keys.is_fixed, found)) else None
 
     def _column(self, numbers: Sequence[float]) -> Tensor:
         return expand_runs(torch.tensor(numbers, dtype=self.w.dtype, device=self.w.device), self.w)
@@ -109,6 +116,8 @@ class VectorizedStep:
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         alike = len({type(optimizer) for optimizer in optimizers}) == 1 and type(optimizers[0]) in RULES
         decays = any(isinstance(o, LAWNOptimizer) and g["weight_decay"] for o in optimizers for g in o.param_groups)
+        if any(group.get(slices.KEY) is not None for group in groups):  # then all have the same slices
+            alike = alike and len({str(list(map(_layout, optimizer.param_groups))) for optimizer in optimizers}) == 1
         return alike and not decays and not any(group.get(key) for group in groups for key in OTHER)
 
     @torch.no_grad()
@@ -156,6 +165,7 @@ class VectorizedStep:
     def _update(self, weight: _Weight, g: Tensor, lr: Tensor, scales: list[Tensor]) -> None:
         """`lawn.optim.update` explains the constrained part."""
         rule, w, c = self._rule, weight.w, weight.norm
+        dot = partial(_dot, over=weight.over)
         trust = rule.max_trust is not None and (rule.trust_vectors or w.ndim > 2)
         ww = dot(w, w) if trust or c is not None else lr
         if c is not None:
@@ -200,11 +210,16 @@ def _holder(optimizer: Optimizer, own: Tensor) -> dict[str, Any]:
     return next(group for group in optimizer.param_groups for p in group["params"] if p is own)
 
 
+def _layout(group: dict[str, Any]) -> list[Any]:
+    """What says which slices of a group's parameters have norms."""
+    return [group.get("constrain"), group.get(slices.KEY), [tuple(p.shape) for p in group["params"]]]
+
+
 def expand_runs(numbers: Tensor, w: Tensor) -> Tensor:
     """[K] as [K, 1, ...], to be broadcast over w [K, ...]."""
     return numbers.view(-1, *[1] * (w.ndim - 1))
 
 
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sums over all but the first axis: [K, 1, ...]."""
-    return (a * b).sum(dim=tuple(range(1, a.ndim)), keepdim=True)
+def _dot(a: Tensor, b: Tensor, over: tuple[int, ...]) -> Tensor:
+    """Inner products over these axes, which are kept with a length of one."""
+    return (a * b).sum(dim=over, keepdim=True)

@@ -105,7 +105,9 @@ def test_the_literature_is_beside_our_numbers(tiny_references, tiny_data, tmp_pa
     page = report.page_of(TABLE4, Store(tmp_path))
     assert page.literature is not None
     (popularity,) = (row for row in page.literature.rows if row[0] == "Popularity")
-    assert popularity[1] == f"{metrics['popularity'][0]['hr10']:.2f} (n=1)"
+    assert popularity[1] == (
+        f"{metrics['popularity'][0]['hr10']:.2f} (n=1) <sup>[record](simulations/{path.name})</sup>"
+    )
     assert popularity[6:] == ["45.35", "25.43", "[Rendle et al. 2020](https://arxiv.org/abs/2005.09683), table 1"]
     report.write(page, tmp_path)
     assert "MovieLens-1M beside the literature" in (tmp_path / "table4.md").read_text()

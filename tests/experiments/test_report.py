@@ -514,4 +514,4 @@ def test_every_number_of_a_table_links_to_its_records(name):
             (first, *_), links = re.findall(r"n=\d+\)( <sup>.*?</sup>)?", row), re.findall(r"\]\(([^)]*)\)", row)
             assert first
             assert links
-            assert all((ROOT / "results" / link).exists() for link in links)
+            assert all((ROOT / "results" / link).exists() for link in links if "https:" not in link)

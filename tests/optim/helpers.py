@@ -23,6 +23,8 @@ def wrapped(base: Maker, **keys: Any) -> Maker:
     return make
 
 
-def fixed_norms(optimizer: Optimizer) -> list[float]:
-    """The norm of each parameter; 0.0 while it is free, and where LAWN has no part in it."""
-    return [optimizer.state.get(p, {}).get(NORM, 0.0) for group in optimizer.param_groups for p in group["params"]]
+def fixed_norms(optimizer: Optimizer) -> list[Any]:
+    """The norm of each parameter, or those of its slices; 0.0 while it is free, and where LAWN has no part in it."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    norms = [optimizer.state.get(p, {}).get(NORM, 0.0) for p in params]
+    return [c.tolist() if isinstance(c, Tensor) else c for c in norms]

@@ -37,7 +37,7 @@ SIZES = [(60, 70), (5, 4), (7,), (3, 2, 3, 3)]  # the first in two chunks
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter's process")
-@pytest.mark.parametrize(("marked", "count"), [("not slow", 9), pytest.param("slow", 5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("marked", "count"), [("not slow", 11), pytest.param("slow", 5, marks=pytest.mark.slow)])
 def test_in_the_interpreter(marked, count):
     command = [
         sys.executable,
@@ -70,6 +70,26 @@ def run(kind, device: str, dtype: torch.dtype, fused: bool | None, steps: int = 
         if c > 0:
             assert update.norms([p.detach()], [1]).item() == pytest.approx(c, rel=tolerance)
     return [p.detach() for p in params]
+
+
+@interpreted
+@pytest.mark.parametrize("kind", [AdamLAWN, wrapped(Adam, eps=1e-6)], ids=["AdamLAWN", "LAWN(Adam)"])
+def test_slices(kind):
+    """Experts in two chunks each, rows, and columns, which the plain update serves."""
+    weights = []
+    for fused in (None, False):
+        generator = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(size, generator=generator)) for size in [(2, 60, 70), (5, 4), (5, 4)]]
+        groups = [{"params": [p], "norm_axes": axes} for p, axes in zip(params, [(1, 2), 1, 0], strict=True)]
+        optimizer = kind(groups, lr=0.02, free_steps=2, fused=fused)
+        for _ in range(4):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+        weights.append(params)
+        assert params[0].detach().flatten(1).norm(dim=1).tolist() == pytest.approx(fixed_norms(optimizer)[0], rel=1e-5)
+    for p, q in zip(*weights, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 @interpreted

@@ -38,7 +38,7 @@ def networks():
     ("name", "device", "updates", "keys", "expected"),
     [
         ("vgg", CPU, 9999, {}, Execution("fp32", True, "off", False)),
-        ("ncf", CPU, 9999, {}, Execution("fp32", False, "off", False)),
+        ("ncf", CPU, 9999, {}, Execution("fp32", False, "off", False, adaptive_threads=True)),
         ("vgg", GPU, 9999, {}, Execution("bf16", True, "default", False)),
         ("vgg", GPU, 10, {}, Execution("bf16", True, "off", False)),
         ("vgg", GPU, 9999, {"sync_batchnorm": True}, Execution("bf16", True, "off", False)),
@@ -70,6 +70,7 @@ def test_bf16_rounds_products_and_not_weights(tiny, tmp_path):
         "channels_last": False,
         "compile": "off",
         "deterministic": False,
+        "adaptive_threads": False,
     }
     assert record["ranks"] == 1
     weights = torch.load(RunDirectory(rounded).path / "checkpoint.pt", weights_only=True)["model"]

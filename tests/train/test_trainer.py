@@ -185,6 +185,21 @@ def test_scope_of_the_constraint(tiny):
         lawn_groups(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh()), "final_homogeneous", False)
 
 
+def test_granularity_of_the_norms(tiny):
+    """Norms of rows: of outputs, of filters. A run goes on from its switch."""
+    config = tiny("optim.granularity=row", "optim.free_epochs=0")
+    trainer = Trainer(config, task_builder(config)(torch.device("cpu")), World(CPU))
+    trainer.train_epoch()
+    for group in trainer.optimizer.param_groups:
+        for p in group["params"]:
+            norms = trainer.optimizer.state[p]["lawn_norm"]
+            assert norms == 0.0 if p.ndim < 2 else norms.tolist() == pytest.approx(p.norm(dim=1).tolist(), rel=1e-5)
+    rows = lawn_groups(VGG19((3, 32, 32), 10, batch_norm=True), "all", False, "row")
+    assert [group.get("norm_axes") for group in rows] == [(1,), (1, 2, 3), None]
+    with pytest.raises(ConfigError, match=r"optim.granularity=row: does not go with optim.include_bias=true"):
+        lawn_groups(torch.nn.Linear(2, 2), "all", True, "row")
+
+
 def test_muon_leaves_embeddings_and_the_output_layer_to_adamw():
     model = NCFMLP(10, 20, factors=4, layers=2, init="torch")
     groups = OPTIMIZERS["muon"](model, lr=0.01, betas=[0.9, 0.999], momentum=0.9, weight_decay=0.1).param_groups

@@ -37,13 +37,17 @@ def gradient_of(seed: int, step: int, dtype: torch.dtype = torch.float64) -> lis
 class Members:
     """Three optimizers of one class, on weights that are slices of stacked tensors."""
 
-    def __init__(self, kind: type[Optimizer], seed: int, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self, kind: type[Optimizer], seed: int, dtype: torch.dtype = torch.float64, norm_axes: Any = None
+    ) -> None:
         self.stacks = gradient_of(seed, 0, dtype)
         self.slices = [[nn.Parameter(row) for row in stack] for stack in self.stacks]
         self.optimizers = []
         for k, numbers in enumerate(NUMBERS[kind]):
             first, *others = [own[k] for own in self.slices]
             groups: list[dict[str, Any]] = [{"params": [first]}, {"params": others, "lr": 0.02}]
+            if norm_axes is not None:
+                groups[1]["norm_axes"] = norm_axes
             self.optimizers.append(kind(groups, lr=0.05 + 0.01 * k, **numbers))
 
     def alone(self, gradients: list[Tensor], first: int = 0) -> None:
@@ -69,7 +73,20 @@ def test_every_rule_is_tried():
 @settings(max_examples=10, deadline=None)
 def test_the_vectorized_step_is_the_steps_of_all(kind, seed, steps, resumed):
     """Whatever was done alone before and after: the state is the optimizers' own."""
-    joint, alone = Members(kind, seed), Members(kind, seed)
+    check_equal(Members(kind, seed), Members(kind, seed), seed, steps, resumed)
+
+
+@pytest.mark.parametrize("kind", [AdamLAWN, SGDLAWN, LAMBLAWN])
+@given(
+    seed=st.integers(0, 1000), steps=st.integers(1, 8), resumed=st.integers(0, 8), norm_axes=st.sampled_from([-1, 0])
+)
+@settings(max_examples=5, deadline=None)
+def test_the_vectorized_step_keeps_norms_of_slices(kind, seed, steps, resumed, norm_axes):
+    joint, alone = (Members(kind, seed, norm_axes=norm_axes) for _ in range(2))
+    check_equal(joint, alone, seed, steps, resumed)
+
+
+def check_equal(joint: Members, alone: Members, seed: int, steps: int, resumed: int) -> None:
     for step in range(resumed):
         joint.alone(gradient_of(seed, step + 1))
         alone.alone(gradient_of(seed, step + 1))
@@ -84,7 +101,8 @@ def test_the_vectorized_step_is_the_steps_of_all(kind, seed, steps, resumed):
         for mine, expected in zip(one.param_groups, other.param_groups, strict=True):
             assert mine.get("steps") == expected.get("steps")
             assert mine.get("switched") == expected.get("switched")
-        assert fixed_norms(one) == pytest.approx(fixed_norms(other), rel=1e-9)
+        for mine, expected in zip(fixed_norms(one), fixed_norms(other), strict=True):
+            assert mine == pytest.approx(expected, rel=1e-9)
         kept, needed = one.state_dict()["state"], other.state_dict()["state"]
         assert {p for p in kept if NORM in kept[p]} == {p for p in needed if NORM in needed[p]}
     joint.alone(gradient_of(seed, 99))
@@ -128,6 +146,9 @@ def test_optimizers_without_a_vectorized_step_take_their_own():
     assert not VectorizedStep.is_supported([SGD([w], momentum=0.9, dampening=0.5) for w in weights])
     assert not VectorizedStep.is_supported([torch.optim.RMSprop([w]) for w in weights])
     assert not VectorizedStep.is_supported([AdamLAWN([{"params": [w], "blocks": [0]}]) for w in weights])
+    rows, columns = ([AdamLAWN([{"params": [w], "norm_axes": axes}]) for w in weights] for axes in (1, 0))
+    assert VectorizedStep.is_supported(rows)
+    assert not VectorizedStep.is_supported([rows[0], columns[1]])
 
 
 def test_a_copy_of_the_state_is_whole():
