@@ -11,6 +11,7 @@ import shlex
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -24,7 +25,7 @@ from experiments.definitions.tables import TABLE1, TABLE2, TABLE3, TABLE4, TABLE
 from experiments.definitions.tuning_curves import TUNING_CURVES
 from experiments.execution.pool import JobResult
 from experiments.execution.runner import MAX_VECTORIZED, RuntimeEstimate, duration, missing, run
-from experiments.planning.study import SELECTIONS, SETTABLE, Study, studies
+from experiments.planning.study import SELECTIONS, SETTABLE, Study, check_settable, studies
 from experiments.records import Record, Store
 from experiments.reporting import report
 from experiments.reporting.references import REFERENCES
@@ -225,13 +226,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _studies(given: argparse.Namespace) -> list[Study]:
-    """The studies of the experiments named; a cell in several experiments is listed once."""
+    """The studies of the experiments named; a cell in several experiments is listed once, with most of its seeds."""
     for name in given.names:
         _known(name)
     chosen = [EXPERIMENTS[name].only(given.only) for name in given.names if name in EXPERIMENTS]
     how = (-1 if given.short else 0, given.selection, tuple(given.set), given.seeds)
     found = [study for experiment in chosen for study in studies(experiment, *how)]
-    return list({(s.cell.overrides, s.cell.sweep, s.cell.grid_only, s.budget): s for s in found}.values())
+    kept: dict[tuple[Any, ...], Study] = {}
+    for study in found:
+        key = study.cell.overrides, study.cell.sweep, study.cell.grid_only, study.budget
+        if key not in kept or study.seeds >= kept[key].seeds:
+            kept[key] = study
+    return list(kept.values())
 
 
 def _simulations(given: argparse.Namespace) -> list[Simulation]:
@@ -241,6 +247,8 @@ def _simulations(given: argparse.Namespace) -> list[Simulation]:
         refused = [simulation.name for simulation in named if option == "only" or not simulation.needs_data]
         if refused and getattr(given, option):
             raise ConfigError(f"--{option}: {refused[0]} is a simulation, without runs of run.py; leave it out")
+    if named:
+        check_settable(given.set)
     return named
 
 

@@ -130,7 +130,10 @@ def muon(model: nn.Module, *, lr: float, betas: list[float], momentum: float, we
     adamw_weights: set[Tensor] = {
         p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
     }
-    adamw_weights.add(output_layer(model).weight)
+    try:
+        adamw_weights.add(output_layer(model).weight)
+    except ValueError as error:
+        raise ConfigError(f"optim=muon: {error}") from error
     weights, others = _by_dimensions(model)
     by_muon: dict[str, Any] = {"use_fallback": False, "nesterov": True}
     by_adamw: dict[str, Any] = {"use_fallback": True, "nesterov": False}

@@ -8,6 +8,7 @@ from lawn.models.mlp import mlp
 from lawn.models.ncf import NCFMLP
 from lawn.models.resnet import resnet50
 from lawn.models.vgg import VGG19
+from lawn.train import run as train
 
 
 def test_mlp_is_fully_homogeneous():
@@ -136,3 +137,17 @@ def test_scores_of_all_items_are_those_of_the_pairs(model):
     users = torch.tensor([2, 0, 2])
     pairs = model(users.repeat_interleave(5), torch.arange(5).repeat(3))
     torch.testing.assert_close(model.all_scores(users), pairs.view(3, 5))
+
+
+@pytest.mark.parametrize("key", ["optim=muon", "train.logit_scale=0.5"])
+def test_what_needs_an_output_layer_refuses_mf(tiny_data, tmp_path, key):
+    keys = (
+        "dataset=movielens100k",
+        "dataset.candidates=20",
+        "model=mf",
+        f"data_dir={tiny_data}",
+        f"run_dir={tmp_path}",
+    )
+    lawn = () if key == "optim=muon" else ("optim=adam_lawn", "optim.free_epochs=1")
+    with pytest.raises(ConfigError, match=f"{key}: the model has no linear layer"):
+        train(*keys, *lawn, key, "train.epochs=2", "device=cpu")

@@ -4,7 +4,7 @@ Tuning follows `search`, on the validation split. The final runs use the chosen 
 split. The next runs follow from the records alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
 
@@ -144,6 +144,13 @@ class Study:
         return found
 
 
+def check_settable(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for an override of a key that names another run."""
+    for override in overrides:
+        if override.partition("=")[0] not in SETTABLE:
+            raise ConfigError(f"{override}: only where and how to run can be set: {', '.join(SETTABLE)}")
+
+
 def studies(
     experiment: Experiment,
     budget: int = 0,
@@ -155,9 +162,7 @@ def studies(
 
     `seeds` overrides the number of final runs. Raises ConfigError if `extra` sets a key that names another run.
     """
-    for override in extra:
-        if override.partition("=")[0] not in SETTABLE:
-            raise ConfigError(f"{override}: only where and how to run can be set: {', '.join(SETTABLE)}")
+    check_settable(extra)
     compose(*extra)  # so that an error in them is reported once, not for every cell
     return [
         Study(

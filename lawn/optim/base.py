@@ -192,6 +192,8 @@ class LAWNOptimizer(Optimizer, ABC):
     def _traced_update(self, group_updates: list[phase.GroupUpdate]) -> None:
         for group_update in group_updates:
             self._update_group(group_update)
+            if keys.is_due(group_update.group):
+                group_update.group["switched"] = True
             group_update.group["steps"] += 1
 
     @torch._disable_dynamo  # torch.compiler.disable would import the compiler at once
@@ -201,6 +203,8 @@ class LAWNOptimizer(Optimizer, ABC):
             self._make_state()
             return
         phase.check_capture()
+        for index, group in enumerate(self.param_groups):
+            rounding.check(group.get(rounding.KEY, "nearest"), f"param group {index}: ")
         results: list[tuple[phase.GroupUpdate, int, Tensor | None]] = []
         pending: list[tuple[phase.GroupUpdate, int, stages.Pending]] = []
         for index, group_update in enumerate(self._zero_check.begin(self)):

@@ -243,6 +243,8 @@ def _updates(
     steps: list[Tensor],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Update the moments; return real views of the weights and LAMB's updates of them."""
+    if not weights:  # a rank may have no gradient of a param group; torch refuses empty lists
+        return [], []
     beta1, beta2 = group["betas"]
     first, second, grads, weights = map(real, (first, second, grads, weights))
     torch._foreach_add_(steps, 1)

@@ -331,7 +331,7 @@ def gradients(params: list[Tensor]) -> list[Tensor]:
 
 def check_shapes(group: Group, params: list[Tensor], state: list[Tensor]) -> list[Tensor]:
     """Return `state`, one tensor for each parameter, or its local shard. Raises RuntimeError where shapes differ."""
-    sharded = sharding.any_dtensor(params)
+    sharded = sharding.any_dtensor(params) or sharding.any_dtensor(state)
     for p, t in zip(params, state, strict=True):
         if t.shape != p.shape:
             position = next(i for i, q in enumerate(group["params"]) if q is p)

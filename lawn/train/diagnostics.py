@@ -22,8 +22,8 @@ class RunDiagnostics:
 
     `margin_pQ` are the quantiles of the margins. `QUANTITY/WEIGHT` are means over the measured updates. With
     `diagnostics.samples` there are also `hessian_top`, the largest eigenvalue of the Hessian of the training loss
-    (without flooding's outer function), and `gradient_covariance`, the trace of the covariance of the samples'
-    gradients. Both use the same samples at all evaluations.
+    (without flooding's outer function and the regularization of `model=mf`), and `gradient_covariance`, the trace of
+    the covariance of the samples' gradients. Both use the same samples at all evaluations.
     """
 
     def __init__(self, config: Config, task: Task, model: nn.Module, optimizer: Optimizer, updates: int) -> None:

@@ -27,8 +27,10 @@ class _Usage:
     def now(cls) -> "_Usage":
         cores = [times for core, times in enumerate(psutil.cpu_times(percpu=True)) if core in _cores()]
         idle = sum(times.idle + getattr(times, "iowait", 0.0) for times in cores)
-        own, at = os.times(), time.monotonic()
-        return cls(at, len(cores) * at - idle, own.user + own.system)
+        times, at = os.times(), time.monotonic()
+        own = times.user + times.system
+        known = any(map(sum, cores))  # some sandboxes report zeros
+        return cls(at, len(cores) * at - idle if known else own, own)
 
 
 class FreeCores:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lawn.config import Config
 from lawn.data.batching import Batching
 from lawn.diagnostics import FlatteningOnset, weight_norm
-from lawn.errors import RunError
-from lawn.optim import LAWNOptimizer, NonFiniteError, attenuate_logits
+from lawn.errors import ConfigError, RunError
+from lawn.optim import LAWNOptimizer, NonFiniteError, attenuate_logits, output_layer
 from lawn.optimizers import IN_STEPS, OPTIMIZERS, SCHEDULES, optimizer_arguments
 from lawn.task import Batch, Recommendation, Task
 from lawn.train.batchnorm import refuse_single_values
@@ -61,6 +61,8 @@ class Trainer:
         warmup = _steps(config.schedule.warmup_epochs, self._updates, total)
         self.scheduler = SCHEDULES[config.schedule.name](self.optimizer, warmup, total)
         self.logit_scale = config.train.logit_scale
+        if self.logit_scale is not None:
+            _refuse_without_output_layer(self.model, self.logit_scale)
         self.epoch = 0
         self.step = 0
         self.rows: list[Row] = []
@@ -305,6 +307,13 @@ class Trainer:
             self.diagnostics.load_state_dict(state["observer"])
         if state["left"] is not None:
             self.epoch_state = load_epoch_state(state["left"], self.model, self.world)
+
+
+def _refuse_without_output_layer(model: nn.Module, factor: float) -> None:
+    try:
+        output_layer(model)
+    except ValueError as error:
+        raise ConfigError(f"train.logit_scale={factor:g}: {error}") from error
 
 
 def _steps(epochs: float, steps_per_epoch: int, total: int) -> int:

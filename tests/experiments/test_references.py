@@ -1,6 +1,7 @@
 """Popularity, iALS and rankings of all items, against computations from the rating files alone."""
 
 import json
+from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,19 @@ def test_the_literature_is_beside_our_numbers(tiny_references, tiny_data, tmp_pa
     report.write(page, tmp_path)
     assert "MovieLens-1M beside the literature" in (tmp_path / "table4.md").read_text()
     assert report.page_of(TABLE4, Store(tmp_path / "empty")).literature is None
+
+
+def test_only_the_place_of_the_data_can_be_set(tmp_path, capsys):
+    given = ["run", "references", "--results", str(tmp_path), "--set", "eval.split=val"]
+    assert command.main(given) == ConfigError.exit_code
+    assert capsys.readouterr().err.startswith("error: eval.split=val: only where and how to run can be set")
+
+
+@pytest.mark.parametrize("names", [("table4", "horizon"), ("horizon", "table4")])
+def test_a_cell_of_several_experiments_keeps_most_seeds(names):
+    given = Namespace(names=names, only=[], set=[], short=False, selection="val", seeds=None)
+    of = {s.cell.value("optim"): s.seeds for s in command._studies(given) if s.budget == 300 and s.cell.all_items}
+    assert of["adam_lawn"] == 16
 
 
 def small_task_builder(config):

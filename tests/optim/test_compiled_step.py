@@ -106,6 +106,14 @@ def test_one_graph_without_a_break(kind):
 
 
 @pytest.mark.slow
+def test_a_group_without_weights_switches():
+    ours, theirs = make_pair(AdamLAWN, [(6,)], free_steps=3)
+    advance(ours, torch.compile(ours.step, backend="eager"), 0, 6)
+    advance(theirs, theirs.step, 0, 6)
+    assert ours.constrained
+    assert_close(ours, theirs)
+
+
 def test_norms_that_change_later_are_followed():
     """By a checkpoint, which is compared with the weights in a step that is not traced, and by hand."""
     ours, theirs = make_pair(AdamLAWN, SIZES, free_steps=0)

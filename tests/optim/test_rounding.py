@@ -182,6 +182,10 @@ def test_an_unknown_value_is_refused(kind):
     saved["param_groups"][0]["rounding"] = "up"
     with pytest.raises(ValueError, match=message):
         kind(make_params()).load_state_dict(saved)
+    optimizer = kind(make_params())
+    optimizer.param_groups[0]["rounding"] = "up"
+    with pytest.raises(ValueError, match=f"param group 0: {message}"):
+        advance(optimizer, 0, 1)
 
 
 def test_the_wrapper_refuses_it():

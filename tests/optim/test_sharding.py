@@ -340,6 +340,17 @@ def lamb() -> float:
     return error(models[1], models[0])
 
 
+def a_group_without_gradients() -> float:
+    """LAMB's rule sums norms over ranks, also those of a group of which no rank has a gradient."""
+    errors = []
+    for kind in (LAMB, LAMBLAWN):
+        models, unused = [Model(), fsdp(Model())], [Model(), fsdp(Model())]
+        for model, idle in zip(models, unused, strict=True):
+            train(model, kind([{"params": [*model.parameters()]}, {"params": [*idle.parameters()]}]), batches(5))
+        errors += [error(models[1], models[0]), error(unused[1], Model())]
+    return max(errors)
+
+
 def raised(action: Callable[[], Any]) -> str:
     try:
         action()
@@ -367,13 +378,13 @@ def errors() -> dict[str, str]:
         w.data.mul_(0)
         step(optimizer)
 
-    def foreign_state() -> None:
+    def foreign_state(of_shards: bool = False) -> None:
         w, whole = sharded(torch.ones(3, 2)), nn.Parameter(torch.ones(3, 2))
         optimizers = AdamLAWN([w], free_steps=0), AdamLAWN([whole], free_steps=0)
         for optimizer in optimizers:
             step(optimizer)
-        optimizers[0].load_state_dict(optimizers[1].state_dict())
-        step(optimizers[0])
+        optimizers[of_shards].load_state_dict(optimizers[not of_shards].state_dict())
+        step(optimizers[of_shards])
 
     nan = torch.ones(3, 2)
     nan[0, 0] = torch.nan
@@ -390,6 +401,7 @@ def errors() -> dict[str, str]:
         "replicated": raised(lambda: step(AdamLAWN([replicated], free_steps=0))),
         "plain gradient": raised(lambda: step(plain, torch.ones(3, 2))),
         "plain state": raised(foreign_state),
+        "sharded state": raised(lambda: foreign_state(of_shards=True)),
     }
 
 
@@ -478,7 +490,8 @@ def two_ranks(tmp_path_factory):
     jobs += [("two meshes", compare, (two_meshes, "AdamLAWN"))]
     jobs += [(f"missing, {kind}", gradients_that_are_missing, (kind,)) for kind in FOUR]
     single = (by_hand, gradients_on_one_rank, nothing_to_update, first_step_at_zero_rate, closure_called_twice)
-    single = (*single, gradient_of_another_placement, complex_weights, rounded_stochastically, lamb, errors)
+    single = (*single, gradient_of_another_placement, complex_weights, rounded_stochastically, lamb)
+    single = (*single, a_group_without_gradients, errors)
     jobs += [(job.__name__, job, ()) for job in single]
     for phase, after in SAVED.items():
         jobs += [(f"saved {phase}, {kind}", save, (kind, after, folder / f"{phase} {kind}")) for kind in FOUR]
@@ -540,7 +553,9 @@ def test_a_first_step_at_a_rate_of_zero_is_told_from_the_one_that_makes_state(tw
         assert results["first_step_at_zero_rate"] == [1, 0]
 
 
-@pytest.mark.parametrize("job", [closure_called_twice, gradient_of_another_placement, complex_weights, lamb])
+@pytest.mark.parametrize(
+    "job", [closure_called_twice, gradient_of_another_placement, complex_weights, lamb, a_group_without_gradients]
+)
 def test_others_equal_one_process(two_ranks, job):
     for results in two_ranks[1]:
         assert results[job.__name__] < 1e-12
@@ -566,7 +581,8 @@ def test_errors_are_those_of_all_ranks(two_ranks):
         assert "Partial" in first[name]
     assert first["replicated"] == "nothing"
     assert first["plain gradient"].startswith("TypeError(")
-    assert "set_optimizer_state_dict" in first["plain state"]
+    for name in ("plain state", "sharded state"):
+        assert "is not sharded as its state is" in first[name]
 
 
 def check_resumed(two_ranks: Any, tmp_path: Path, world: int) -> None:

@@ -1,5 +1,6 @@
 """The number of threads follows the cores that other processes leave free."""
 
+from collections import namedtuple
 from types import SimpleNamespace
 
 import pytest
@@ -13,14 +14,16 @@ from lawn.train.session import _PauseCallback
 from lawn.train.threads import FreeCores
 from tests.helpers import compose
 
+Times = namedtuple("Times", "idle iowait")
+
 
 class Machine:
     """A machine with a clock, on which other processes and this one use cores."""
 
     def __init__(self, patch: pytest.MonkeyPatch, cores: int, limit: int) -> None:
         self.now, self.cores, self.threads = 1000.0, cores, limit
-        self.idle, self.own = [0.0] * (cores + 1), 0.0  # one core more than this process may use
-        times = lambda: [SimpleNamespace(idle=idle, iowait=0.0) for idle in self.idle]  # noqa: E731
+        self.idle, self.own = [1.0] * (cores + 1), 0.0  # one core more than this process may use
+        times = lambda: [Times(idle, 0.0) for idle in self.idle]  # noqa: E731
         patch.setattr(threads.psutil, "cpu_times", lambda percpu: times())
         patch.setattr(threads.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
         patch.setattr(threads.os, "times", lambda: SimpleNamespace(user=self.own, system=0.0))
@@ -77,6 +80,16 @@ def test_a_busy_machine_is_named(monkeypatch):
     assert free.note() == ""
     machine.run(10, own=0.2, others=1.6)
     assert free.note() == "; other processes used 0.9 of 2 cores"
+
+
+def test_a_kernel_that_reports_zeros_is_not_taken_for_a_busy_one(monkeypatch):
+    machine = Machine(monkeypatch, 2, 2)
+    monkeypatch.setattr(threads.psutil, "cpu_times", lambda percpu: [Times(0.0, 0.0)] * 2)
+    free = FreeCores()
+    machine.run(2, own=1, others=0)
+    free.adapt()
+    assert machine.threads == 2
+    assert free.note() == ""
 
 
 def test_a_single_thread_is_not_measured(monkeypatch):
