@@ -67,7 +67,7 @@ def over_horizon(experiment: Experiment, found: list[Outcome]) -> Figure:
 def _over(experiment: Experiment, found: list[Outcome], xlabel: str, x: Callable[[Cell], int]) -> Figure:
     panels = list(dict.fromkeys(outcome.cell.panel for outcome in found))
     rows = list(dict.fromkeys(outcome.cell.row for outcome in found))
-    figure = Figure(figsize=(max(7.0, 2.6 * len(panels)), 3.1), layout="constrained")
+    figure = Figure(figsize=(max(8.0, 2.6 * len(panels)), 3.1), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     measure = experiment.measures[0]
     for axis, panel in zip(axes, panels, strict=True):
