@@ -9,6 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from lawn.optim import cpu_kernels, dispatch, sharding, stages, update
 from lawn.optim.base import LAWNOptimizer, counter
+from lawn.optim.blocks import Blocks
 from lawn.optim.phase import GroupUpdate, check_shapes, gradients
 from lawn.optim.rounding import in_float32, streams
 
@@ -128,13 +129,13 @@ class AdamLAWN(LAWNOptimizer):
         options = {"lr": group["lr"], "eps": group["eps"], "trust": trust, "fused": group["fused"]}
         return stages.step(part, *self._begin(part), factors=(beta1, 1 - beta1, beta2, 1 - beta2), **options)
 
-    def _begin(self, group_update: GroupUpdate) -> tuple[update.Blocks, Tensor]:
+    def _begin(self, group_update: GroupUpdate) -> tuple[Blocks, Tensor]:
         """Count the update; return the blocks, local shards of DTensors, and the bias corrections."""
         group, params = group_update.group, group_update.params
         first, second, steps = self._state_of(group, params)
         torch._foreach_add_(steps, counter(1.0), alpha=1.0)  # several times as fast as adding a number on the CPU
         lists = sharding.local(params), group_update.sizes, group_update.norms, gradients(params), first, second
-        blocks = update.Blocks(*lists, streams(self, group, params), group_update.slice_axes)
+        blocks = Blocks(*lists, streams(self, group, params), group_update.slice_axes)
         return blocks, update.bias_corrections(blocks, steps, group["betas"])
 
     @staticmethod

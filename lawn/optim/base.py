@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lawn.optim import keys, phase, rounding, slices, stages, update
+from lawn.optim import keys, phase, rounding, slices, stages
+from lawn.optim.blocks import batch_elements
 from lawn.optim.zero_check import ZeroCheck
 
 # Keys of torch's param groups that do not change an update, or hold here anyway.
@@ -229,7 +230,7 @@ class LAWNOptimizer(Optimizer, ABC):
         group, free, idle = group_update.group, group_update.free, group_update.idle
         pending = []
         if free or idle:
-            limit = update.batch_elements((free or idle)[0].device)
+            limit = batch_elements((free or idle)[0].device)
             for params, others in rounding.parts(group, free, idle, limit):
                 waiting = self._free_update(group, params, others)
                 if waiting is not None:

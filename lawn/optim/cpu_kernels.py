@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lawn.optim.blocks import Blocks
 from lawn.optim.cache import cache_directories
-from lawn.optim.update import Blocks
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 DTYPES = {torch.float32: ("float", "sqrtf"), torch.float64: ("double", "sqrt")}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lawn.optim import cpu_kernels, update
-from lawn.optim.update import Blocks
+from lawn.optim.blocks import Blocks
 
 
 class Backend(Protocol):

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lawn.optim import dispatch, sharding, slices, update
+from lawn.optim.blocks import Blocks
 from lawn.optim.keys import (
     NORM,
     Group,
@@ -114,11 +115,11 @@ class GroupUpdate:
 
     def local_blocks(
         self, first: list[Tensor] | None = None, second: list[Tensor] | None = None, *, weights_only: bool = False
-    ) -> update.Blocks:
+    ) -> Blocks:
         """Return the shards of this rank with their gradients, or with themselves, each tensor a block of its own."""
         weights = sharding.local(self.params)
         grads = weights if weights_only else gradients(self.params)
-        return update.Blocks(weights, [1] * len(weights), [], grads, first or [], second or [])
+        return Blocks(weights, [1] * len(weights), [], grads, first or [], second or [])
 
     def per_block(self, values: Tensor) -> Tensor:
         """Add values [params, ...] of the parameters of each block: [blocks, ...]."""

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
-from lawn.optim import dispatch, sharding, stages, update
+from lawn.optim import dispatch, sharding, stages
 from lawn.optim.base import LAWNOptimizer
+from lawn.optim.blocks import Blocks
 from lawn.optim.phase import GroupUpdate, check_shapes, gradients
 from lawn.optim.rounding import in_float32, streams
 
@@ -100,14 +101,14 @@ class SGDLAWN(LAWNOptimizer):
         group, params = group_update.group, group_update.params
         buffers = self._state_of(group, params)
         lists = params, group_update.sizes, group_update.norms, gradients(params), buffers
-        blocks = update.Blocks(*lists, streams=streams(self, group, params), slice_axes=group_update.slice_axes)
+        blocks = Blocks(*lists, streams=streams(self, group, params), slice_axes=group_update.slice_axes)
         return dispatch.backend(blocks, group["fused"]).sgd(blocks, lr=group["lr"], momentum=group["momentum"])
 
     def _sharded_update(self, part: GroupUpdate) -> stages.Pending:
         group, params = part.group, part.params
         buffers, weights = self._state_of(group, params), sharding.local(params)
         lists = weights, part.sizes, part.norms, gradients(params), buffers
-        blocks = update.Blocks(*lists, streams=streams(self, group, params))
+        blocks = Blocks(*lists, streams=streams(self, group, params))
         factors, ones = (group["momentum"], 1.0, 0.0, 0.0), torch.ones(2, len(part.sizes), device="cpu")
         options = {"lr": group["lr"], "fused": group["fused"], "trust": False, "eps": 0.0}
         return stages.step(part, blocks, ones, factors=factors, **options)

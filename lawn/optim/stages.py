@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lawn.optim import dispatch, phase, sharding, update
+from lawn.optim.blocks import Blocks
 
 
 @dataclass
@@ -39,7 +40,7 @@ def finish(pending: list[Pending]) -> list[Tensor | None]:
 
 def step(
     part: phase.GroupUpdate,
-    blocks: update.Blocks,
+    blocks: Blocks,
     corrections: Tensor,
     *,
     lr: float | Tensor,
@@ -85,7 +86,7 @@ def project(part: phase.GroupUpdate, before: list[Tensor], projected: list[Tenso
 def retract(part: phase.GroupUpdate, before: list[Tensor], fused: bool | None) -> Pending:
     """Begin to complete a step of any base optimizer, whose update is before - weights."""
     weights = sharding.local(part.params)
-    blocks = update.Blocks(weights, [1] * len(weights), [], first=sharding.local(before))
+    blocks = Blocks(weights, [1] * len(weights), [], first=sharding.local(before))
     backend = dispatch.backend(blocks, fused)
 
     def complete(reduced: Tensor) -> Tensor:

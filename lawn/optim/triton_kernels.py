@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lawn.optim.blocks import Blocks
 from lawn.optim.cache import ensure_triton_cache
-from lawn.optim.update import Blocks
 
 CHUNK = 4096
 TILE = 1024  # rows of sums that a program adds at a time

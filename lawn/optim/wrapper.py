@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lawn.optim import dispatch, keys, phase, slices, stages, update
+from lawn.optim import dispatch, keys, phase, slices, stages
 from lawn.optim.base import LAWNOptimizer
+from lawn.optim.blocks import Blocks
 from lawn.optim.zero_check import ZeroCheck
 
 OPTIMIZER_FILE = sys.modules[Optimizer.__module__].__file__  # torch runs step hooks in this file
@@ -201,7 +202,7 @@ class LAWN:
             before = self._buffers(self._before, params, params) if first else list(map(torch.empty_like, params))
             projected = self._buffers(self._projected, params, grads)
             lists = params, single.sizes, single.norms, grads, before, projected
-            blocks = update.Blocks(*lists, slice_axes=single.slice_axes)
+            blocks = Blocks(*lists, slice_axes=single.slice_axes)
             dispatch.backend(blocks, self._fused).project(blocks)
             self._replace_gradients(params, projected)
         parts = [part for group in group_updates for part in group.sharded if part.params]
@@ -239,7 +240,7 @@ class LAWN:
             for single in group_update.split_by_device_and_dtype():
                 before = [self._before[p] for p in single.params]
                 lists = single.params, single.sizes, single.norms
-                blocks = update.Blocks(*lists, first=before, slice_axes=single.slice_axes)
+                blocks = Blocks(*lists, first=before, slice_axes=single.slice_axes)
                 results.append((single, index, dispatch.backend(blocks, self._fused).retract(blocks)))
             for part in group_update.sharded:
                 before = [self._before[p] for p in part.params]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from lawn import LAMB, LAMBLAWN, SGDLAWN, AdamLAWN
-from lawn.optim import cpu_kernels, update
+from lawn.optim import blocks, cpu_kernels
 from lawn.optim.keys import is_constrained
 from lawn.optim.reference import ReferenceLAWN
 from tests.optim.helpers import Maker, fixed_norms, wrapped
@@ -230,7 +230,7 @@ def test_the_plain_update_in_batches_is_that_of_the_whole(kind, sizes, seed, lim
         return advance(optimizer, seed, 0, 5, gaps=True), fixed_norms(optimizer)
 
     whole, norms = run()
-    with mock.patch.dict(update.BATCH_ELEMENTS, cpu=limit):
+    with mock.patch.dict(blocks.BATCH_ELEMENTS, cpu=limit):
         parts, others = run()
     exact = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05}[dtype]  # sums are added in another order
     assert norms == pytest.approx(others, rel=1e-12 if dtype == torch.float64 else 1e-6)

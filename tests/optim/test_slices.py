@@ -13,6 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from lawn import LAMBLAWN, LAWN, SGDLAWN, AdamLAWN
 from lawn.optim import cpu_kernels, dispatch, slices, update
+from lawn.optim.blocks import Blocks
 from lawn.optim.keys import NORM
 from lawn.optim.param_groups import all_weights, per_row, stacked
 from tests.optim.helpers import Maker, fixed_norms, wrapped
@@ -125,7 +126,7 @@ def test_one_group_of_weights_of_several_shapes(kind):
 def test_compiled_code_serves_contiguous_slices(shape, norm_axes, channels_last, fits):
     w = random(shape, 0)
     w = w.to(memory_format=torch.channels_last) if channels_last else w
-    blocks = update.Blocks([w], [1], [0.0], slice_axes=[slices.slice_axes(norm_axes, w)])
+    blocks = Blocks([w], [1], [0.0], slice_axes=[slices.slice_axes(norm_axes, w)])
     assert (dispatch.backend(blocks, None) is not update) == (fits and cpu_kernels.load([[w]]) is not None)
 
 

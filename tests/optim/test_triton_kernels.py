@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lawn import LAMBLAWN, SGDLAWN, AdamLAWN
 from lawn.optim import update
+from lawn.optim.blocks import Blocks
 from lawn.optim.cache import ensure_triton_cache
 from lawn.optim.reference import ReferenceLAWN
 from tests.optim.helpers import fixed_norms, wrapped
@@ -158,9 +159,9 @@ def test_stages_of_sharded_updates(rule):
         weights, grads, first, second, before, projected = lists
         along, keep, take = torch.rand(3, 3, generator=generator).double()
         scales = torch.rand(2, 3, generator=generator).double()
-        blocks = update.Blocks(weights, [1, 1, 1], [], grads, first, second if rule == "adam" else [])
-        wrapper = update.Blocks(weights, [1, 1, 1], [], grads, before, projected)
-        difference = update.Blocks(weights, [1, 1, 1], [], first=before)
+        blocks = Blocks(weights, [1, 1, 1], [], grads, first, second if rule == "adam" else [])
+        wrapper = Blocks(weights, [1, 1, 1], [], grads, before, projected)
+        difference = Blocks(weights, [1, 1, 1], [], first=before)
         backend.tangents(wrapper, along)
         sums = [backend.products(blocks), backend.advance(blocks, along, scales, (0.9, 0.1, 0.99, 0.01), 1e-6)]
         backend.move(blocks, keep, take, scales, 1e-6)

@@ -23,8 +23,7 @@ class Machine:
     def __init__(self, patch: pytest.MonkeyPatch, cores: int, limit: int) -> None:
         self.now, self.cores, self.threads = 1000.0, cores, limit
         self.idle, self.own = [1.0] * (cores + 1), 0.0  # one core more than this process may use
-        times = lambda: [Times(idle, 0.0) for idle in self.idle]  # noqa: E731
-        patch.setattr(threads.psutil, "cpu_times", lambda percpu: times())
+        patch.setattr(threads.psutil, "cpu_times", lambda percpu: [Times(idle, 0.0) for idle in self.idle])
         patch.setattr(threads.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
         patch.setattr(threads.os, "times", lambda: SimpleNamespace(user=self.own, system=0.0))
         patch.setattr(threads.time, "monotonic", lambda: self.now)
