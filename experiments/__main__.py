@@ -6,15 +6,12 @@ python -m experiments report
 """
 
 import argparse
-import re
 import shlex
 import sys
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from experiments.definitions.automatic import AUTOMATIC
 from experiments.definitions.demo import DEMO
@@ -23,14 +20,18 @@ from experiments.definitions.horizon import HORIZON
 from experiments.definitions.matrix_factorization import MATRIX_FACTORIZATION
 from experiments.definitions.tables import TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6
 from experiments.definitions.tuning_curves import TUNING_CURVES
-from experiments.execution.pool import JobResult
-from experiments.execution.runner import MAX_VECTORIZED, RuntimeEstimate, duration, missing, run
+from experiments.execution.executor import JobResult
+from experiments.execution.options import add_options, make_executor, positive, seconds
+from experiments.execution.overview import plan_rows, status_rows
+from experiments.execution.runner import MAX_VECTORIZED, run
+from experiments.planning.estimate import RuntimeEstimate, duration
 from experiments.planning.study import SELECTIONS, SETTABLE, Study, check_settable, studies
 from experiments.records import Record, Store
 from experiments.reporting import report
 from experiments.reporting.references import REFERENCES
 from experiments.reporting.simulations import Simulation, simulation_page
 from experiments.spherical_motion.page import SMD_RAYLEIGH
+from lawn.compose import compose
 from lawn.errors import ConfigError, UserError
 from lawn.task import dataset_reader
 from lawn.train import Stopped
@@ -58,25 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 def plan(given: argparse.Namespace) -> int:
     """Print the cells, the state of their runs and the estimated time."""
     store = Store(given.results)
-    estimate = RuntimeEstimate(store)
-    rows, configs, total = [], [], 0
-    for study in _studies(given):
-        to_do = missing(study, store)
-        tuning = study.tuning(store)
-        tried = sum(store.has(job.name) for job in tuning.jobs)
-        filled = sum(store.has(job.name) for job in islice(study.final_runs(store), study.seeds))
-        configs += to_do
-        total += 0 if study.problem else len(tuning.jobs) + tuning.unknown + study.seeds
-        rows.append(
-            {
-                "cell": study.cell.name,
-                "epochs": study.budget or "",
-                "tuning": f"{tried}/{len(tuning.jobs) + tuning.unknown}" if tuning.jobs else "",
-                "seeds": f"{filled}/{study.seeds}" if study.seeds else "",
-                "time": study.problem or duration(estimate.seconds(to_do)),
-            }
-        )
-    each = [estimate.seconds([config]) for config in configs]
+    rows, total, each = plan_rows(_studies(given), store, RuntimeEstimate(store, given.hardware))
     for simulation in _simulations(given):
         done = simulation.record(given.results, given.short) is not None
         takes = 0.0 if done else simulation.seconds[given.short]
@@ -88,20 +71,35 @@ def plan(given: argparse.Namespace) -> int:
     known = [seconds for seconds in each if seconds is not None]
     print(
         f"\n{len(rows)} cells, {total} runs, {total - len(each)} done; the remaining runs take about "
-        f"{duration(sum(known))} if run sequentially (estimated from recorded runs)"
+        f"{duration(sum(known))} if run sequentially (estimated from recorded runs"
+        + (f" on {given.hardware})" if given.hardware else ")")
         + (f"; {len(each) - len(known)} runs have no similar record" if known != each else "")
     )
+    if given.num_devices > 1:
+        hours = sum(known) / 3600
+        print(
+            f"on {given.num_devices} devices at least {duration(sum(known) / given.num_devices)}; {hours:.1f} device "
+            f"hours, {hours / given.devices_per_node:.1f} node hours of {given.devices_per_node} devices a node"
+        )
+    return 0
+
+
+def status(given: argparse.Namespace) -> int:
+    """Print the runs of each cell that are done, running and failed."""
+    store = Store(given.results)
+    rows = status_rows(_studies(given), store, RuntimeEstimate(store))
+    print(pd.DataFrame(rows).fillna("").to_string(index=False))
     return 0
 
 
 def execute(given: argparse.Namespace) -> int:
     """Run the missing runs, then write the pages."""
     store = Store(given.results)
-    slots = _slots(given.devices, given.jobs)
     chosen, simulations = _studies(given), _simulations(given)
+    executor = make_executor(given, Path(compose(*given.set).runs_dir))
     unreadable = _unreadable_datasets(chosen, store)
     to_run = [study for study in chosen if study.cell.value("dataset") not in unreadable]
-    unsuccessful = run(to_run, store, slots, given.budget, given.vectorize) if to_run else []
+    unsuccessful = run(to_run, store, executor, given.budget, given.vectorize) if to_run else []
     try:
         for simulation in simulations:
             if simulation.record(given.results, given.short) is None:
@@ -181,11 +179,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    actions = parser.add_subparsers(required=True, metavar="plan|run|report")
+    actions = parser.add_subparsers(required=True, metavar="plan|run|status|report")
     known = ", ".join([*EXPERIMENTS, *SIMULATIONS])
     for name, action, names, text in (
         ("plan", plan, "+", "what would run, what is done, how long it takes"),
         ("run", execute, "+", "run what is missing, then report"),
+        ("status", status, "+", "what is done, running and failed, and how long the rest takes"),
         ("report", write, "*", "write pages from the records; without names all of them, and the index"),
     ):
         sub = actions.add_parser(name, help=text, description=text)
@@ -201,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--short", action="store_true", help="the short budget of epochs, not the paper's; simulations: seconds"
         )
-        sub.add_argument("--seeds", type=_positive, metavar="N", help="runs that fill a cell (default: the table's)")
+        sub.add_argument("--seeds", type=positive, metavar="N", help="runs that fill a cell (default: the table's)")
         sub.add_argument(
             "--set",
             nargs="+",
@@ -211,17 +210,20 @@ def _parser() -> argparse.ArgumentParser:
             help=f"for run.py: {', '.join(SETTABLE)}",
         )
         if action is plan:
+            sub.add_argument("--hardware", default="", metavar="NAME", help="estimate from records on this GPU or CPU")
+            sub.add_argument("--num-devices", type=positive, default=1, metavar="N", help="devices to run on")
+            sub.add_argument("--devices-per-node", type=positive, default=1, metavar="N", help="for the node hours")
+        if action is not execute:
             continue
-        sub.add_argument("--devices", default="auto", help="auto, cpu, or e.g. cuda:0,cuda:1")
-        sub.add_argument("--jobs", type=_positive, metavar="N", help="runs at the same time (default: one a device)")
+        add_options(sub)
         sub.add_argument(
             "--vectorize",
-            type=_positive,
+            type=positive,
             default=MAX_VECTORIZED,
             metavar="N",
             help=f"runs of a small model to train as one batched model, at most (default: {MAX_VECTORIZED})",
         )
-        sub.add_argument("--budget", type=_seconds, metavar="TIME", help="stop after this time, e.g. 2h, 90m, 1h30m")
+        sub.add_argument("--budget", type=seconds, metavar="TIME", help="stop after this time, e.g. 2h, 90m, 1h30m")
     return parser
 
 
@@ -256,30 +258,6 @@ def _known(name: str) -> None:
     known = [*EXPERIMENTS, *SIMULATIONS]
     if name not in known:
         raise ConfigError(f"{name}: no such experiment; choose from {', '.join(known)}")
-
-
-def _slots(devices: str, jobs: int | None) -> list[str]:
-    """A device for each job that runs at the same time."""
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    names = gpus or ["cpu"] if devices == "auto" else devices.split(",")
-    for name in names:
-        if name not in ("cpu", *gpus):
-            raise ConfigError(f"--devices {name}: not on this machine, which has {', '.join(('cpu', *gpus))}")
-    return [names[i % len(names)] for i in range(jobs or len(names))]
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be a positive number")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
-    if not text or match is None:
-        raise argparse.ArgumentTypeError(f"{text}: must be a time such as 2h, 90m or 1h30m")
-    hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return 3600.0 * hours + 60.0 * minutes + seconds
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A record has the run's identity and hash, the command that repeats it, its environment, its result (with the outcome
 of each evaluation sample) and its metrics.csv as columns. Records of tuning runs are lines of
-results/tuning/EXPERIMENT.jsonl, sorted by name, without outcomes and metrics.
+results/tuning/EXPERIMENT.jsonl, without outcomes and metrics: appended while runs end, sorted by name at the end.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import shlex
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -61,6 +62,12 @@ class Record:
         return float(sum(self.result["seconds"].values()) / self.result["last"]["epoch"])
 
     @property
+    def hardware(self) -> str:
+        """The name of the GPU or CPU that the run was started on."""
+        device = str(self.environment["device"])
+        return str(self.environment["cpu"]) if device == "cpu" else device
+
+    @property
     def outcomes(self) -> NDArray[np.int64] | None:
         """The outcome of each evaluation sample, see `Task.outcomes` [samples]; None in older records."""
         text = self.result.get("outcomes")
@@ -95,7 +102,7 @@ class Store:
     def __init__(self, results: Path) -> None:
         self.runs, self.tuning = results / "runs", results / "tuning"
         self._read: dict[str, Record] = {}
-        self._seen: dict[Path, tuple[int, int]] = {}  # time and size of the tuning files that have been read
+        self._seen: dict[Path, _Seen] = {}  # what has been read of each tuning file
 
     def any_of(self, dataset: str) -> bool:
         """Whether a run on this dataset has been recorded."""
@@ -143,8 +150,15 @@ class Store:
         if tunes is not None:
             result.pop("outcomes", None)
             path = self.tuning / f"{tunes}.jsonl"
-            _insert(path, name, content)
-            self._read[name] = _record(path, name, content)
+            with _exclusively(path):
+                self._read_new(path)
+                line = f"{json.dumps({'name': name, **content})}\n"
+                if name in self._read and self._read[name].path == path:
+                    others = [other for other in _text(path).splitlines() if json.loads(other)["name"] != name]
+                    write_text(path, "".join(f"{other}\n" for other in others) + line)
+                else:
+                    self._append(path, line)
+                self._read_new(path)
             return self._read[name]
         history = read_metrics(directory.path)
         if len(history) != (epochs := result["last"]["epoch"]):
@@ -153,57 +167,111 @@ class Store:
         self._read[name] = save(self.runs / f"{name}.json", content)
         return self._read[name]
 
+    def sort(self) -> None:
+        """Sort the tuning files by name, in which two histories of them are easily merged."""
+        for path in self._tuning_files():
+            with _exclusively(path):
+                self._read_new(path)
+                lines = _text(path).splitlines()
+                by_name = {json.loads(line)["name"]: line for line in lines}
+                ordered = [by_name[name] for name in sorted(by_name)]
+                if ordered != lines:
+                    write_text(path, "".join(f"{line}\n" for line in ordered))
+
+    def _tuning_files(self) -> list[Path]:
+        return sorted(self.tuning.glob("[!.]*.jsonl"))
+
     def _refresh(self) -> None:
-        """Read the tuning files that have changed since."""
+        """Read what the tuning files have got since."""
         for folder in (self.runs, self.tuning):  # otherwise it would look as if nothing had been run
             if folder.exists() and not (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
                 raise RunError(f"{folder}: cannot be read as a folder; choose another with --results")
-        for path in self.tuning.glob("[!.]*.jsonl"):
-            try:
-                stat = path.stat()
-            except OSError as error:
-                raise RunError(f"{path}: cannot be read ({error.strerror}); put it back, or delete it") from error
-            now = stat.st_mtime_ns, stat.st_size
-            if self._seen.get(path) != now:
-                self._read |= _lines(path)
-                self._seen[path] = now
+        for path in self._tuning_files():
+            self._read_new(path)
 
+    def _read_new(self, path: Path) -> None:
+        """Read the lines that were appended to a tuning file, or all of another file in its place.
 
-def _lines(path: Path) -> dict[str, Record]:
-    """The records of a tuning file. Raises RunError with the number of a damaged line."""
-    found = {}
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+        A line without an end is still being written, or its writer was killed. Raises RunError with the number of a
+        damaged line.
+        """
         try:
-            content = json.loads(line)
-            record = _record(path, content.pop("name"), content, OF_A_RUN)
-        except DAMAGE as error:
-            raise RunError(f"{path}, line {number}: damaged record ({error}); delete the line and run again") from error
-        found[record.name] = record
-    return found
+            stat = path.stat()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise RunError(f"{path}: cannot be read ({error.strerror}); put it back, or delete it") from error
+        seen = self._seen.get(path)
+        if seen is not None and (seen.inode, seen.size) == (stat.st_ino, stat.st_size):
+            return
+        if seen is None or seen.inode != stat.st_ino or seen.size > stat.st_size:
+            seen = _Seen(stat.st_ino, 0, 0)
+        text = _text(path, seen.size)
+        if not _is_json(text[text.rfind("\n") + 1 :]):
+            text = text[: text.rfind("\n") + 1]
+        for number, line in enumerate(text.split("\n"), start=seen.lines + 1):
+            if not line:
+                continue
+            try:
+                content = json.loads(line)
+                record = _record(path, content.pop("name"), content, OF_A_RUN)
+            except DAMAGE as error:
+                raise RunError(
+                    f"{path}, line {number}: damaged record ({error}); delete the line and run again"
+                ) from error
+            self._read[record.name] = record
+        self._seen[path] = _Seen(stat.st_ino, seen.size + len(text.encode()), seen.lines + text.count("\n"))
+
+    def _append(self, path: Path, line: str) -> None:
+        """Append a line to a tuning file, in the place of one without an end that a killed writer has left."""
+        path.touch()
+        with path.open("rb+") as file:
+            end = self._seen[path].size if path in self._seen else 0
+            file.truncate(end)
+            file.seek(max(0, end - 1))
+            if file.read() not in (b"", b"\n"):
+                file.write(b"\n")
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def _text(path: Path) -> str:
+@dataclass(frozen=True)
+class _Seen:
+    """How far a file has been read."""
+
+    inode: int
+    size: int  # bytes
+    lines: int
+
+
+def _text(path: Path, start: int = 0) -> str:
+    """The text of a file from the byte `start`."""
     try:
-        return path.read_text("utf8")
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read().decode("utf8")
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot be read ({error}); put it back, or delete it and run again") from error
 
 
-def _insert(path: Path, name: str, content: dict[str, Any]) -> None:
-    """Add a line to a tuning file, or replace the line with that name, under a lock."""
+@contextmanager
+def _exclusively(path: Path) -> Iterator[None]:
+    """In the body, no other process writes to a tuning file."""
     while True:
         with locked(path.with_name(f".{path.name}.lock")) as held:
             if held:
-                lines = _text(path).splitlines() if path.exists() else []
-                try:
-                    by_name = {json.loads(line)["name"]: line for line in lines}
-                except (ValueError, KeyError, TypeError):
-                    _lines(path)  # names the line
-                    raise
-                by_name[name] = json.dumps({"name": name, **content})
-                write_text(path, "".join(f"{by_name[key]}\n" for key in sorted(by_name)))
+                yield
                 return
         time.sleep(0.01)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def save(path: Path, content: dict[str, Any]) -> Record:

@@ -21,3 +21,7 @@ class DataError(UserError):
 
 class RunError(UserError):
     """A run directory that cannot be used."""
+
+
+class RunInUseError(RunError):
+    """A run directory that another process is at work in."""

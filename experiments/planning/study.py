@@ -127,10 +127,22 @@ class Study:
             overrides = (*self.grid.overrides, *setting, *ranked, f"seed={seed}")
             yield Job(replace(config, seed=seed), overrides, setting)
 
+    def missing(self, store: Store) -> tuple[list[Job], int]:
+        """The missing runs that can start now, and the expected number of those that depend on their results.
+
+        First the runs of the tuning, after it the final ones.
+        """
+        if self.problem:
+            return [], 0
+        tuning = self.tuning(store)
+        jobs = [job for job in tuning.jobs if not store.has(job.name)]
+        if tuning.chosen is None and self.grid.points:
+            return jobs, tuning.unknown + self.seeds
+        return [job for job in islice(self.final_runs(store), self.seeds) if not store.has(job.name)], 0
+
     def outstanding(self, store: Store) -> list[Job]:
-        """The missing runs that can start now: those of the tuning, or after it the final ones."""
-        tuning = [job for job in self.tuning(store).jobs if not store.has(job.name)]
-        return tuning or [job for job in islice(self.final_runs(store), self.seeds) if not store.has(job.name)]
+        """The missing runs that can start now."""
+        return self.missing(store)[0]
 
     def results(self, store: Store) -> list[Record]:
         """The records of the final runs: those of the study's seeds, and consecutive further ones."""

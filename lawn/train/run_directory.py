@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lawn.config import Config
 from lawn.data.fingerprint import Fingerprint
-from lawn.errors import WRITTEN_AGAIN, RunError
+from lawn.errors import WRITTEN_AGAIN, RunError, RunInUseError
 from lawn.files import atomic, locked, still_at, write_text
 from lawn.identity import run_name
 from lawn.train.progress import echo
@@ -62,16 +62,25 @@ class RunDirectory:
     def done(self) -> bool:
         return (self.path / "DONE").exists()
 
+    @property
+    def in_use(self) -> bool:
+        """Whether a process holds the lock."""
+        if not (self.path / LOCK).exists():
+            return False
+        with locked(self.path / LOCK) as held:
+            return held is None
+
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the directory's lock. Raises RunError if another process holds it, or if it cannot be written."""
+        """Hold the directory's lock. Raises RunInUseError if another process holds it, RunError if it
+        cannot be written."""
         with ExitStack() as held:
             try:
                 self._lock = held.enter_context(locked(self.path / LOCK))
             except OSError as error:
                 raise RunError(f"{self.path}: cannot be written ({error})") from error
             if self._lock is None:
-                raise RunError(f"{self.path}: another process uses this run directory; wait for it, or stop it")
+                raise RunInUseError(f"{self.path}: another process uses this run directory; wait for it, or stop it")
             self._check_owner()
             for name in FILES:
                 for abandoned in self.path.glob(f".{name}.*"):

@@ -46,7 +46,7 @@ def report_submitit_jobs(arguments: Sequence[str], fail: Callable[[Exception], N
 
         def __init__(self, job: Any, name: str) -> None:
             self._job, self._name = job, name
-            echo(f"job {job.job_id}, {name}: output in {_logs(job)}")
+            echo(f"job {job.job_id}, {name}: output in {logs_of(job)}")
 
         def results(self) -> list[JobReturn]:
             try:
@@ -56,10 +56,10 @@ def report_submitit_jobs(arguments: Sequence[str], fail: Callable[[Exception], N
             except UserError as error:  # it names the job
                 fail(error)
             except submitit.core.utils.UncompletedJobError:
-                fail(RunError(f"in the job {self._name}: {_lost(self._job)}; see {_logs(self._job)}"))
+                fail(RunError(f"in the job {self._name}: {reason_of_loss(self._job)}; see {logs_of(self._job)}"))
             except Exception as error:
                 what = f"{type(error).__name__}: {error}"
-                fail(RunError(f"in the job {self._name}: {what}; see {_logs(self._job)}"))
+                fail(RunError(f"in the job {self._name}: {what}; see {logs_of(self._job)}"))
             else:
                 echo(f"job {self._job.job_id}, {self._name}: {_ended(result)}")
             waiting.remove(self._job)
@@ -80,12 +80,12 @@ def report_submitit_jobs(arguments: Sequence[str], fail: Callable[[Exception], N
         raise
 
 
-def _logs(job: Any) -> str:
+def logs_of(job: Any) -> str:
     """The files of standard output and standard error of a job."""
     return f"{job.paths.stdout} and {job.paths.stderr.name}"
 
 
-def _lost(job: Any) -> str:
+def reason_of_loss(job: Any) -> str:
     """Why a job has no result: the last line of its standard error, if there is any."""
     lines = (job.stderr() or "").strip().splitlines()
     return lines[-1] if lines else "ended without a result; killed, or out of memory or of hydra.launcher.timeout_min"

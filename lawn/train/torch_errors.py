@@ -15,6 +15,8 @@ RESUME_HINT = "run the same command again to resume"
 class LostRankError(RunError):
     """The connection to another rank is lost; that rank reports the cause."""
 
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
 
 @contextmanager
 def translate_torch_errors(rank: int) -> Iterator[None]:

@@ -5,11 +5,10 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from experiments.definitions.spec import Cell, Experiment, Measure
 from experiments.execution import runner
-from experiments.execution.pool import JobResult, Pool
+from experiments.execution.executor import Executor, JobResult
+from experiments.execution.pool import Pool
 from experiments.planning.grid import Job
 from experiments.planning.study import studies
 from experiments.records import Store
@@ -52,8 +51,8 @@ class SerialPool(Pool):
     def running(self) -> int:
         return len(self._ended)
 
-    def takes(self, job: Job) -> bool:
-        return not self._ended
+    def places(self, job: Job) -> int:
+        return 0 if self._ended else 1
 
     def start(self, jobs: list[Job]) -> None:
         begin = time.monotonic()
@@ -81,15 +80,17 @@ def run_experiment(
     budget: int = 0,
     extra: tuple[str, ...] = (),
     selection: str = "val",
-    processes: bool = False,
+    executor: Executor | None = None,
 ) -> list[JobResult]:
-    """Run all of an experiment, with runs in folder/runs and records in folder/results; returns the failed jobs."""
+    """Run all of an experiment, with runs in folder/runs and records in folder/results; returns the failed jobs.
+
+    Without an executor, in this process.
+    """
     placed = (f"runs_dir={folder}/runs", *extra)
     store = Store(folder / "results")
-    with pytest.MonkeyPatch.context() as patch:
-        if not processes:
-            patch.setattr(runner, "Pool", SerialPool)
-        unsuccessful = runner.run(studies(experiment, budget, selection, placed, seeds), store, ["cpu"])
+    unsuccessful = runner.run(
+        studies(experiment, budget, selection, placed, seeds), store, executor or SerialPool(["cpu"])
+    )
     return [ended for ended in unsuccessful if not ended.diverged]
 
 

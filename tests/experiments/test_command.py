@@ -7,6 +7,7 @@ import pytest
 
 from experiments import __main__ as command
 from experiments.definitions.spec import Cell
+from experiments.execution.options import seconds
 from tests.experiments.helpers import MINI, TUNED
 
 
@@ -126,6 +127,6 @@ def test_bad_options(call, arguments):
 
 
 def test_times():
-    assert command._seconds("2h") == 7200
-    assert command._seconds("1h30m5s") == 5405
-    assert command._seconds("90m") == 5400
+    assert seconds("2h") == 7200
+    assert seconds("1h30m5s") == 5405
+    assert seconds("90m") == 5400

@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 
 from experiments.definitions.tuning_curves import FULL, SHORT, TUNING_CURVES
-from experiments.execution.runner import missing
 from experiments.planning.study import studies
 from experiments.records import Store
 from experiments.reporting import report
@@ -33,7 +32,7 @@ def test_every_setting_is_run_once_and_no_more(small):
     experiment, results = small
     store = Store(results)
     assert len(list(store.all())) == 24
-    assert all(missing(study, store) == [] for study in studies(experiment))
+    assert all(study.missing(store) == ([], 0) for study in studies(experiment))
     assert not (results / "runs").exists()
 
 

@@ -303,14 +303,34 @@ def test_a_damaged_tuning_file_is_named(tmp_path, damage):
     assert "\n" not in str(caught.value)
 
 
-def test_a_tuning_file_that_is_damaged_while_runs_go_on_is_named(tmp_path):
+def test_a_tuning_file_that_is_damaged_while_runs_go_on_is_named(tuned):
     """And not written over."""
-    path = tmp_path / "tuning" / "tuned.jsonl"
-    path.parent.mkdir()
-    path.write_text('{"name": "di')
+    (study,) = studies(TUNED, extra=(f"runs_dir={tuned}/runs",))
+    job = study.tuning(Store(tuned / "results")).jobs[0]
+    path = tuned / "new" / "tuning" / "tuned.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"name": "di\n')
     with pytest.raises(RunError, match=r"tuned.jsonl, line 1: damaged record \("):
-        records._insert(path, "digits-0", {})
-    assert path.read_text() == '{"name": "di'
+        Store(tuned / "new").write(job.config, job.overrides, job.tunes)
+    assert path.read_text() == '{"name": "di\n'
+
+
+@pytest.mark.parametrize("cut", [1, 2, 500])
+def test_a_line_that_a_killed_writer_has_left_is_written_again(tuned, cut):
+    """A whole line without its end is kept."""
+    (study,) = studies(TUNED, extra=(f"runs_dir={tuned}/runs",))
+    whole = tuned / "results" / "tuning" / "tuned.jsonl"
+    jobs = sorted(study.tuning(Store(tuned / "results")).jobs, key=lambda job: job.name)
+    text = whole.read_text()
+    path = tuned / "new" / "tuning" / "tuned.jsonl"
+    path.parent.mkdir(parents=True)
+    last = text.splitlines(keepends=True)[-1]
+    path.write_text(text[: len(text) - len(last)] + last[:-cut])
+    store = Store(tuned / "new")
+    assert store.has(jobs[-1].name) == (cut == 1)
+    store.write(jobs[-1].config, jobs[-1].overrides, jobs[-1].tunes)
+    assert path.read_text() == text
+    assert Store(tuned / "new").read(jobs[-1].name).headline == store.read(jobs[-1].name).headline
 
 
 def test_two_runners_record_into_one_file(tuned):
@@ -323,7 +343,9 @@ def test_two_runners_record_into_one_file(tuned):
             pool.submit(store.write, job.config, job.overrides, job.tunes)
     assert all(store.has(job.name) for store in (first, second) for job in jobs)
     merged, alone = (folder / "tuning" / "tuned.jsonl" for folder in (tuned / "new", tuned / "results"))
+    first.sort()
     assert merged.read_text() == alone.read_text()
+    assert all(store.has(job.name) for store in (first, second) for job in jobs)
 
 
 def test_dirty_and_different_versions_of_the_code_are_shown(results):

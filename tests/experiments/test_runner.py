@@ -10,15 +10,15 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from experiments.__main__ import EXPERIMENTS
 from experiments.definitions.spec import Cell, Experiment
-from experiments.execution.pool import Pool, _failure, _Running, visible_gpus
-from experiments.execution.runner import RuntimeEstimate, duration, missing, run
+from experiments.execution.executor import failure
+from experiments.execution.pool import Pool, visible_gpus
+from experiments.execution.runner import run
+from experiments.planning.estimate import RuntimeEstimate, duration
 from experiments.planning.study import Study, studies
 from experiments.records import Record, Store
 from experiments.reporting import report
@@ -55,7 +55,7 @@ def test_a_miniature_of_each_table(experiment, tmp_path, tiny_data):
 
 
 def test_diverged_runs_are_results(tmp_path, capsys):
-    assert run_experiment(replace(MINI, cells=MINI.cells[:2]), tmp_path, processes=True) == []
+    assert run_experiment(replace(MINI, cells=MINI.cells[:2]), tmp_path, executor=Pool(["cpu"])) == []
     out = capsys.readouterr().out
     assert out.count("diverged") == 2
     assert "4 of 4 done, 0 running, 0 failed, 0:00:00 left" in out
@@ -71,13 +71,13 @@ def test_a_run_on_imagenet_takes_all_devices(tmp_path, tiny_data):
     )
     with Pool(["cpu", "cpu"]) as pool:
         pool.start([one])
-        assert pool.takes(one)
-        assert not pool.takes(all_of_them)
+        assert pool.places(one)
+        assert not pool.places(all_of_them)
         assert [ended.failure for ended in pool.wait(60)] == [None]
         pool.start([all_of_them])
-        assert not pool.takes(one)
+        assert not pool.places(one)
         assert [ended.failure for ended in pool.wait(60)] == [None]
-        assert pool.takes(all_of_them)
+        assert pool.places(all_of_them)
 
 
 @pytest.mark.parametrize(("present", "visible"), [(None, "0,2"), ("7", "0,2"), ("4,5,6,7", "4,6")])
@@ -158,7 +158,7 @@ def test_a_job_that_dies_or_is_refused_does_not_keep_the_others(tmp_path, monkey
     extra = (f"runs_dir={tmp_path}/runs", f"data_dir={tmp_path}/nowhere")
     killer = subprocess.Popen([sys.executable, "-c", KILL, str(tmp_path / "runs"), "digits-mlp-adam-"])
     store = Store(tmp_path / "results")
-    failed = run(studies(experiment, extra=extra, seeds=1), store, ["cpu", "cpu"])
+    failed = run(studies(experiment, extra=extra, seeds=1), store, Pool(["cpu", "cpu"]))
     assert killer.wait(10) == 0
     reasons = {ended.job.config.dataset.name: ended.failure for ended in failed}
     assert reasons["digits"] == "killed by SIGKILL"
@@ -174,7 +174,7 @@ def test_a_damaged_run_directory_is_that_runs_failure_alone(tmp_path):
     folder = tmp_path / "runs" / study.outstanding(Store(tmp_path))[0].name
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("hash: [")
-    (failed,) = run_experiment(experiment, tmp_path, 1, processes=True)
+    (failed,) = run_experiment(experiment, tmp_path, 1, executor=Pool(["cpu"]))
     assert "config.yaml: cannot be read" in str(failed.failure)
     assert len(list((tmp_path / "results" / "runs").glob("*.json"))) == 1
 
@@ -203,7 +203,7 @@ def test_vectorized_runs_that_failed_are_tried_alone(tmp_path, capsys):
     cells = tuple(Cell(f"{lr}", (*SHORT[:1], *SHORT[2:], "train.epochs=600", f"optim.lr={lr}")) for lr in (0.01, 0.02))
     experiment = Experiment("two", "Two", cells, (ACCURACY,))
     killer = subprocess.Popen([sys.executable, "-c", KILL, str(tmp_path / "runs"), "digits-mlp-adam_lawn-"])
-    assert run_experiment(experiment, tmp_path, 1, processes=True) == []
+    assert run_experiment(experiment, tmp_path, 1, executor=Pool(["cpu"])) == []
     assert killer.wait(10) == 0
     out = capsys.readouterr().out
     assert out.count("killed by SIGKILL; once more, alone") == 2
@@ -276,12 +276,12 @@ def test_killed_and_started_again(tmp_path, capsys):
     assert len(recorded) >= 3
     _wait_until_nobody_writes(tmp_path / "runs")
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/DONE")}
-    assert run_experiment(KILLED, tmp_path, processes=True) == []
+    assert run_experiment(KILLED, tmp_path, executor=Pool(["cpu"])) == []
     after = [record.name for record in Store(tmp_path / "results").all()]
     assert capsys.readouterr().out.count(" done, ") == len(after) - len(recorded)
     assert set(recorded) < set(after)
     assert finished.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/DONE")}.items()
-    assert run_experiment(KILLED, tmp_path, processes=True) == []
+    assert run_experiment(KILLED, tmp_path, executor=Pool(["cpu"])) == []
     assert " done, " not in capsys.readouterr().out
 
 
@@ -305,11 +305,10 @@ def test_a_signal_to_the_runner_and_its_runs_stops_them_with_checkpoints(tmp_pat
 def test_a_job_whose_run_directory_has_gone_is_one_that_failed(tmp_path):
     job = next(iter(studies(MINI)[0].outstanding(Store(tmp_path / "results"))))
     job = replace(job, config=replace(job.config, runs_dir=str(tmp_path)))
-    process: Any = SimpleNamespace(exitcode=1)
-    reason = _failure(_Running([job], process, [], 0.0, tmp_path / "gone" / "output.log"), job)
+    reason = failure(job, tmp_path / "gone" / "output.log")
     assert reason == f"{tmp_path}/gone: was deleted or moved while the run was at work in it"
     (tmp_path / "output.log").mkdir()
-    reason = _failure(_Running([job], process, [], 0.0, tmp_path / "output.log"), job)
+    reason = failure(job, tmp_path / "output.log")
     assert reason == f"{tmp_path}/output.log: cannot be read (Is a directory); move it away"
 
 
@@ -332,17 +331,22 @@ def _writes_below(process: Path, folder: Path) -> bool:
 def test_the_budget_of_time(tmp_path, capsys):
     long = Experiment("long", "Long", (Cell("Adam", ("dataset=digits", "train.epochs=100000")),), (ACCURACY,))
     store = Store(tmp_path / "results")
-    assert run(studies(long, extra=(f"runs_dir={tmp_path}/runs",), seeds=1), store, ["cpu"], budget=1) == []
+    assert run(studies(long, extra=(f"runs_dir={tmp_path}/runs",), seeds=1), store, Pool(["cpu"]), budget=1) == []
     assert list(store.all()) == []
     assert "the time is up" in capsys.readouterr().out
     _wait_until_nobody_writes(tmp_path / "runs")
 
 
+def number_missing(study: Study, store: Store) -> int:
+    jobs, later = study.missing(store)
+    return len(jobs) + later
+
+
 def test_what_is_missing_and_how_long_it_takes(tuned, tmp_path):
     store = Store(tmp_path / "results")
     (study,), (more,) = studies(TUNED), studies(TUNED, seeds=3)
-    assert len(missing(study, store)) == 6 + 6 + 2
-    assert len(missing(more, store)) == 6 + 6 + 3
+    assert number_missing(study, store) == 6 + 6 + 2
+    assert number_missing(more, store) == 6 + 6 + 3
     assert RuntimeEstimate(store).seconds([study.grid.config]) is None
     assert duration(None) == "unknown"
     run_experiment(replace(MINI, cells=MINI.cells[:1]), tmp_path)
@@ -355,8 +359,8 @@ def test_what_is_missing_and_how_long_it_takes(tuned, tmp_path):
     twice = replace(config, train=replace(config.train, epochs=6, batch_size=1000))
     assert estimate.seconds([config, twice]) == pytest.approx(3 * expected)
     shutil.copytree(tuned / "results", tmp_path / "results", dirs_exist_ok=True)
-    assert missing(study, store) == []
-    assert len(missing(more, store)) == 1
+    assert number_missing(study, store) == 0
+    assert number_missing(more, store) == 1
     assert duration(3661.4) == "1:01:01"
 
 

@@ -1,0 +1,114 @@
+"""The options of `experiments run` about where jobs run, and the executor that they describe."""
+
+import argparse
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.execution.executor import Executor, Resources
+from experiments.execution.pool import Pool
+from lawn.errors import ConfigError
+
+LOCAL, SLURM, SUBMITIT_LOCAL, RAY = "local", "slurm", "submitit_local", "ray"
+CLUSTER = (SLURM, SUBMITIT_LOCAL, RAY)
+TAKEN_BY = {  # options that do not apply to every executor
+    "devices": (LOCAL,),
+    "gpus": CLUSTER,
+    "cpus": CLUSTER,
+    "nodes": (SLURM, RAY),
+    "ranks_per_node": CLUSTER,
+    "time": (SLURM, SUBMITIT_LOCAL),
+    "partition": (SLURM,),
+    "slurm": (SLURM,),
+    "address": (RAY,),
+}
+PACKAGES = {SLURM: "submitit", SUBMITIT_LOCAL: "submitit", RAY: "ray"}
+EXTRAS = {SLURM: "slurm", SUBMITIT_LOCAL: "slurm", RAY: "ray"}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--jobs", "--max-jobs", type=positive, metavar="N", help="processes at the same time")
+    parser.add_argument(
+        "--executor",
+        choices=(LOCAL, *CLUSTER),
+        default=LOCAL,
+        help="processes of this machine (default), Slurm jobs, the same jobs as processes of this machine, Ray tasks",
+    )
+    parser.add_argument("--devices", help="local: auto (default), cpu, or e.g. cuda:0,cuda:1")
+    parser.add_argument("--gpus", type=float, metavar="N", help="GPUs of a job; with ray also a fraction")
+    parser.add_argument("--cpus", type=positive, metavar="N", help="CPU cores of a job, or of each of its ranks")
+    parser.add_argument("--nodes", type=positive, metavar="N", help="nodes of a run on ImageNet (default: 1)")
+    parser.add_argument("--ranks-per-node", type=positive, metavar="N", help="its ranks on each node (default: 8)")
+    parser.add_argument("--time", type=seconds, metavar="TIME", help="slurm: limit of a job (default: 1h); it resumes")
+    parser.add_argument("--partition", metavar="NAME", help="slurm: partition")
+    parser.add_argument(
+        "--slurm",
+        nargs="+",
+        action="extend",
+        metavar="KEY=VALUE",
+        help="slurm: other options of sbatch, e.g. account=abc mem=32GB",
+    )
+    parser.add_argument("--address", help="ray: the cluster (default: auto)")
+
+
+def make_executor(given: argparse.Namespace, runs_dir: Path) -> Executor:
+    """The executor that the options describe. Raises ConfigError for options that do not fit together."""
+    name = given.executor
+    for option, takers in TAKEN_BY.items():
+        if getattr(given, option) is not None and name not in takers:
+            raise ConfigError(f"--{option.replace('_', '-')}: only with --executor {' or '.join(takers)}")
+    if name == LOCAL:
+        return Pool(_slots(given.devices or "auto", given.jobs))
+    if find_spec(PACKAGES[name]) is None:
+        raise ConfigError(
+            f"--executor {name}: the package {PACKAGES[name]} is not installed; pip install '.[{EXTRAS[name]}]'"
+        )
+    elsewhere = name != SUBMITIT_LOCAL
+    resources = Resources(
+        gpus=float(elsewhere or torch.cuda.is_available()) if given.gpus is None else given.gpus,
+        cpus=given.cpus or 1,
+        nodes=given.nodes or 1,
+        ranks_per_node=given.ranks_per_node or (8 if elsewhere else 1),
+    )
+    if name == RAY:
+        from experiments.execution.ray_cluster import RayExecutor
+
+        return RayExecutor(given.address or "auto", resources, given.jobs)
+    from experiments.execution.slurm import SubmititExecutor
+
+    parameters: dict[str, Any] = {"timeout_min": max(1, round((given.time or 3600.0) / 60))}
+    parameters |= {"slurm_partition": given.partition} if given.partition else {}
+    for pair in given.slurm or ():
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--slurm {pair}: must be KEY=VALUE, e.g. account=abc")
+        parameters[f"slurm_{key}"] = int(value) if value.isdecimal() else value
+    cluster = "slurm" if name == SLURM else "local"
+    return SubmititExecutor(runs_dir, resources, given.jobs or (64 if elsewhere else 1), cluster, parameters)
+
+
+def _slots(devices: str, jobs: int | None) -> list[str]:
+    """A device for each job that runs at the same time."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    names = gpus or ["cpu"] if devices == "auto" else devices.split(",")
+    for name in names:
+        if name not in ("cpu", *gpus):
+            raise ConfigError(f"--devices {name}: not on this machine, which has {', '.join(('cpu', *gpus))}")
+    return [names[i % len(names)] for i in range(jobs or len(names))]
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be a positive number")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if not text or match is None:
+        raise argparse.ArgumentTypeError(f"{text}: must be a time such as 2h, 90m or 1h30m")
+    hours, minutes, rest = (int(part or 0) for part in match.groups())
+    return 3600.0 * hours + 60.0 * minutes + rest

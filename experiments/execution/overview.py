@@ -1,0 +1,92 @@
+"""Tables of what is done, what is at work and what is left, for each cell."""
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+from experiments.execution.executor import OUTPUT
+from experiments.planning.estimate import RuntimeEstimate, duration
+from experiments.planning.grid import Job
+from experiments.planning.study import Study
+from experiments.records import Store
+from lawn.errors import UserError
+from lawn.train.run_directory import RunDirectory
+
+Row = dict[str, Any]
+
+
+def plan_rows(studies: Sequence[Study], store: Store, estimate: RuntimeEstimate) -> tuple[list[Row], int, list[Any]]:
+    """A row for each study, the number of all runs, and the estimated seconds of each missing one, None if unknown."""
+    rows, total, each = [], 0, []
+    for study in studies:
+        jobs, later = study.missing(store)
+        to_do = [job.config for job in jobs] + [study.grid.config] * later if study.problem is None else []
+        tuning = study.tuning(store)
+        tried = sum(store.has(job.name) for job in tuning.jobs)
+        filled = sum(store.has(job.name) for job in islice(study.final_runs(store), study.seeds))
+        each += [estimate.seconds([config]) for config in to_do]
+        total += 0 if study.problem else len(tuning.jobs) + tuning.unknown + study.seeds
+        rows.append(
+            {
+                "cell": study.cell.name,
+                "epochs": study.budget or "",
+                "tuning": f"{tried}/{len(tuning.jobs) + tuning.unknown}" if tuning.jobs else "",
+                "seeds": f"{filled}/{study.seeds}" if study.seeds else "",
+                "time": study.problem or duration(estimate.seconds(to_do)),
+            }
+        )
+    return rows, total, each
+
+
+def status_rows(studies: Sequence[Study], store: Store, estimate: RuntimeEstimate) -> list[Row]:
+    """A row for each study: its runs that are done, running and failed, as the run directories tell."""
+    rows: list[Row] = []
+    for study in studies:
+        if study.problem:
+            rows.append({"cell": study.cell.name, "time left": study.problem})
+            continue
+        jobs, later = study.missing(store)
+        tuning = study.tuning(store)
+        total = len(tuning.jobs) + tuning.unknown + study.seeds
+        states = Counter(map(state, jobs))
+        left: float | None = estimate.seconds([study.grid.config] * later)
+        for job in jobs:
+            seconds = estimate.seconds([job.config])
+            left = None if left is None or seconds is None else left + seconds * (1 - share_done(job))
+        rows.append(
+            {
+                "cell": study.cell.name,
+                "epochs": study.budget or "",
+                "done": f"{total - len(jobs) - later + states['done']}/{total}",
+                "running": states["running"],
+                "failed": states["failed"],
+                "time left": duration(left),
+            }
+        )
+    return rows
+
+
+def state(job: Job) -> str:
+    """What its run directory tells of a job without a record: done, running, failed, or waiting for a process."""
+    try:
+        directory = RunDirectory(job.config)
+        if directory.done:
+            return "done"
+        if directory.in_use:
+            return "running"
+        lines = (directory.path / OUTPUT).read_text("utf8", "replace").strip().splitlines()
+    except UserError:
+        return "failed"
+    except OSError:
+        return "waiting"
+    return "failed" if lines and lines[-1].startswith("error: ") else "waiting"
+
+
+def share_done(job: Job) -> float:
+    """The share of the epochs of a run that is in its metrics."""
+    try:
+        text = (RunDirectory(job.config).path / "metrics.csv").read_text("utf8")
+    except (UserError, OSError):
+        return 0.0
+    return min(1.0, max(0, text.count("\n") - 1) / job.config.train.epochs)

@@ -1,0 +1,149 @@
+"""Tasks of a Ray cluster."""
+
+import logging
+import os
+import socket
+import time
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from experiments.execution.executor import LOST, JobResult, Resources, job_results, make_output
+from experiments.execution.worker import work
+from experiments.planning.grid import Job
+from lawn.config import Config
+from lawn.errors import ConfigError
+
+STOP_SECONDS = 60.0  # for checkpoints, when the context is left
+RANK_SECONDS = 10.0  # for the other ranks, when the first has ended
+
+
+@dataclass(eq=False)
+class _Running:
+    jobs: list[Job]
+    ranks: list[Any]  # their object references
+    group: PlacementGroup | None
+    start: float
+
+
+class RayExecutor:
+    """Runs jobs as tasks of the Ray cluster at `address`.
+
+    Fractions of a GPU let small models share one. The ranks of a job are tasks in a placement group. `size` is the
+    number of processes at the same time, by default as many as the cluster has room for now. On leaving the context,
+    running jobs are stopped with a checkpoint. If this process is killed, Ray ends its tasks.
+    """
+
+    def __init__(self, address: str, resources: Resources, size: int | None = None) -> None:
+        self._address, self._resources = address, resources
+        self.size = size or 0  # not known before the cluster is
+        self._running: dict[Any, _Running] = {}  # by the reference of rank 0
+
+    def __enter__(self) -> "RayExecutor":
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            ray.init(self._address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"--address {self._address}: {str(error).strip().splitlines()[0]}") from error
+        if not self.size:
+            has = {kind: number for kind, number in ray.cluster_resources().items() if kind in ("CPU", "GPU")}
+            wanted = {kind: number for kind, number in self._wanted().items() if number}
+            self.size = int(min(has.get(kind, 0.0) / number for kind, number in wanted.items()))
+            if not self.size:
+                ray.shutdown()
+                raise ConfigError(
+                    f"--address {self._address}: no room for a job of {wanted}, the cluster has {has}; ask for less, "
+                    "or set --jobs for a cluster that grows"
+                )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for running in self._running.values():
+            for rank in running.ranks:
+                ray.cancel(rank)
+        ray.wait([rank for running in self._running.values() for rank in running.ranks], timeout=STOP_SECONDS)
+        ray.shutdown()
+
+    def _wanted(self, whole: bool = False) -> dict[str, float]:
+        """The resources of a process; `whole` GPUs."""
+        gpus = self._resources.gpus
+        return {"CPU": self._resources.cpus, "GPU": ceil(gpus) if whole else gpus}
+
+    def places(self, job: Job) -> int:
+        return max(0, self.size - len(self._running))
+
+    @property
+    def running(self) -> int:
+        return sum(len(running.jobs) for running in self._running.values())
+
+    def start(self, jobs: list[Job]) -> None:
+        ranks = self._resources.ranks(jobs[0])
+        group = None if ranks == 1 else placement_group([self._wanted(whole=True)] * ranks)
+        tasks = self._tasks(jobs, ranks, group)
+        self._running[tasks[0]] = _Running(jobs, tasks, group, time.monotonic())
+
+    def _tasks(self, jobs: list[Job], ranks: int, group: PlacementGroup | None) -> list[Any]:
+        wanted = self._wanted(whole=group is not None)
+        options = {"num_cpus": wanted["CPU"], "num_gpus": wanted["GPU"], "max_retries": 0}
+        configs, log, threads = [job.config for job in jobs], make_output(jobs), self._resources.cpus
+        if group is None:
+            task: Any = ray.remote(work)
+            return [task.options(**options).remote(configs, log, threads)]
+        bundles = [PlacementGroupSchedulingStrategy(group, rank) for rank in range(ranks)]
+        address: Any = ray.remote(_free_address)
+        first = address.options(num_cpus=0, scheduling_strategy=bundles[0]).remote()
+        task = ray.remote(max_calls=1)(_work_as_rank)
+        return [
+            task.options(**options, scheduling_strategy=bundle).remote(rank, ranks, first, configs, log, threads)
+            for rank, bundle in enumerate(bundles)
+        ]
+
+    def wait(self, timeout: float) -> list[JobResult]:
+        references = list(self._running)
+        ended, _ = ray.wait(references, num_returns=1, timeout=timeout)
+        if ended:  # perhaps there are more
+            ended, _ = ray.wait(references, num_returns=len(references), timeout=0)
+        return [result for reference in ended for result in self._results(reference)]
+
+    def _results(self, reference: Any) -> list[JobResult]:
+        running = self._running.pop(reference)
+        _, left = ray.wait(running.ranks, num_returns=len(running.ranks), timeout=RANK_SECONDS)
+        for rank in left:
+            ray.cancel(rank, force=True)
+        codes = [_exit_code(rank) for rank in running.ranks]
+        if running.group is not None:
+            remove_placement_group(running.group)
+        return job_results(running.jobs, running.jobs, codes, time.monotonic() - running.start)
+
+
+def _exit_code(task: Any) -> int | str:
+    """What `work` returned, or why it did not return."""
+    try:
+        return int(ray.get(task))
+    except RayTaskError as error:  # of our own code
+        return str(error).strip().splitlines()[-1]
+    except RayError as error:  # of the node, the process or its memory
+        return f"{LOST}: {str(error).strip().splitlines()[0]}"
+
+
+def _work_as_rank(rank: int, ranks: int, first: tuple[str, int], configs: list[Config], log: Path, threads: int) -> int:
+    """`work` as one rank of a run; `first` is the address at which the ranks meet."""
+    os.environ |= {
+        **{"MASTER_ADDR": first[0], "MASTER_PORT": str(first[1])},
+        **{"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+        "TORCHELASTIC_RUN_ID": log.parent.name,  # as torchrun
+    }
+    return work(configs, log, threads)
+
+
+def _free_address() -> tuple[str, int]:
+    """The address of this node, and a port that is free."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return ray.util.get_node_ip_address(), free.getsockname()[1]

@@ -1,0 +1,69 @@
+"""What a process does that an executor has started: it trains, with its output in a file."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import parent_process
+from pathlib import Path
+
+import torch
+
+from lawn.config import Config
+from lawn.errors import RunInUseError, UserError
+from lawn.train import Stopped, train, train_vectorized
+from lawn.train.signals import end_with_parent, raise_on_signal
+
+IN_USE_SECONDS = 60.0  # for which the processes of an executor that was killed may outlive it
+
+
+def work(configs: Sequence[Config], log: Path, threads: int | None = None) -> int:
+    """Train a run, or several vectorized ones, and append the output to `log`.
+
+    Returns the exit code, as of run.py. A process that multiprocessing has started ends with its parent.
+    """
+    with _output_to(log):
+        if threads is not None:
+            torch.set_num_threads(threads)
+        try:
+            with raise_on_signal():
+                if parent_process() is not None:
+                    end_with_parent()
+                _train(configs)
+        except (Stopped, UserError, OSError) as error:
+            print(f"{'' if isinstance(error, Stopped) else 'error: '}{error}", flush=True)
+            return getattr(error, "exit_code", UserError.exit_code)
+    return 0
+
+
+def _train(configs: Sequence[Config]) -> None:
+    deadline = time.monotonic() + IN_USE_SECONDS
+    while True:
+        try:
+            if len(configs) > 1:
+                train_vectorized(configs)
+            else:
+                train(configs[0])
+            return
+        except RunInUseError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+
+
+@contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """In the body, standard output and standard error are appended to a file, those of child processes too."""
+    kept = {stream: os.dup(stream) for stream in (1, 2)}
+    try:
+        with path.open("ab") as file:
+            for stream in kept:
+                os.dup2(file.fileno(), stream)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for stream, before in kept.items():
+            os.dup2(before, stream)
+            os.close(before)
