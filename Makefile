@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .DEFAULT_GOAL := help
 TABLES := table1 table2 table3 table4 table5 table6 figure1 figure2 tuning_curves automatic flattening_digits flattening_movielens100k
 SIMULATIONS := smd_rayleigh
-.PHONY: help setup demo data report $(TABLES) $(SIMULATIONS) test test-all lint docs format bench bench-ncf bench-sweep bench-optim bench-images bench-diagnostics bench-fsdp audit clean
+.PHONY: help setup demo data report $(TABLES) $(SIMULATIONS) test test-all lint docs format bench bench-ncf bench-sweep bench-optim bench-images bench-diagnostics bench-fsdp bench-runner audit clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,10 +22,10 @@ setup: $(READY) ## make the environment in .venv (uv where it is installed, else
 $(READY): pyproject.toml constraints.txt
 	@if command -v uv >/dev/null; then \
 		uv venv --quiet --allow-existing --python '>=3.11,<3.14' $(VENV) && \
-		uv pip install --quiet --compile-bytecode --python $(PYTHON) --constraint constraints.txt --editable '.[harness,baselines,references,bench,dev,docs]'; \
+		uv pip install --quiet --compile-bytecode --python $(PYTHON) --constraint constraints.txt --editable '.[harness,baselines,references,ray,bench,dev,docs]'; \
 	else \
 		python3 -m venv $(VENV) && \
-		$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[harness,baselines,references,bench,dev,docs]'; \
+		$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[harness,baselines,references,ray,bench,dev,docs]'; \
 	fi
 	@touch $@
 
@@ -70,6 +70,7 @@ bench: ## all benchmarks, one after the other; results/bench/
 	$(MAKE) bench-images
 	$(MAKE) bench-diagnostics
 	$(MAKE) bench-fsdp
+	$(MAKE) bench-runner
 
 bench-ncf: $(READY) ## time NCF's training against a plain loop, on MovieLens in DATA_DIR
 	$(PYTHON) -m scripts.bench_ncf --data-dir $(DATA_DIR) $(ARGS)
@@ -88,6 +89,9 @@ bench-diagnostics: $(READY) ## time training with diagnostics=on against without
 
 bench-fsdp: $(READY) ## time training a transformer under FSDP2 with LAWN against AdamW, on two gloo ranks
 	$(PYTHON) -m scripts.bench_fsdp $(ARGS)
+
+bench-runner: $(READY) ## time what `experiments run` does itself, for 10 to 10,000 runs and through every executor
+	$(PYTHON) -m scripts.bench_runner $(ARGS)
 
 audit: ## known vulnerabilities of the pinned packages (asks the network; needs uv)
 	uvx pip-audit --requirement constraints.txt --no-deps --disable-pip

@@ -96,7 +96,7 @@ class Record:
 class Store:
     """The records in results/, by the names of their runs.
 
-    Records are cached, because finished runs do not change; records that other processes add are seen.
+    Records that were read are cached, because finished runs do not change; records that other processes add are seen.
     """
 
     def __init__(self, results: Path) -> None:
@@ -110,7 +110,10 @@ class Store:
         return any(self.runs.glob(f"{dataset}-*.json")) or any(name.startswith(f"{dataset}-") for name in self._read)
 
     def has(self, name: str) -> bool:
-        return self.read(name) is not None
+        """Whether there is a record of a run; a damaged one is found when it is read."""
+        if name not in self._read:
+            self._refresh()
+        return name in self._read or (self.runs / f"{name}.json").exists()
 
     def read(self, name: str) -> Record | None:
         """The record of a run; None without one. Raises RunError if its content does not match its name."""
@@ -164,8 +167,7 @@ class Store:
         if len(history) != (epochs := result["last"]["epoch"]):
             raise RunError(f"{directory.path / 'metrics.csv'}: has {len(history)} of {epochs} epochs; {WRITTEN_AGAIN}")
         content["history"] = {column: [_short(v) for v in history[column]] for column in history}
-        self._read[name] = save(self.runs / f"{name}.json", content)
-        return self._read[name]
+        return save(self.runs / f"{name}.json", content)
 
     def sort(self) -> None:
         """Sort the tuning files by name, in which two histories of them are easily merged."""

@@ -81,11 +81,11 @@ def make_executor(given: argparse.Namespace, runs_dir: Path) -> Executor:
 
     parameters: dict[str, Any] = {"timeout_min": max(1, round((given.time or 3600.0) / 60))}
     parameters |= {"slurm_partition": given.partition} if given.partition else {}
-    for pair in given.slurm or ():
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise ConfigError(f"--slurm {pair}: must be KEY=VALUE, e.g. account=abc")
-        parameters[f"slurm_{key}"] = int(value) if value.isdecimal() else value
+    more = dict(pair.split("=", 1) if "=" in pair else (pair, "") for pair in given.slurm or ())
+    for key, value in more.items():
+        if not value:
+            raise ConfigError(f"--slurm {key}: must be KEY=VALUE, e.g. account=abc")
+    parameters |= {"slurm_additional_parameters": more} if more else {}
     cluster = "slurm" if name == SLURM else "local"
     return SubmititExecutor(runs_dir, resources, given.jobs or (64 if elsewhere else 1), cluster, parameters)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import submitit
-from submitit.core.utils import DelayedSubmission
+from submitit.core.utils import DelayedSubmission, FailedSubmissionError, UncompletedJobError
 from submitit.helpers import TorchDistributedEnvironment
 
 from experiments.execution.executor import DISK_SECONDS, LOST, JobResult, Resources, job_results, make_output, output_of
@@ -98,7 +98,12 @@ class SubmititExecutor:
         limits: dict[str, Any] = {"slurm_max_num_timeout": TIMEOUTS, "local_max_num_timeout": TIMEOUTS}
         try:
             self._submitit = submitit.AutoExecutor(self._folder, cluster, **limits)
-            self._submitit.update_parameters(name="lawn", slurm_array_parallelism=size, **(parameters or {}))
+            self._submitit.update_parameters(
+                name="lawn",
+                slurm_array_parallelism=size,
+                slurm_srun_args=["--kill-on-bad-exit=1"],
+                **(parameters or {}),
+            )
         except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
             raise ConfigError(f"--executor: {str(error).splitlines()[0]}") from error
 
@@ -187,8 +192,8 @@ class SubmititExecutor:
         with _detached():
             try:
                 handles = self._submitit.submit_array(array)
-            except (OSError, subprocess.SubprocessError, submitit.core.utils.FailedSubmissionError) as error:
-                raise RunError(f"the jobs could not be submitted: {error}") from error
+            except (OSError, subprocess.SubprocessError, FailedSubmissionError, UncompletedJobError) as error:
+                raise RunError(f"the jobs could not be submitted: {str(error).strip().splitlines()[-1]}") from error
         now = time.monotonic()
         self._running += [
             _Submitted(handle, work, list(work.jobs), now) for handle, work in zip(handles, array, strict=True)

@@ -81,6 +81,7 @@ def run_experiment(
     extra: tuple[str, ...] = (),
     selection: str = "val",
     executor: Executor | None = None,
+    vectorize: int = runner.MAX_VECTORIZED,
 ) -> list[JobResult]:
     """Run all of an experiment, with runs in folder/runs and records in folder/results; returns the failed jobs.
 
@@ -89,7 +90,10 @@ def run_experiment(
     placed = (f"runs_dir={folder}/runs", *extra)
     store = Store(folder / "results")
     unsuccessful = runner.run(
-        studies(experiment, budget, selection, placed, seeds), store, executor or SerialPool(["cpu"])
+        studies(experiment, budget, selection, placed, seeds),
+        store,
+        executor or SerialPool(["cpu"]),
+        vectorize=vectorize,
     )
     return [ended for ended in unsuccessful if not ended.diverged]
 

@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import records
 from experiments.__main__ import EXPERIMENTS, SIMULATIONS
 from experiments.definitions.spec import Cell, Experiment, Measure, PaperResult
 from experiments.planning.study import Tuning, studies

@@ -1,0 +1,197 @@
+"""What the runner starts, in which order, and how often; options that choose an executor; the table of the status."""
+
+import argparse
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments.definitions.spec import Cell, Experiment
+from experiments.execution.agenda import Agenda
+from experiments.execution.executor import JobResult
+from experiments.execution.options import add_options, make_executor
+from experiments.execution.overview import status_rows
+from experiments.execution.pool import Pool
+from experiments.execution.runner import RETRIES, run
+from experiments.planning.estimate import RuntimeEstimate
+from experiments.planning.grid import Job
+from experiments.planning.study import Study, studies
+from experiments.records import Store
+from lawn.errors import ConfigError
+from lawn.files import locked
+from lawn.train import train
+from tests.experiments.helpers import ACCURACY, MINI, SHORT, TUNED, SerialPool, run_experiment
+
+MANY = Experiment("many", "Many short runs", (Cell("Adam", (*SHORT, "optim=adam")),), (ACCURACY,))
+
+
+def agenda_of(folder: Path, experiment: Experiment, seeds: int) -> Agenda:
+    store = Store(folder / "results")
+    return Agenda(studies(experiment, extra=(f"runs_dir={folder}/runs",), seeds=seeds), store, RuntimeEstimate(store))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 30), st.integers(1, 20), st.integers(1, 20))
+def test_vectorizable_jobs_are_shared_equally_among_free_places(tmp_path_factory, seeds, places, vectorize):
+    agenda = agenda_of(tmp_path_factory.mktemp("agenda"), MANY, seeds)
+    taken: list[list[str]] = []
+    while jobs := agenda.take(lambda _: places - len(taken), vectorize):
+        taken.append([job.name for job in jobs])
+    names = [name for group in taken for name in group]
+    assert len(names) == len(set(names)) == min(seeds, places * vectorize)
+    sizes = list(map(len, taken))
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) <= vectorize
+    assert agenda.remaining == seeds
+
+
+def test_the_longest_job_is_first_and_an_unknown_one_before_it(tmp_path):
+    run_experiment(MANY, tmp_path, 1)  # so that the pace of such runs is known
+    epochs = {"short": 4, "long": 300, "middle": 30}
+    cells = [Cell(name, (*SHORT, "optim=sgd", f"train.epochs={count}")) for name, count in epochs.items()]
+    cells.append(Cell("unknown", ("dataset=movielens100k", "train.epochs=1")))
+    agenda = agenda_of(tmp_path, replace(MANY, cells=tuple(cells)), 1)
+    assert agenda.seconds_left is None
+    order = []
+    while jobs := agenda.take(lambda _: 1, 1):
+        order += [job.config.train.epochs for job in jobs]
+    assert order == [1, 300, 30, 4]
+    assert agenda.remaining == 4
+
+
+def test_studies_are_asked_again_only_when_their_jobs_are_done(tmp_path, monkeypatch):
+    """So that the work for a job does not grow with their number."""
+    asked = Counter[int]()
+    missing = Study.missing
+
+    def count(study: Study, store: Store) -> tuple[list[Job], int]:
+        asked[id(study)] += 1
+        return missing(study, store)
+
+    monkeypatch.setattr(Study, "missing", count)
+    assert run_experiment(MANY, tmp_path, 12) == []
+    assert list(asked.values()) == [2]
+    asked.clear()
+    assert run_experiment(TUNED, tmp_path, 2) == []
+    assert list(asked.values()) == [1 + 2 + 1 + 1]  # grid, beyond its ends, more seeds, test runs, none
+
+
+class Losing(SerialPool):
+    """Loses each of its jobs some times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__(["cpu"])
+        self.times = times
+        self.starts = Counter[str]()
+
+    def start(self, jobs: list[Job]) -> None:
+        self.starts.update(job.name for job in jobs)
+        if self.starts[jobs[0].name] > self.times:
+            super().start(jobs)
+        else:
+            self._ended = [JobResult(job, 0.0, "lost with its process", len(jobs), lost=True) for job in jobs]
+
+
+@pytest.mark.parametrize(("times", "started"), [(1, 2), (RETRIES, RETRIES + 1), (RETRIES + 1, RETRIES + 2)])
+def test_lost_jobs_are_started_again(tmp_path, times, started):
+    """A few times together, then once more alone."""
+    executor = Losing(times)
+    assert run_experiment(MANY, tmp_path, 3, executor=executor) == []
+    assert set(executor.starts.values()) == {started}
+
+
+def test_jobs_that_are_lost_again_and_again_fail(tmp_path):
+    executor = Losing(100)
+    failed = run_experiment(MANY, tmp_path, 3, executor=executor)
+    assert [ended.failure for ended in failed] == ["lost with its process"] * 3
+    assert set(executor.starts.values()) == {RETRIES + 2}
+
+
+def test_runs_that_are_finished_are_recorded_without_a_process(tmp_path):
+    """As those that ended while no command was at work."""
+    (study,) = studies(MANY, extra=(f"runs_dir={tmp_path}/runs",), seeds=3)
+    store = Store(tmp_path / "results")
+    first, second, third = study.outstanding(store)
+    train(replace(first.config, device="cpu"))
+    executor = Losing(0)
+    assert run([study], store, executor) == []
+    assert set(executor.starts) == {second.name, third.name}
+    assert len(study.results(store)) == 3
+
+
+def test_a_record_of_another_runner_is_not_run_again(tmp_path):
+    (study,) = studies(MANY, extra=(f"runs_dir={tmp_path}/runs",), seeds=2)
+    ours, theirs = Store(tmp_path / "results"), Store(tmp_path / "results")
+    first, second = study.outstanding(ours)
+
+    class WithAnother(Losing):
+        def start(self, jobs: list[Job]) -> None:
+            if not self.starts:  # meanwhile the other one finishes the second job
+                train(replace(second.config, device="cpu"))
+                theirs.write(second.config, second.overrides)
+            super().start(jobs)
+
+    executor = WithAnother(0)
+    assert run([study], ours, executor, vectorize=1) == []
+    assert set(executor.starts) == {first.name}
+
+
+def test_the_state_of_runs(tmp_path):
+    (study,) = studies(MANY, extra=(f"runs_dir={tmp_path}/runs",), seeds=6)
+    store = Store(tmp_path / "results")
+    done, recorded, running, failed, damaged, _ = study.outstanding(store)
+    for job in (done, recorded):
+        train(replace(job.config, device="cpu"))
+    store.write(recorded.config, recorded.overrides)
+    folders = {job.name: tmp_path / "runs" / job.name for job in (running, failed, damaged)}
+    for folder in folders.values():
+        folder.mkdir()
+    (folders[failed.name] / "output.log").write_text("epoch 1\nerror: the disk is full\n")
+    (folders[damaged.name] / "config.yaml").write_text("hash: [")
+    (folders[running.name] / "output.log").write_text("error: of an earlier process\n")
+    with locked(folders[running.name] / ".lock"):
+        (row,) = status_rows([study], store, RuntimeEstimate(store))
+    assert row["done"] == "2/6"
+    assert (row["running"], row["failed"]) == (1, 2)
+    assert row["time left"].startswith("0:00:0")
+
+
+def executor_of(folder: Path, *options: str) -> object:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    return make_executor(parser.parse_args(options), folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--gpus", "1"), "--gpus: only with --executor slurm or submitit_local or ray"),
+        (("--executor", "ray", "--devices", "cpu"), "--devices: only with --executor local"),
+        (("--executor", "ray", "--partition", "gpu"), "--partition: only with --executor slurm"),
+        (("--executor", "slurm", "--address", "auto"), "--address: only with --executor ray"),
+        (("--executor", "slurm"), '--executor: Could not detect "srun", are you indeed on a slurm cluster?'),
+        (("--executor", "submitit_local", "--nodes", "2"), "--nodes: only with --executor slurm or ray"),
+        (("--devices", "warp"), "--devices warp: not on this machine, which has cpu"),
+    ],
+)
+def test_options_that_do_not_fit(tmp_path, options, message):
+    with pytest.raises(ConfigError) as raised:
+        executor_of(tmp_path, *options)
+    assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", ["slurm", "submitit_local", "ray"])
+def test_a_package_that_is_missing(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("experiments.execution.options.find_spec", lambda _: None)
+    extra = "ray" if name == "ray" else "slurm"
+    with pytest.raises(ConfigError, match=rf"is not installed; pip install '.\[{extra}\]'"):
+        executor_of(tmp_path, "--executor", name)
+
+
+def test_the_default_is_the_pool_of_this_machine(tmp_path):
+    pool = executor_of(tmp_path, "--devices", "cpu", "--jobs", "3")
+    assert isinstance(pool, Pool)
+    assert pool.size == 3

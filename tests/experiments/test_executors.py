@@ -1,0 +1,249 @@
+"""The same experiment through every executor, and drivers, jobs and nodes that are killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.definitions.spec import Cell, Experiment
+from experiments.execution.executor import Executor, Resources
+from experiments.execution.pool import Pool
+from experiments.records import Store
+from tests.experiments.helpers import ACCURACY, TUNED, run_experiment
+from tests.experiments.slurm_stand_in import install
+from tests.experiments.test_runner import DRIVER
+from tests.helpers import FIXTURES, ROOT
+
+pytestmark = pytest.mark.slow
+
+CPU = Resources(gpus=0)
+SMALL = ("dataset=digits", "model.widths=[8]", "dataset.limit=100", "optim=adam", "train.checkpoint_seconds=0.3")
+LONG = Experiment(
+    "long",
+    "Three runs of some seconds",
+    tuple(Cell(f"{rate}", (*SMALL, "train.epochs=800", f"optim.lr={rate}")) for rate in (0.01, 0.02, 0.03)),
+    (ACCURACY,),
+    seeds=1,
+)
+RANKS = Experiment(
+    "ranks",
+    "A run of two ranks",
+    (Cell("MLP", ("dataset=imagenet", *FIXTURES["imagenet"], "model=mlp", "model.widths=[8]", "train.epochs=2")),),
+    (ACCURACY,),
+    seeds=1,
+)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[object]:
+    """A Ray cluster of a head without CPUs and two nodes of one core."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(2):
+        made.add_node(num_cpus=1)
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch) -> Path:
+    """Stand-ins for Slurm's commands; the folder with the states of jobs."""
+    for name, value in install(tmp_path / "commands", tmp_path / "slurm").items():
+        monkeypatch.setenv(name, value)
+    return tmp_path / "slurm"
+
+
+@pytest.fixture(params=["slurm", "submitit_local", "ray"])
+def make(request) -> Callable[..., Executor]:
+    """Makes an executor of each kind, for runs below a folder."""
+    if request.param == "ray":
+        address = request.getfixturevalue("cluster").address
+        from experiments.execution.ray_cluster import RayExecutor
+
+        return lambda folder, resources=CPU: RayExecutor(address, resources)
+    pytest.importorskip("submitit")
+    from experiments.execution.slurm import SubmititExecutor
+
+    if request.param == "slurm":
+        request.getfixturevalue("slurm")
+    name = {"slurm": "slurm", "submitit_local": "local"}[request.param]
+    return lambda folder, resources=CPU: SubmititExecutor(folder / "runs", resources, 2, name, {"timeout_min": 5})
+
+
+@pytest.fixture
+def options(make, request) -> tuple[str, ...]:
+    """The options of `experiments run` for the same executor."""
+    kind = request.node.callspec.params["make"]
+    if kind == "ray":
+        return ("--executor", "ray", "--gpus", "0", "--address", request.getfixturevalue("cluster").address)
+    return ("--executor", kind, "--gpus", "0", "--jobs", "2", "--time", "5m")
+
+
+def outcomes(results: Path) -> dict[str, object]:
+    """What every record says about the run itself. Vectorized runs differ by rounding."""
+    return {record.name: pytest.approx(record.result["last"], rel=1e-4) for record in Store(results).all()}
+
+
+def wait_until(find: Callable[[], Any], seconds: float = 120) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := find()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def test_the_records_are_those_of_the_local_pool(make, finished_tuned, tmp_path):
+    assert run_experiment(TUNED, tmp_path, executor=make(tmp_path)) == []
+    found = {record.name: record.result["last"] for record in Store(tmp_path / "results").all()}
+    assert found == outcomes(finished_tuned / "results")
+    lines = [(folder / "results" / "tuning" / "tuned.jsonl").read_text() for folder in (tmp_path, finished_tuned)]
+    names = [[json.loads(line)["name"] for line in text.splitlines()] for text in lines]
+    assert names[0] == names[1]
+
+
+def test_a_run_of_several_ranks(make, tmp_path, tiny_data):
+    extra = (f"data_dir={tiny_data}",)
+    executor = make(tmp_path, Resources(gpus=0, ranks_per_node=2))
+    assert run_experiment(RANKS, tmp_path, 1, extra=extra, executor=executor) == []
+    (record,) = Store(tmp_path / "results").all()
+    assert record.environment["ranks"] == 2
+    assert run_experiment(RANKS, tmp_path / "alone", 1, extra=extra, executor=Pool(["cpu"])) == []
+    (alone,) = Store(tmp_path / "alone" / "results").all()
+    assert record.result["last"]["train_loss"] == pytest.approx(alone.result["last"]["train_loss"], rel=1e-3)
+
+
+def process_of(folder: Path) -> int:
+    """The process that writes to output.log of a run directory, once it has a checkpoint."""
+
+    def find() -> int | None:
+        for log in folder.glob("*/output.log"):
+            if not (log.parent / "checkpoint.pt").exists() or (log.parent / "DONE").exists():
+                continue
+            for process in Path("/proc").glob("[0-9]*"):
+                try:
+                    if (process / "fd" / "1").samefile(log):
+                        return int(process.name)
+                except OSError:
+                    continue
+        return None
+
+    return wait_until(find, 120)
+
+
+KILL = """
+import os, signal
+from pathlib import Path
+from tests.experiments.test_executors import process_of
+
+def kill(folder):
+    os.kill(process_of(Path(folder)), signal.SIGKILL)
+
+"""
+
+
+def times_resumed(results: Path) -> list[int]:
+    return sorted(len(record.environment.get("resumed", [])) for record in Store(results).all())
+
+
+def test_a_job_that_is_killed_goes_on_from_its_checkpoint(make, tmp_path, capsys):
+    with subprocess.Popen([sys.executable, "-c", f"{KILL}kill({str(tmp_path / 'runs')!r})"], cwd=ROOT) as killer:
+        assert run_experiment(LONG, tmp_path, 1, executor=make(tmp_path), vectorize=1) == []
+    assert killer.returncode == 0
+    out = capsys.readouterr().out
+    assert out.count("lost with its process") == 1
+    assert "3 of 3 done" in out
+    assert times_resumed(tmp_path / "results") == [0, 0, 1]
+
+
+def test_a_driver_that_is_killed_repeats_nothing(options, tmp_path):
+    """The jobs of submitit go on without it, those of Ray from their checkpoints."""
+    with driver(tmp_path, *options) as first:
+        wait_until(lambda: len(list((tmp_path / "runs").glob("*/checkpoint.pt"))) == 2)
+        first.kill()
+    second = driver(tmp_path, *options)
+    out, err = second.communicate(timeout=200)
+    assert second.returncode == 0, out + err
+    assert "3 of 3 done" in out
+    by_ray = "ray" in options
+    assert out.count("of an earlier call") == (0 if by_ray else 2)
+    assert times_resumed(tmp_path / "results") == ([0, 1, 1] if by_ray else [0, 0, 0])
+    assert " done, " not in driver(tmp_path, *options).communicate(timeout=100)[0]
+
+
+def test_interrupted_from_a_terminal(options, tmp_path):
+    """Those of submitit go on, those of Ray have stopped with a checkpoint."""
+    command = driver(tmp_path, *options)
+    wait_until(lambda: len(list((tmp_path / "runs").glob("*/checkpoint.pt"))) == 2)
+    os.killpg(command.pid, signal.SIGINT)
+    out, err = command.communicate(timeout=100)
+    assert command.returncode == 75
+    if "ray" in options:
+        logs = [path.read_text() for path in (tmp_path / "runs").glob("*/output.log")]
+        assert [("SIGINT: " in log, "has stopped in epoch" in log) for log in logs] == [(True, True)] * 2
+    else:
+        assert "not cancelled: jobs " in out, err
+        wait_until(lambda: len(list((tmp_path / "runs").glob("*/DONE"))) == 2)
+    assert "3 of 3 done" in driver(tmp_path, *options).communicate(timeout=200)[0]
+    assert len(list(Store(tmp_path / "results").all())) == 3
+
+
+def driver(folder: Path, *options: str) -> subprocess.Popen[str]:
+    """`experiments run` of LONG, in a process group of its own."""
+    text = DRIVER.replace("test_runner", "test_executors")
+    (folder / "driver.py").write_text(text)
+    command = [sys.executable, str(folder / "driver.py"), "LONG", "--results", str(folder / "results"), *options]
+    command += ["--vectorize", "1", "--set", f"runs_dir={folder}/runs"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True, **pipes)
+
+
+def test_a_node_that_is_lost(cluster, tmp_path, capsys):
+    from experiments.execution.ray_cluster import RayExecutor
+
+    node = cluster.add_node(num_cpus=1)
+    executor = RayExecutor(cluster.address, CPU)
+    with ThreadPoolExecutor(1) as thread:
+
+        def remove() -> None:
+            wait_until(lambda: len(list((tmp_path / "runs").glob("*/checkpoint.pt"))) == 3)
+            cluster.remove_node(node, allow_graceful=False)
+
+        removed = thread.submit(remove)
+        assert run_experiment(LONG, tmp_path, 1, executor=executor, vectorize=1) == []
+        removed.result()
+    out = capsys.readouterr().out
+    assert "lost with its process: " in out
+    assert "3 of 3 done" in out
+    assert times_resumed(tmp_path / "results") == [0, 0, 1]
+
+
+def test_a_preempted_slurm_job_is_requeued(slurm, tmp_path, capsys):
+    """With a checkpoint, by submitit; this process does not notice it."""
+    from experiments.execution.slurm import SubmititExecutor
+
+    with ThreadPoolExecutor(1) as thread:
+
+        def preempt() -> None:
+            os.kill(process_of(tmp_path / "runs"), signal.SIGUSR2)
+
+        preempted = thread.submit(preempt)
+        executor = SubmititExecutor(tmp_path / "runs", CPU, 2, "slurm", {"timeout_min": 5})
+        assert run_experiment(LONG, tmp_path, 1, executor=executor, vectorize=1) == []
+        preempted.result()
+    assert "lost" not in capsys.readouterr().out
+    assert times_resumed(tmp_path / "results") == [0, 0, 1]
+    logs = [path.read_text() for path in (tmp_path / "runs").glob("*/output.log")]
+    assert sum("SIGUSR1: " in log and "has stopped in epoch" in log for log in logs) == 1
+    assert list((tmp_path / "runs" / ".submitit").glob("*.pkl")) == []
