@@ -22,6 +22,7 @@ from experiments.execution.worker import work
 from experiments.planning.grid import Job
 from lawn.errors import ConfigError, RunError
 from lawn.train import Stopped
+from lawn.train.progress import echo
 from lawn.train.submitit_jobs import logs_of, reason_of_loss
 
 FOLDER = ".submitit"  # in runs_dir
@@ -138,7 +139,7 @@ class SubmititExecutor:
     def __exit__(self, *_: object) -> None:
         if self._running:
             ids = ", ".join(submitted.handle.job_id for submitted in self._running)
-            print(f"not cancelled: jobs {ids}; the same command finds them")
+            echo(f"not cancelled: jobs {ids}; the same command finds them")
 
     def places(self, job: Job) -> int:
         return max(0, self.size - len(self._running) - len(self._to_submit))
@@ -157,7 +158,7 @@ class SubmititExecutor:
                 continue
             submitted.jobs.append(job)
             if submitted not in self._running:
-                print(f"job {submitted.handle.job_id}, of an earlier call: {job.name}")
+                echo(f"job {submitted.handle.job_id}, of an earlier call: {job.name}")
                 self._running.append(submitted)
         if new:
             make_output(new)

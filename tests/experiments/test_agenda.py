@@ -23,7 +23,7 @@ from experiments.records import Store
 from lawn.errors import ConfigError
 from lawn.files import locked
 from lawn.train import train
-from tests.experiments.helpers import ACCURACY, MINI, SHORT, TUNED, SerialPool, run_experiment
+from tests.experiments.helpers import ACCURACY, SHORT, TUNED, SerialPool, run_experiment
 
 MANY = Experiment("many", "Many short runs", (Cell("Adam", (*SHORT, "optim=adam")),), (ACCURACY,))
 

@@ -123,31 +123,29 @@ def test_a_run_of_several_ranks(make, tmp_path, tiny_data):
     assert record.result["last"]["train_loss"] == pytest.approx(alone.result["last"]["train_loss"], rel=1e-3)
 
 
-def process_of(folder: Path) -> int:
-    """The process that writes to output.log of a run directory, once it has a checkpoint."""
-
-    def find() -> int | None:
-        for log in folder.glob("*/output.log"):
-            if not (log.parent / "checkpoint.pt").exists() or (log.parent / "DONE").exists():
-                continue
-            for process in Path("/proc").glob("[0-9]*"):
-                try:
-                    if (process / "fd" / "1").samefile(log):
-                        return int(process.name)
-                except OSError:
-                    continue
-        return None
-
-    return wait_until(find, 120)
+def processes_of(folder: Path) -> list[int]:
+    """The processes that write to output.log of an unfinished run that has a checkpoint."""
+    logs = [
+        path.parent / "output.log" for path in folder.glob("*/checkpoint.pt") if not (path.parent / "DONE").exists()
+    ]
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            written = (process / "fd" / "1").readlink()
+        except OSError:
+            continue
+        if written in logs:
+            found.append(int(process.name))
+    return found
 
 
 KILL = """
 import os, signal
 from pathlib import Path
-from tests.experiments.test_executors import process_of
+from tests.experiments.test_executors import processes_of, wait_until
 
 def kill(folder):
-    os.kill(process_of(Path(folder)), signal.SIGKILL)
+    os.kill(wait_until(lambda: processes_of(Path(folder)))[0], signal.SIGKILL)
 
 """
 
@@ -169,14 +167,21 @@ def test_a_job_that_is_killed_goes_on_from_its_checkpoint(make, tmp_path, capsys
 def test_a_driver_that_is_killed_repeats_nothing(options, tmp_path):
     """The jobs of submitit go on without it, those of Ray from their checkpoints."""
     with driver(tmp_path, *options) as first:
-        wait_until(lambda: len(list((tmp_path / "runs").glob("*/checkpoint.pt"))) == 2)
+        wait_until(lambda: len(processes_of(tmp_path / "runs")) == 2)
         first.kill()
+    by_ray = "ray" in options
+    running = [] if by_ray else processes_of(tmp_path / "runs")
+    for process in running:
+        os.kill(process, signal.SIGSTOP)  # so that the second command finds them at work
     second = driver(tmp_path, *options)
+    assert second.stdout is not None
+    for _ in running:
+        assert "of an earlier call" in second.stdout.readline()
+    for process in running:
+        os.kill(process, signal.SIGCONT)
     out, err = second.communicate(timeout=200)
     assert second.returncode == 0, out + err
     assert "3 of 3 done" in out
-    by_ray = "ray" in options
-    assert out.count("of an earlier call") == (0 if by_ray else 2)
     assert times_resumed(tmp_path / "results") == ([0, 1, 1] if by_ray else [0, 0, 0])
     assert " done, " not in driver(tmp_path, *options).communicate(timeout=100)[0]
 
@@ -184,7 +189,7 @@ def test_a_driver_that_is_killed_repeats_nothing(options, tmp_path):
 def test_interrupted_from_a_terminal(options, tmp_path):
     """Those of submitit go on, those of Ray have stopped with a checkpoint."""
     command = driver(tmp_path, *options)
-    wait_until(lambda: len(list((tmp_path / "runs").glob("*/checkpoint.pt"))) == 2)
+    wait_until(lambda: len(processes_of(tmp_path / "runs")) == 2)
     os.killpg(command.pid, signal.SIGINT)
     out, err = command.communicate(timeout=100)
     assert command.returncode == 75
@@ -236,7 +241,7 @@ def test_a_preempted_slurm_job_is_requeued(slurm, tmp_path, capsys):
     with ThreadPoolExecutor(1) as thread:
 
         def preempt() -> None:
-            os.kill(process_of(tmp_path / "runs"), signal.SIGUSR2)
+            os.kill(wait_until(lambda: processes_of(tmp_path / "runs"))[0], signal.SIGUSR2)
 
         preempted = thread.submit(preempt)
         executor = SubmititExecutor(tmp_path / "runs", CPU, 2, "slurm", {"timeout_min": 5})
