@@ -56,6 +56,14 @@ def test_bench_sweep(tmp_path):
 
 
 @pytest.mark.slow
+def test_bench_runner(tmp_path):
+    run_module("bench_runner", "--jobs", "3", "5", "--executor-jobs", "2", "--results", str(tmp_path))
+    rows = json.loads((tmp_path / "runner-cpu.json").read_text())["rows"]
+    assert rows["5 tuning runs that do nothing"]["jobs"] == 5
+    assert all(row["cpu_ms_per_job"] > 0 for row in rows.values())
+
+
+@pytest.mark.slow
 def test_bench_ncf_says_what_is_wrong_with_the_data(tmp_path, monkeypatch, capsys):
     (tmp_path / "ml-100k").mkdir()
     (tmp_path / "ml-100k" / "ml-100k.zip").write_text("not the archive")  # so that nothing is downloaded

@@ -50,6 +50,40 @@ def test_plan_run_plan_report(call, tmp_path):
     assert (tmp_path / "results" / "tuned.md").read_text() == page
 
 
+def test_status_and_node_hours(call, tmp_path):
+    placed = ("--seeds", "2", "--set", f"runs_dir={tmp_path}/runs")
+    assert status_of(call("status", "tuned", *placed)) == ("0/14", "0", "0", "unknown")
+    assert call("run", "tuned", "--devices", "cpu", *placed)[0] == 0
+    done, running, failed, left = status_of(call("status", "tuned", *placed))
+    tuned, total = map(int, done.split("/"))
+    assert tuned == total >= 14
+    assert (running, failed, left) == ("0", "0", "0:00:00")
+    code, out, _ = call("plan", "tuned", "--seeds", "1000", "--num-devices", "64", "--devices-per-node", "8")
+    assert code == 0
+    sequential, at_least = (to_seconds(text) for text in re.findall(r"\b(\d+:\d\d:\d\d)\b", out)[-2:])
+    assert at_least == pytest.approx(sequential / 64, abs=1)
+    devices, nodes = map(float, re.findall(r"([\d.]+) (?:device|node) hours", out.replace("\n", " ")))
+    assert devices == pytest.approx(sequential / 3600, abs=0.06)
+    assert nodes == pytest.approx(devices / 8, abs=0.06)
+    assert (
+        "on h100); 998 runs have no similar record"
+        in call(*("plan", "tuned", "--seeds", "1000", "--hardware", "h100"))[1]
+    )
+
+
+def to_seconds(text: str) -> int:
+    hours, minutes, seconds = map(int, text.split(":"))
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def status_of(called: tuple[int, str, str]) -> tuple[str, ...]:
+    """What `status` has printed of its only cell: done, running, failed and the time left."""
+    code, out, err = called
+    assert (code, err) == (0, "")
+    (row,) = re.findall(r"(\d+/\d+) +(\d+) +(\d+) +(\S+)\n", out)
+    return tuple(row)
+
+
 def test_a_dataset_that_cannot_be_read_is_one_line(call, tmp_path, monkeypatch):
     """The runs of other datasets go on."""
     absent = Cell("NCF", ("dataset=movielens100k", "train.epochs=2"))
