@@ -64,10 +64,10 @@ class RayExecutor:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for running in self._running.values():
-            for rank in running.ranks:
-                ray.cancel(rank)
-        ray.wait([rank for running in self._running.values() for rank in running.ranks], timeout=STOP_SECONDS)
+        tasks = [rank for running in self._running.values() for rank in running.ranks]
+        for task in tasks:
+            ray.cancel(task)
+        ray.wait(tasks, num_returns=len(tasks), timeout=STOP_SECONDS)
         ray.shutdown()
 
     def _wanted(self, whole: bool = False) -> dict[str, float]:
@@ -91,16 +91,16 @@ class RayExecutor:
     def _tasks(self, jobs: list[Job], ranks: int, group: PlacementGroup | None) -> list[Any]:
         wanted = self._wanted(whole=group is not None)
         options = {"num_cpus": wanted["CPU"], "num_gpus": wanted["GPU"], "max_retries": 0}
-        configs, log, threads = [job.config for job in jobs], make_output(jobs), self._resources.cpus
+        arguments = Path.cwd(), [job.config for job in jobs], make_output(jobs), self._resources.cpus
         if group is None:
-            task: Any = ray.remote(work)
-            return [task.options(**options).remote(configs, log, threads)]
+            task: Any = ray.remote(_work)
+            return [task.options(**options).remote(*arguments)]
         bundles = [PlacementGroupSchedulingStrategy(group, rank) for rank in range(ranks)]
         address: Any = ray.remote(_free_address)
         first = address.options(num_cpus=0, scheduling_strategy=bundles[0]).remote()
         task = ray.remote(max_calls=1)(_work_as_rank)
         return [
-            task.options(**options, scheduling_strategy=bundle).remote(rank, ranks, first, configs, log, threads)
+            task.options(**options, scheduling_strategy=bundle).remote(rank, ranks, first, *arguments)
             for rank, bundle in enumerate(bundles)
         ]
 
@@ -132,14 +132,20 @@ def _exit_code(task: Any) -> int | str:
         return f"{LOST}: {str(error).strip().splitlines()[0]}"
 
 
-def _work_as_rank(rank: int, ranks: int, first: tuple[str, int], configs: list[Config], log: Path, threads: int) -> int:
-    """`work` as one rank of a run; `first` is the address at which the ranks meet."""
+def _work(folder: Path, configs: list[Config], log: Path, threads: int) -> int:
+    """`work`, with paths relative to `folder`."""
+    os.chdir(folder)
+    return work(configs, log, threads)
+
+
+def _work_as_rank(rank: int, ranks: int, first: tuple[str, int], *arguments: Any) -> int:
+    """`_work` as one rank of a run; `first` is the address at which the ranks meet."""
     os.environ |= {
         **{"MASTER_ADDR": first[0], "MASTER_PORT": str(first[1])},
         **{"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
-        "TORCHELASTIC_RUN_ID": log.parent.name,  # as torchrun
+        "TORCHELASTIC_RUN_ID": f"{first[0]}:{first[1]}",  # as torchrun
     }
-    return work(configs, log, threads)
+    return _work(*arguments)
 
 
 def _free_address() -> tuple[str, int]:
