@@ -69,17 +69,19 @@ def plan(given: argparse.Namespace) -> int:
         rows.append({**row, "time": duration(takes)})
     print(pd.DataFrame(rows).to_string(index=False))
     known = [seconds for seconds in each if seconds is not None]
+    unknown = len(each) - len(known)
+    total_time = duration(sum(known) if known or not unknown else None)
     print(
-        f"\n{len(rows)} cells, {total} runs, {total - len(each)} done; the remaining runs take about "
-        f"{duration(sum(known))} if run sequentially (estimated from recorded runs"
+        f"\n{len(rows)} cells, {total} runs, {total - len(each)} done; the remaining runs take "
+        f"{'at least' if known and unknown else 'about'} {total_time} if run sequentially (estimated from recorded runs"
         + (f" on {given.hardware})" if given.hardware else ")")
-        + (f"; {len(each) - len(known)} runs have no similar record" if known != each else "")
+        + (f"; {unknown} runs have no similar record" if unknown else "")
     )
-    if given.num_devices > 1:
+    if known and max(given.num_devices, given.devices_per_node) > 1:
         hours = sum(known) / 3600
         print(
-            f"on {given.num_devices} devices at least {duration(sum(known) / given.num_devices)}; {hours:.1f} device "
-            f"hours, {hours / given.devices_per_node:.1f} node hours of {given.devices_per_node} devices a node"
+            f"{hours:.1f} device hours: at least {duration(sum(known) / given.num_devices)} on {given.num_devices} "
+            f"devices; {hours / given.devices_per_node:.1f} node hours of {given.devices_per_node} devices a node"
         )
     return 0
 
