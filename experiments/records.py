@@ -8,9 +8,7 @@ results/tuning/EXPERIMENT.jsonl, without outcomes and metrics: appended while ru
 import json
 import os
 import shlex
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -23,7 +21,7 @@ from numpy.typing import NDArray
 from lawn.config import Config
 from lawn.diagnostics.figure import read_metrics
 from lawn.errors import WRITTEN_AGAIN, RunError
-from lawn.files import locked, write_text
+from lawn.files import exclusively, write_text
 from lawn.identity import identity, identity_hash, run_name
 from lawn.train.run_directory import RunDirectory, decode_outcomes, read_environment
 
@@ -153,7 +151,7 @@ class Store:
         if tunes is not None:
             result.pop("outcomes", None)
             path = self.tuning / f"{tunes}.jsonl"
-            with _exclusively(path):
+            with exclusively(path):
                 self._read_new(path)
                 line = f"{json.dumps({'name': name, **content})}\n"
                 if name in self._read and self._read[name].path == path:
@@ -172,7 +170,7 @@ class Store:
     def sort(self) -> None:
         """Sort the tuning files by name, in which two histories of them are easily merged."""
         for path in self._tuning_files():
-            with _exclusively(path):
+            with exclusively(path):
                 self._read_new(path)
                 text = "".join(f"{line}\n" for _, line in sorted(self._lines(path).items()))
                 if text.encode() != _bytes(path):
@@ -270,17 +268,6 @@ def _decoded(path: Path, content: bytes) -> str:
         return content.decode("utf8")
     except ValueError as error:
         raise RunError(f"{path}: cannot be read ({error}); put it back, or delete it and run again") from error
-
-
-@contextmanager
-def _exclusively(path: Path) -> Iterator[None]:
-    """In the body, no other process writes to a tuning file."""
-    while True:
-        with locked(path.with_name(f".{path.name}.lock")) as held:
-            if held:
-                yield
-                return
-        time.sleep(0.01)
 
 
 def _is_json(text: str) -> bool:

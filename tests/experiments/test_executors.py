@@ -234,10 +234,13 @@ def test_a_node_that_is_lost(cluster, tmp_path, capsys):
     assert times_resumed(tmp_path / "results") == [0, 0, 1]
 
 
-def test_a_preempted_slurm_job_is_requeued(slurm, tmp_path, capsys):
-    """With a checkpoint, by submitit; this process does not notice it."""
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_preempted_slurm_job_is_requeued(slurm, tmp_path, capsys, allowed):
+    """With a checkpoint, by submitit; this process does not notice it. If Slurm does not allow it, it starts the job."""
     from experiments.execution.slurm import SubmititExecutor
 
+    if not allowed:
+        (tmp_path / "commands" / "scontrol").write_text("#!/bin/sh\nexit 1\n")
     with ThreadPoolExecutor(1) as thread:
 
         def preempt() -> None:
@@ -247,7 +250,9 @@ def test_a_preempted_slurm_job_is_requeued(slurm, tmp_path, capsys):
         executor = SubmititExecutor(tmp_path / "runs", CPU, 2, "slurm", {"timeout_min": 5})
         assert run_experiment(LONG, tmp_path, 1, executor=executor, vectorize=1) == []
         preempted.result()
-    assert "lost" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert ("; once more" in out) == (not allowed)
+    assert "lost" not in out
     assert times_resumed(tmp_path / "results") == [0, 0, 1]
     logs = [path.read_text() for path in (tmp_path / "runs").glob("*/output.log")]
     assert sum("SIGUSR1: " in log and "has stopped in epoch" in log for log in logs) == 1
