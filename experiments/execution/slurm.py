@@ -86,8 +86,9 @@ class _Submitted:
 class SubmititExecutor:
     """Runs jobs as Slurm jobs (`cluster="slurm"`), or in the same way as processes of this machine ("local").
 
-    The jobs outlive this process. submitit's files in `runs_dir`/.submitit tell the next call which of them are still
-    queued or running. Preempted, or shortly before its time limit, a job stops with a checkpoint and is requeued.
+    The jobs outlive this process. submitit's files in `runs_dir`/.submitit (or .submitit_local) tell other calls which
+    of them are still queued or running. Preempted, or shortly before its time limit, a job stops with a checkpoint and
+    is requeued.
 
     `parameters` are those of submitit's AutoExecutor, such as `timeout_min` and `slurm_partition`.
     """
