@@ -150,13 +150,13 @@ class SubmititExecutor:
         return kind(self._folder, job_id, range(ranks))
 
     def _is_alive(self, handle: Any) -> bool:
+        if self._queue is None and handle._process is not None:  # of this process
+            return not handle.done()
         if handle.paths.result_pickle.exists():
             return False
         if self._queue is not None:
             return self._queue.may_have(handle.job_id)
-        if handle._process is not None:
-            return not handle.done()
-        try:  # submitit only knows the processes that this one has started
+        try:
             return str(self._folder) in psutil.Process(int(handle.job_id)).cmdline()
         except (psutil.Error, ValueError):
             return False
