@@ -8,9 +8,7 @@ results/tuning/EXPERIMENT.jsonl, without outcomes and metrics: appended while ru
 import json
 import os
 import shlex
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -23,7 +21,7 @@ from numpy.typing import NDArray
 from lawn.config import Config
 from lawn.diagnostics.figure import read_metrics
 from lawn.errors import WRITTEN_AGAIN, RunError
-from lawn.files import locked, write_text
+from lawn.files import exclusively, write_text
 from lawn.identity import identity, identity_hash, run_name
 from lawn.train.run_directory import RunDirectory, decode_outcomes, read_environment
 
@@ -153,11 +151,11 @@ class Store:
         if tunes is not None:
             result.pop("outcomes", None)
             path = self.tuning / f"{tunes}.jsonl"
-            with _exclusively(path):
+            with exclusively(path):
                 self._read_new(path)
                 line = f"{json.dumps({'name': name, **content})}\n"
                 if name in self._read and self._read[name].path == path:
-                    others = [other for other in _text(path).splitlines() if json.loads(other)["name"] != name]
+                    others = [other for key, other in self._lines(path).items() if key != name]
                     write_text(path, "".join(f"{other}\n" for other in others) + line)
                 else:
                     self._append(path, line)
@@ -172,13 +170,16 @@ class Store:
     def sort(self) -> None:
         """Sort the tuning files by name, in which two histories of them are easily merged."""
         for path in self._tuning_files():
-            with _exclusively(path):
+            with exclusively(path):
                 self._read_new(path)
-                lines = _text(path).splitlines()
-                by_name = {json.loads(line)["name"]: line for line in lines}
-                ordered = [by_name[name] for name in sorted(by_name)]
-                if ordered != lines:
-                    write_text(path, "".join(f"{line}\n" for line in ordered))
+                text = "".join(f"{line}\n" for _, line in sorted(self._lines(path).items()))
+                if text.encode() != _bytes(path):
+                    write_text(path, text)
+
+    def _lines(self, path: Path) -> dict[str, str]:
+        """The records of a tuning file as they are written, by their names, without a line that is no record."""
+        text = _bytes(path)[: self._seen[path].size].decode("utf8")
+        return {json.loads(line)["name"]: line for line in text.split("\n") if line}
 
     def _tuning_files(self) -> list[Path]:
         return sorted(self.tuning.glob("[!.]*.jsonl"))
@@ -203,26 +204,30 @@ class Store:
             return
         except OSError as error:
             raise RunError(f"{path}: cannot be read ({error.strerror}); put it back, or delete it") from error
-        seen = self._seen.get(path)
-        if seen is not None and (seen.inode, seen.size) == (stat.st_ino, stat.st_size):
+        seen = self._seen.get(path, _Seen())
+        if (seen.inode, seen.size) == (stat.st_ino, stat.st_size):
             return
-        if seen is None or seen.inode != stat.st_ino or seen.size > stat.st_size:
-            seen = _Seen(stat.st_ino, 0, 0)
-        text = _text(path, seen.size)
+        content = _bytes(path, seen.size - len(seen.last))
+        if not content.startswith(seen.last):  # another file; the system gives its inode to the next one
+            seen, content = _Seen(), _bytes(path)
+        text = _decoded(path, content[len(seen.last) :])
         if not _is_json(text[text.rfind("\n") + 1 :]):
             text = text[: text.rfind("\n") + 1]
         for number, line in enumerate(text.split("\n"), start=seen.lines + 1):
             if not line:
                 continue
             try:
-                content = json.loads(line)
-                record = _record(path, content.pop("name"), content, OF_A_RUN)
+                fields = json.loads(line)
+                record = _record(path, fields.pop("name"), fields, OF_A_RUN)
             except DAMAGE as error:
                 raise RunError(
                     f"{path}, line {number}: damaged record ({error}); delete the line and run again"
                 ) from error
             self._read[record.name] = record
-        self._seen[path] = _Seen(stat.st_ino, seen.size + len(text.encode()), seen.lines + text.count("\n"))
+        read = text.encode()
+        ends = seen.last + read
+        last = ends[ends.rstrip(b"\n").rfind(b"\n") + 1 :]
+        self._seen[path] = _Seen(stat.st_ino, seen.size + len(read), seen.lines + text.count("\n"), last)
 
     def _append(self, path: Path, line: str) -> None:
         """Append a line to a tuning file, in the place of one without an end that a killed writer has left."""
@@ -242,30 +247,27 @@ class Store:
 class _Seen:
     """How far a file has been read."""
 
-    inode: int
-    size: int  # bytes
-    lines: int
+    inode: int = 0
+    size: int = 0  # bytes
+    lines: int = 0
+    last: bytes = b""  # the last of the lines
 
 
-def _text(path: Path, start: int = 0) -> str:
-    """The text of a file from the byte `start`."""
+def _bytes(path: Path, start: int = 0) -> bytes:
+    """The content of a file from the byte `start`."""
     try:
         with path.open("rb") as file:
             file.seek(start)
-            return file.read().decode("utf8")
-    except (OSError, ValueError) as error:
+            return file.read()
+    except OSError as error:
         raise RunError(f"{path}: cannot be read ({error}); put it back, or delete it and run again") from error
 
 
-@contextmanager
-def _exclusively(path: Path) -> Iterator[None]:
-    """In the body, no other process writes to a tuning file."""
-    while True:
-        with locked(path.with_name(f".{path.name}.lock")) as held:
-            if held:
-                yield
-                return
-        time.sleep(0.01)
+def _decoded(path: Path, content: bytes) -> str:
+    try:
+        return content.decode("utf8")
+    except ValueError as error:
+        raise RunError(f"{path}: cannot be read ({error}); put it back, or delete it and run again") from error
 
 
 def _is_json(text: str) -> bool:
@@ -304,7 +306,7 @@ def _record(path: Path, name: str, content: dict[str, Any], needed: tuple[str, .
 def read_record(path: Path, needed: tuple[str, ...] = OF_ALL) -> Record:
     """Read a record. Raises RunError if it is damaged or does not match its name."""
     try:
-        return _record(path, path.stem, json.loads(_text(path)), needed)
+        return _record(path, path.stem, json.loads(_decoded(path, _bytes(path))), needed)
     except DAMAGE as error:
         raise RunError(f"{path}: damaged record ({error}); delete it and run again") from error
 

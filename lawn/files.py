@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -89,6 +90,17 @@ def locked(path: Path) -> Iterator[IO[str] | None]:
                 yield file
             finally:
                 _held.remove(file)
+
+
+@contextmanager
+def exclusively(path: Path) -> Iterator[None]:
+    """In the body, no other process is in such a body for `path`; waits for the others."""
+    while True:
+        with locked(path.with_name(f".{path.name}.lock")) as held:
+            if held:
+                yield
+                return
+        time.sleep(0.01)
 
 
 def still_at(path: Path, file: IO[str]) -> bool:

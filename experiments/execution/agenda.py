@@ -106,6 +106,8 @@ class Agenda:
     def _ask(self, study: Study) -> None:
         """Take up the jobs that a study needs now."""
         jobs, later = study.missing(self._store)
+        while later and not jobs:  # another command has just recorded what the rest depends on
+            jobs, later = study.missing(self._store)
         self._present[study] = {job.name for job in jobs}
         for job in jobs:
             if job.name not in self._studies:

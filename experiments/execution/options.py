@@ -26,6 +26,7 @@ TAKEN_BY = {  # options that do not apply to every executor
     "address": (RAY,),
 }
 PACKAGES = {SLURM: "submitit", SUBMITIT_LOCAL: "submitit", RAY: "ray"}
+SHORTEST_TIME = 300.0
 EXTRAS = {SLURM: "slurm", SUBMITIT_LOCAL: "slurm", RAY: "ray"}
 
 
@@ -38,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="processes of this machine (default), Slurm jobs, the same jobs as processes of this machine, Ray tasks",
     )
     parser.add_argument("--devices", help="local: auto (default), cpu, or e.g. cuda:0,cuda:1")
-    parser.add_argument("--gpus", type=float, metavar="N", help="GPUs of a job; with ray also a fraction")
+    parser.add_argument("--gpus", type=gpus, metavar="N", help="GPUs of a job; with ray also a fraction")
     parser.add_argument("--cpus", type=positive, metavar="N", help="CPU cores of a job, or of each of its ranks")
     parser.add_argument("--nodes", type=positive, metavar="N", help="nodes of a run on ImageNet (default: 1)")
     parser.add_argument("--ranks-per-node", type=positive, metavar="N", help="its ranks on each node (default: 8)")
@@ -67,6 +68,10 @@ def make_executor(given: argparse.Namespace, runs_dir: Path) -> Executor:
             f"--executor {name}: the package {PACKAGES[name]} is not installed; pip install '.[{EXTRAS[name]}]'"
         )
     elsewhere = name != SUBMITIT_LOCAL
+    if name != RAY and given.gpus is not None and given.gpus % 1:
+        raise ConfigError(f"--gpus {given.gpus}: Slurm jobs do not share a GPU; a fraction needs --executor {RAY}")
+    if given.time is not None and given.time < SHORTEST_TIME:
+        raise ConfigError(f"--time: must be at least {SHORTEST_TIME / 60:.0f}m, as a job stops ahead of its limit")
     resources = Resources(
         gpus=float(elsewhere or torch.cuda.is_available()) if given.gpus is None else given.gpus,
         cpus=given.cpus or 1,
@@ -85,6 +90,7 @@ def make_executor(given: argparse.Namespace, runs_dir: Path) -> Executor:
     for key, value in more.items():
         if not value:
             raise ConfigError(f"--slurm {key}: must be KEY=VALUE, e.g. account=abc")
+    more = {key.replace("-", "_"): value for key, value in more.items()}  # as submitit's, which they replace
     parameters |= {"slurm_additional_parameters": more} if more else {}
     cluster = "slurm" if name == SLURM else "local"
     return SubmititExecutor(runs_dir, resources, given.jobs or (64 if elsewhere else 1), cluster, parameters)
@@ -104,6 +110,16 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text}: must be a positive number")
     return int(text)
+
+
+def gpus(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not (number >= 0 and (number < 1 or number.is_integer())):
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, or a fraction below 1")
+    return number
 
 
 def seconds(text: str) -> float:

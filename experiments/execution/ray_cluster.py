@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -41,7 +41,7 @@ class RayExecutor:
     """
 
     def __init__(self, address: str, resources: Resources, size: int | None = None) -> None:
-        self._address, self._resources = address, resources
+        self._address, self._resources, self._grows = address, resources, size is not None
         self.size = size or 0  # not known before the cluster is
         self._running: dict[Any, _Running] = {}  # by the reference of rank 0
 
@@ -51,16 +51,9 @@ class RayExecutor:
             ray.init(self._address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConfigError(f"--address {self._address}: {str(error).strip().splitlines()[0]}") from error
+        self.size = self.size or self._room()
         if not self.size:
-            has = {kind: number for kind, number in ray.cluster_resources().items() if kind in ("CPU", "GPU")}
-            wanted = {kind: number for kind, number in self._wanted().items() if number}
-            self.size = int(min(has.get(kind, 0.0) / number for kind, number in wanted.items()))
-            if not self.size:
-                ray.shutdown()
-                raise ConfigError(
-                    f"--address {self._address}: no room for a job of {wanted}, the cluster has {has}; ask for less, "
-                    "or set --jobs for a cluster that grows"
-                )
+            self._no_room("a job")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -69,6 +62,20 @@ class RayExecutor:
             ray.cancel(task)
         ray.wait(tasks, num_returns=len(tasks), timeout=STOP_SECONDS)
         ray.shutdown()
+
+    def _room(self, whole: bool = False) -> int:
+        """The number of processes that fit on the nodes."""
+        wanted = {kind: number for kind, number in self._wanted(whole).items() if number}
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return sum(int(min(node.get(kind, 0.0) / number for kind, number in wanted.items())) for node in nodes)
+
+    def _no_room(self, what: str) -> NoReturn:
+        has = [{kind: node["Resources"].get(kind, 0.0) for kind in ("CPU", "GPU")} for node in ray.nodes()]
+        ray.shutdown()
+        raise ConfigError(
+            f"--address {self._address}: no room for {what} of {self._wanted()}, the nodes have "
+            f"{', '.join(map(str, has))}; ask for less, or set --jobs for a cluster that grows"
+        )
 
     def _wanted(self, whole: bool = False) -> dict[str, float]:
         """The resources of a process; `whole` GPUs."""
@@ -84,6 +91,8 @@ class RayExecutor:
 
     def start(self, jobs: list[Job]) -> None:
         ranks = self._resources.ranks(jobs[0])
+        if ranks > 1 and not self._grows and ranks > self._room(whole=True):
+            self._no_room(f"a run of {ranks} ranks, each")
         group = None if ranks == 1 else placement_group([self._wanted(whole=True)] * ranks)
         tasks = self._tasks(jobs, ranks, group)
         self._running[tasks[0]] = _Running(jobs, tasks, group, time.monotonic())
@@ -93,7 +102,8 @@ class RayExecutor:
         options = {"num_cpus": wanted["CPU"], "num_gpus": wanted["GPU"], "max_retries": 0}
         arguments = Path.cwd(), [job.config for job in jobs], make_output(jobs), self._resources.cpus
         if group is None:
-            task: Any = ray.remote(_work)
+            # a process that has used a GPU keeps a part of its memory
+            task: Any = ray.remote(max_calls=1 if wanted["GPU"] else 0)(_work)
             return [task.options(**options).remote(*arguments)]
         bundles = [PlacementGroupSchedulingStrategy(group, rank) for rank in range(ranks)]
         address: Any = ray.remote(_free_address)

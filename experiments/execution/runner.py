@@ -45,9 +45,10 @@ def run(
                 if missing:
                     executor.start(missing)
             left = deadline - time.monotonic()
+            if not executor.running:
+                break
             if left <= 0:
                 tqdm.write("the time is up; run the same command again to resume")
-            if not executor.running or left <= 0:
                 break
             for ended in executor.wait(min(left, REFRESH_SECONDS)):
                 outcome = session.end(ended)
@@ -55,6 +56,7 @@ def run(
                     f"{ended.job.name}: {outcome} ({duration(ended.seconds)}); {session.done} of {session.total} done, "
                     f"{executor.running} running, {session.failed} failed, {session.time_left(executor.size)} left"
                 )
+            bar.total = session.total
             bar.update(session.done - bar.n)
             bar.refresh()
     store.sort()
@@ -67,14 +69,14 @@ class _Session:
     def __init__(self, studies: Sequence[Study], store: Store) -> None:
         self._store, self._estimate = store, RuntimeEstimate(store)
         self.agenda = Agenda(studies, store, self._estimate)
-        self.total = self.agenda.remaining
-        self.failed = 0
+        self.done = self.failed = 0
         self.unsuccessful: list[JobResult] = []
         self._losses: Counter[str] = Counter()
 
     @property
-    def done(self) -> int:
-        return self.total - self.agenda.remaining
+    def total(self) -> int:
+        """The number of runs, which is an estimate as long as some depend on the results of others."""
+        return self.done + self.agenda.remaining
 
     def time_left(self, processes: int) -> str:
         seconds = self.agenda.seconds_left
@@ -83,7 +85,7 @@ class _Session:
     def finished_before(self, job: Job) -> bool:
         """Whether another call or command has finished the run since; it is recorded then."""
         if self._store.has(job.name):
-            self.agenda.recorded(job)
+            self._recorded(job)
             return True
         try:
             done = RunDirectory(job.config).done
@@ -102,7 +104,7 @@ class _Session:
             except UserError as error:
                 return self._fail(replace(ended, failure=str(error)))
             self._estimate.add(record)
-            self.agenda.recorded(job)
+            self._recorded(job)
             if record.diverged:
                 self.unsuccessful.append(replace(ended, diverged=True))
                 return "diverged"
@@ -115,6 +117,10 @@ class _Session:
             self.agenda.put_back(job, alone=True)
             return f"{ended.failure}; once more, alone"
         return self._fail(ended)
+
+    def _recorded(self, job: Job) -> None:
+        self.done += 1
+        self.agenda.recorded(job)
 
     def _fail(self, ended: JobResult) -> str:
         self.failed += 1

@@ -1,32 +1,38 @@
 """Slurm jobs, through submitit."""
 
 import os
-import pickle
 import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
 import psutil
 import submitit
-from submitit.core.utils import DelayedSubmission, FailedSubmissionError, UncompletedJobError
+from submitit.core.utils import DelayedSubmission, FailedSubmissionError, UncompletedJobError, pickle_load
 from submitit.helpers import TorchDistributedEnvironment
 
 from experiments.execution.executor import DISK_SECONDS, LOST, JobResult, Resources, job_results, make_output, output_of
 from experiments.execution.worker import work
 from experiments.planning.grid import Job
 from lawn.errors import ConfigError, RunError
+from lawn.files import exclusively
 from lawn.train import Stopped
 from lawn.train.progress import echo
+from lawn.train.signals import deferred_signals
 from lawn.train.submitit_jobs import logs_of, reason_of_loss
 
-FOLDER = ".submitit"  # in runs_dir
+FOLDERS = {"slurm": ".submitit", "local": ".submitit_local"}  # in runs_dir
 POLL_SECONDS = 1.0
+QUEUE_SECONDS = 30.0  # after which Slurm is asked again for its queue
+ENDED = (  # states of a job
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
+    *("REVOKED", "TIMEOUT"),
+)
 MAX_ARRAY = 1000  # jobs, less than Slurm's default MaxArraySize
 TIMEOUTS = 1000  # after so many time limits a job is not requeued
 
@@ -37,6 +43,7 @@ class SubmititWork:
 
     jobs: Sequence[Job]
     ranks: int
+    threads: int | None = None
 
     def __call__(self) -> int:
         """Returns the exit code of rank 0, or requeues the job."""
@@ -54,9 +61,12 @@ class SubmititWork:
             signal.raise_signal(signal.SIGUSR1)
 
         signal.signal(signal.SIGUSR2, stop)
-        code = work([job.config for job in self.jobs], output_of(self.jobs))
+        code = work([job.config for job in self.jobs], output_of(self.jobs), self.threads)
         if code == Stopped.exit_code and notices:
-            requeue(signal.SIGUSR2, None)
+            try:
+                requeue(signal.SIGUSR2, None)
+            except Exception as error:  # Slurm may not allow it; a job that has stopped is started again
+                print(f"not requeued: {error}", flush=True)
         return code
 
     def checkpoint(self) -> DelayedSubmission:
@@ -76,8 +86,9 @@ class _Submitted:
 class SubmititExecutor:
     """Runs jobs as Slurm jobs (`cluster="slurm"`), or in the same way as processes of this machine ("local").
 
-    The jobs outlive this process. submitit's files in `runs_dir`/.submitit tell the next call which of them are still
-    queued or running. Preempted, or shortly before its time limit, a job stops with a checkpoint and is requeued.
+    The jobs outlive this process. submitit's files in `runs_dir`/.submitit (or .submitit_local) tell other calls which
+    of them are still queued or running. Preempted, or shortly before its time limit, a job stops with a checkpoint and
+    is requeued.
 
     `parameters` are those of submitit's AutoExecutor, such as `timeout_min` and `slurm_partition`.
     """
@@ -91,49 +102,63 @@ class SubmititExecutor:
         parameters: Mapping[str, Any] | None = None,
     ) -> None:
         self.size = size
-        self._folder = runs_dir.absolute() / FOLDER
+        self._folder = runs_dir.absolute() / FOLDERS[cluster]
         self._resources = resources
         self._to_submit: list[list[Job]] = []
         self._running: list[_Submitted] = []
-        self._found: dict[str, _Submitted] = {}  # by the names of its jobs
+        self._found: dict[str, _Submitted] = {}  # of other calls, by the names of their jobs
+        self._queue = _Queue() if cluster == "slurm" else None
         limits: dict[str, Any] = {"slurm_max_num_timeout": TIMEOUTS, "local_max_num_timeout": TIMEOUTS}
         try:
             self._submitit = submitit.AutoExecutor(self._folder, cluster, **limits)
             self._submitit.update_parameters(
                 name="lawn",
                 slurm_array_parallelism=size,
-                slurm_srun_args=["--kill-on-bad-exit=1"],
+                slurm_srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus}"],
                 **(parameters or {}),
             )
         except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
             raise ConfigError(f"--executor: {str(error).splitlines()[0]}") from error
 
     def __enter__(self) -> "SubmititExecutor":
-        for path in sorted(self._folder.glob("*_submitted.pkl")):
-            try:
-                work: Any = DelayedSubmission.load(path).function
-                handle = self._handle(path.name.removesuffix("_submitted.pkl"), work.ranks)
-            except (OSError, ImportError, AttributeError, EOFError, pickle.UnpicklingError) as error:
-                raise RunError(f"{path}: cannot be read ({error}); delete it if its job has ended") from error
-            if self._is_alive(handle):
-                submitted = _Submitted(handle, work, [], time.monotonic())
-                self._found |= {job.name: submitted for job in work.jobs}
-            else:
-                _forget(handle)
+        self._find()
         return self
 
+    def _find(self) -> None:
+        """Find the jobs that other calls have submitted, and delete the files of those that have ended."""
+        known = {submitted.handle.job_id for submitted in (*self._running, *self._found.values())}
+        paths = {path.name.removesuffix("_submitted.pkl"): path for path in self._folder.glob("*_submitted.pkl")}
+        new = sorted(paths.keys() - known)
+        if new and self._queue is not None:
+            self._queue.ask()
+        for job_id in new:
+            path = paths[job_id]
+            if not self._is_alive(self._handle(job_id, ranks=1)):
+                _forget(self._handle(job_id, ranks=1))
+                continue
+            try:
+                work: Any = DelayedSubmission.load(path).function
+                submitted = _Submitted(self._handle(job_id, work.ranks), work, [], time.monotonic())
+                self._found |= {job.name: submitted for job in work.jobs}
+            except FileNotFoundError:
+                continue  # it has just ended
+            except Exception as error:  # unpickling what another version has written raises many types
+                raise RunError(f"{path}: cannot be read ({error}); delete it if its job has ended") from error
+
     def _handle(self, job_id: str, ranks: int) -> Any:
-        kind = submitit.SlurmJob if self._submitit.cluster == "slurm" else submitit.LocalJob
+        kind = submitit.LocalJob if self._queue is None else submitit.SlurmJob
         return kind(self._folder, job_id, range(ranks))
 
     def _is_alive(self, handle: Any) -> bool:
+        if self._queue is None and handle._process is not None:  # of this process
+            return not handle.done()
         if handle.paths.result_pickle.exists():
             return False
-        if self._submitit.cluster == "slurm" or handle._process is not None:
-            return not handle.done()
-        try:  # submitit only knows the processes that this one has started
+        if self._queue is not None:
+            return self._queue.may_have(handle.job_id)
+        try:
             return str(self._folder) in psutil.Process(int(handle.job_id)).cmdline()
-        except psutil.Error:
+        except (psutil.Error, ValueError):
             return False
 
     def __exit__(self, *_: object) -> None:
@@ -150,6 +175,12 @@ class SubmititExecutor:
 
     def start(self, jobs: list[Job]) -> None:
         """Submit the jobs with the next call of `wait`."""
+        if new := self._without_found(jobs):
+            make_output(new)
+            self._to_submit.append(new)
+
+    def _without_found(self, jobs: list[Job]) -> list[Job]:
+        """The jobs without those that another call has submitted, which are waited for."""
         new = []
         for job in jobs:
             submitted = self._found.pop(job.name, None)
@@ -160,9 +191,7 @@ class SubmititExecutor:
             if submitted not in self._running:
                 echo(f"job {submitted.handle.job_id}, of an earlier call: {job.name}")
                 self._running.append(submitted)
-        if new:
-            make_output(new)
-            self._to_submit.append(new)
+        return new
 
     def wait(self, timeout: float) -> list[JobResult]:
         self._submit()
@@ -172,16 +201,28 @@ class SubmititExecutor:
             if left <= 0:
                 return []
             time.sleep(min(POLL_SECONDS, left))
+            with suppress(OSError):  # a client of NFS then looks again for what others have written
+                self._folder.chmod(self._folder.stat().st_mode)
         self._running = [submitted for submitted in self._running if submitted not in ended]
+        self._found = {name: submitted for name, submitted in self._found.items() if submitted not in ended}
         return [result for submitted in ended for result in self._results(submitted)]
 
     def _submit(self) -> None:
         """Submit what was started since the last time, as arrays of jobs with the same resources."""
-        to_submit, self._to_submit = self._to_submit, []
-        for ranks in sorted({self._resources.ranks(jobs[0]) for jobs in to_submit}):
-            alike = [jobs for jobs in to_submit if self._resources.ranks(jobs[0]) == ranks]
-            for first in range(0, len(alike), MAX_ARRAY):
-                self._submit_array([SubmititWork(jobs, ranks) for jobs in alike[first : first + MAX_ARRAY]])
+        if not self._to_submit:
+            return
+        with exclusively(self._folder / "submission"), deferred_signals():
+            self._find()
+            to_submit = [new for jobs in self._to_submit if (new := self._without_found(jobs))]
+            self._to_submit = []
+            for ranks in sorted({self._resources.ranks(jobs[0]) for jobs in to_submit}):
+                alike = [
+                    SubmititWork(jobs, ranks, self._resources.cpus)
+                    for jobs in to_submit
+                    if self._resources.ranks(jobs[0]) == ranks
+                ]
+                for first in range(0, len(alike), MAX_ARRAY):
+                    self._submit_array(alike[first : first + MAX_ARRAY])
 
     def _submit_array(self, array: list[SubmititWork]) -> None:
         nodes = self._resources.nodes if array[0].ranks > 1 else 1
@@ -194,7 +235,7 @@ class SubmititExecutor:
             try:
                 handles = self._submitit.submit_array(array)
             except (OSError, subprocess.SubprocessError, FailedSubmissionError, UncompletedJobError) as error:
-                raise RunError(f"the jobs could not be submitted: {str(error).strip().splitlines()[-1]}") from error
+                raise RunError(f"the jobs could not be submitted: {_reason(error)}") from error
         now = time.monotonic()
         self._running += [
             _Submitted(handle, work, list(work.jobs), now) for handle, work in zip(handles, array, strict=True)
@@ -203,10 +244,11 @@ class SubmititExecutor:
     def _has_ended(self, submitted: _Submitted) -> bool:
         """Whether a job has a result, or is gone for so long that there will be none."""
         if self._is_alive(submitted.handle):
+            submitted.silent_since = None
             return False
         now = time.monotonic()
         submitted.silent_since = submitted.silent_since or now
-        patience = DISK_SECONDS if self._submitit.cluster == "slurm" else 0.0
+        patience = 0.0 if self._queue is None else DISK_SECONDS
         return submitted.handle.paths.result_pickle.exists() or now - submitted.silent_since >= patience
 
     def _results(self, submitted: _Submitted) -> list[JobResult]:
@@ -216,25 +258,57 @@ class SubmititExecutor:
         return results
 
 
+class _Queue:
+    """The jobs of this user that Slurm has not ended."""
+
+    def __init__(self) -> None:
+        self._jobs: set[str] | None = set()  # None: Slurm does not answer
+        self._asked = -inf
+
+    def may_have(self, job_id: str) -> bool:
+        """Whether a job waits or runs, as far as is known."""
+        if time.monotonic() - self._asked >= QUEUE_SECONDS:
+            self.ask()
+        return self._jobs is None or job_id in self._jobs
+
+    def ask(self) -> None:
+        """Ask Slurm now."""
+        command = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", "--format=%i %T"]
+        try:
+            answer = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+        except (OSError, subprocess.SubprocessError) as error:
+            if self._jobs is not None:
+                echo(f"{error}; until it succeeds, a job that is lost is not noticed")
+            self._jobs = None
+        else:
+            states = [line.split() for line in answer.splitlines()]
+            self._jobs = {state[0] for state in states if state and state[-1] not in ENDED}
+        self._asked = time.monotonic()
+
+
 def _exit_code(handle: Any) -> int | str:
     """What `work` returned, or why it did not return."""
-    if not handle.paths.result_pickle.exists():
+    path = handle.paths.result_pickle
+    try:
+        outcome, value = pickle_load(path)
+    except FileNotFoundError:
         return f"{LOST}: {reason_of_loss(handle)}; see {logs_of(handle)}"
-    rank_0 = handle.task(0)
-    if (error := rank_0.exception()) is None:
-        return int(rank_0.result())
-    *_, last = str(error).partition("-\n")[2].partition("\n---")[0].splitlines()  # of a traceback
-    return f"{last}; see {logs_of(handle)}"
+    except Exception as error:  # unpickling raises many types
+        return f"{path}: cannot be read ({error})"
+    return int(value) if outcome == "success" else f"{value.strip().splitlines()[-1]}; see {logs_of(handle)}"
+
+
+def _reason(error: Exception) -> str:
+    """Why sbatch has failed, in one line: the last of sbatch, or the first of submitit."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0 if isinstance(error, FailedSubmissionError) else -1]
 
 
 def _forget(handle: Any, keep_logs: bool = True) -> None:
     """Delete submitit's files of a job that has ended."""
-    for task in range(handle.num_tasks):
-        paths = handle.task(task).paths
-        paths.result_pickle.unlink(missing_ok=True)
-        if not keep_logs:
-            paths.stdout.unlink(missing_ok=True)
-            paths.stderr.unlink(missing_ok=True)
+    unneeded = ["*_result.pkl"] if keep_logs else ["*_result.pkl", "*_log.out", "*_log.err"]
+    for path in [path for pattern in unneeded for path in handle.paths.folder.glob(f"{handle.job_id}_{pattern}")]:
+        path.unlink(missing_ok=True)
     handle.paths.submitted_pickle.unlink(missing_ok=True)
 
 

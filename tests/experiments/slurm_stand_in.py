@@ -1,6 +1,6 @@
 """Stand-ins for Slurm's commands, which run the jobs of one machine as processes of it.
 
-python slurm_stand_in.py sbatch|srun|sacct|scontrol ..., with the state of jobs in $SLURM_STAND_IN:
+python slurm_stand_in.py sbatch|srun|squeue|scontrol ..., with the state of jobs in $SLURM_STAND_IN:
 `ID` has the state of a job, `ID.pids` its processes; `ID.requeue` exists when it was requeued.
 """
 
@@ -17,7 +17,7 @@ def install(folder: Path, state: Path) -> dict[str, str]:
     """Put the commands into a folder; returns the variables with which they are found."""
     folder.mkdir()
     state.mkdir()
-    for name in ("sbatch", "srun", "sacct", "scontrol"):
+    for name in ("sbatch", "srun", "squeue", "scontrol"):
         (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} {name} "$@"\n')
         (folder / name).chmod(0o755)
     return {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_STAND_IN": str(state)}
@@ -78,11 +78,10 @@ def srun(*arguments: str) -> None:
     sys.exit(max(abs(task.wait()) for task in tasks))
 
 
-def sacct(*_: str) -> None:
-    print("JobID|State|NodeList")
+def squeue(*_: str) -> None:
     for path in STATE.iterdir():
         if not path.suffix:
-            print(f"{path.name}|{path.read_text()}|localhost")
+            print(path.name, path.read_text())
 
 
 def scontrol(action: str, job: str) -> None:

@@ -1,6 +1,8 @@
 """What the runner starts, in which order, and how often; options that choose an executor; the table of the status."""
 
 import argparse
+import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from experiments.execution.pool import Pool
 from experiments.execution.runner import RETRIES, run
 from experiments.planning.estimate import RuntimeEstimate
 from experiments.planning.grid import Job
-from experiments.planning.study import Study, studies
+from experiments.planning.study import Study, Tuning, studies
 from experiments.records import Store
 from lawn.errors import ConfigError
 from lawn.files import locked
@@ -77,6 +79,34 @@ def test_studies_are_asked_again_only_when_their_jobs_are_done(tmp_path, monkeyp
     asked.clear()
     assert run_experiment(TUNED, tmp_path, 2) == []
     assert list(asked.values()) == [1 + 2 + 1 + 1]  # grid, beyond its ends, more seeds, test runs, none
+
+
+def test_what_another_command_records_while_a_study_is_asked(tmp_path, finished_tuned, monkeypatch):
+    """The study goes on, although none of the runs is missing on which its next ones depend."""
+    tuning = Study.tuning
+
+    def record_after(study: Study, store: Store) -> Tuning:
+        found = tuning(study, store)
+        shutil.copytree(finished_tuned / "results" / "tuning", tmp_path / "results" / "tuning", dirs_exist_ok=True)
+        return found
+
+    monkeypatch.setattr(Study, "tuning", record_after)
+    agenda = agenda_of(tmp_path, TUNED, 2)
+    assert [job.tunes for job in agenda.take(lambda _: 1, 16)] == [None, None]
+
+
+def test_runs_are_counted_although_their_number_is_an_estimate(tmp_path, capsys):
+    assert run_experiment(TUNED, tmp_path, 2) == []
+    counts = re.findall(r"(\d+) of (\d+) done", capsys.readouterr().out)
+    assert [int(done) for done, _ in counts] == list(range(1, len(counts) + 1))
+    assert counts[-1][0] == counts[-1][1]
+
+
+def test_the_time_is_not_up_if_all_is_done(tmp_path, capsys):
+    assert run_experiment(MANY, tmp_path, 1) == []
+    store = Store(tmp_path / "results")
+    assert run(studies(MANY, extra=(f"runs_dir={tmp_path}/runs",), seeds=1), store, Losing(0), budget=0) == []
+    assert "the time is up" not in capsys.readouterr().out
 
 
 class Losing(SerialPool):

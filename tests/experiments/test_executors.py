@@ -8,7 +8,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir
+from dataclasses import replace
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -16,7 +19,9 @@ import pytest
 from experiments.definitions.spec import Cell, Experiment
 from experiments.execution.executor import Executor, Resources
 from experiments.execution.pool import Pool
+from experiments.planning.study import studies
 from experiments.records import Store
+from lawn.errors import ConfigError
 from tests.experiments.helpers import ACCURACY, TUNED, run_experiment
 from tests.experiments.slurm_stand_in import install
 from tests.experiments.test_runner import DRIVER
@@ -43,15 +48,16 @@ RANKS = Experiment(
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[object]:
-    """A Ray cluster of a head without CPUs and two nodes of one core."""
+def cluster(tmp_path_factory) -> Iterator[object]:
+    """A Ray cluster of a head without CPUs and two nodes of one core, started in another folder."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    for _ in range(2):
-        made.add_node(num_cpus=1)
+    with chdir(tmp_path_factory.mktemp("ray")):
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        for _ in range(2):
+            made.add_node(num_cpus=1)
     yield made
     made.shutdown()
 
@@ -61,6 +67,8 @@ def slurm(tmp_path, monkeypatch) -> Path:
     """Stand-ins for Slurm's commands; the folder with the states of jobs."""
     for name, value in install(tmp_path / "commands", tmp_path / "slurm").items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("experiments.execution.slurm.QUEUE_SECONDS", 1.0)
+    monkeypatch.setattr("experiments.execution.slurm.DISK_SECONDS", 5.0)
     return tmp_path / "slurm"
 
 
@@ -214,6 +222,48 @@ def driver(folder: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True, **pipes)
 
 
+def test_relative_folders(cluster, tmp_path):
+    """They are those of the command, in every process."""
+    from experiments.execution.ray_cluster import RayExecutor
+
+    folder = Path(os.path.relpath(tmp_path))
+    assert run_experiment(TUNED, folder, 1, executor=RayExecutor(cluster.address, CPU)) == []
+    assert list((tmp_path / "runs").glob("*/DONE"))
+
+
+@pytest.mark.parametrize(
+    ("experiment", "resources", "message"),
+    [
+        (TUNED, Resources(gpus=0, cpus=2), "no room for a job of {'CPU': 2, 'GPU': 0}"),
+        (TUNED, Resources(gpus=0.5), "no room for a job of {'CPU': 1, 'GPU': 0.5}"),
+        (RANKS, Resources(gpus=0, ranks_per_node=3), "no room for a run of 3 ranks, each of {'CPU': 1, 'GPU': 0}"),
+    ],
+)
+def test_a_cluster_without_room(cluster, tmp_path, tiny_data, experiment, resources, message):
+    """On none of its nodes, although together they may have it."""
+    from experiments.execution.ray_cluster import RayExecutor
+
+    with pytest.raises(ConfigError, match=message):
+        run_experiment(
+            experiment, tmp_path, 1, extra=(f"data_dir={tiny_data}",), executor=RayExecutor(cluster.address, resources)
+        )
+
+
+def test_all_jobs_are_stopped_with_a_checkpoint(cluster, tmp_path):
+    """Those too that take longer for it than others."""
+    from experiments.execution.ray_cluster import RayExecutor
+
+    (study,) = studies(replace(LONG, cells=LONG.cells[:1]), extra=(f"runs_dir={tmp_path}/runs",), seeds=2)
+    with RayExecutor(cluster.address, CPU) as executor:
+        for job in study.outstanding(Store(tmp_path / "results")):
+            executor.start([job])
+        at_work = wait_until(lambda: len(found := processes_of(tmp_path / "runs")) == 2 and found)
+        os.kill(at_work[0], signal.SIGSTOP)
+        Timer(5, os.kill, (at_work[0], signal.SIGCONT)).start()
+    logs = [path.read_text() for path in (tmp_path / "runs").glob("*/output.log")]
+    assert ["has stopped in epoch" in log for log in logs] == [True, True]
+
+
 def test_a_node_that_is_lost(cluster, tmp_path, capsys):
     from experiments.execution.ray_cluster import RayExecutor
 
@@ -234,10 +284,13 @@ def test_a_node_that_is_lost(cluster, tmp_path, capsys):
     assert times_resumed(tmp_path / "results") == [0, 0, 1]
 
 
-def test_a_preempted_slurm_job_is_requeued(slurm, tmp_path, capsys):
-    """With a checkpoint, by submitit; this process does not notice it."""
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_preempted_slurm_job_is_requeued(slurm, tmp_path, capsys, allowed):
+    """With a checkpoint, by submitit, without this process. If Slurm does not allow it, the job is started again."""
     from experiments.execution.slurm import SubmititExecutor
 
+    if not allowed:
+        (tmp_path / "commands" / "scontrol").write_text("#!/bin/sh\nexit 1\n")
     with ThreadPoolExecutor(1) as thread:
 
         def preempt() -> None:
@@ -247,7 +300,9 @@ def test_a_preempted_slurm_job_is_requeued(slurm, tmp_path, capsys):
         executor = SubmititExecutor(tmp_path / "runs", CPU, 2, "slurm", {"timeout_min": 5})
         assert run_experiment(LONG, tmp_path, 1, executor=executor, vectorize=1) == []
         preempted.result()
-    assert "lost" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert ("; once more" in out) == (not allowed)
+    assert "lost" not in out
     assert times_resumed(tmp_path / "results") == [0, 0, 1]
     logs = [path.read_text() for path in (tmp_path / "runs").glob("*/output.log")]
     assert sum("SIGUSR1: " in log and "has stopped in epoch" in log for log in logs) == 1

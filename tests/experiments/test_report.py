@@ -347,6 +347,30 @@ def test_two_runners_record_into_one_file(tuned):
     assert all(store.has(job.name) for store in (first, second) for job in jobs)
 
 
+def test_a_line_without_an_end_does_not_stop_the_sorting(tuned):
+    """Of another experiment, for example, which a killed command has left."""
+    path = tuned / "results" / "tuning" / "tuned.jsonl"
+    text = path.read_text()
+    path.write_text(f"{text}\n{text[:100]}")
+    Store(tuned / "results").sort()
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("longer", [True, False])
+def test_a_file_in_the_place_of_one_that_was_read(tuned, longer):
+    """The system may give it the same inode."""
+    path = tuned / "results" / "tuning" / "tuned.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[2:]))
+    store = Store(tuned / "results")
+    names = [json.loads(line)["name"] for line in lines]
+    assert not store.has(names[0])
+    path.write_text("".join(lines if longer else lines[:-3]))
+    assert store.has(names[0])
+    path.write_text("".join(lines))
+    assert all(map(store.has, names))
+
+
 def test_dirty_and_different_versions_of_the_code_are_shown(results):
     folder = results / "runs"
     changes = [
