@@ -62,18 +62,20 @@ def plan(given: argparse.Namespace) -> int:
     rows, total, each = plan_rows(_studies(given), store, RuntimeEstimate(store, given.hardware))
     for simulation in _simulations(given):
         done = simulation.record(given.results, given.short) is not None
-        takes = 0.0 if done else simulation.seconds[given.short]
-        each += [] if done else [takes]
+        seconds = 0.0 if done else simulation.seconds[given.short]
+        each += [] if done else [seconds]
         total += 1
         row = {"cell": simulation.name, "epochs": "", "tuning": "", "seeds": f"{int(done)}/1"}
-        rows.append({**row, "time": duration(takes)})
+        rows.append({**row, "time": duration(seconds)})
     print(pd.DataFrame(rows).to_string(index=False))
-    known = [seconds for seconds in each if seconds is not None]
+    known = [each_takes for each_takes in each if each_takes is not None]
     unknown = len(each) - len(known)
-    total_time = duration(sum(known) if known or not unknown else None)
+    takes = (
+        f"{'at least' if unknown else 'about'} {duration(sum(known))}" if known or not unknown else "an unknown time"
+    )
     print(
-        f"\n{len(rows)} cells, {total} runs, {total - len(each)} done; the remaining runs take "
-        f"{'at least' if known and unknown else 'about'} {total_time} if run sequentially (estimated from recorded runs"
+        f"\n{len(rows)} cells, {total} runs, {total - len(each)} done; the remaining runs take {takes} "
+        "if run sequentially (estimated from recorded runs"
         + (f" on {given.hardware})" if given.hardware else ")")
         + (f"; {unknown} runs have no similar record" if unknown else "")
     )

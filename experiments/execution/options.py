@@ -60,7 +60,7 @@ def make_executor(given: argparse.Namespace, runs_dir: Path) -> Executor:
     name = given.executor
     for option, takers in TAKEN_BY.items():
         if getattr(given, option) is not None and name not in takers:
-            raise ConfigError(f"--{option.replace('_', '-')}: only with --executor {' or '.join(takers)}")
+            raise ConfigError(f"--{option.replace('_', '-')}: only with --executor {', '.join(takers)}")
     if name == LOCAL:
         return Pool(_slots(given.devices or "auto", given.jobs))
     if find_spec(PACKAGES[name]) is None:

@@ -1,8 +1,10 @@
 """Tables of what is done, what is at work and what is left, for each cell."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from importlib.util import find_spec
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from experiments.execution.executor import OUTPUT
@@ -40,8 +42,9 @@ def plan_rows(studies: Sequence[Study], store: Store, estimate: RuntimeEstimate)
 
 
 def status_rows(studies: Sequence[Study], store: Store, estimate: RuntimeEstimate) -> list[Row]:
-    """A row for each study: its runs that are done, running and failed, as the run directories tell."""
+    """A row for each study: its runs that are done, queued, running and failed, as the run directories tell."""
     rows: list[Row] = []
+    submitted = _submitted_runs(studies)
     for study in studies:
         if study.problem:
             rows.append({"cell": study.cell.name, "time left": study.problem})
@@ -49,7 +52,7 @@ def status_rows(studies: Sequence[Study], store: Store, estimate: RuntimeEstimat
         jobs, later = study.missing(store)
         tuning = study.tuning(store)
         total = len(tuning.jobs) + tuning.unknown + study.seeds
-        states = Counter(map(state, jobs))
+        states = Counter(state(job, submitted) for job in jobs)
         left: float | None = estimate.seconds([study.grid.config] * later)
         for job in jobs:
             seconds = estimate.seconds([job.config])
@@ -59,6 +62,7 @@ def status_rows(studies: Sequence[Study], store: Store, estimate: RuntimeEstimat
                 "cell": study.cell.name,
                 "epochs": study.budget or "",
                 "done": f"{total - len(jobs) - later + states['done']}/{total}",
+                "queued": states["queued"],
                 "running": states["running"],
                 "failed": states["failed"],
                 "time left": duration(left),
@@ -67,14 +71,28 @@ def status_rows(studies: Sequence[Study], store: Store, estimate: RuntimeEstimat
     return rows
 
 
-def state(job: Job) -> str:
-    """What its run directory tells of a job without a record: done, running, failed, or waiting for a process."""
+def _submitted_runs(studies: Sequence[Study]) -> set[str]:
+    if find_spec("submitit") is None:
+        return set()
+    from experiments.execution.slurm import submitted_runs
+
+    folders = {Path(study.grid.config.runs_dir) for study in studies if not study.problem}
+    return {name for folder in folders for name in submitted_runs(folder)}
+
+
+def state(job: Job, submitted: Set[str] = frozenset()) -> str:
+    """What its run directory tells of a job without a record: done, running, failed, or waiting for a process.
+
+    Queued, if it is one of the `submitted` and has not begun.
+    """
     try:
         directory = RunDirectory(job.config)
         if directory.done:
             return "done"
         if directory.in_use:
             return "running"
+        if job.name in submitted:
+            return "queued"
         lines = (directory.path / OUTPUT).read_text("utf8", "replace").strip().splitlines()
     except UserError:
         return "failed"

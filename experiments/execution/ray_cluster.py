@@ -21,6 +21,7 @@ from lawn.config import Config
 from lawn.errors import ConfigError
 
 STOP_SECONDS = 60.0  # for checkpoints, when the context is left
+REACH_SECONDS = 10.0
 RANK_SECONDS = 10.0  # for the other ranks, when the first has ended
 
 
@@ -28,6 +29,7 @@ RANK_SECONDS = 10.0  # for the other ranks, when the first has ended
 class _Running:
     jobs: list[Job]
     ranks: list[Any]  # their object references
+    waiting: list[Any]  # those that have not ended
     group: PlacementGroup | None
     start: float
 
@@ -43,10 +45,11 @@ class RayExecutor:
     def __init__(self, address: str, resources: Resources, size: int | None = None) -> None:
         self._address, self._resources, self._grows = address, resources, size is not None
         self.size = size or 0  # not known before the cluster is
-        self._running: dict[Any, _Running] = {}  # by the reference of rank 0
+        self._running: list[_Running] = []
 
     def __enter__(self) -> "RayExecutor":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        _check_reachable(self._address)
         try:
             ray.init(self._address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -57,7 +60,7 @@ class RayExecutor:
         return self
 
     def __exit__(self, *_: object) -> None:
-        tasks = [rank for running in self._running.values() for rank in running.ranks]
+        tasks = [rank for running in self._running for rank in running.ranks]
         for task in tasks:
             ray.cancel(task)
         ray.wait(tasks, num_returns=len(tasks), timeout=STOP_SECONDS)
@@ -71,10 +74,11 @@ class RayExecutor:
 
     def _no_room(self, what: str) -> NoReturn:
         has = [{kind: node["Resources"].get(kind, 0.0) for kind in ("CPU", "GPU")} for node in ray.nodes()]
+        wanted, nodes = self._wanted(), ", ".join(f"{node['GPU']:g} GPUs and {node['CPU']:g} CPUs" for node in has)
         ray.shutdown()
         raise ConfigError(
-            f"--address {self._address}: no room for {what} of {self._wanted()}, the nodes have "
-            f"{', '.join(map(str, has))}; ask for less, or set --jobs for a cluster that grows"
+            f"--executor ray: no room for {what} of {wanted['GPU']:g} GPUs and {wanted['CPU']:g} CPUs; the nodes have "
+            f"{nodes}. Set --gpus (0: train on CPUs) and --cpus, or --jobs for a cluster that grows"
         )
 
     def _wanted(self, whole: bool = False) -> dict[str, float]:
@@ -87,7 +91,7 @@ class RayExecutor:
 
     @property
     def running(self) -> int:
-        return sum(len(running.jobs) for running in self._running.values())
+        return sum(len(running.jobs) for running in self._running)
 
     def start(self, jobs: list[Job]) -> None:
         ranks = self._resources.ranks(jobs[0])
@@ -95,7 +99,7 @@ class RayExecutor:
             self._no_room(f"a run of {ranks} ranks, each")
         group = None if ranks == 1 else placement_group([self._wanted(whole=True)] * ranks)
         tasks = self._tasks(jobs, ranks, group)
-        self._running[tasks[0]] = _Running(jobs, tasks, group, time.monotonic())
+        self._running.append(_Running(jobs, tasks, list(tasks), group, time.monotonic()))
 
     def _tasks(self, jobs: list[Job], ranks: int, group: PlacementGroup | None) -> list[Any]:
         wanted = self._wanted(whole=group is not None)
@@ -115,14 +119,19 @@ class RayExecutor:
         ]
 
     def wait(self, timeout: float) -> list[JobResult]:
-        references = list(self._running)
-        ended, _ = ray.wait(references, num_returns=1, timeout=timeout)
+        waiting = [rank for running in self._running for rank in running.waiting]
+        ended, _ = ray.wait(waiting, num_returns=1, timeout=timeout)
         if ended:  # perhaps there are more
-            ended, _ = ray.wait(references, num_returns=len(references), timeout=0)
-        return [result for reference in ended for result in self._results(reference)]
+            ended, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+        return [result for running in list(self._running) for result in self._results(running, ended)]
 
-    def _results(self, reference: Any) -> list[JobResult]:
-        running = self._running.pop(reference)
+    def _results(self, running: _Running, ended: list[Any]) -> list[JobResult]:
+        """The results of a job, if its first rank has ended, or another one that the rest would wait for."""
+        new = [rank for rank in running.waiting if rank in ended]
+        running.waiting = [rank for rank in running.waiting if rank not in new]
+        if running.ranks[0] not in new and not any(map(_exit_code, new)):
+            return []
+        self._running.remove(running)
         _, left = ray.wait(running.ranks, num_returns=len(running.ranks), timeout=RANK_SECONDS)
         for rank in left:
             ray.cancel(rank, force=True)
@@ -130,6 +139,17 @@ class RayExecutor:
         if running.group is not None:
             remove_placement_group(running.group)
         return job_results(running.jobs, running.jobs, codes, time.monotonic() - running.start)
+
+
+def _check_reachable(address: str) -> None:
+    """Raises ConfigError if nothing listens at HOST:PORT; Ray would try for minutes."""
+    host, separator, port = address.rpartition(":")
+    if not separator or not port.isdecimal() or "/" in host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--address {address}: no cluster can be reached there ({error})") from error
 
 
 def _exit_code(task: Any) -> int | str:

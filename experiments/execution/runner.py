@@ -9,7 +9,7 @@ from math import inf
 from tqdm import tqdm
 
 from experiments.execution.agenda import Agenda
-from experiments.execution.executor import Executor, JobResult
+from experiments.execution.executor import OUTPUT, Executor, JobResult
 from experiments.planning.estimate import RuntimeEstimate, duration
 from experiments.planning.grid import Job
 from experiments.planning.study import Study
@@ -39,6 +39,11 @@ def run(
     deadline = inf if budget is None else time.monotonic() + budget
     session = _Session(studies, store)
     with executor, tqdm(total=session.total, unit="run", disable=None) as bar:
+        if session.total:
+            tqdm.write(
+                f"{session.total} runs to do, at most {executor.size} processes at the same time; the output of a run "
+                f"is {OUTPUT} in its run directory"
+            )
         while True:
             while jobs := session.agenda.take(executor.places, vectorize):
                 missing = [job for job in jobs if not session.finished_before(job)]
@@ -92,7 +97,7 @@ class _Session:
         except UserError:
             return False  # its process will say what is wrong
         if done:
-            self.end(JobResult(job, 0.0, None, 1))
+            tqdm.write(f"{job.name}: finished before, {self.end(JobResult(job, 0.0, None, 1))}")
         return done
 
     def end(self, ended: JobResult) -> str:

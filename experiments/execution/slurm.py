@@ -1,5 +1,6 @@
 """Slurm jobs, through submitit."""
 
+import atexit
 import os
 import signal
 import subprocess
@@ -67,6 +68,8 @@ class SubmititWork:
                 requeue(signal.SIGUSR2, None)
             except Exception as error:  # Slurm may not allow it; a job that has stopped is started again
                 print(f"not requeued: {error}", flush=True)
+        if code and self.ranks > 1:  # srun ends the other ranks, which would wait for this one
+            atexit.register(os._exit, code)
         return code
 
     def checkpoint(self) -> DelayedSubmission:
@@ -163,8 +166,9 @@ class SubmititExecutor:
 
     def __exit__(self, *_: object) -> None:
         if self._running:
-            ids = ", ".join(submitted.handle.job_id for submitted in self._running)
-            echo(f"not cancelled: jobs {ids}; the same command finds them")
+            ids = " ".join(submitted.handle.job_id for submitted in self._running)
+            how = "kill" if self._queue is None else "scancel"
+            echo(f"the jobs go on, and the same command finds them; to cancel them: {how} {ids}")
 
     def places(self, job: Job) -> int:
         return max(0, self.size - len(self._running) - len(self._to_submit))
@@ -189,7 +193,7 @@ class SubmititExecutor:
                 continue
             submitted.jobs.append(job)
             if submitted not in self._running:
-                echo(f"job {submitted.handle.job_id}, of an earlier call: {job.name}")
+                echo(f"job {submitted.handle.job_id}, of an earlier call: {_names(submitted.work.jobs)}")
                 self._running.append(submitted)
         return new
 
@@ -237,9 +241,9 @@ class SubmititExecutor:
             except (OSError, subprocess.SubprocessError, FailedSubmissionError, UncompletedJobError) as error:
                 raise RunError(f"the jobs could not be submitted: {_reason(error)}") from error
         now = time.monotonic()
-        self._running += [
-            _Submitted(handle, work, list(work.jobs), now) for handle, work in zip(handles, array, strict=True)
-        ]
+        for handle, given in zip(handles, array, strict=True):
+            echo(f"job {handle.job_id}, submitted: {_names(given.jobs)}")
+            self._running.append(_Submitted(handle, given, list(given.jobs), now))
 
     def _has_ended(self, submitted: _Submitted) -> bool:
         """Whether a job has a result, or is gone for so long that there will be none."""
@@ -284,6 +288,22 @@ class _Queue:
             states = [line.split() for line in answer.splitlines()]
             self._jobs = {state[0] for state in states if state and state[-1] not in ENDED}
         self._asked = time.monotonic()
+
+
+def submitted_runs(runs_dir: Path) -> set[str]:
+    """The names of the runs whose jobs are queued or at work, or were lost since the last call."""
+    paths = [path for folder in FOLDERS.values() for path in (runs_dir / folder).glob("*_submitted.pkl")]
+    names: set[str] = set()
+    for path in paths:
+        with suppress(Exception):  # it has just ended, or another version has written it
+            work: Any = DelayedSubmission.load(path).function
+            names |= {job.name for job in work.jobs}
+    return names
+
+
+def _names(jobs: Sequence[Job]) -> str:
+    others = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
+    return f"{jobs[0].name}{others}"
 
 
 def _exit_code(handle: Any) -> int | str:

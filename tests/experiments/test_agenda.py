@@ -3,6 +3,7 @@
 import argparse
 import re
 import shutil
+import socket
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from experiments.definitions.spec import Cell, Experiment
 from experiments.execution.agenda import Agenda
-from experiments.execution.executor import JobResult
+from experiments.execution.executor import Executor, JobResult
 from experiments.execution.options import add_options, make_executor
 from experiments.execution.overview import status_rows
 from experiments.execution.pool import Pool
@@ -185,11 +186,22 @@ def test_the_state_of_runs(tmp_path):
     with locked(folders[running.name] / ".lock"):
         (row,) = status_rows([study], store, RuntimeEstimate(store))
     assert row["done"] == "2/6"
-    assert (row["running"], row["failed"]) == (1, 2)
+    assert (row["queued"], row["running"], row["failed"]) == (0, 1, 2)
     assert row["time left"].startswith("0:00:0")
 
 
-def executor_of(folder: Path, *options: str) -> object:
+def test_an_address_where_nothing_listens(tmp_path):
+    """Ray itself tries for minutes and cannot be interrupted."""
+    pytest.importorskip("ray")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    executor = executor_of(tmp_path, "--executor", "ray", "--address", address)
+    with pytest.raises(ConfigError, match=f"--address {address}: no cluster can be reached there"):
+        executor.__enter__()
+
+
+def executor_of(folder: Path, *options: str) -> Executor:
     parser = argparse.ArgumentParser()
     add_options(parser)
     return make_executor(parser.parse_args(options), folder)
@@ -198,12 +210,12 @@ def executor_of(folder: Path, *options: str) -> object:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--gpus", "1"), "--gpus: only with --executor slurm or submitit_local or ray"),
+        (("--gpus", "1"), "--gpus: only with --executor slurm, submitit_local, ray"),
         (("--executor", "ray", "--devices", "cpu"), "--devices: only with --executor local"),
         (("--executor", "ray", "--partition", "gpu"), "--partition: only with --executor slurm"),
         (("--executor", "slurm", "--address", "auto"), "--address: only with --executor ray"),
         (("--executor", "slurm"), '--executor: Could not detect "srun", are you indeed on a slurm cluster?'),
-        (("--executor", "submitit_local", "--nodes", "2"), "--nodes: only with --executor slurm or ray"),
+        (("--executor", "submitit_local", "--nodes", "2"), "--nodes: only with --executor slurm, ray"),
         (("--devices", "warp"), "--devices warp: not on this machine, which has cpu"),
     ],
 )

@@ -133,7 +133,7 @@ def test_a_signal_while_a_job_is_submitted(command, tmp_path, capsys):
 
     with pytest.raises(Stopped):
         stopped()
-    assert "not cancelled: jobs 7; " in capsys.readouterr().out
+    assert "to cancel them: scancel 7\n" in capsys.readouterr().out
     assert files(tmp_path) == ["7_submitted.pkl"]
 
 
@@ -161,7 +161,7 @@ def test_two_commands_do_not_submit_a_job_twice(command, tmp_path, capsys):
     command("sbatch", SUBMITTED.replace("7", "8"))
     assert second.wait(0) == []
     assert files(tmp_path) == ["7_submitted.pkl", "8_submitted.pkl"]
-    assert f"job 7, of an earlier call: {jobs[1].name}" in capsys.readouterr().out
+    assert f"job 7, of an earlier call: {jobs[0].name} and 1 more" in capsys.readouterr().out
     assert (first.running, second.running) == (2, 2)
 
 
