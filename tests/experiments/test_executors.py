@@ -172,6 +172,26 @@ def test_a_job_that_is_killed_goes_on_from_its_checkpoint(make, tmp_path, capsys
     assert times_resumed(tmp_path / "results") == [0, 0, 1]
 
 
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_rank_that_is_killed(make, tmp_path, tiny_data, capsys, which):
+    """The other ends too, and the run goes on from its checkpoint."""
+    (cell,) = RANKS.cells
+    slow = (*cell.overrides[:-1], "train.epochs=100", "train.checkpoint_seconds=0.3")
+    experiment = replace(RANKS, cells=(replace(cell, overrides=slow),))
+    executor = make(tmp_path, Resources(gpus=0, ranks_per_node=2))
+    with ThreadPoolExecutor(1) as thread:
+
+        def kill() -> None:
+            wait_until(lambda: len(processes_of(tmp_path / "runs")) == 2)
+            os.kill(sorted(processes_of(tmp_path / "runs"))[which], signal.SIGKILL)
+
+        killed = thread.submit(kill)
+        assert run_experiment(experiment, tmp_path, 1, extra=(f"data_dir={tiny_data}",), executor=executor) == []
+        killed.result()
+    assert "once more" in capsys.readouterr().out
+    assert times_resumed(tmp_path / "results") == [1]
+
+
 def test_a_driver_that_is_killed_repeats_nothing(options, tmp_path):
     """The jobs of submitit go on without it, those of Ray from their checkpoints."""
     with driver(tmp_path, *options) as first:
