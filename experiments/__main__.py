@@ -68,13 +68,13 @@ def plan(given: argparse.Namespace) -> int:
         row = {"cell": simulation.name, "epochs": "", "tuning": "", "seeds": f"{int(done)}/1"}
         rows.append({**row, "time": duration(seconds)})
     print(pd.DataFrame(rows).to_string(index=False))
-    known = [each_takes for each_takes in each if each_takes is not None]
+    known = [value for value in each if value is not None]
     unknown = len(each) - len(known)
-    takes = (
-        f"{'at least' if unknown else 'about'} {duration(sum(known))}" if known or not unknown else "an unknown time"
+    time = (
+        "an unknown time" if unknown and not known else f"{'at least' if unknown else 'about'} {duration(sum(known))}"
     )
     print(
-        f"\n{len(rows)} cells, {total} runs, {total - len(each)} done; the remaining runs take {takes} "
+        f"\n{len(rows)} cells, {total} runs, {total - len(each)} done; the remaining runs take {time} "
         "if run sequentially (estimated from recorded runs"
         + (f" on {given.hardware})" if given.hardware else ")")
         + (f"; {unknown} runs have no similar record" if unknown else "")

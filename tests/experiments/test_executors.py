@@ -203,6 +203,7 @@ def test_a_driver_that_is_killed_repeats_nothing(options, tmp_path):
         os.kill(process, signal.SIGSTOP)  # so that the second command finds them at work
     second = driver(tmp_path, *options)
     assert second.stdout is not None
+    assert "3 runs to do" in second.stdout.readline()
     for _ in running:
         assert "of an earlier call" in second.stdout.readline()
     for process in running:
