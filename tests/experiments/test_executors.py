@@ -255,9 +255,9 @@ def test_relative_folders(cluster, tmp_path):
 @pytest.mark.parametrize(
     ("experiment", "resources", "message"),
     [
-        (TUNED, Resources(gpus=0, cpus=2), "no room for a job of {'CPU': 2, 'GPU': 0}"),
-        (TUNED, Resources(gpus=0.5), "no room for a job of {'CPU': 1, 'GPU': 0.5}"),
-        (RANKS, Resources(gpus=0, ranks_per_node=3), "no room for a run of 3 ranks, each of {'CPU': 1, 'GPU': 0}"),
+        (TUNED, Resources(gpus=0, cpus=2), "no room for a job of 0 GPUs and 2 CPUs"),
+        (TUNED, Resources(gpus=0.5), "no room for a job of 0.5 GPUs and 1 CPUs"),
+        (RANKS, Resources(gpus=0, ranks_per_node=3), "no room for a run of 3 ranks, each of 0 GPUs and 1 CPUs"),
     ],
 )
 def test_a_cluster_without_room(cluster, tmp_path, tiny_data, experiment, resources, message):
