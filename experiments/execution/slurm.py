@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from math import ceil, inf
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from submitit.core.utils import DelayedSubmission, FailedSubmissionError, Uncomp
 from submitit.helpers import TorchDistributedEnvironment
 
 from experiments.execution.executor import DISK_SECONDS, LOST, JobResult, Resources, job_results, make_output, output_of
+from experiments.execution.slurm_queue import SlurmQueue
 from experiments.execution.worker import work
 from experiments.planning.grid import Job
 from lawn.errors import ConfigError, RunError
@@ -29,11 +30,6 @@ from lawn.train.submitit_jobs import logs_of, reason_of_loss
 
 FOLDERS = {"slurm": ".submitit", "local": ".submitit_local"}  # in runs_dir
 POLL_SECONDS = 1.0
-QUEUE_SECONDS = 30.0  # after which Slurm is asked again for its queue
-ENDED = (  # states of a job
-    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
-    *("REVOKED", "TIMEOUT"),
-)
 MAX_ARRAY = 1000  # jobs, less than Slurm's default MaxArraySize
 TIMEOUTS = 1000  # after so many time limits a job is not requeued
 
@@ -110,7 +106,7 @@ class SubmititExecutor:
         self._to_submit: list[list[Job]] = []
         self._running: list[_Submitted] = []
         self._found: dict[str, _Submitted] = {}  # of other calls, by the names of their jobs
-        self._queue = _Queue() if cluster == "slurm" else None
+        self._queue = SlurmQueue() if cluster == "slurm" else None
         limits: dict[str, Any] = {"slurm_max_num_timeout": TIMEOUTS, "local_max_num_timeout": TIMEOUTS}
         try:
             self._submitit = submitit.AutoExecutor(self._folder, cluster, **limits)
@@ -260,34 +256,6 @@ class SubmititExecutor:
         results = job_results(submitted.jobs, submitted.work.jobs, [_exit_code(submitted.handle)], seconds)
         _forget(submitted.handle, keep_logs=any(result.failure for result in results))
         return results
-
-
-class _Queue:
-    """The jobs of this user that Slurm has not ended."""
-
-    def __init__(self) -> None:
-        self._jobs: set[str] | None = set()  # None: Slurm does not answer
-        self._asked = -inf
-
-    def may_have(self, job_id: str) -> bool:
-        """Whether a job waits or runs, as far as is known."""
-        if time.monotonic() - self._asked >= QUEUE_SECONDS:
-            self.ask()
-        return self._jobs is None or job_id in self._jobs
-
-    def ask(self) -> None:
-        """Ask Slurm now."""
-        command = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", "--format=%i %T"]
-        try:
-            answer = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
-        except (OSError, subprocess.SubprocessError) as error:
-            if self._jobs is not None:
-                echo(f"{error}; until it succeeds, a job that is lost is not noticed")
-            self._jobs = None
-        else:
-            states = [line.split() for line in answer.splitlines()]
-            self._jobs = {state[0] for state in states if state and state[-1] not in ENDED}
-        self._asked = time.monotonic()
 
 
 def submitted_runs(runs_dir: Path) -> set[str]:

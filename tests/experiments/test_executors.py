@@ -67,7 +67,7 @@ def slurm(tmp_path, monkeypatch) -> Path:
     """Stand-ins for Slurm's commands; the folder with the states of jobs."""
     for name, value in install(tmp_path / "commands", tmp_path / "slurm").items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("experiments.execution.slurm.QUEUE_SECONDS", 1.0)
+    monkeypatch.setattr("experiments.execution.slurm_queue.QUEUE_SECONDS", 1.0)
     monkeypatch.setattr("experiments.execution.slurm.DISK_SECONDS", 5.0)
     return tmp_path / "slurm"
 

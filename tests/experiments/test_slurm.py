@@ -21,7 +21,7 @@ from tests.experiments.test_agenda import MANY
 pytest.importorskip("submitit")
 import cloudpickle
 
-from experiments.execution import slurm
+from experiments.execution import slurm, slurm_queue
 from experiments.execution.slurm import SubmititExecutor
 
 SUBMITTED = "echo Submitted batch job 7; echo '7 PENDING' >> queue"
@@ -34,8 +34,8 @@ def command(tmp_path, monkeypatch) -> Callable[[str, str], None]:
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
-    for name in ("DISK_SECONDS", "QUEUE_SECONDS"):
-        monkeypatch.setattr(slurm, name, 0.0)
+    monkeypatch.setattr(slurm, "DISK_SECONDS", 0.0)
+    monkeypatch.setattr(slurm_queue, "QUEUE_SECONDS", 0.0)
 
     def write(name: str, script: str) -> None:
         (folder / name).write_text(f"#!/bin/sh\n{script}\n")
