@@ -108,8 +108,9 @@ class Agenda:
         jobs, later = study.missing(self._store)
         while later and not jobs:  # another command has just recorded what the rest depends on
             jobs, later = study.missing(self._store)
-        self._present[study] = {job.name for job in jobs}
-        for job in jobs:
+        unique = {job.name: job for job in jobs}
+        self._present[study] = set(unique)
+        for job in unique.values():
             if job.name not in self._studies:
                 self._studies[job.name] = []
                 self._count(job.config, 1)

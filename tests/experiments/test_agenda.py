@@ -110,6 +110,13 @@ def test_the_time_is_not_up_if_all_is_done(tmp_path, capsys):
     assert "the time is up" not in capsys.readouterr().out
 
 
+def test_a_run_that_a_grid_names_twice_is_run_once(tmp_path):
+    cell = Cell("Adam", (*SHORT, "optim=adam", "hydra.sweeper.params={optim.lr: '0.01,1e-2,0.02'}"), sweep="peak_lr")
+    executor = Losing(0)
+    assert run_experiment(replace(MANY, cells=(replace(cell, grid_only=True),)), tmp_path, executor=executor) == []
+    assert sorted(executor.starts.values()) == [1, 1]
+
+
 class Losing(SerialPool):
     """Loses each of its jobs some times."""
 
