@@ -25,9 +25,8 @@ TAKEN_BY = {  # options that do not apply to every executor
     "slurm": (SLURM,),
     "address": (RAY,),
 }
-PACKAGES = {SLURM: "submitit", SUBMITIT_LOCAL: "submitit", RAY: "ray"}
-SHORTEST_TIME = 300.0
-EXTRAS = {SLURM: "slurm", SUBMITIT_LOCAL: "slurm", RAY: "ray"}
+PACKAGES = {SLURM: ("submitit", "slurm"), SUBMITIT_LOCAL: ("submitit", "slurm"), RAY: ("ray", "ray")}  # and extras
+SHORTEST_TIME = 300.0  # seconds, of a Slurm job
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -63,10 +62,9 @@ def make_executor(given: argparse.Namespace, runs_dir: Path) -> Executor:
             raise ConfigError(f"--{option.replace('_', '-')}: only with --executor {', '.join(takers)}")
     if name == LOCAL:
         return Pool(_slots(given.devices or "auto", given.jobs))
-    if find_spec(PACKAGES[name]) is None:
-        raise ConfigError(
-            f"--executor {name}: the package {PACKAGES[name]} is not installed; pip install '.[{EXTRAS[name]}]'"
-        )
+    package, extra = PACKAGES[name]
+    if find_spec(package) is None:
+        raise ConfigError(f"--executor {name}: the package {package} is not installed; pip install '.[{extra}]'")
     elsewhere = name != SUBMITIT_LOCAL
     if name != RAY and given.gpus is not None and given.gpus % 1:
         raise ConfigError(f"--gpus {given.gpus}: Slurm jobs do not share a GPU; a fraction needs --executor {RAY}")
