@@ -8,7 +8,7 @@ results/tuning/EXPERIMENT.jsonl, without outcomes and metrics: appended while ru
 import json
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -18,10 +18,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from experiments.json_lines import JsonLines, decode, read_bytes
 from lawn.config import Config
 from lawn.diagnostics.figure import read_metrics
 from lawn.errors import WRITTEN_AGAIN, RunError
-from lawn.files import exclusively, write_text
+from lawn.files import write_text
 from lawn.identity import identity, identity_hash, run_name
 from lawn.train.run_directory import RunDirectory, decode_outcomes, read_environment
 
@@ -100,7 +101,7 @@ class Store:
     def __init__(self, results: Path) -> None:
         self.runs, self.tuning = results / "runs", results / "tuning"
         self._read: dict[str, Record] = {}
-        self._seen: dict[Path, _Seen] = {}  # what has been read of each tuning file
+        self._files: dict[Path, JsonLines] = {}  # of tuning runs
 
     def any_of(self, dataset: str) -> bool:
         """Whether a run on this dataset has been recorded."""
@@ -150,16 +151,14 @@ class Store:
         name = run_name(config)
         if tunes is not None:
             result.pop("outcomes", None)
-            path = self.tuning / f"{tunes}.jsonl"
-            with exclusively(path):
-                self._read_new(path)
-                line = f"{json.dumps({'name': name, **content})}\n"
-                if name in self._read and self._read[name].path == path:
-                    others = [other for key, other in self._lines(path).items() if key != name]
-                    write_text(path, "".join(f"{other}\n" for other in others) + line)
+            file = self._file(self.tuning / f"{tunes}.jsonl")
+            line = json.dumps({"name": name, **content})
+            with file.locked(self._taker(file)):
+                if name in self._read and self._read[name].path == file.path:
+                    others = [other for other in file.lines() if json.loads(other)["name"] != name]
+                    file.replace([*others, line])
                 else:
-                    self._append(path, line)
-                self._read_new(path)
+                    file.append(line)
             return self._read[name]
         history = read_metrics(directory.path)
         if len(history) != (epochs := result["last"]["epoch"]):
@@ -170,112 +169,40 @@ class Store:
     def sort(self) -> None:
         """Sort the tuning files by name, in which two histories of them are easily merged."""
         for path in self._tuning_files():
-            with exclusively(path):
-                self._read_new(path)
-                text = "".join(f"{line}\n" for _, line in sorted(self._lines(path).items()))
-                if text.encode() != _bytes(path):
-                    write_text(path, text)
-
-    def _lines(self, path: Path) -> dict[str, str]:
-        """The records of a tuning file as they are written, by their names, without a line that is no record."""
-        text = _bytes(path)[: self._seen[path].size].decode("utf8")
-        return {json.loads(line)["name"]: line for line in text.split("\n") if line}
+            file = self._file(path)
+            with file.locked(self._taker(file)):
+                by_name = {json.loads(line)["name"]: line for line in file.lines()}
+                file.replace([by_name[name] for name in sorted(by_name)])
 
     def _tuning_files(self) -> list[Path]:
         return sorted(self.tuning.glob("[!.]*.jsonl"))
 
+    def _file(self, path: Path) -> JsonLines:
+        return self._files.setdefault(path, JsonLines(path))
+
+    def _taker(self, file: JsonLines) -> Callable[[int, str], None]:
+        """Caches the record of a line of a tuning file."""
+
+        def take(number: int, line: str) -> None:
+            try:
+                content = json.loads(line)
+                record = _record(file.path, content.pop("name"), content, OF_A_RUN)
+            except DAMAGE as error:
+                raise RunError(
+                    f"{file.path}, line {number}: damaged record ({error}); delete the line and run again"
+                ) from error
+            self._read[record.name] = record
+
+        return take
+
     def _refresh(self) -> None:
-        """Read what the tuning files have got since."""
+        """Read what the tuning files have got since. Raises RunError with the number of a damaged line."""
         for folder in (self.runs, self.tuning):  # otherwise it would look as if nothing had been run
             if folder.exists() and not (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
                 raise RunError(f"{folder}: cannot be read as a folder; choose another with --results")
         for path in self._tuning_files():
-            self._read_new(path)
-
-    def _read_new(self, path: Path) -> None:
-        """Read the lines that were appended to a tuning file, or all of another file in its place.
-
-        A line without an end is still being written, or its writer was killed. Raises RunError with the number of a
-        damaged line.
-        """
-        try:
-            stat = path.stat()
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise RunError(f"{path}: cannot be read ({error.strerror}); put it back, or delete it") from error
-        seen = self._seen.get(path, _Seen())
-        if (seen.inode, seen.size) == (stat.st_ino, stat.st_size):
-            return
-        content = _bytes(path, seen.size - len(seen.last))
-        if not content.startswith(seen.last):  # another file; the system gives its inode to the next one
-            seen, content = _Seen(), _bytes(path)
-        text = _decoded(path, content[len(seen.last) :])
-        if not _is_json(text[text.rfind("\n") + 1 :]):
-            text = text[: text.rfind("\n") + 1]
-        for number, line in enumerate(text.split("\n"), start=seen.lines + 1):
-            if not line:
-                continue
-            try:
-                fields = json.loads(line)
-                record = _record(path, fields.pop("name"), fields, OF_A_RUN)
-            except DAMAGE as error:
-                raise RunError(
-                    f"{path}, line {number}: damaged record ({error}); delete the line and run again"
-                ) from error
-            self._read[record.name] = record
-        read = text.encode()
-        ends = seen.last + read
-        last = ends[ends.rstrip(b"\n").rfind(b"\n") + 1 :]
-        self._seen[path] = _Seen(stat.st_ino, seen.size + len(read), seen.lines + text.count("\n"), last)
-
-    def _append(self, path: Path, line: str) -> None:
-        """Append a line to a tuning file, in the place of one without an end that a killed writer has left."""
-        path.touch()
-        with path.open("rb+") as file:
-            end = self._seen[path].size if path in self._seen else 0
-            file.truncate(end)
-            file.seek(max(0, end - 1))
-            if file.read() not in (b"", b"\n"):
-                file.write(b"\n")
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """How far a file has been read."""
-
-    inode: int = 0
-    size: int = 0  # bytes
-    lines: int = 0
-    last: bytes = b""  # the last of the lines
-
-
-def _bytes(path: Path, start: int = 0) -> bytes:
-    """The content of a file from the byte `start`."""
-    try:
-        with path.open("rb") as file:
-            file.seek(start)
-            return file.read()
-    except OSError as error:
-        raise RunError(f"{path}: cannot be read ({error}); put it back, or delete it and run again") from error
-
-
-def _decoded(path: Path, content: bytes) -> str:
-    try:
-        return content.decode("utf8")
-    except ValueError as error:
-        raise RunError(f"{path}: cannot be read ({error}); put it back, or delete it and run again") from error
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
+            file = self._file(path)
+            file.read_new(self._taker(file))
 
 
 def save(path: Path, content: dict[str, Any]) -> Record:
@@ -306,7 +233,7 @@ def _record(path: Path, name: str, content: dict[str, Any], needed: tuple[str, .
 def read_record(path: Path, needed: tuple[str, ...] = OF_ALL) -> Record:
     """Read a record. Raises RunError if it is damaged or does not match its name."""
     try:
-        return _record(path, path.stem, json.loads(_decoded(path, _bytes(path))), needed)
+        return _record(path, path.stem, json.loads(decode(path, read_bytes(path))), needed)
     except DAMAGE as error:
         raise RunError(f"{path}: damaged record ({error}); delete it and run again") from error
 

@@ -28,6 +28,7 @@ LAYERS = """
     lawn.data.__main__
     lawn.train
     experiments.__init__
+    experiments.json_lines
     experiments.records
     experiments.definitions
     experiments.planning

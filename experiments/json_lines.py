@@ -1,0 +1,114 @@
+"""A file of JSON lines that several processes append to and read while it grows."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lawn.errors import RunError
+from lawn.files import exclusively, write_text
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """How far a file has been read."""
+
+    inode: int = 0
+    size: int = 0  # bytes
+    lines: int = 0
+    last: bytes = b""  # the last of the lines
+
+
+class JsonLines:
+    """The lines of a file, as far as this object has read them. Raises RunError if the file cannot be read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._seen = _Seen()
+
+    def read_new(self, take: Callable[[int, str], None]) -> None:
+        """Call `take` with the number and the text of each line that was appended, or of all of another file in its
+        place. If it raises, the lines are read again the next time.
+
+        A line without an end is still being written, or its writer was killed.
+        """
+        try:
+            stat = self.path.stat()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be read ({error.strerror}); put it back, or delete it") from error
+        seen = self._seen
+        if (seen.inode, seen.size) == (stat.st_ino, stat.st_size):
+            return
+        content = read_bytes(self.path, seen.size - len(seen.last))
+        if not content.startswith(seen.last):  # another file; the system gives its inode to the next one
+            seen, content = _Seen(), read_bytes(self.path)
+        text = decode(self.path, content[len(seen.last) :])
+        if not _is_json(text[text.rfind("\n") + 1 :]):
+            text = text[: text.rfind("\n") + 1]
+        for number, line in enumerate(text.split("\n"), start=seen.lines + 1):
+            if line:
+                take(number, line)
+        read = text.encode()
+        ends = seen.last + read
+        last = ends[ends.rstrip(b"\n").rfind(b"\n") + 1 :]
+        self._seen = _Seen(stat.st_ino, seen.size + len(read), seen.lines + text.count("\n"), last)
+
+    @contextmanager
+    def locked(self, take: Callable[[int, str], None]) -> Iterator[None]:
+        """In the body, no other process writes, and all lines have been read; then those that the body has written."""
+        with exclusively(self.path):
+            self.read_new(take)
+            yield
+            self.read_new(take)
+
+    def lines(self) -> list[str]:
+        """The lines that have been read, as they are written."""
+        text = read_bytes(self.path)[: self._seen.size].decode("utf8")
+        return [line for line in text.split("\n") if line]
+
+    def append(self, line: str) -> None:
+        """Append a line, in the place of one without an end that a killed writer has left. Needs the lock."""
+        self.path.touch()
+        with self.path.open("rb+") as file:
+            file.truncate(self._seen.size)
+            file.seek(max(0, self._seen.size - 1))
+            if file.read() not in (b"", b"\n"):
+                file.write(b"\n")
+            file.write(f"{line}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def replace(self, lines: list[str]) -> None:
+        """Replace all lines, if they differ. Needs the lock."""
+        text = "".join(f"{line}\n" for line in lines)
+        if text.encode() != read_bytes(self.path):
+            write_text(self.path, text)
+
+
+def read_bytes(path: Path, start: int = 0) -> bytes:
+    """The content of a file from the byte `start`."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read()
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error}); put it back, or delete it and run again") from error
+
+
+def decode(path: Path, content: bytes) -> str:
+    try:
+        return content.decode("utf8")
+    except ValueError as error:
+        raise RunError(f"{path}: cannot be read ({error}); put it back, or delete it and run again") from error
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
