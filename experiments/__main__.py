@@ -3,6 +3,7 @@
 python -m experiments plan table4 --only dataset=movielens100k
 python -m experiments run table4 --devices cuda:0,cuda:1 --budget 2h
 python -m experiments report
+python -m experiments serve table4 --short
 """
 
 import argparse
@@ -22,14 +23,16 @@ from experiments.definitions.tables import TABLE1, TABLE2, TABLE3, TABLE4, TABLE
 from experiments.definitions.tuning_curves import TUNING_CURVES
 from experiments.execution.executor import JobResult
 from experiments.execution.options import add_options, make_executor, positive, seconds
-from experiments.execution.overview import plan_rows, status_rows
+from experiments.execution.overview import Row, plan_rows, status_rows
 from experiments.execution.runner import MAX_VECTORIZED, run
 from experiments.planning.estimate import RuntimeEstimate, duration
 from experiments.planning.study import SELECTIONS, SETTABLE, Study, check_settable, studies
 from experiments.records import Record, Store
 from experiments.reporting import report
+from experiments.reporting.page import Page
 from experiments.reporting.references import REFERENCES
 from experiments.reporting.simulations import Simulation, simulation_page
+from experiments.serve import LOOPBACK, ResultsServer
 from experiments.spherical_motion.page import SMD_RAYLEIGH
 from lawn.compose import compose
 from lawn.errors import ConfigError, UserError
@@ -159,14 +162,8 @@ def write(given: argparse.Namespace) -> int:
     for name in given.names:
         _known(name)
     own = given.results.resolve() == report.RESULTS and given.selection == "val"
-    store = Store(given.results)
     names = [*EXPERIMENTS, *SIMULATIONS] if own or not given.names else given.names
-    pages = [
-        simulation_page(SIMULATIONS[name], given.results)
-        if name in SIMULATIONS
-        else report.page_of(EXPERIMENTS[name], store, given.selection)
-        for name in names
-    ]
+    pages = _pages(names, Store(given.results), given)
     for name, page in zip(names, pages, strict=True):
         report.write(page, given.results)
         if name in given.names:
@@ -179,17 +176,47 @@ def write(given: argparse.Namespace) -> int:
     return 0
 
 
+def _pages(names: list[str], store: Store, given: argparse.Namespace) -> list[Page]:
+    return [
+        simulation_page(SIMULATIONS[name], given.results)
+        if name in SIMULATIONS
+        else report.page_of(EXPERIMENTS[name], store, given.selection)
+        for name in names
+    ]
+
+
+def serve(given: argparse.Namespace) -> int:
+    """Serve the results page until it is interrupted."""
+    chosen = _studies(given) if given.names else []
+    store = Store(given.results)
+
+    def page() -> str:
+        return report.index(_pages([*EXPERIMENTS, *SIMULATIONS], store, given), given.results, live=True)
+
+    def status() -> list[Row]:
+        return status_rows(chosen, store, RuntimeEstimate(store))
+
+    with ResultsServer(given.results, page, status).listen(given.port) as server:
+        print(f"http://{LOOPBACK}:{server.server_port}/ on this machine alone; Ctrl-C ends it", flush=True)
+        try:
+            server.serve_forever()
+        except (KeyboardInterrupt, Stopped):
+            print("ended", file=sys.stderr)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    actions = parser.add_subparsers(required=True, metavar="plan|run|status|report")
+    actions = parser.add_subparsers(required=True, metavar="plan|run|status|report|serve")
     known = ", ".join([*EXPERIMENTS, *SIMULATIONS])
     for name, action, names, text in (
         ("plan", plan, "+", "what would run, what is done, how long it takes"),
         ("run", execute, "+", "run what is missing, then report"),
         ("status", status, "+", "what is done, running and failed, and how long the rest takes"),
         ("report", write, "*", "write pages from the records; without names all of them, and the index"),
+        ("serve", serve, "*", "show the results page in a browser on this machine, with the state of the named runs"),
     ):
         sub = actions.add_parser(name, help=text, description=text)
         sub.set_defaults(action=action)
@@ -217,6 +244,8 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--hardware", default="", metavar="NAME", help="estimate from records on this GPU or CPU")
             sub.add_argument("--num-devices", type=positive, default=1, metavar="N", help="devices to run on")
             sub.add_argument("--devices-per-node", type=positive, default=1, metavar="N", help="for the node hours")
+        if action is serve:
+            sub.add_argument("--port", type=int, default=8000, metavar="N", help="default: 8000; 0: any that is free")
         if action is not execute:
             continue
         add_options(sub)

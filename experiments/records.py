@@ -40,6 +40,7 @@ class Record:
     environment: dict[str, Any]
     result: dict[str, Any]
     history: pd.DataFrame  # metrics.csv: a row for each epoch
+    command: str = ""  # that repeats the run
 
     @property
     def diverged(self) -> bool:
@@ -224,6 +225,7 @@ def _record(path: Path, name: str, content: dict[str, Any], needed: tuple[str, .
         environment=content["environment"],
         result=content["result"],
         history=pd.DataFrame(content.get("history", {})),
+        command=str(content["command"]),
     )
     for part in needed:
         getattr(record, part)

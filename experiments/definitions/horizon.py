@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from experiments.definitions.spec import Cell, Experiment
-from experiments.definitions.tables import DECAY, HR10, PAIRS, PANELS, TABLE4
+from experiments.definitions.tables import BARS, DECAY, HR10, PAIRS, PANELS, TABLE4
 
 _GRID_EPOCHS, _EPOCHS, _LONGEST = 15, (15, 30, 60, 120), 300
 _LONG_ROWS = ("Adam, eps 1e-8", "Adam-LAWN")
@@ -36,5 +36,6 @@ HORIZON = Experiment(
         "Each number of epochs is a complete schedule, tuned by itself: for 15 epochs the whole grid, for more epochs "
         "a search that starts from it. The runs of 60 and 300 epochs are also those of table 4.",
         DECAY,
+        BARS,
     ),
 )

@@ -10,7 +10,7 @@ from experiments.records import Store
 from experiments.reporting import tuning_tables
 from experiments.reporting.layout import Entry
 from experiments.reporting.outcomes import Outcome, outcomes, places
-from experiments.reporting.page import Page, figure_of, page_name, panels, provenance
+from experiments.reporting.page import Page, chart_of, figure_of, page_name, panels, provenance
 from experiments.reporting.statistics import BestOf
 from experiments.reporting.trials import best_of_curves, score
 
@@ -42,13 +42,15 @@ def curves_page(experiment: Experiment, store: Store, selection: str = "val") ->
         summary=[*_easier(experiment, found, best), *_winners(found, best), *_filters(complete)],
         frame=_frame(complete),
         records=[],
-        figure=figure_of(experiment, found),
+        chart=(chart := chart_of(experiment, found)),
+        figure=figure_of(experiment, chart, found),
         figure_shown=bool(complete),
         source="tuning/tuning_curves.csv",
         source_title="Every run",
         tuned=tuning_tables.table(found),
         grids=tuning_tables.grids(found),
         tuning=tuning_tables.frame(found),
+        experiment=experiment,
         outcomes=found,
     )
 

@@ -1,21 +1,20 @@
-"""Figures from outcomes."""
+"""Figures in files."""
 
-from collections.abc import Callable
-from itertools import cycle
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.definitions.spec import Cell, Experiment
-from experiments.reporting.outcomes import Outcome, paper, places
-from experiments.reporting.statistics import mean_and_error
-from experiments.reporting.trials import best_of_curves
+from experiments.reporting.charts import Chart, Line, Subplot
+from experiments.reporting.outcomes import Outcome
 from lawn.diagnostics import figure as diagnostics
 from lawn.files import atomic
-from lawn.plotting import Figure, rc_context
+from lawn.plotting import Axes, Figure, rc_context
 
 STYLE: dict[Any, Any] = {**diagnostics.STYLE, "svg.hashsalt": "lawn"}
+DASHES = {"solid": "-", "dashed": "--", "dotted": ":"}
+MIN_WIDTH = 8.0  # inches
 
 
 def save(make: Callable[[], Figure], path: Path) -> None:
@@ -27,116 +26,65 @@ def save(make: Callable[[], Figure], path: Path) -> None:
                 figure.savefig(temporary, dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
 
 
-def over_epochs(experiment: Experiment, found: list[Outcome]) -> Figure:
-    """A curve for each cell and measure, mean over seeds with their range shaded; a dot marks where LAWN fixes the
-    norms. A cell with a diverged run is left out, as "Fail" in the table says.
-    """
-    measures = [measure for measure in experiment.measures if measure.curve]
-    figure = Figure(figsize=(3.6 * len(measures), 3.1), layout="constrained")
-    axes = figure.subplots(1, len(measures), squeeze=False)[0]
-    for outcome, style in zip(found, cycle(("-", "--"))):
-        if not outcome.records or outcome.failed:
-            continue
-        histories = [record.history for record in outcome.records]
-        epochs = histories[0]["epoch"].to_numpy()
-        constrained = histories[0]["constrained"].to_numpy()
-        for axis, measure in zip(axes, measures, strict=True):
-            curves = np.stack([history[measure.key].to_numpy(float) for history in histories])
-            mean = curves.mean(0)
-            (line,) = axis.plot(epochs, mean, style, label=outcome.cell.row)
-            axis.fill_between(epochs, curves.min(0), curves.max(0), alpha=0.2, color=line.get_color(), linewidth=0)
-            if constrained.any():
-                switch = max(0, int(constrained.argmax()) - 1)  # the last point of the free phase
-                axis.plot(epochs[switch], mean[switch], "o", color=line.get_color(), markersize=5)
-    for axis, measure in zip(axes, measures, strict=True):
-        axis.set(xlabel="epoch", ylabel=measure.title, yscale=measure.curve if axis.lines else "linear")
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, ncols=4, loc="outside upper center")
+def draw(chart: Chart) -> Figure:
+    """A chart as a figure; subplots without lines are left out."""
+    columns = max(map(len, chart.rows), default=0)
+    width, height = chart.size
+    size = max(MIN_WIDTH, width * columns), height * len(chart.rows) + 0.2
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(chart.rows), columns, squeeze=False)
+    for axes, subplots in zip(grid, chart.rows, strict=True):
+        for axis, subplot in zip(axes, subplots, strict=True):
+            _draw_subplot(axis, subplot)
+        if chart.legends == "row" and (shown := _legend(axes)):
+            axes[0].legend(*shown, frameon=False, fontsize="x-small", loc="lower right")
+    if chart.legends == "chart" and (shown := _legend(figure.axes)):
+        figure.legend(*shown, frameon=False, ncols=4, loc="outside lower center")
     return figure
 
 
-def over_batch_size(experiment: Experiment, found: list[Outcome]) -> Figure:
-    """The first measure over the batch size, a panel for each dataset; the paper's numbers dotted."""
-    return _over(experiment, found, "batch size", lambda cell: int(cell.value("train.batch_size")))
-
-
-def over_horizon(experiment: Experiment, found: list[Outcome]) -> Figure:
-    """The first measure over the epochs of a run, a panel for each dataset; the paper's numbers dotted."""
-    return _over(experiment, found, "epochs", lambda cell: cell.epochs[0])
-
-
-def _over(experiment: Experiment, found: list[Outcome], xlabel: str, x: Callable[[Cell], int]) -> Figure:
-    panels = list(dict.fromkeys(outcome.cell.panel for outcome in found))
-    rows = list(dict.fromkeys(outcome.cell.row for outcome in found))
-    figure = Figure(figsize=(max(8.0, 2.6 * len(panels)), 3.1), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    measure = experiment.measures[0]
-    for axis, panel in zip(axes, panels, strict=True):
-        labels: dict[int, str] = {}
-        for i, row in enumerate(rows):
-            line = [o for o in found if (o.cell.panel, o.cell.row) == (panel, row)]
-            at = [x(o.cell) for o in line]
-            names = [o.cell.column.removeprefix("batch ").removesuffix(" epochs") for o in line]
-            labels |= dict(zip(at, names, strict=True))
-            ours = [mean_and_error(o.values(measure)) for o in line]
-            means, errors = [m for m, _ in ours], [0.0 if np.isnan(e) else e for _, e in ours]
-            axis.errorbar(at, means, errors, fmt="o-", color=f"C{i}", capsize=2, markersize=4, label=f"{row}, ours")
-            theirs = [paper(o.cell) for o in line]
-            if not all(map(np.isnan, theirs)):
-                axis.plot(at, theirs, "s:", color=f"C{i}", markersize=3, alpha=0.6, label=f"{row}, paper")
-        axis.set(xscale="log", title=panel, xlabel=xlabel)
-        axis.set_xticks(list(labels), list(labels.values()))
+def _draw_subplot(axis: Axes, subplot: Subplot) -> None:
+    for line in subplot.lines:
+        _draw_line(axis, line)
+    if not subplot.lines:
+        axis.set_axis_off()
+        return
+    axis.set(xlabel=subplot.xlabel, ylabel=subplot.ylabel, xscale=subplot.xscale, yscale=subplot.yscale)
+    axis.set_title(subplot.title, fontsize="medium")
+    if subplot.rule is not None:
+        axis.axhline(subplot.rule, color="0.6", linewidth=0.8)
+    if subplot.ymin is not None:
+        axis.set_ylim(bottom=subplot.ymin)
+    if subplot.ticks:
+        axis.set_xticks(list(subplot.ticks), list(subplot.ticks.values()))
         axis.minorticks_off()
-    axes[0].set_ylabel(measure.title)
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, ncols=4, loc="outside lower center")
-    return figure
 
 
-def of_diagnostics(_: Experiment, found: list[Outcome]) -> Figure:
+def _draw_line(axis: Axes, line: Line) -> None:
+    color, dashes = f"C{line.color}", DASHES[line.style]
+    bars = line.points and len(line.low) > 0
+    if bars:
+        y = np.asarray(line.y)
+        errors = (y - line.low, line.high - y)
+        axis.errorbar(line.x, y, errors, fmt=f"o{dashes}", color=color, capsize=2, markersize=4, label=line.label)
+        return
+    marker = "s" if line.points else ""
+    axis.plot(line.x, line.y, dashes, marker=marker, markersize=3, color=color, label=line.label)
+    if len(line.low):
+        axis.fill_between(line.x, line.low, line.high, alpha=0.2, color=color, linewidth=0)
+    if line.mark is not None:
+        axis.plot(line.x[line.mark], line.y[line.mark], "o", color=color, markersize=5)
+
+
+def _legend(axes: Sequence[Axes]) -> tuple[list[Any], list[str]] | None:
+    """The labelled lines of the axes, each label once; None without any."""
+    found: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    return (list(found.values()), list(found)) if found else None
+
+
+def draw_diagnostics(found: list[Outcome]) -> Figure:
     """The figure of `python -m lawn.diagnostics`, for the first run of every cell."""
     return diagnostics.draw({outcome.cell.row: outcome.records[0].history for outcome in found if outcome.records})
-
-
-def over_trials(experiment: Experiment, found: list[Outcome]) -> Figure:
-    """The expected best of k settings and the interval around it: a row of panels for each LAWN variant and the rows
-    that it is compared with, a column for each batch size and schedule.
-    """
-    families = {rival: [base for base, other in experiment.pairs if other == rival] for _, rival in experiment.pairs}
-    columns = places(found)
-    best_at = {(o.cell.panel, o.cell.column, o.cell.row): best for o, best in best_of_curves(found)}
-    size = (2.1 * len(columns), 2.0 * len(families) + 0.4)
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(families), len(columns), squeeze=False)
-    for axes, (rival, bases) in zip(grid, families.items(), strict=True):
-        for axis, (panel, column) in zip(axes, columns, strict=True):
-            for row, color in zip((*bases, rival), (*["C0", "C2"][: len(bases)], "C1"), strict=True):
-                best = best_at.get((panel, column, row))
-                if best is None:
-                    continue
-                k = np.arange(1, len(best.mean) + 1)
-                axis.plot(k, best.mean, color=color, label=row)
-                axis.fill_between(k, best.low, best.high, alpha=0.15, color=color, linewidth=0)
-            if not axis.lines:
-                axis.set_axis_off()
-                continue
-            low = min(float(np.min(line.get_ydata())) for line in axis.lines)
-            axis.set(xscale="log", xlim=(1, None), ylim=(max(0.0, low - 2), None))
-            axis.set_xticks([1, 5, 10, 48], ["1", "5", "10", "48"])
-            axis.minorticks_off()
-            epochs = next(o.epochs for o in found if (o.cell.panel, o.cell.column) == (panel, column))
-            axis.set_title(f"{column}, {epochs} epochs", fontsize="small")
-        axes[0].set_ylabel(f"{experiment.measures[0].title}")
-        lines = {line.get_label(): line for axis in axes for line in axis.lines}
-        shown = [row for row in (*bases, rival) if row in lines]
-        axes[0].legend([lines[row] for row in shown], shown, frameon=False, fontsize="x-small", loc="lower right")
-    for axis in grid[-1]:
-        axis.set_xlabel("settings tried")
-    return figure
-
-
-FIGURES = {
-    "tuning": over_trials,
-    "epochs": over_epochs,
-    "batch": over_batch_size,
-    "horizon": over_horizon,
-    "diagnostics": of_diagnostics,
-}

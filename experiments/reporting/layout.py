@@ -4,19 +4,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isnan
 
+from experiments.definitions.spec import Measure
 from experiments.records import Record
+from experiments.reporting.outcomes import Outcome
 from experiments.reporting.statistics import mean_and_error
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The text of one place of a table."""
+    """The text of one place of a table, and the cell and measure that it is of, if any."""
 
     ours: str  # "mean (standard error, n)", "Fail", or nothing
     paper: str = ""  # the paper's number, "Fail", or nothing
     difference: str = ""
     marked: bool = False
     records: Sequence[Record] = ()
+    outcome: Outcome | None = None
+    measure: Measure | None = None
 
 
 @dataclass(frozen=True)

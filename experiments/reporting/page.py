@@ -11,7 +11,8 @@ import pandas as pd
 from experiments.definitions.spec import Experiment, Measure
 from experiments.records import Record, Store
 from experiments.reporting import tuning_tables
-from experiments.reporting.drawing import FIGURES
+from experiments.reporting.charts import CHARTS, Chart
+from experiments.reporting.drawing import draw, draw_diagnostics
 from experiments.reporting.layout import Entry, Panel, Table, format_mean, format_signed, number_format
 from experiments.reporting.outcomes import Outcome, Pair, comparisons, outcomes, paper
 from experiments.reporting.sentences import method, summary
@@ -32,7 +33,8 @@ class Page:
     summary: list[str]  # what the numbers show, in sentences
     frame: pd.DataFrame  # the numbers as tidy data
     records: list[Record]
-    figure: Callable[[], Figure] | None = None
+    chart: Chart | None = None
+    figure: Callable[[], Figure] | None = None  # draws the chart, or what no chart describes
     figure_shown: bool = True  # in the index
     source: str | None = None  # the file of all numbers; None: each number links to its records
     source_title: str = "The record"
@@ -45,7 +47,9 @@ class Page:
     tuned: Table | None = None  # the chosen hyperparameters
     grids: Sequence[str] = ()
     tuning: pd.DataFrame = field(default_factory=pd.DataFrame)  # the runs that chose them
+    experiment: Experiment | None = None  # None: a simulation
     outcomes: Sequence[Outcome] = ()
+    pairs: Sequence[Pair] = ()  # the comparisons
 
 
 def experiment_page(experiment: Experiment, store: Store, selection: str = "val") -> Page:
@@ -63,7 +67,8 @@ def experiment_page(experiment: Experiment, store: Store, selection: str = "val"
         summary=summary(experiment, found),
         frame=_frame(experiment, found),
         records=records,
-        figure=figure_of(experiment, found),
+        chart=(chart := chart_of(experiment, found)),
+        figure=figure_of(experiment, chart, found),
         figure_shown=bool(records),
         marks=_marks(found),
         warnings=_warnings(found),
@@ -72,7 +77,9 @@ def experiment_page(experiment: Experiment, store: Store, selection: str = "val"
         tuned=tuning_tables.table(found),
         grids=tuning_tables.grids(found),
         tuning=tuning_tables.frame(found),
+        experiment=experiment,
         outcomes=found,
+        pairs=pairs,
     )
 
 
@@ -80,9 +87,17 @@ def page_name(experiment: Experiment, selection: str) -> str:
     return experiment.name if selection == "val" else f"{experiment.name}-selected-on-{selection}"
 
 
-def figure_of(experiment: Experiment, found: list[Outcome]) -> Callable[[], Figure] | None:
+def chart_of(experiment: Experiment, found: list[Outcome]) -> Chart | None:
+    """The experiment's chart; None if it has no figure, or one that is not a chart."""
+    make = CHARTS.get(experiment.figure or "")
+    return None if make is None else make(experiment, found)
+
+
+def figure_of(experiment: Experiment, chart: Chart | None, found: list[Outcome]) -> Callable[[], Figure] | None:
     """The function that draws the experiment's figure, if it has one."""
-    return None if experiment.figure is None else partial(FIGURES[experiment.figure], experiment, found)
+    if chart is not None:
+        return partial(draw, chart)
+    return None if experiment.figure is None else partial(draw_diagnostics, found)
 
 
 EntryOf = Callable[[Outcome, Measure, list[Outcome]], Entry]
@@ -104,7 +119,9 @@ def panels(experiment: Experiment, found: list[Outcome], entry_of: EntryOf) -> l
             (
                 row,
                 [
-                    entry_of(at[row, column], measure, cells) if (row, column) in at else Entry("")
+                    replace(entry_of(at[row, column], measure, cells), outcome=at[row, column], measure=measure)
+                    if (row, column) in at
+                    else Entry("")
                     for column in columns
                     for measure in experiment.measures
                 ],

@@ -1,6 +1,5 @@
 """Pages, tables and figures as files, from records alone."""
 
-from base64 import b64encode
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from experiments.reporting.drawing import save
 from experiments.reporting.layout import Entry, Panel
 from experiments.reporting.literature import literature_table
 from experiments.reporting.page import Page, experiment_page
+from experiments.reporting.web.index import index_html
 from lawn.files import write_text
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
@@ -80,10 +80,14 @@ def write(page: Page, results: Path = RESULTS) -> None:
 
 def write_index(pages: Sequence[Page], results: Path = RESULTS) -> None:
     """Write results/index.html, one file with everything in it; `pages` have been written before."""
-    images = {
-        page.name: b64encode((results / f"{page.name}.svg").read_bytes()).decode() for page in pages if page.figure
-    }
-    write_text(results / "index.html", render("index.html", pages=pages, images=images) + "\n")
+    write_text(results / "index.html", index(pages, results))
+
+
+def index(pages: Sequence[Page], results: Path, live: bool = False) -> str:
+    """The page of all results; figures that are no charts are those that have been written."""
+    drawn = {page.name: results / f"{page.name}.svg" for page in pages if page.chart is None and page.figure_shown}
+    images = {name: path.read_text("utf8") for name, path in drawn.items() if path.exists()}
+    return index_html(pages, images, live)
 
 
 def render(template: str, **content: object) -> str:

@@ -19,6 +19,13 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(array.std(ddof=1) / np.sqrt(len(array))) if len(array) > 1 else nan
 
 
+def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Student's interval that holds the true mean with probability `level`; NaN where there are too few values."""
+    mean, error = mean_and_error(values)
+    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * error if len(values) > 1 else nan
+    return mean - half, mean + half
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A difference of two means with Student's t on `df` degrees of freedom."""

@@ -45,6 +45,11 @@ def table(found: Sequence[Outcome]) -> Table | None:
     return Table(HEAD, rows) if rows else None
 
 
+def described(outcome: Outcome) -> list[tuple[str, str]]:
+    """How the hyperparameters of a cell were chosen: what is said, and of what."""
+    return [(head, text) for head, text in zip(HEAD[3:], _row(outcome)[3:], strict=True) if text]
+
+
 def _row(outcome: Outcome) -> list[str]:
     study, tuning = outcome.study, outcome.tuning
     assert study is not None

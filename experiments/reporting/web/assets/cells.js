@@ -1,0 +1,166 @@
+// What a cell opens.
+
+const dialog = document.getElementById("detail");
+
+async function openCell(key) {
+  const packed = document.getElementById(key);
+  if (!packed) return;
+  const cell = JSON.parse(await unpack(key));
+  dialog.replaceChildren(
+    element("button", { type: "button", class: "close", onclick: () => dialog.close() }, "Close"),
+    element("h2", { id: "detail-title", tabindex: "-1" }, cell.name),
+    ...resultsOf(cell), ...seedsOf(cell), ...curvesOf(cell), ...tuningOf(cell), ...commandsOf(cell),
+  );
+  if (!dialog.open) dialog.showModal();
+  dialog.scrollTop = 0;
+  dialog.querySelector("h2").focus();
+  history.replaceState(null, "", `#${key}`);
+  for (const figure of dialog.querySelectorAll("figure")) await figure.draw();
+}
+
+/** A number with digits after the point; negative: that many significant ones. */
+function format(value, digits) {
+  if (value === null) return "";
+  return digits >= 0 ? value.toFixed(digits) : value.toExponential(-digits - 1);
+}
+
+function resultsOf(cell) {
+  const budget = cell.epochs === null ? "" :
+    `${cell.epochs} ${cell.paper_epochs && cell.paper_epochs !== cell.epochs ? `of the paper's ${cell.paper_epochs} ` : ""}epochs`;
+  const lines = cell.failed ? ["A run diverged."] : cell.measures.filter((m) => m.n).map((m) => {
+    const interval = m.low === null ? "" : `, 95 % interval ${format(m.low, m.digits)} to ${format(m.high, m.digits)}` +
+      `, standard error ${format(m.error, m.digits)}`;
+    return `${m.title}: ${format(m.mean, m.digits)}${interval}, n=${m.n}`;
+  });
+  if (!cell.seeds.length) lines.push("No final runs yet.");
+  if (cell.paper !== null) lines.push(`The paper: ${cell.paper}`);
+  return [element("p", {}, budget), element("ul", {}, lines.map((line) => element("li", {}, line)))];
+}
+
+function seedsOf(cell) {
+  if (!cell.seeds.length) return [];
+  const heads = ["seed", ...cell.measures.map((m) => m.title), "code", "record"];
+  const rows = cell.seeds.map((run) => element("tr", {},
+    element("th", { scope: "row" }, String(run.seed)),
+    run.values.map((value, i) => element("td", {}, value === null ? run.status : format(value, cell.measures[i].digits))),
+    element("td", {}, run.code),
+    element("td", {}, element("a", { href: `runs/${run.record}.json` }, run.record)),
+  ));
+  return [element("h3", {}, "Seeds"), scrolling("Seeds", element("table", {},
+    element("thead", {}, element("tr", {}, heads.map((head) => element("th", { scope: "col" }, head)))),
+    element("tbody", {}, rows)))];
+}
+
+function scrolling(label, child) {
+  return element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label }, child);
+}
+
+/** A figure that is drawn once it is in the page. */
+function figureOf(cell, title, draw) {
+  const figure = element("figure", { class: "chart waiting", "data-title": `${cell.name}: ${title}`, "data-name": title.replaceAll(" ", "-") });
+  figure.draw = () => draw(figure);
+  return figure;
+}
+
+function curvesOf(cell) {
+  if (!cell.curves || !cell.curves.rows[0]?.length) return [];
+  const seeds = cell.seeds.length > 1 ? "Mean over seeds and their range" : "One seed";
+  const marked = cell.curves.rows[0].some(({ lines }) => lines.some(({ mark }) => mark !== null));
+  const note = `${seeds}${marked ? "; at the dot LAWN fixes the norms" : ""}.`;
+  return [element("h3", {}, "Curves"), element("p", { class: "soft" }, note),
+    figureOf(cell, "curves", (figure) => drawChart(figure, cell.curves))];
+}
+
+function tuningOf(cell) {
+  if (!cell.rungs.length) return [];
+  const chosen = cell.setting
+    ? element("ul", {}, element("li", {}, "Chosen: ", element("b", {}, cell.setting)), cell.tuning.map(([head, text]) => element("li", {}, `${head[0].toUpperCase()}${head.slice(1)}: ${text}`)))
+    : element("p", {}, "Nothing is chosen yet.");
+  const rungs = cell.rungs.flatMap((rung) => [
+    element("h4", {}, rung.title[0].toUpperCase() + rung.title.slice(1)),
+    rung.seeds ? seedTable(rung) : figureOf(cell, `tuning ${rung.title.split(",")[1].trim()}`, (figure) => drawHeatMap(figure, rung)),
+  ]);
+  return [element("h3", {}, "Tuning"), chosen,
+    element("p", { class: "soft" }, "The headline metric on the validation split of each setting that was tried. The chosen one has a frame; × has diverged."), ...rungs];
+}
+
+function seedTable(rung) {
+  const rows = rung.runs.map((run) => element("tr", {},
+    [...run.values.map(String), String(run.seed), format(run.score, 2) || "diverged", run.chosen ? "chosen" : ""].map((text) => element("td", {}, text))));
+  return scrolling("Other seeds", element("table", {},
+    element("thead", {}, element("tr", {}, [...rung.axes, "seed", "score", ""].map((head) => element("th", { scope: "col" }, head)))),
+    element("tbody", {}, rows)));
+}
+
+/** The first hyperparameter to the right, the second upwards, a subplot for each value of the others. */
+async function drawHeatMap(figure, rung) {
+  const Plot = await library();
+  const [across, up, ...others] = rung.axes;
+  const scores = rung.runs.map((run) => run.score).filter((score) => score !== null).sort((a, b) => a - b);
+  const domain = [scores[Math.floor(scores.length / 4)] ?? 0, scores.at(-1) ?? 1]; // the worst quarter is dark alike
+  const values = (axis) => [...new Set(rung.runs.map((run) => run.values[axis]))].sort((a, b) => a - b);
+  const facets = Map.groupBy
+    ? Map.groupBy(rung.runs, (run) => run.values.slice(2).join(" "))
+    : rung.runs.reduce((map, run) => {
+        const name = run.values.slice(2).join(" ");
+        return map.set(name, [...(map.get(name) ?? []), run]);
+      }, new Map());
+  const named = (name) => name.split(" ").map((value, i) => `${others[i]} ${value}`).join(", ");
+  const order = [...facets.keys()].sort((a, b) => parseFloat(a) - parseFloat(b));
+  const height = up ? 60 + 28 * values(1).length : 90;
+  const ink = (run) => ((run.score - domain[0]) / (domain[1] - domain[0] || 1) > 0.6 ? "#111" : "#fff");
+  const subplots = order.map((name) => {
+    const runs = facets.get(name);
+    const at = { x: (run) => run.values[0], y: up ? (run) => run.values[1] : () => "" };
+    const svg = Plot.plot({
+      width: WIDTH, height, marginLeft: 46, marginRight: 8, marginBottom: 36, marginTop: 22, padding: 0.05,
+      style: { background: "transparent", color: "currentColor", fontSize: "12px" },
+      ariaLabel: `${rung.title}${others.length ? `, ${named(name)}` : ""}: score over ${across}${up ? ` and ${up}` : ""}`,
+      x: { type: "band", domain: values(0), label: across, labelAnchor: "center", labelArrow: "none" },
+      y: { type: "band", domain: up ? values(1).reverse() : [""], label: up ?? null, labelArrow: "none" },
+      color: { type: "linear", scheme: "viridis", domain, clamp: true },
+      marks: [
+        Plot.cell(runs, { ...at, fill: (run) => run.score ?? domain[0], title: (run) => `${rung.axes.map((axis, i) => `${axis} ${run.values[i]}`).join(", ")}: ${format(run.score, 2) || "diverged"}` }),
+        Plot.text(runs, { ...at, text: (run) => (run.score === null ? "×" : run.score.toFixed(1)), fill: ink, fontSize: 10, pointerEvents: "none" }),
+        Plot.cell(runs.filter((run) => run.chosen), { ...at, stroke: "#D55E00", strokeWidth: 3, fill: "none", inset: -1 }),
+      ],
+    });
+    svg.setAttribute("role", "img");
+    return element("div", {}, others.length ? element("h4", {}, named(name)) : "", svg);
+  });
+  figure.append(element("div", { class: "plots" }, subplots), keepers(figure));
+  figure.classList.remove("waiting");
+}
+
+function commandsOf(cell) {
+  const command = (text) => [element("pre", {}, text), element("button", { type: "button", onclick: (event) => copy(text, event.currentTarget) }, "Copy the command")];
+  const list = [["Hardware", cell.machine.hardware], ["Code", cell.machine.code], ["Packages", cell.machine.packages]]
+    .filter(([, values]) => values.length)
+    .flatMap(([name, values]) => [element("dt", {}, name), element("dd", {}, values.join(", "))]);
+  return [
+    element("h3", {}, "Run it again"),
+    ...(cell.command ? [element("p", {}, "The first of these runs:"), ...command(cell.command)] : []),
+    element("p", {}, "All runs of the cell, with the tuning, as far as they are missing:"), ...command(cell.fill),
+    element("h3", {}, "Versions and hardware"), element("dl", {}, list),
+  ];
+}
+
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("button[data-cell]");
+  if (button) openCell(button.dataset.cell);
+});
+dialog.addEventListener("click", (event) => { // beside the dialog
+  if (event.target === dialog) {
+    const box = dialog.getBoundingClientRect();
+    if (event.clientX < box.left || event.clientX > box.right || event.clientY < box.top || event.clientY > box.bottom) dialog.close();
+  }
+});
+dialog.addEventListener("close", () => {
+  dialog.replaceChildren();
+  history.replaceState(null, "", location.pathname + location.search);
+});
+function openFromAddress() {
+  if (location.hash.startsWith("#cell-")) openCell(location.hash.slice(1));
+}
+addEventListener("hashchange", openFromAddress);
+openFromAddress();

@@ -1,0 +1,43 @@
+// The state of the runs, asked of the server (python -m experiments serve).
+
+const INTERVAL = 5000; // ms
+let version = null;
+
+async function refresh() {
+  const summary = document.getElementById("live-summary");
+  let text;
+  try {
+    const answer = await fetch("status.json", { cache: "no-store" });
+    const { rows, version: now, error } = await answer.json();
+    version ??= now;
+    text = error ?? describe(rows);
+    showRows(rows);
+    if (now !== version) text += " New records: load the page again to see them.";
+  } catch {
+    text = "The server does not answer; it may have ended.";
+  }
+  if (summary.textContent !== text) summary.textContent = text;
+  setTimeout(refresh, INTERVAL);
+}
+
+function describe(rows) {
+  if (!rows.length) return "No experiment was named: python -m experiments serve NAME shows the state of its runs.";
+  const count = (key) => rows.reduce((sum, row) => sum + (Number(row[key]) || 0), 0);
+  const done = rows.map((row) => String(row.done ?? "0/0").split("/").map(Number));
+  const sum = (i) => done.reduce((total, pair) => total + pair[i], 0);
+  return `${sum(0)} of about ${sum(1)} runs are done, ${count("running")} running, ${count("queued")} queued, ${count("failed")} failed.`;
+}
+
+function showRows(rows) {
+  const table = document.getElementById("live-table");
+  const heads = ["cell", "epochs", "done", "queued", "running", "failed", "time left"];
+  table.replaceChildren();
+  if (!rows.length) return;
+  table.append(
+    element("thead", {}, element("tr", {}, heads.map((head) => element("th", { scope: "col" }, head)))),
+    element("tbody", {}, rows.map((row) => element("tr", {}, heads.map((head, i) =>
+      element(i ? "td" : "th", i ? {} : { scope: "row" }, String(row[head] ?? "")))))),
+  );
+}
+
+refresh();

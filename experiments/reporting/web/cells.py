@@ -1,0 +1,174 @@
+"""What a cell of a table opens: its seeds, curves, hyperparameters and how they were chosen."""
+
+from collections.abc import Sequence
+from hashlib import sha256
+from math import isfinite
+from typing import Any
+
+from experiments.definitions.spec import Measure
+from experiments.planning.grid import Job
+from experiments.records import Record
+from experiments.reporting.charts import Chart, Line, Subplot, curve
+from experiments.reporting.outcomes import Outcome, paper
+from experiments.reporting.statistics import mean_and_error, mean_interval
+from experiments.reporting.tuning_tables import described, format_setting
+
+MAX_POINTS = 100  # of a curve
+CURVES = (("train_loss", "training loss, nats", "log"), ("margin_p50", "median training margin, logits", "linear"))
+NORM = ("weight_norm", "norm of all weights", "linear")
+
+
+def cell_key(outcome: Outcome, measures: Sequence[Measure]) -> str:
+    """An identifier of a cell at its budget, the same on every page that shows the same numbers of it."""
+    cell = outcome.cell
+    parts = (cell.name, cell.overrides, outcome.epochs, cell.grid_only, [measure.title for measure in measures])
+    return f"cell-{sha256(repr(parts).encode()).hexdigest()[:12]}"
+
+
+def detail(outcome: Outcome, measures: Sequence[Measure], command: str) -> dict[str, Any]:
+    """As plain data; `command` fills the cell."""
+    paper_value = paper(outcome.cell)
+    return {
+        "name": outcome.cell.name,
+        "epochs": outcome.epochs,
+        "paper_epochs": outcome.cell.epochs[0] if outcome.cell.epochs else None,
+        "paper": _number(paper_value),
+        "measures": [_measured(outcome, measure) for measure in measures],
+        "seeds": [_seed(record, measures) for record in outcome.records],
+        "failed": outcome.failed,
+        "setting": format_setting(outcome.setting),
+        "tuning": described(outcome) if outcome.setting else [],
+        "rungs": _rungs(outcome),
+        "fill": command,
+        "command": outcome.records[0].command if outcome.records else "",
+        "machine": _machine([*outcome.records, *(record for _, record in outcome.tried)]),
+        "curves": chart_data(_curves(outcome, measures)) if outcome.records and not outcome.failed else None,
+    }
+
+
+def _measured(outcome: Outcome, measure: Measure) -> dict[str, Any]:
+    values = outcome.values(measure)
+    low, high = mean_interval(values)
+    mean, error = mean_and_error(values)
+    return {
+        "title": measure.title,
+        "digits": measure.digits,
+        "n": len(values),
+        **{key: _number(value) for key, value in (("mean", mean), ("error", error), ("low", low), ("high", high))},
+    }
+
+
+def _seed(record: Record, measures: Sequence[Measure]) -> dict[str, Any]:
+    return {
+        "seed": record.config["seed"],
+        "values": [_number(record.value(measure.key)) for measure in measures],
+        "status": record.result["status"],
+        "record": record.name,
+        "code": record.code,
+    }
+
+
+def _machine(records: Sequence[Record]) -> dict[str, list[str]]:
+    environments = [environment for record in records for environment in record.environments]
+    packages = [f"{name} {version}" for e in environments for name, version in e["packages"].items()]
+    hardware = [e["device"] if e["device"] != "cpu" else f"{e['cores']}-core {e['cpu']}" for e in environments]
+    return {
+        "code": list(dict.fromkeys(record.code for record in records)),
+        "packages": sorted(dict.fromkeys(packages)),
+        "hardware": sorted(dict.fromkeys(hardware)),
+    }
+
+
+def _rungs(outcome: Outcome) -> list[dict[str, Any]]:
+    """The budgets of the tuning, each with its runs."""
+    recorded = {job.name: record for job, record in outcome.tried}
+    tuning = outcome.tuning
+    rungs = []
+    for title, jobs in (
+        ("whole grid" if tuning.short else "", tuning.short),
+        ("search" if tuning.short else "whole grid", tuning.full),
+        ("other seeds", tuning.confirming),
+    ):
+        done = [(job, recorded[job.name]) for job in jobs if job.name in recorded]
+        if done:
+            epochs = done[0][1].config["train"]["epochs"]
+            rungs.append(
+                {
+                    "title": f"{title}, {epochs} epochs, {len(done)} of {len(jobs)} runs",
+                    "axes": [override.partition("=")[0].split(".")[1] for override in done[0][0].setting],
+                    "runs": [_tried(job, record, outcome.setting) for job, record in done],
+                    "seeds": title == "other seeds",
+                }
+            )
+    return rungs
+
+
+def _tried(job: Job, record: Record, chosen: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "values": [float(override.partition("=")[2]) for override in job.setting],
+        "seed": record.config["seed"],
+        "score": _number(record.headline),
+        "chosen": bool(chosen) and job.setting == chosen,
+    }
+
+
+def _curves(outcome: Outcome, measures: Sequence[Measure]) -> Chart:
+    """Loss, headline metric, margin and norm over the epochs."""
+    record = outcome.records[0]
+    headline = f"{record.result['split']}_{record.result['headline']}"
+    title = next((measure.title for measure in measures if measure.key == "headline"), headline)
+    shown = [CURVES[0], (headline, title, "linear"), CURVES[1], NORM]
+    history = record.history
+    return Chart(
+        [
+            [
+                Subplot("", "epoch", title, [curve(outcome, key)], yscale=scale)
+                for key, title, scale in shown
+                if key in history and history[key].notna().any()
+            ]
+        ]
+    )
+
+
+def chart_data(chart: Chart) -> dict[str, Any]:
+    """A chart as plain data; curves are thinned to MAX_POINTS, their last point and the marked one stay."""
+    return {
+        "legends": chart.legends,
+        "rows": [
+            [
+                {
+                    "title": subplot.title,
+                    "xlabel": subplot.xlabel,
+                    "ylabel": subplot.ylabel,
+                    "xscale": subplot.xscale,
+                    "yscale": subplot.yscale,
+                    "ticks": [[x, text] for x, text in subplot.ticks.items()],
+                    "ymin": subplot.ymin,
+                    "rule": subplot.rule,
+                    "lines": [_line(line) for line in subplot.lines],
+                }
+                for subplot in row
+                if subplot.lines
+            ]
+            for row in chart.rows
+        ],
+    }
+
+
+def _line(line: Line) -> dict[str, Any]:
+    step = -(-len(line.x) // MAX_POINTS) or 1
+    kept = sorted({*range(0, len(line.x), step), len(line.x) - 1, *([] if line.mark is None else [line.mark])})
+    kept = [index for index in kept if index >= 0]
+    columns = {name: [_number(getattr(line, name)[i]) for i in kept] for name in ("x", "y")}
+    if len(line.low):
+        columns |= {name: [_number(getattr(line, name)[i]) for i in kept] for name in ("low", "high")}
+    mark = None if line.mark is None else kept.index(line.mark)
+    return {
+        **{"label": line.label, "color": line.color, "style": line.style, "points": line.points, "mark": mark},
+        **columns,
+    }
+
+
+def _number(value: float) -> float | None:
+    """With six significant digits; None where it is not finite, for which JSON has no number."""
+    return float(f"{value:.6g}") if isfinite(value) else None

@@ -1,0 +1,103 @@
+"""A server of the results page on this machine alone, with the state of runs while they are trained."""
+
+import json
+import threading
+from collections.abc import Callable
+from functools import partial
+from http import HTTPStatus
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from lawn.errors import UserError
+
+LOOPBACK = "127.0.0.1"
+HOSTS = (LOOPBACK, "localhost")  # as a browser on this machine, or at the other end of a tunnel, calls it
+RECORDS = ("runs/*.json", "tuning/*.jsonl", "simulations/*.json")
+
+
+class ResultsServer:
+    """What is served: the page, made again when there are new records, the state of the runs, and the files of results.
+
+    Args:
+        results: folder of the records.
+        page: makes the page's HTML.
+        status: rows with the state of the runs of each cell.
+    """
+
+    def __init__(self, results: Path, page: Callable[[], str], status: Callable[[], list[dict[str, Any]]]) -> None:
+        self.results = results
+        self._make_page = page
+        self._make_status = status
+        self._lock = threading.Lock()  # of the store that both read
+        self._page: tuple[str, str] | None = None  # the version of the records and the page of them
+
+    def version(self) -> str:
+        """A text that changes with the records."""
+        states = [path.stat() for pattern in RECORDS for path in self.results.glob(pattern)]
+        return f"{len(states)}-{sum(s.st_size for s in states)}-{max((s.st_mtime_ns for s in states), default=0)}"
+
+    def page(self) -> str:
+        with self._lock:
+            version = self.version()
+            if self._page is None or self._page[0] != version:
+                self._page = version, self._make_page()
+            return self._page[1]
+
+    def status(self) -> str:
+        """As JSON; with the reason where the records cannot be read."""
+        answer: dict[str, Any] = {"rows": []}
+        try:
+            with self._lock:
+                answer["rows"] = self._make_status()
+            answer["version"] = self.version()
+        except (UserError, OSError) as error:
+            answer["error"] = str(error)
+        return json.dumps(answer)
+
+    def listen(self, port: int) -> ThreadingHTTPServer:
+        """An HTTP server on the loopback interface; port 0: a free one. Raises OSError if the port is taken."""
+        return ThreadingHTTPServer((LOOPBACK, port), partial(_Handler, served=self, directory=str(self.results)))
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    def __init__(self, *args: Any, served: ResultsServer, **kwargs: Any) -> None:
+        self._served = served
+        super().__init__(*args, **kwargs)
+
+    def do_GET(self) -> None:
+        if not self._from_here():
+            return
+        path = self.path.partition("?")[0]
+        if path in ("/", "/index.html"):
+            self._answer(self._served.page, "text/html; charset=utf-8")
+        elif path == "/status.json":
+            self._answer(self._served.status, "application/json")
+        else:
+            super().do_GET()
+
+    def do_HEAD(self) -> None:
+        if self._from_here():
+            super().do_HEAD()
+
+    def _from_here(self) -> bool:
+        """Refuses pages of other sites whose name leads to this machine (DNS rebinding)."""
+        if self.headers.get("Host", "").rpartition(":")[0] in HOSTS or self.headers.get("Host") in HOSTS:
+            return True
+        self.send_error(HTTPStatus.FORBIDDEN, f"only as {' or '.join(HOSTS)}")
+        return False
+
+    def _answer(self, make: Callable[[], str], kind: str) -> None:
+        try:
+            status, body = HTTPStatus.OK, make().encode()
+        except (UserError, OSError) as error:
+            status, body, kind = HTTPStatus.INTERNAL_SERVER_ERROR, f"error: {error}\n".encode(), "text/plain"
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: Any) -> None:
+        """Nothing: the page asks every few seconds."""

@@ -1,0 +1,325 @@
+"""The page of all results: its text, what its cells open, and the numbers at its top. test_browser.py looks at it."""
+
+import gzip
+import json
+import re
+from base64 import b64decode
+from dataclasses import replace
+from html import unescape
+from html.parser import HTMLParser
+from math import isfinite, nan, sqrt
+from shlex import split
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import t as student
+
+from experiments.__main__ import EXPERIMENTS, SIMULATIONS
+from experiments.definitions.spec import Cell, Experiment, PaperResult
+from experiments.planning.study import Tuning
+from experiments.records import Store
+from experiments.reporting import report
+from experiments.reporting.charts import Chart, Line, Subplot
+from experiments.reporting.layout import Entry, Panel
+from experiments.reporting.outcomes import Outcome, Pair
+from experiments.reporting.page import Page
+from experiments.reporting.simulations import simulation_page
+from experiments.reporting.statistics import Comparison, compare, mean_interval
+from experiments.reporting.web import findings
+from experiments.reporting.web.cells import MAX_POINTS, chart_data
+from experiments.reporting.web.index import index_html, linked
+from lawn.errors import ConfigError
+from tests.experiments.helpers import MINI, TUNED
+from tests.experiments.test_report import made_up
+from tests.helpers import ROOT
+
+RESULTS = ROOT / "results"
+
+
+class Tables(HTMLParser):
+    """The cells of the tables of numbers, and the scripts, of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.cells: list[dict[str, str]] = []
+        self.scripts: dict[str, str] = {}
+        self._inside: list[str] | None = None
+        self._script = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag == "td":
+            self.cells.append({key.removeprefix("data-"): value for key, value in attributes.items()})
+            self.cells[-1]["text"] = ""
+            self._inside = []
+        if tag == "button" and "data-cell" in attributes:
+            self.cells[-1]["key"] = attributes["data-cell"]
+        self._script = attributes.get("id", "") if tag == "script" else ""
+
+    def handle_endtag(self, tag):
+        if tag == "td":
+            self.cells[-1]["text"] = " ".join(self._inside)
+            self._inside = None
+        if tag == "script":
+            self._script = ""
+
+    def handle_data(self, data):
+        if self._inside is not None and data.strip():
+            self._inside.append(data.strip())
+        if self._script:
+            self.scripts[self._script] = self.scripts.get(self._script, "") + data
+
+    def detail(self, key: str) -> dict:
+        return json.loads(gzip.decompress(b64decode(self.scripts[key])))
+
+
+def pages_of(results, experiments) -> list[Page]:
+    return [report.page_of(experiment, Store(results)) for experiment in experiments]
+
+
+@pytest.fixture(scope="module")
+def committed() -> Tables:
+    return Tables((RESULTS / "index.html").read_text())
+
+
+def test_the_committed_page_is_that_of_the_records():
+    store = Store(RESULTS)
+    pages = [report.page_of(experiment, store) for experiment in EXPERIMENTS.values()]
+    pages += [simulation_page(simulation, RESULTS) for simulation in SIMULATIONS.values()]
+    text, committed = report.index(pages, RESULTS), (RESULTS / "index.html").read_text()
+    assert unpacked(text) == unpacked(committed)
+    assert len(committed) < 1.5e6
+
+
+def unpacked(text: str) -> str:
+    """Versions of zlib pack differently."""
+    packed = r'(?<=<script type="application/gzip" id=")([\w.-]+">)(.*?)(?=</script>)'
+    return re.sub(packed, lambda found: found[1] + gzip.decompress(b64decode(found[2])).decode(), text)
+
+
+def test_every_number_of_the_committed_page_is_that_of_its_records(committed):
+    """From the files of the records alone."""
+    checked = 0
+    for cell in committed.cells:
+        if "key" not in cell or "n" not in cell:
+            continue
+        detail = committed.detail(cell["key"])
+        columns = list(zip(*(seed["values"] for seed in detail["seeds"]), strict=True))
+        records = [json.loads((RESULTS / "runs" / f"{s['record']}.json").read_text()) for s in detail["seeds"]]
+        results = [record["result"] for record in records]
+        headline = [r["last"][f"{r['split']}_{r['headline']}"] for r in results]
+        assert [record["config"]["seed"] for record in records] == [seed["seed"] for seed in detail["seeds"]]
+        if "calibration" not in detail["measures"][0]["title"]:
+            assert columns[0] == pytest.approx(headline, rel=1e-5)
+        values = np.asarray(columns[0])
+        assert int(cell["n"]) == len(values) == len(records)
+        assert float(cell["value"]) == pytest.approx(values.mean(), rel=1e-5)
+        assert cell["text"].split()[0] == f"{values.mean():.2f}"
+        if len(values) > 1:
+            half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / sqrt(len(values))
+            assert float(cell["low"]) == pytest.approx(values.mean() - half, rel=1e-5, abs=1e-9)
+            assert f"{values.mean() - half:.2f} to {values.mean() + half:.2f}, n={len(values)}" in cell["text"]
+        if "paper" in cell:
+            assert float(cell["difference"]) == pytest.approx(values.mean() - float(cell["paper"]), abs=1e-3)
+        checked += 1
+    assert checked >= 30
+
+
+def test_every_chosen_setting_and_tuning_score_is_that_of_its_record(committed):
+    recorded = {}
+    for path in (RESULTS / "tuning").glob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            recorded[record["command"].partition("run.py ")[2]] = record
+    scores = sorted(
+        record["result"]["last"][f"{record['result']['split']}_{record['result']['headline']}"]
+        for record in recorded.values()
+        if record["result"]["status"] == "done"
+    )
+    shown = [
+        run["score"]
+        for key in {cell["key"] for cell in committed.cells if "key" in cell}
+        for rung in committed.detail(key)["rungs"]
+        for run in rung["runs"]
+        if run["score"] is not None
+    ]
+    assert len(shown) > 1000
+    nearest = np.asarray(scores)[np.clip(np.searchsorted(scores, np.asarray(shown) - 1e-3), 0, len(scores) - 1)]
+    assert np.allclose(nearest, shown, rtol=1e-5)
+
+
+def test_the_gains_of_the_committed_page_are_those_of_the_comparisons(committed):
+    pages = pages_of(RESULTS, [EXPERIMENTS["table4"], EXPERIMENTS["figure1"]])
+    gains = {f"{pair.gain.difference:.6g}": pair.gain.interval() for page in pages for pair in page.pairs}
+    shown = [cell for cell in committed.cells if "gain" in cell]
+    assert {cell["gain"] for cell in shown} == set(gains)
+    for cell in shown:
+        low, high = gains[cell["gain"]]
+        assert (float(cell["gain-low"]), float(cell["gain-high"])) == pytest.approx((low, high), rel=1e-5)
+        assert f"{low:+.3g} to {high:+.3g} over" in cell["text"]
+
+
+def test_what_a_cell_opens(results):
+    text = index_html(pages_of(results, [MINI]), {})
+    tables = Tables(text)
+    adam, fails = (tables.detail(cell["key"]) for cell in tables.cells if "key" in cell)
+    assert [seed["seed"] for seed in adam["seeds"]] == [0, 1]
+    first = json.loads((results / "runs" / f"{adam['seeds'][0]['record']}.json").read_text())
+    assert adam["command"] == first["command"]
+    assert adam["fill"] == "python -m experiments run mini --only optim=adam"
+    titles = [subplot["ylabel"] for subplot in adam["curves"]["rows"][0]]
+    assert titles[:2] == ["training loss, nats", "test accuracy, %"]
+    (loss,) = adam["curves"]["rows"][0][0]["lines"]
+    assert loss["y"][0] == pytest.approx(
+        np.mean(
+            [
+                json.loads((results / "runs" / f"{seed['record']}.json").read_text())["history"]["train_loss"][0]
+                for seed in adam["seeds"]
+            ]
+        ),
+        rel=1e-5,
+    )
+    assert adam["machine"]["hardware"]
+    assert any(package.startswith("torch ") for package in adam["machine"]["packages"])
+    assert (fails["failed"], fails["curves"]) == (True, None)
+    assert [seed["status"] for seed in fails["seeds"]] == ["diverged"] * 2
+
+
+def test_how_a_cell_was_tuned(tuned):
+    tables = Tables(index_html(pages_of(tuned / "results", [TUNED]), {}))
+    (detail,) = (tables.detail(cell["key"]) for cell in tables.cells if "key" in cell)
+    grid = detail["rungs"][0]
+    assert grid["axes"] == ["lr"]
+    best = max((run for run in grid["runs"] if run["score"] is not None), key=lambda run: run["score"])
+    chosen = [run for rung in detail["rungs"] for run in rung["runs"] if run["chosen"]]
+    assert len({tuple(run["values"]) for run in chosen}) == 1
+    assert detail["setting"].startswith("lr ")
+    confirmed = {tuple(run["values"]) for run in detail["rungs"][-1]["runs"]}
+    assert tuple(best["values"]) in confirmed
+    assert tuple(chosen[0]["values"]) in confirmed
+    assert dict(detail["tuning"])["runs: short + full + other seeds"].count("+") == 1
+
+
+def test_data_cannot_end_its_script(results):
+    evil = "</script><script>alert(1)</script>"
+    page = pages_of(results, [MINI])[0]
+    page = replace(page, title=evil, chart=Chart([[Subplot(evil, "x", "y", [Line(evil, 0, [1.0], [2.0])])]]))
+    text = index_html([page], {})
+    assert text.count("alert(1)") > 1
+    assert "<script>alert(1)" not in text
+
+
+def test_links_of_markdown_are_links_and_everything_else_is_text():
+    assert linked("70 <sup>[0](runs/a.json)</sup>") == '70 <a href="runs/a.json">0</a>'
+    assert linked("<b>") == "&lt;b&gt;"
+
+
+def panel_commands() -> list[tuple[Experiment, str, set[Cell]]]:
+    commands = []
+    for experiment in EXPERIMENTS.values():
+        cells = [Outcome(cell, None, [], Tuning(), []) for cell in experiment.cells]
+        for title in dict.fromkeys(cell.panel for cell in experiment.cells):
+            here = [o for o in cells if o.cell.panel == title]
+            rows = [(o.cell.row, [Entry("", outcome=o, measure=experiment.measures[0])]) for o in here]
+            page = empty_page(experiment, [Panel(title, [""], rows)])
+            (command,) = re.findall(r": not run yet\. <code>(.*?)</code>", index_html([page], {}))
+            commands.append((experiment, command, {o.cell for o in here}))
+    return commands
+
+
+def empty_page(experiment: Experiment, panels: list[Panel], **more) -> Page:
+    given = {"records": [], "summary": [], "provenance": "", "measured": "", "notes": [], "figure_shown": False}
+    return Page(
+        **{"name": experiment.name, "title": experiment.title, "frame": pd.DataFrame(), **given, **more},
+        panels=panels,
+        experiment=experiment,
+    )
+
+
+def test_the_command_of_an_empty_panel_runs_its_cells():
+    seen = 0
+    for experiment, command, cells in panel_commands():
+        words = split(unescape(command))
+        assert words[:5] == ["python", "-m", "experiments", "run", experiment.name]
+        only = words[6:] if len(words) > 5 else []
+        chosen = set(experiment.only(only).cells)
+        assert cells <= chosen
+        if only:
+            assert chosen == cells
+            seen += 1
+    assert seen > 10
+    with pytest.raises(ConfigError):
+        EXPERIMENTS["table4"].only(["dataset=none"])
+
+
+@given(st.lists(st.floats(-1e6, 1e6) | st.just(nan), min_size=1, max_size=700), st.data())
+def test_curves_are_thinned(values, data):
+    mark = data.draw(st.none() | st.integers(0, len(values) - 1))
+    line = Line("a", 0, list(range(len(values))), values, low=values, high=values, mark=mark)
+    (row,) = chart_data(Chart([[Subplot("", "x", "y", [line])]]))["rows"]
+    (thin,) = row[0]["lines"]
+    assert len(thin["x"]) == len(thin["y"]) == len(thin["low"]) <= MAX_POINTS + 2
+    assert (thin["x"][0], thin["x"][-1]) == (0, len(values) - 1)
+    assert mark is None or thin["x"][thin["mark"]] == mark
+    for x, y in zip(thin["x"], thin["y"], strict=True):
+        expected = values[int(x)]
+        assert y is None if not isfinite(expected) else y == pytest.approx(expected, rel=1e-5)
+    json.dumps(thin, allow_nan=False)
+
+
+def test_the_interval_of_a_mean():
+    low, high = mean_interval([1.0, 2.0, 3.0])
+    half = 4.302653 / sqrt(3)  # of Student's t with 2 degrees of freedom, from a table
+    assert (low, high) == pytest.approx((2 - half, 2 + half), rel=1e-6)
+    assert not any(map(isfinite, mean_interval([1.0])))
+    assert not any(map(isfinite, mean_interval([])))
+
+
+def pair(gain: float, spread: float, base: str = "Adam", column: str = "1k", paper: float = nan) -> Pair:
+    ours = np.array([gain - spread, gain, gain + spread])
+    compared = compare(ours, np.array([-0.1, 0.0, 0.1]))
+    return Pair("P", column, base, "Adam-LAWN", compared, (3, 3), False, nan, paper)
+
+
+def table_with(*pairs: Pair) -> Page:
+    return empty_page(replace(MINI, name="table9"), [], pairs=pairs)
+
+
+def test_what_is_said_of_the_comparisons():
+    assert findings.findings([table_with()]) == []
+    (few,) = findings.findings([table_with(pair(2.0, 0.1, paper=1.5), pair(2.0, 0.1, base="Adam, eps tuned"))])
+    assert few.text.count("Adam-LAWN against") == 1  # the same runs, under two names
+    assert few.text.startswith("Adam-LAWN against Adam, P, 1k: +2 (95 % interval +1.7")
+    assert few.text.endswith("3 and 3 seeds; the paper +1.5): better.")
+    many = [pair(gain, 0.5, column=f"{i}k") for i, gain in enumerate((3.0, 4.0, 0.1, -3.0))]
+    (said,) = findings.findings([table_with(*many)])
+    assert "Of 4 comparisons with LAWN and without, LAWN is better in 2, worse in 1, and 1 are not decided" in said.text
+    mean, half = np.mean([3, 4, 0.1, -3]), 3.182446 * np.std([3, 4, 0.1, -3], ddof=1) / 2
+    assert f"{mean:+.3g} on average (95 % interval {mean - half:+.3g} to {mean + half:+.3g}, over" in said.text
+
+
+def test_a_comparison_without_an_interval_is_no_finding():
+    single = Pair("P", "1k", "Adam", "Adam-LAWN", Comparison(2.0, nan, nan), (1, 1), False, nan, nan)
+    assert findings.findings([table_with(single)]) == []
+
+
+def test_how_much_is_filled():
+    cells = [Cell(f"row {i}", (), paper=PaperResult(1.0), epochs=(300, 30)) for i in range(3)]
+    cells.append(Cell("of ours alone", (), epochs=(300, 30)))
+    found = [made_up(cells[0], 1.0, epochs=300), made_up(cells[1], 1.0, epochs=30), made_up(cells[2])]
+    found.append(made_up(cells[3], 1.0))
+    said = findings.coverage([empty_page(replace(MINI, name="table9"), [], outcomes=found)])
+    assert said.startswith("2 of the 3 numbers that the paper's tables print have one of ours beside them: 1 at the")
+    assert "1 at a shorter budget. The page shows 3 final runs and 0 runs" in said
+
+
+def test_a_page_without_any_record(tmp_path):
+    text = index_html(pages_of(tmp_path, EXPERIMENTS.values()), {})
+    assert "0 of the 176 numbers" in text
+    assert "What the records say" not in text
+    assert Tables(text).scripts.keys() >= {"library-d3", "library-plot.umd"}
+    assert not [cell for cell in Tables(text).cells if "key" in cell]
