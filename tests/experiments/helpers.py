@@ -1,6 +1,9 @@
 """Miniatures of experiments, of runs that take less than a second."""
 
+import gzip
+import re
 import time
+from base64 import b64decode
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +99,12 @@ def run_experiment(
         vectorize=vectorize,
     )
     return [ended for ended in unsuccessful if not ended.diverged]
+
+
+def unfolded(text: str) -> str:
+    """A results page with what it has packed to be unfolded."""
+    packed = r'<script type="application/gzip" id="fold-[^"]*">(.*?)</script>'
+    return re.sub(packed, lambda found: gzip.decompress(b64decode(found[1])).decode(), text)
 
 
 def miniature(experiment: Experiment, tuned: bool = False) -> Experiment:

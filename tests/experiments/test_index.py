@@ -5,6 +5,7 @@ import json
 import re
 from base64 import b64decode
 from dataclasses import replace
+from hashlib import sha256
 from html import unescape
 from html.parser import HTMLParser
 from math import isfinite, nan, sqrt
@@ -30,9 +31,9 @@ from experiments.reporting.simulations import simulation_page
 from experiments.reporting.statistics import Comparison, compare, mean_interval
 from experiments.reporting.web import findings
 from experiments.reporting.web.cells import MAX_POINTS, chart_data
-from experiments.reporting.web.index import index_html, linked
+from experiments.reporting.web.index import ASSETS, LIBRARIES, index_html, linked
 from lawn.errors import ConfigError
-from tests.experiments.helpers import MINI, TUNED
+from tests.experiments.helpers import MINI, TUNED, unfolded
 from tests.experiments.test_report import made_up
 from tests.helpers import ROOT
 
@@ -48,7 +49,7 @@ class Tables(HTMLParser):
         self.scripts: dict[str, str] = {}
         self._inside: list[str] | None = None
         self._script = ""
-        self.feed(text)
+        self.feed(unfolded(text))
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
@@ -323,3 +324,11 @@ def test_a_page_without_any_record(tmp_path):
     assert "What the records say" not in text
     assert Tables(text).scripts.keys() >= {"library-d3", "library-plot.umd"}
     assert not [cell for cell in Tables(text).cells if "key" in cell]
+
+
+def test_the_libraries_are_as_they_were_published():
+    vendor = ASSETS / "vendor"
+    told = re.findall(r"\| (\S+\.js) \|.*\| ([0-9a-f]{64}) \|", (vendor / "README.md").read_text())
+    assert {name for name, _ in told} == {f"{name}.min.js" for name in LIBRARIES}
+    for name, digest in told:
+        assert sha256((vendor / name).read_bytes()).hexdigest() == digest

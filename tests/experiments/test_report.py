@@ -29,7 +29,7 @@ from lawn.compose import compose
 from lawn.errors import RunError
 from lawn.identity import run_name
 from lawn.train.run_directory import encode_outcomes
-from tests.experiments.helpers import ACCURACY, MINI, TUNED, run_experiment
+from tests.experiments.helpers import ACCURACY, MINI, TUNED, run_experiment, unfolded
 from tests.helpers import RECOMMENDERS, ROOT
 
 
@@ -80,7 +80,7 @@ def test_the_index_stands_alone(results):
     for page in pages:
         report.write(page, results)
     report.write_index(pages, results)
-    text = (results / "index.html").read_text()
+    text = unfolded((results / "index.html").read_text())
     assert re.findall(r'(?:src|srcset|@import|url)[=(\s]+["\']?(?:https?:)?//', text) == []
     links = re.findall(r'href="(?!http|#|data:)([^"]*)"', text)
     assert links == ["runs/"]

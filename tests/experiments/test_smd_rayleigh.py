@@ -27,6 +27,7 @@ from experiments.spherical_motion.rayleigh import (
 )
 from lawn.diagnostics import equilibrium_angle, equilibrium_norm
 from lawn.train import provenance
+from tests.experiments.helpers import unfolded
 from tests.helpers import ROOT
 
 TINY = replace(
@@ -229,7 +230,7 @@ def test_the_page_comes_from_the_record_alone(call, results):
 
 def test_the_index_shows_it_beside_the_others(call, results):
     assert call("report")[0] == 0
-    index = (results / "index.html").read_text()
+    index = unfolded((results / "index.html").read_text())
     assert '<a href="#smd_rayleigh">Spherical motion dynamics</a>' in index
     (path,) = (results / "simulations").glob("*.json")
     assert f'href="simulations/{path.name}"' in index

@@ -30,6 +30,7 @@ TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+LONG = 20  # rows; tables with more are folded
 TUNED = "tuning runs"  # of a cell without final runs
 BASES = {"adam": "Adam", "sgd": "SGD", "lamb": "LAMB"}  # optimizers, by the beginning of the names of their variants
 
@@ -40,7 +41,7 @@ def linked(text: str) -> Markup:
 
 
 TEMPLATES.filters["linked"] = linked
-TEMPLATES.globals["TUNED"] = TUNED
+TEMPLATES.globals |= {"TUNED": TUNED, "LONG": LONG}
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,12 @@ def index_html(pages: Sequence[Page], images: Mapping[str, str], live: bool = Fa
     )
 
 
-def packed(text: str) -> str:
-    """As the page unpacks it."""
-    return b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+def packed(text: str) -> Markup:
+    """As the page unpacks it; it may stand in an element `script`."""
+    return Markup(b64encode(gzip.compress(text.encode(), mtime=0)).decode())
+
+
+TEMPLATES.filters["pack"] = packed
 
 
 def _json(content: Any) -> str:

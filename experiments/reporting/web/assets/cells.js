@@ -125,7 +125,7 @@ async function drawHeatMap(figure, rung) {
         Plot.cell(runs.filter((run) => run.chosen), { ...at, stroke: "#D55E00", strokeWidth: 3, fill: "none", inset: -1 }),
       ],
     });
-    svg.setAttribute("role", "img");
+    asImage(svg);
     return element("div", {}, others.length ? element("h4", {}, named(name)) : "", svg);
   });
   figure.append(element("div", { class: "plots" }, subplots), keepers(figure));

@@ -73,8 +73,14 @@ function drawSubplot(Plot, subplot) {
     ...(subplot.lines.some((line) => line.points) ? { inset: 4 } : {}),
     marks,
   });
-  svg.setAttribute("role", "img");
+  asImage(svg);
   return element("div", {}, subplot.title ? element("h4", {}, subplot.title) : "", svg);
+}
+
+/** One image for a screen reader, with the label of the whole; Plot labels its parts too. */
+function asImage(svg) {
+  svg.setAttribute("role", "img");
+  for (const part of svg.querySelectorAll("[aria-label]")) part.removeAttribute("aria-label");
 }
 
 /** A swatch and a name for each line, each name once. */

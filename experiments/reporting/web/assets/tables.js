@@ -90,6 +90,15 @@ class NumberTable {
 
 for (const panel of document.querySelectorAll("[data-panel]")) new NumberTable(panel);
 
+// What is folded is unpacked when it is first opened.
+document.addEventListener("toggle", async ({ target }) => {
+  const id = target.dataset?.fold;
+  if (!id || !target.open) return;
+  delete target.dataset.fold;
+  target.insertAdjacentHTML("beforeend", await unpack(id));
+  for (const panel of target.querySelectorAll("[data-panel]")) new NumberTable(panel);
+}, true);
+
 document.addEventListener("click", ({ target }) => { // an open menu closes
   for (const menu of document.querySelectorAll(".menu[open]")) if (!menu.contains(target)) menu.open = false;
 });
