@@ -94,7 +94,8 @@ def outcomes(experiment: Experiment, store: Store, selection: str = "val") -> li
 
 def _outcome(cell: Cell, store: Store, selection: str, seeds: int) -> Outcome:
     nothing = Outcome(cell, None, [], Tuning(), [])
-    if not store.any_of(cell.value("dataset")):
+    given = dict(override.split("=", 1) for override in cell.overrides)
+    if not store.may_have(given["dataset"], given.get("optim"), given.get("train.batch_size")):
         return nothing
     found = []
     for budgets in [cell.budgets(k) for k in range(len(cell.epochs))] or [()]:
