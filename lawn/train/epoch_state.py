@@ -11,10 +11,7 @@ from lawn.train.distributed import World
 
 @dataclass
 class EpochState:
-    """Losses, margins and gradient norms of the updates so far, on one rank.
-
-    In vectorized runs losses, margins and gradients have a leading run axis.
-    """
+    """Losses, margins and gradient norms of the updates so far, on one rank."""
 
     lr: float  # of the epoch's first update
     losses: list[Tensor] = field(default_factory=list)  # [n] each: this rank's share of the mean loss of n updates
@@ -30,9 +27,7 @@ class EpochState:
     def add_update(self, loss: Tensor, gradient_norms: Tensor) -> None:
         """Record the loss and the gradient norms of an update, without waiting for the device."""
         self.losses.append(loss[None])
-        previous = gradient_norms if self.gradients is None else self.gradients
-        finite = (gradient_norms < torch.inf).all(-1, keepdim=True)  # isfinite takes four kernels
-        self.gradients = torch.where(finite, gradient_norms, previous)
+        self.gradients = last_finite(self.gradients, gradient_norms)
 
     def divergence(self, updates_before: int, names: list[str]) -> dict[str, Any]:
         """Where a diverged epoch, which follows `updates_before` updates, went wrong.
@@ -67,6 +62,12 @@ class EpochState:
             if device.type == "cuda" and len(self.generator_states) > 1:
                 torch.cuda.set_rng_state(self.generator_states[1], device)
         self.generator_states = []
+
+
+def last_finite(previous: Tensor | None, norms: Tensor) -> Tensor:
+    """The norms [..., weights] of an update where all are finite, elsewhere the previous ones, if any."""
+    finite = (norms < torch.inf).all(-1, keepdim=True)  # isfinite takes four kernels
+    return torch.where(finite, norms, norms if previous is None else previous)
 
 
 def load_epoch_state(states: list[dict[str, Any]], model: nn.Module, world: World) -> EpochState:

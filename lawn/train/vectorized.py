@@ -20,13 +20,14 @@ from lawn.identity import identity
 from lawn.optim import NonFiniteError
 from lawn.task import Task
 from lawn.train.distributed import launched_by_torchrun
-from lawn.train.epoch_state import EpochState
+from lawn.train.epoch_state import last_finite
 from lawn.train.throughput import flops_per_sample, synchronize, to_meta
 from lawn.train.trainer import Trainer
 from lawn.train.vectorized_step import VectorizedStep
 
 MODELS = ("mlp", "ncf_mlp")  # small, so that one run leaves a device idle, and without batch norm
 CPU_ROWS = 160_000  # of the batches of all runs: one run with more keeps a CPU busy, and its caches full
+SAMPLE_BYTES = 40  # of an epoch of a recommender that has a seed of its own
 OWN_WEIGHTS = ("adam_hoffer",)  # optimizers that replace the model's weights
 
 
@@ -49,9 +50,9 @@ def vectorization_key(config: Config) -> str | None:
 def max_vectorized_runs(task: Task, batch: tuple[Tensor, ...]) -> int:
     """The number of runs like this one to vectorize.
 
-    They use at most a quarter of the free memory for weights, gradients, two moments, a batch and the tensors saved for
-    the backward pass (counted without computing anything), and on a CPU no more rows than are faster than runs one
-    after the other.
+    They use at most a quarter of the free memory for weights, gradients, two moments, the samples of an epoch, a batch
+    and the tensors saved for the backward pass (counted without computing anything), and on a CPU no more rows than are
+    faster than runs one after the other.
     """
     saved = 0
 
@@ -64,6 +65,7 @@ def max_vectorized_runs(task: Task, batch: tuple[Tensor, ...]) -> int:
         task.loss_and_margins(to_meta(task.model), tuple(t.to("meta") for t in batch))
     weights = sum(p.nbytes for p in task.model.parameters())
     each = 4 * weights + 2 * saved + sum(t.nbytes for t in batch)  # the backward pass allocates as much again
+    each += SAMPLE_BYTES * task.dataset.num_train
     fit = int(0.25 * _free_bytes(batch[0].device) / each)
     if batch[0].device.type == "cpu":
         fit = min(fit, CPU_ROWS // len(batch[0]))
@@ -155,9 +157,13 @@ class VectorizedTrainer:
         generators = [torch.Generator(device).manual_seed(seed) for seed in different]
         epochs = [task.dataset.train_batches(trainers[0].batching, generator) for generator in generators]
         before = [trainer.gradients for trainer in trainers if trainer.gradients is not None]
-        state = EpochState(math.nan, gradients=torch.stack(before) if len(before) == len(trainers) else None)
+        gradients = torch.stack(before) if len(before) == len(trainers) else None
         failed: dict[int, int] = {}
-        for batches in zip(*epochs, strict=True):
+        # A new tensor to keep for each batch would lie between the blocks that the next batches could use again.
+        samples = task.dataset.num_train
+        losses = torch.empty(trainers[0].batching.updates(samples), len(trainers), dtype=torch.double, device=device)
+        margins = torch.empty(len(trainers), samples, device=device)
+        for update, batches in enumerate(zip(*epochs, strict=True)):
             batch = [torch.stack(columns)[which] for columns in zip(*(drawn for _, drawn in batches), strict=True)]
             if trainers[0].flops is None:
                 flops = flops_per_sample(task, task.model, batches[0][1])
@@ -170,18 +176,20 @@ class VectorizedTrainer:
                 stack.grad = None
             *inputs, labels = batch
             logits = self._logits(*inputs)
-            losses = torch.vmap(task.loss)(logits, labels)
-            losses.sum().backward()
-            state.add_update(losses.detach().double(), self._gradient_norms())
-            state.margins.append(torch.vmap(task.margins)(logits.detach(), labels))
-            self._update(failed, state.updates)
+            loss = torch.vmap(task.loss)(logits, labels)
+            loss.sum().backward()
+            losses[update] = loss.detach()
+            gradients = last_finite(gradients, self._gradient_norms())
+            rows = batches[0][0]
+            margins[:, rows.start : rows.stop] = torch.vmap(task.margins)(logits.detach(), labels)
+            self._update(failed, update + 1)
         # One by one: the median along a dimension has no deterministic form on GPUs.
-        medians = torch.stack([margins.median() for margins in torch.cat(state.margins, dim=1)]).tolist()
-        each = torch.cat(state.losses).cpu()  # [updates, K]
+        medians = torch.stack([own.median() for own in margins]).tolist()
+        each = losses.cpu()
+        assert gradients is not None
         for k, trainer in enumerate(trainers):
             assert trainer.epoch_state is not None
-            assert state.gradients is not None
-            trainer.epoch_state.losses, trainer.epoch_state.gradients = [each[: failed.get(k), k]], state.gradients[k]
+            trainer.epoch_state.losses, trainer.epoch_state.gradients = [each[: failed.get(k), k]], gradients[k]
         means = [math.nan if k in failed else trainer.mean_loss() for k, trainer in enumerate(trainers)]
         return means, [math.nan if k in failed else median for k, median in enumerate(medians)]
 
