@@ -153,6 +153,22 @@ def test_every_chosen_setting_and_tuning_score_is_that_of_its_record(committed):
     assert np.allclose(nearest, shown, rtol=1e-5)
 
 
+def test_the_frame_in_a_short_grid_is_at_the_place_that_is_told(committed):
+    framed = 0
+    for key in {cell["key"] for cell in committed.cells if "key" in cell}:
+        detail = committed.detail(key)
+        told = dict(detail["tuning"]).get("place in the short search", "")
+        chosen = [run for run in detail["rungs"][0]["runs"] if run["chosen"]] if told else []
+        if told and not told.startswith("beyond"):
+            scores = [run["score"] for run in detail["rungs"][0]["runs"] if run["score"] is not None]
+            (run,) = chosen
+            assert sum(score > run["score"] for score in scores) == int(told.split()[0]) - 1
+            framed += 1
+        else:
+            assert chosen == []
+    assert framed > 0
+
+
 def test_the_gains_of_the_committed_page_are_those_of_the_comparisons(committed):
     pages = pages_of(RESULTS, [EXPERIMENTS["table4"], EXPERIMENTS["figure1"]])
     gains = {f"{pair.gain.difference:.6g}": pair.gain.interval() for page in pages for pair in page.pairs}

@@ -208,12 +208,11 @@ def _cell(page: Page, entry: Entry, details: dict[str, str]) -> CellView:
     mean, low, high = mean_and_error(values)[0], *mean_interval(values)
     first = measure is experiment.measures[0]
     pairs = [pair for pair in page.pairs if first and _is_rival(pair, outcome)]
-    difference = f"{entry.difference}{'*' if entry.marked else ''}"
     return CellView(
         main="Fail" if outcome.failed else f"{mean:{text}}",
         soft=_soft(outcome, f"{low:{text}} to {high:{text}}" if len(values) > 1 else "", len(values)),
-        paper=f"{printed}, {difference}" if difference else printed,
-        difference=difference,
+        paper=printed,
+        difference=f"{entry.difference}{'*' if entry.marked else ''}",
         gains=[_gain(pair) for pair in pairs],
         key=key,
         numbers=Numbers(
