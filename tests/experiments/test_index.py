@@ -178,6 +178,10 @@ def test_the_gains_of_the_committed_page_are_those_of_the_comparisons(committed)
         low, high = gains[cell["gain"]]
         assert (float(cell["gain-low"]), float(cell["gain-high"])) == pytest.approx((low, high), rel=1e-5)
         assert f"{low:+.3g} to {high:+.3g} over" in cell["text"]
+    pairs = [pair for page in pages for pair in page.pairs if isfinite(pair.paper)]
+    printed = {f"over {pair.base}, paper {pair.paper:+.3g}" for pair in pairs}
+    assert printed
+    assert all(any(text in cell["text"] for cell in shown) for text in printed)
 
 
 def test_what_a_cell_opens(results):
@@ -204,6 +208,12 @@ def test_what_a_cell_opens(results):
     assert any(package.startswith("torch ") for package in adam["machine"]["packages"])
     assert (fails["failed"], fails["curves"]) == (True, None)
     assert [seed["status"] for seed in fails["seeds"]] == ["diverged"] * 2
+
+
+def test_it_says_what_its_numbers_are(results):
+    text = unescape(unfolded(index_html(pages_of(results, [MINI]), {})))
+    assert "Mean (95 % interval over seeds by Student's t, n seeds) at the last epoch" in text
+    assert "(standard error, number of seeds)" not in text
 
 
 def test_how_a_cell_was_tuned(tuned):
