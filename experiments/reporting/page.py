@@ -19,7 +19,6 @@ from experiments.reporting.sentences import method, summary
 from experiments.reporting.statistics import mean_and_error
 from lawn.plotting import Figure
 
-
 SPREAD = "(standard error, number of seeds)"  # what follows a mean in the pages and tables
 
 
