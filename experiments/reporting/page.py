@@ -19,6 +19,8 @@ from experiments.reporting.sentences import method, summary
 from experiments.reporting.statistics import mean_and_error
 from lawn.plotting import Figure
 
+SPREAD = "(standard error, number of seeds)"  # what follows a mean in the pages and tables
+
 
 @dataclass(frozen=True)
 class Page:
@@ -191,7 +193,7 @@ def _compared_by(pairs: list[Pair]) -> str:
 def _measured(experiment: Experiment, found: list[Outcome], selection: str) -> str:
     measures = experiment.measures
     shown = f"{measures[0].title}: mean" if len(measures) == 1 else "Mean"
-    shown = f"{shown[0].upper()}{shown[1:]} (standard error, number of seeds) at the last epoch{_budget(found)}"
+    shown = f"{shown[0].upper()}{shown[1:]} {SPREAD} at the last epoch{_budget(found)}"
     chosen = tuning_tables.protocol(selection) if any(cell.sweep for cell in experiment.cells) else ""
     return f"{shown}. {chosen}".rstrip()
 

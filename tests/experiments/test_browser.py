@@ -88,7 +88,7 @@ def test_every_table_and_figure_is_rendered(page):
         for figure in section.locator("figure").all():
             assert figure.locator("svg[role=img], img").count() >= 1, name
         section.evaluate("section => section.querySelectorAll('details').forEach((fold) => (fold.open = true))")
-    page.wait_for_function("document.querySelectorAll('[data-fold]').length === 0")
+    playwright.expect(page.locator("[data-fold]")).to_have_count(0)
     for table in page.locator("table.numbers").all():
         rows, heads = table.locator("tbody tr"), table.locator("thead th").count()
         assert rows.count() > 0
@@ -149,7 +149,11 @@ def test_numbers_switch(page, by):
     else:
         first.focus()
         page.keyboard.press("ArrowDown")
-    assert cell.inner_text().startswith(f"{float(cell.get_attribute('data-difference')):+.2f}")
+    difference = f"{float(cell.get_attribute('data-difference')):+.2f}"
+    assert cell.inner_text().startswith(difference)
+    assert cell.inner_text().count(difference) == 1
+    without = page.locator("#table4 tbody tr", has_text="Adam, eps tuned").first.locator("td").nth(1)
+    assert re.fullmatch(r"ours \d+\.\d+", without.inner_text())  # the paper has no number there
     if by == "mouse":
         page.locator("#modes input[value=gain]").click()
     else:
@@ -168,7 +172,6 @@ def test_a_cell_of_the_paper_opens(page, by):
         button.focus()
         page.keyboard.press("Enter")
     dialog = page.locator("dialog")
-    dialog.locator("figure.waiting").first.wait_for(state="detached")
     assert page.evaluate("document.activeElement.id") == "detail-title"
     assert dialog.locator("h3").all_inner_texts() == [
         *("Seeds", "Curves", "Tuning", "Run it again", "Versions and hardware")
@@ -176,17 +179,60 @@ def test_a_cell_of_the_paper_opens(page, by):
     assert dialog.locator("table").first.locator("tbody tr").count() == 16
     for link in dialog.locator("table a").all():
         assert (INDEX.parent / link.get_attribute("href")).exists()
-    page.wait_for_function("document.querySelectorAll('dialog figure.waiting').length === 0")
+    playwright.expect(dialog.locator("figure.waiting")).to_have_count(0)
     assert dialog.locator("svg[role=img]").count() >= 4 + 2 + 3
     assert "seed=0" in dialog.locator("pre").first.inner_text()
     address = page.url
     assert "#cell-" in address
     page.keyboard.press("Escape")
-    assert page.evaluate("document.activeElement === document.querySelector('button.cell:focus')")
-    assert "#cell-" not in page.url
+    playwright.expect(page.locator("button.cell:focus")).to_have_count(1)
+    playwright.expect(page).to_have_url(INDEX.as_uri())
+    page.goto("about:blank")
     page.goto(address)
     page.locator("dialog h2").wait_for()
     assert page.locator("dialog h2").inner_text() == "MovieLens-100k, batch 10k, Adam-LAWN"
+    page.keyboard.press("Escape")
+    focused = page.locator("button.cell:focus")
+    playwright.expect(focused).to_have_attribute("data-cell", address.partition("#")[2])
+    playwright.expect(focused).to_be_in_viewport()
+
+
+@pytest.mark.slow
+def test_a_heat_map_of_a_cell_that_is_only_tuned(page):
+    page.locator("#table4 tbody tr", has_text="SGD").first.locator("button.tuned").first.click()
+    dialog = page.locator("dialog")
+    playwright.expect(dialog.locator("figure.waiting")).to_have_count(0)
+    assert dialog.locator("svg[role=img]").count() == 2
+    for svg in dialog.locator("svg[role=img]").all():
+        lrs, decays = ("0.03", "0.1", "0.3", "0.6", "1", "2"), ("0", "1e-6", "1e-5", "1e-4")
+        assert {*lrs, *decays} <= set(svg.locator("text").all_text_contents())
+
+
+@pytest.mark.slow
+def test_an_open_cell_is_printed_alone(page):
+    page.locator("#table4 button.cell", has_text="n=16").first.click()
+    playwright.expect(page.locator("dialog svg[role=img]").first).to_be_visible()
+    playwright.expect(page.locator("dialog figure.waiting")).to_have_count(0)
+    page.emulate_media(media="print")
+    assert page.locator("main").is_hidden()
+    assert page.locator("dialog").evaluate("dialog => dialog.scrollHeight <= dialog.clientHeight")
+    pdf = page.pdf(format="A4")
+    assert 2 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 5
+
+
+@pytest.mark.slow
+def test_a_point_of_a_curve_is_described_in_the_colors_of_the_scheme(chromium):
+    with opened(chromium, INDEX, color_scheme="dark") as page:
+        svg = page.locator("#figure1 figure svg[role=img]").nth(2)
+        page.locator("#figure1").scroll_into_view_if_needed()
+        svg.wait_for()
+        svg.scroll_into_view_if_needed()
+        box = svg.bounding_box()
+        page.mouse.move(box["x"] + 0.8 * box["width"], box["y"] + 0.67 * box["height"])
+        tip = svg.locator("[aria-label=tip] path")
+        playwright.expect(tip).to_have_count(1)
+        shown = tip.evaluate("path => getComputedStyle(path).fill")
+        assert shown == page.evaluate("getComputedStyle(document.body).backgroundColor")
 
 
 @pytest.mark.slow
@@ -251,7 +297,7 @@ def test_it_fits_and_is_accessible(chromium, size, scheme):
             assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
         assert serious(axe, page) == []
         page.locator("#table4 button.cell", has_text="n=16").first.evaluate("button => openCell(button.dataset.cell)")
-        page.wait_for_function("document.querySelectorAll('dialog svg[role=img]').length > 8")
+        playwright.expect(page.locator("dialog figure.waiting")).to_have_count(0)
         assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
         assert page.evaluate("document.querySelector('dialog').scrollWidth") <= size[0]
         assert serious(axe, page) == []

@@ -153,6 +153,22 @@ def test_every_chosen_setting_and_tuning_score_is_that_of_its_record(committed):
     assert np.allclose(nearest, shown, rtol=1e-5)
 
 
+def test_the_frame_in_a_short_grid_is_at_the_place_that_is_told(committed):
+    framed = 0
+    for key in {cell["key"] for cell in committed.cells if "key" in cell}:
+        detail = committed.detail(key)
+        told = dict(detail["tuning"]).get("place in the short search", "")
+        chosen = [run for run in detail["rungs"][0]["runs"] if run["chosen"]] if told else []
+        if told and not told.startswith("beyond"):
+            scores = [run["score"] for run in detail["rungs"][0]["runs"] if run["score"] is not None]
+            (run,) = chosen
+            assert sum(score > run["score"] for score in scores) == int(told.split()[0]) - 1
+            framed += 1
+        else:
+            assert chosen == []
+    assert framed > 0
+
+
 def test_the_gains_of_the_committed_page_are_those_of_the_comparisons(committed):
     pages = pages_of(RESULTS, [EXPERIMENTS["table4"], EXPERIMENTS["figure1"]])
     gains = {f"{pair.gain.difference:.6g}": pair.gain.interval() for page in pages for pair in page.pairs}
@@ -162,6 +178,10 @@ def test_the_gains_of_the_committed_page_are_those_of_the_comparisons(committed)
         low, high = gains[cell["gain"]]
         assert (float(cell["gain-low"]), float(cell["gain-high"])) == pytest.approx((low, high), rel=1e-5)
         assert f"{low:+.3g} to {high:+.3g} over" in cell["text"]
+    pairs = [pair for page in pages for pair in page.pairs if isfinite(pair.paper)]
+    printed = {f"over {pair.base}, paper {pair.paper:+.3g}" for pair in pairs}
+    assert printed
+    assert all(any(text in cell["text"] for cell in shown) for text in printed)
 
 
 def test_what_a_cell_opens(results):
@@ -188,6 +208,12 @@ def test_what_a_cell_opens(results):
     assert any(package.startswith("torch ") for package in adam["machine"]["packages"])
     assert (fails["failed"], fails["curves"]) == (True, None)
     assert [seed["status"] for seed in fails["seeds"]] == ["diverged"] * 2
+
+
+def test_it_says_what_its_numbers_are(results):
+    text = unescape(unfolded(index_html(pages_of(results, [MINI]), {})))
+    assert "Mean (95 % interval over seeds by Student's t, n seeds) at the last epoch" in text
+    assert "(standard error, number of seeds)" not in text
 
 
 def test_how_a_cell_was_tuned(tuned):

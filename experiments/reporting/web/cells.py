@@ -84,10 +84,10 @@ def _rungs(outcome: Outcome) -> list[dict[str, Any]]:
     recorded = {job.name: record for job, record in outcome.tried}
     tuning = outcome.tuning
     rungs = []
-    for title, jobs in (
-        ("whole grid" if tuning.short else "", tuning.short),
-        ("search" if tuning.short else "whole grid", tuning.full),
-        ("other seeds", tuning.confirming),
+    for title, jobs, chosen in (
+        ("whole grid" if tuning.short else "", tuning.short, _chosen_of_short(outcome)),
+        ("search" if tuning.short else "whole grid", tuning.full, outcome.setting),
+        ("other seeds", tuning.confirming, outcome.setting),
     ):
         done = [(job, recorded[job.name]) for job in jobs if job.name in recorded]
         if done:
@@ -96,11 +96,19 @@ def _rungs(outcome: Outcome) -> list[dict[str, Any]]:
                 {
                     "title": f"{title}, {epochs} epochs, {len(done)} of {len(jobs)} runs",
                     "axes": [override.partition("=")[0].split(".")[1] for override in done[0][0].setting],
-                    "runs": [_tried(job, record, outcome.setting) for job, record in done],
+                    "runs": [_tried(job, record, chosen) for job, record in done],
                     "seeds": title == "other seeds",
                 }
             )
     return rungs
+
+
+def _chosen_of_short(outcome: Outcome) -> tuple[str, ...]:
+    """The setting of the shorter schedule at the point that was chosen; empty beyond its grid."""
+    if outcome.study is None:
+        return ()
+    points = zip(outcome.study.grid.points, outcome.tuning.short, strict=False)
+    return next((job.setting for point, job in points if point == outcome.tuning.chosen), ())
 
 
 def _tried(job: Job, record: Record, chosen: tuple[str, ...]) -> dict[str, Any]:

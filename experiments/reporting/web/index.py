@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 
 from experiments.reporting.layout import Entry, Panel, format_signed, number_format
 from experiments.reporting.outcomes import Outcome, Pair, paper
-from experiments.reporting.page import Page
+from experiments.reporting.page import SPREAD, Page
 from experiments.reporting.statistics import mean_and_error, mean_interval
 from experiments.reporting.web.cells import cell_key, chart_data, detail
 from experiments.reporting.web.findings import coverage, findings
@@ -31,6 +31,7 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 LONG = 20  # rows; tables with more are folded
+INTERVAL = "(95 % interval over seeds by Student's t, n seeds)"  # what follows a mean in the cells
 TUNED = "tuning runs"  # of a cell without final runs
 BASES = {"adam": "Adam", "sgd": "SGD", "lamb": "LAMB"}  # optimizers, by the beginning of the names of their variants
 
@@ -99,6 +100,7 @@ class PanelView:
 class PageView:
     page: Page
     panels: list[PanelView]
+    measured: str
     image: str = ""  # an SVG, packed
 
 
@@ -138,7 +140,8 @@ def _json(content: Any) -> str:
 def _page_view(page: Page, image: str, details: dict[str, str]) -> PageView:
     """Adds what the cells open to `details`, packed, by their keys."""
     panels = [_panel_view(page, panel, details) for panel in page.panels]
-    return PageView(page, panels, packed(image) if image else "")
+    measured = page.measured if page.experiment is None else page.measured.replace(SPREAD, INTERVAL)
+    return PageView(page, panels, measured, packed(image) if image else "")
 
 
 def _panel_view(page: Page, panel: Panel, details: dict[str, str]) -> PanelView:
@@ -208,12 +211,11 @@ def _cell(page: Page, entry: Entry, details: dict[str, str]) -> CellView:
     mean, low, high = mean_and_error(values)[0], *mean_interval(values)
     first = measure is experiment.measures[0]
     pairs = [pair for pair in page.pairs if first and _is_rival(pair, outcome)]
-    difference = f"{entry.difference}{'*' if entry.marked else ''}"
     return CellView(
         main="Fail" if outcome.failed else f"{mean:{text}}",
         soft=_soft(outcome, f"{low:{text}} to {high:{text}}" if len(values) > 1 else "", len(values)),
-        paper=f"{printed}, {difference}" if difference else printed,
-        difference=difference,
+        paper=printed,
+        difference=f"{entry.difference}{'*' if entry.marked else ''}",
         gains=[_gain(pair) for pair in pairs],
         key=key,
         numbers=Numbers(
@@ -243,7 +245,8 @@ def _is_rival(pair: Pair, outcome: Outcome) -> bool:
 def _gain(pair: Pair) -> tuple[str, str]:
     low, high = pair.gain.interval()
     interval = "" if isnan(pair.gain.p) else f"{format_signed(low)} to {format_signed(high)} "
-    return format_signed(pair.gain.difference), f"{interval}over {pair.base}"
+    printed = "" if isnan(pair.paper) else f", paper {format_signed(pair.paper)}"
+    return format_signed(pair.gain.difference), f"{interval}over {pair.base}{printed}"
 
 
 def _leading_number(text: str) -> float:

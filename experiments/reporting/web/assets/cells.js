@@ -24,6 +24,15 @@ function format(value, digits) {
   return digits >= 0 ? value.toFixed(digits) : value.toExponential(-digits - 1);
 }
 
+function signed(value, digits) {
+  return `${value < 0 ? "" : "+"}${format(value, digits)}`;
+}
+
+/** A hyperparameter, as ticks and titles show it. */
+function plain(value) {
+  return value !== 0 && Math.abs(value) < 0.001 ? value.toExponential() : String(value);
+}
+
 function resultsOf(cell) {
   const budget = cell.epochs === null ? "" :
     `${cell.epochs} ${cell.paper_epochs && cell.paper_epochs !== cell.epochs ? `of the paper's ${cell.paper_epochs} ` : ""}epochs`;
@@ -33,7 +42,11 @@ function resultsOf(cell) {
     return `${m.title}: ${format(m.mean, m.digits)}${interval}, n=${m.n}`;
   });
   if (!cell.seeds.length) lines.push("No final runs yet.");
-  if (cell.paper !== null) lines.push(`The paper: ${cell.paper}`);
+  if (cell.paper !== null) {
+    const { mean, digits } = cell.measures[0];
+    const difference = cell.failed || mean === null ? "" : `, a difference of ${signed(mean - cell.paper, digits)}`;
+    lines.push(`The paper: ${cell.paper}${difference}`);
+  }
   return [element("p", {}, budget), element("ul", {}, lines.map((line) => element("li", {}, line)))];
 }
 
@@ -80,13 +93,14 @@ function tuningOf(cell) {
     element("h4", {}, rung.title[0].toUpperCase() + rung.title.slice(1)),
     rung.seeds ? seedTable(rung) : figureOf(cell, `tuning ${rung.title.split(",")[1].trim()}`, (figure) => drawHeatMap(figure, rung)),
   ]);
-  return [element("h3", {}, "Tuning"), chosen,
-    element("p", { class: "soft" }, "The headline metric on the validation split of each setting that was tried. The chosen one has a frame; × has diverged."), ...rungs];
+  const note = "The headline metric on the validation split of each setting that was tried. The chosen one has a frame, " +
+    "also in the grid of fewer epochs if it is there; × has diverged; the worst quarter has one color.";
+  return [element("h3", {}, "Tuning"), chosen, element("p", { class: "soft" }, note), ...rungs];
 }
 
 function seedTable(rung) {
   const rows = rung.runs.map((run) => element("tr", {},
-    [...run.values.map(String), String(run.seed), format(run.score, 2) || "diverged", run.chosen ? "chosen" : ""].map((text) => element("td", {}, text))));
+    [...run.values.map(plain), String(run.seed), format(run.score, 2) || "diverged", run.chosen ? "chosen" : ""].map((text) => element("td", {}, text))));
   return scrolling("Other seeds", element("table", {},
     element("thead", {}, element("tr", {}, [...rung.axes, "seed", "score", ""].map((head) => element("th", { scope: "col" }, head)))),
     element("tbody", {}, rows)));
@@ -105,22 +119,23 @@ async function drawHeatMap(figure, rung) {
         const name = run.values.slice(2).join(" ");
         return map.set(name, [...(map.get(name) ?? []), run]);
       }, new Map());
-  const named = (name) => name.split(" ").map((value, i) => `${others[i]} ${value}`).join(", ");
+  const named = (name) => name.split(" ").map((value, i) => `${others[i]} ${plain(Number(value))}`).join(", ");
   const order = [...facets.keys()].sort((a, b) => parseFloat(a) - parseFloat(b));
+  const ticks = { tickFormat: plain, labelArrow: "none" };
   const height = up ? 60 + 28 * values(1).length : 90;
   const ink = (run) => ((run.score - domain[0]) / (domain[1] - domain[0] || 1) > 0.6 ? "#111" : "#fff");
   const subplots = order.map((name) => {
     const runs = facets.get(name);
     const at = { x: (run) => run.values[0], y: up ? (run) => run.values[1] : () => "" };
     const svg = Plot.plot({
-      width: WIDTH, height, marginLeft: 46, marginRight: 8, marginBottom: 36, marginTop: 22, padding: 0.05,
-      style: { background: "transparent", color: "currentColor", fontSize: "12px" },
+      width: WIDTH, height, marginLeft: 52, marginRight: 8, marginBottom: 36, marginTop: 22, padding: 0.05,
+      style: { background: "transparent", color: "currentColor", fontSize: "11px" },
       ariaLabel: `${rung.title}${others.length ? `, ${named(name)}` : ""}: score over ${across}${up ? ` and ${up}` : ""}`,
-      x: { type: "band", domain: values(0), label: across, labelAnchor: "center", labelArrow: "none" },
-      y: { type: "band", domain: up ? values(1).reverse() : [""], label: up ?? null, labelArrow: "none" },
+      x: { type: "band", domain: values(0), label: across, labelAnchor: "center", ...ticks },
+      y: { type: "band", label: up ?? null, ...(up ? { domain: values(1).reverse(), ...ticks } : { domain: [""] }) },
       color: { type: "linear", scheme: "viridis", domain, clamp: true },
       marks: [
-        Plot.cell(runs, { ...at, fill: (run) => run.score ?? domain[0], title: (run) => `${rung.axes.map((axis, i) => `${axis} ${run.values[i]}`).join(", ")}: ${format(run.score, 2) || "diverged"}` }),
+        Plot.cell(runs, { ...at, fill: (run) => run.score ?? domain[0], title: (run) => `${rung.axes.map((axis, i) => `${axis} ${plain(run.values[i])}`).join(", ")}: ${format(run.score, 2) || "diverged"}` }),
         Plot.text(runs, { ...at, text: (run) => (run.score === null ? "×" : run.score.toFixed(1)), fill: ink, fontSize: 10, pointerEvents: "none" }),
         Plot.cell(runs.filter((run) => run.chosen), { ...at, stroke: "#D55E00", strokeWidth: 3, fill: "none", inset: -1 }),
       ],
@@ -139,7 +154,7 @@ function commandsOf(cell) {
     .flatMap(([name, values]) => [element("dt", {}, name), element("dd", {}, values.join(", "))]);
   return [
     element("h3", {}, "Run it again"),
-    ...(cell.command ? [element("p", {}, "The first of these runs:"), ...command(cell.command)] : []),
+    ...(cell.command ? [element("p", {}, `The run with seed ${cell.seeds[0].seed}; the others differ in the seed:`), ...command(cell.command)] : []),
     element("p", {}, "All runs of the cell, with the tuning, as far as they are missing:"), ...command(cell.fill),
     element("h3", {}, "Versions and hardware"), element("dl", {}, list),
   ];
@@ -157,6 +172,9 @@ dialog.addEventListener("click", (event) => { // beside the dialog
 });
 dialog.addEventListener("close", () => {
   dialog.replaceChildren();
+  if (document.activeElement === document.body) { // it was opened by its address
+    document.querySelector(`button[data-cell="${CSS.escape(location.hash.slice(1))}"]`)?.focus();
+  }
   history.replaceState(null, "", location.pathname + location.search);
 });
 function openFromAddress() {

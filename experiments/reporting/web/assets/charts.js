@@ -30,16 +30,22 @@ async function drawChart(figure, chart) {
   figure.classList.remove("waiting");
 }
 
+/** A number with four significant digits. */
+function brief(value) {
+  return value === null ? "" : String(Number(value.toPrecision(4)));
+}
+
 function drawSubplot(Plot, subplot) {
   const log = (scale, value) => scale !== "log" || value > 0;
   const marks = [];
+  const hovered = [];
   let highest = -Infinity;
   for (const line of subplot.lines) {
     const stroke = PALETTE[line.color % PALETTE.length];
     const rows = line.x.map((x, i) => ({
       x, y: line.y[i], low: line.low?.[i], high: line.high?.[i],
-      text: `${line.label}\n${subplot.xlabel} ${line.x[i]}: ${line.y[i]}` +
-        (line.low && line.low[i] !== line.high[i] ? ` (${line.low[i]} to ${line.high[i]})` : ""),
+      text: `${line.label}\n${subplot.xlabel} ${line.x[i]}: ${brief(line.y[i])}` +
+        (line.low && line.low[i] !== line.high[i] ? `\n${brief(line.low[i])} to ${brief(line.high[i])}` : ""),
     })).filter((row) => row.y !== null && log(subplot.yscale, row.y) && log(subplot.xscale, row.x));
     for (const row of rows) highest = Math.max(highest, row.y, row.high ?? row.y);
     const banded = line.low ? rows.filter((row) => row.low !== null && log(subplot.yscale, row.low)) : [];
@@ -53,8 +59,9 @@ function drawSubplot(Plot, subplot) {
       const at = [{ x: line.x[line.mark], y: line.y[line.mark] }];
       marks.push(Plot.dot(at, { x: "x", y: "y", fill: stroke, r: 4.5, title: () => "the norms are fixed here" }));
     }
-    if (!line.points) marks.push(Plot.tip(rows, Plot.pointer({ x: "x", y: "y", title: "text", maxRadius: 20 })));
+    if (!line.points) hovered.push(...rows);
   }
+  marks.push(Plot.tip(hovered, Plot.pointer({ x: "x", y: "y", title: "text", maxRadius: 20, lineWidth: 14 })));
   if (subplot.rule !== null) marks.unshift(Plot.ruleY([subplot.rule], { strokeOpacity: 0.5 }));
   const ticks = subplot.ticks.map(([x]) => x), names = new Map(subplot.ticks);
   const svg = Plot.plot({
@@ -99,10 +106,10 @@ function legend(subplots) {
 }
 
 function keepers(figure) {
-  const name = figure.dataset.name;
+  const { name, title } = figure.dataset;
   return element("figcaption", {},
-    element("button", { type: "button", onclick: () => download(`${name}.svg`, "image/svg+xml", svgOf(figure)) }, "SVG"),
-    element("button", { type: "button", onclick: () => printAlone(figure) }, "PDF (print)"),
+    element("button", { type: "button", "aria-label": `SVG of ${title}`, onclick: () => download(`${name}.svg`, "image/svg+xml", svgOf(figure)) }, "SVG"),
+    element("button", { type: "button", "aria-label": `PDF (print) of ${title}`, onclick: () => printAlone(figure) }, "PDF (print)"),
   );
 }
 
