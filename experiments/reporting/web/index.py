@@ -102,9 +102,9 @@ class PageView:
     image: str = ""  # an SVG, packed
 
 
-def index_html(pages: Sequence[Page], images: Mapping[str, str], live: bool = False) -> str:
-    """The page. `images`: SVG of the figures that are no charts, by the names of their pages; `live`: the page asks its
-    server for the state of the runs.
+def index_html(pages: Sequence[Page], images: Mapping[str, str], version: str = "") -> str:
+    """The page. `images`: SVG of the figures that are no charts, by the names of their pages; `version`: of the
+    records, for a page that asks its server for the state of the runs.
     """
     details: dict[str, str] = {}
     views = [_page_view(page, images.get(page.name, ""), details) for page in pages]
@@ -116,7 +116,7 @@ def index_html(pages: Sequence[Page], images: Mapping[str, str], live: bool = Fa
             libraries={name: packed((ASSETS / "vendor" / f"{name}.min.js").read_text("utf8")) for name in LIBRARIES},
             coverage=coverage(pages),
             findings=findings(pages),
-            live=live,
+            version=version,
         )
         + "\n"
     )
