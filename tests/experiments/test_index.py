@@ -29,11 +29,12 @@ from experiments.reporting.outcomes import Outcome, Pair
 from experiments.reporting.page import Page
 from experiments.reporting.simulations import simulation_page
 from experiments.reporting.statistics import Comparison, compare, mean_interval
+from experiments.reporting.tuning_tables import format_setting
 from experiments.reporting.web import findings
-from experiments.reporting.web.cells import MAX_POINTS, chart_data
+from experiments.reporting.web.cells import MAX_POINTS, chart_data, detail
 from experiments.reporting.web.index import ASSETS, LIBRARIES, index_html, linked
 from lawn.errors import ConfigError
-from tests.experiments.helpers import MINI, TUNED, unfolded
+from tests.experiments.helpers import MINI, SHORT, TUNED, run_experiment, unfolded
 from tests.experiments.test_report import made_up
 from tests.helpers import ROOT
 
@@ -301,6 +302,42 @@ def test_what_is_said_of_the_comparisons():
     assert "Of 4 comparisons with LAWN and without, LAWN is better in 2, worse in 1, and 1 are not decided" in said.text
     mean, half = np.mean([3, 4, 0.1, -3]), 3.182446 * np.std([3, 4, 0.1, -3], ddof=1) / 2
     assert f"{mean:+.3g} on average (95 % interval {mean - half:+.3g} to {mean + half:+.3g}, over" in said.text
+
+
+def test_a_comparison_in_several_tables_is_counted_once():
+    """Table 5 has cells of tables 3 and 4, under other names."""
+    again = replace(pair(2.0, 0.1), column="cross entropy", rival="Adam-LAWN, batch smaller")
+    (said,) = findings.findings([table_with(pair(2.0, 0.1)), table_with(again)])
+    assert said.text.count(" against ") == 1
+    assert findings.findings([empty_page(EXPERIMENTS["table6"], [], pairs=[pair(2.0, 0.1)])]) == []  # other units
+
+
+def test_values_of_a_sweep_need_not_be_numbers(tuned):
+    page = pages_of(tuned / "results", [TUNED])[0]
+    (outcome,) = page.outcomes
+    tried = [(replace(job, setting=("model.batchnorm=true",)), record) for job, record in outcome.tried]
+    names = {job.name: job for job, _ in tried}
+    tuning = replace(outcome.tuning, full=[names[job.name] for job in outcome.tuning.full])
+    shown = detail(replace(outcome, tried=tried, tuning=tuning), TUNED.measures, "")
+    assert shown["rungs"][0]["runs"][0]["values"] == ["true"]
+    assert format_setting(("optim.lr=1e-2", "model.batchnorm=true")) == "lr 0.01, batchnorm true"
+
+
+def test_a_curve_that_a_seed_lacks_is_left_out(results):
+    (outcome, *_) = pages_of(results, [MINI])[0].outcomes
+    first, second = outcome.records
+    without = replace(second, history=second.history.drop(columns="weight_norm"))
+    (row,) = detail(replace(outcome, records=[first, without]), MINI.measures, "")["curves"]["rows"]
+    assert "norm of all weights" not in [subplot["ylabel"] for subplot in row]
+
+
+def test_the_command_of_a_cell_with_the_short_budget(tmp_path):
+    short = Cell("Adam", (*SHORT[:1], *SHORT[2:], "optim=adam"), epochs=(4, 2))
+    experiment = replace(MINI, cells=(short,))
+    assert run_experiment(experiment, tmp_path, budget=-1) == []
+    tables = Tables(index_html(pages_of(tmp_path / "results", [experiment]), {}))
+    (key,) = {cell["key"] for cell in tables.cells if "key" in cell}
+    assert tables.detail(key)["fill"] == "python -m experiments run mini --short"
 
 
 def test_a_comparison_without_an_interval_is_no_finding():

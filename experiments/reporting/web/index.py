@@ -160,7 +160,20 @@ def _panel_view(page: Page, panel: Panel, details: dict[str, str]) -> PanelView:
 
 
 def _fill(page: Page, outcomes: Sequence[Outcome]) -> str:
-    """The command that runs what is missing of these cells: with --only where they are not all of the experiment."""
+    """The command that runs what is missing of these cells: with --only where they are not all of the experiment, and
+    with --short where all numbers are of the short budget.
+    """
+    begun = [outcome for outcome in outcomes if outcome.records or outcome.tried]
+    short = " --short" if begun and all(map(_is_short, begun)) else ""
+    return f"{_of_cells(page, outcomes)}{short}"
+
+
+def _is_short(outcome: Outcome) -> bool:
+    budgets = outcome.cell.epochs
+    return len(budgets) > 1 and outcome.study is not None and outcome.study.budget == budgets[-1]
+
+
+def _of_cells(page: Page, outcomes: Sequence[Outcome]) -> str:
     if page.experiment is None:
         return f"python -m experiments run {page.name}"
     cells = {outcome.cell for outcome in outcomes}

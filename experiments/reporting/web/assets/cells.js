@@ -2,10 +2,14 @@
 
 const dialog = document.getElementById("detail");
 
+let asked = null; // the cell that was last asked for
+
 async function openCell(key) {
   const packed = document.getElementById(key);
   if (!packed) return;
+  asked = key;
   const cell = JSON.parse(await unpack(key));
+  if (asked !== key) return; // another one has been asked for since
   dialog.replaceChildren(
     element("button", { type: "button", class: "close", onclick: () => dialog.close() }, "Close"),
     element("h2", { id: "detail-title", tabindex: "-1" }, cell.name),
@@ -98,7 +102,8 @@ async function drawHeatMap(figure, rung) {
   const [across, up, ...others] = rung.axes;
   const scores = rung.runs.map((run) => run.score).filter((score) => score !== null).sort((a, b) => a - b);
   const domain = [scores[Math.floor(scores.length / 4)] ?? 0, scores.at(-1) ?? 1]; // the worst quarter is dark alike
-  const values = (axis) => [...new Set(rung.runs.map((run) => run.values[axis]))].sort((a, b) => a - b);
+  const compare = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b)));
+  const values = (axis) => [...new Set(rung.runs.map((run) => run.values[axis]))].sort(compare);
   const facets = Map.groupBy
     ? Map.groupBy(rung.runs, (run) => run.values.slice(2).join(" "))
     : rung.runs.reduce((map, run) => {
