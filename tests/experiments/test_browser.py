@@ -5,6 +5,7 @@ import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -82,6 +83,24 @@ def test_a_title_may_have_any_character(chromium, results):
         page.locator("#mini svg[role=img]").first.wait_for()
         svg = page.evaluate("svgOf(figures[0])")
     assert ElementTree.fromstring(svg)[0].text == 'a < b & "c"'
+
+
+def test_a_grid_of_any_values(chromium, results):
+    """A subplot for each value of the third axis and the fourth, in their order."""
+    path = results / "index.html"
+    path.write_text(index_html([report.page_of(MINI, Store(results))], {}))
+    values = product([1, 2], [1, 2], ["x y", "w-1"], [10, 2])
+    runs = [{"values": list(at), "score": 50, "seed": 0, "chosen": False} for at in values]
+    rung = {"title": "whole grid", "axes": ["lr", "wd", "model", "epochs"], "runs": runs, "seeds": False}
+    draw = """async (rung) => {
+        const figure = element("figure", { "data-name": "grid" });
+        await drawHeatMap(figure, rung);
+        return [...figure.querySelectorAll("h4")].map((head) => head.textContent);
+    }"""
+    with opened(chromium, path) as page:
+        assert page.evaluate(draw, rung) == [
+            f"model {model}, epochs {epochs}" for model in ("w-1", "x y") for epochs in (2, 10)
+        ]
 
 
 def test_the_last_of_two_cells_is_opened(chromium, results):

@@ -363,6 +363,24 @@ def test_a_page_without_any_record(tmp_path):
     assert not [cell for cell in Tables(text).cells if "key" in cell]
 
 
+def test_a_simulation_without_a_record_is_not_run_yet(tmp_path):
+    pages = [simulation_page(simulation, tmp_path) for simulation in SIMULATIONS.values()]
+    assert index_html(pages, {}).count('class="empty" title="not run yet"') == len(pages)
+
+
+def test_a_figure_without_a_line_is_left_out(results):
+    failed = replace(MINI, cells=MINI.cells[1:2])
+    (page,) = pages_of(results, [failed])
+    assert "<figure" not in index_html([page], {})
+
+
+def test_the_command_of_a_page_that_is_selected_on_the_test_split(results):
+    page = report.page_of(MINI, Store(results), "test")
+    tables = Tables(index_html([page], {}))
+    key = next(cell["key"] for cell in tables.cells if "key" in cell)
+    assert tables.detail(key)["fill"] == "python -m experiments run mini --only optim=adam --selection test"
+
+
 def test_the_libraries_are_as_they_were_published():
     vendor = ASSETS / "vendor"
     told = re.findall(r"\| (\S+\.js) \|.*\| ([0-9a-f]{64}) \|", (vendor / "README.md").read_text())

@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from experiments.reporting.charts import Chart
 from experiments.reporting.layout import Entry, Panel, format_signed, number_format
 from experiments.reporting.outcomes import Outcome, Pair, paper
 from experiments.reporting.page import Page
@@ -111,7 +112,9 @@ def index_html(pages: Sequence[Page], images: Mapping[str, str], version: str = 
     return (
         TEMPLATES.get_template("index.html").render(
             views=views,
-            charts={page.name: _json(chart_data(page.chart)) for page in pages if page.chart is not None},
+            charts={
+                page.name: _json(chart_data(page.chart)) for page in pages if page.chart and _has_lines(page.chart)
+            },
             details=details,
             libraries={name: packed((ASSETS / "vendor" / f"{name}.min.js").read_text("utf8")) for name in LIBRARIES},
             coverage=coverage(pages),
@@ -120,6 +123,11 @@ def index_html(pages: Sequence[Page], images: Mapping[str, str], version: str = 
         )
         + "\n"
     )
+
+
+def _has_lines(chart: Chart) -> bool:
+    """False where all cells have failed."""
+    return any(subplot.lines for row in chart.rows for subplot in row)
 
 
 def packed(text: str) -> Markup:
@@ -165,7 +173,8 @@ def _fill(page: Page, outcomes: Sequence[Outcome]) -> str:
     """
     begun = [outcome for outcome in outcomes if outcome.records or outcome.tried]
     short = " --short" if begun and all(map(_is_short, begun)) else ""
-    return f"{_of_cells(page, outcomes)}{short}"
+    selection = " --selection test" if page.name.endswith("-selected-on-test") else ""
+    return f"{_of_cells(page, outcomes)}{short}{selection}"
 
 
 def _is_short(outcome: Outcome) -> bool:

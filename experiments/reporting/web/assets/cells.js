@@ -104,23 +104,18 @@ async function drawHeatMap(figure, rung) {
   const domain = [scores[Math.floor(scores.length / 4)] ?? 0, scores.at(-1) ?? 1]; // the worst quarter is dark alike
   const compare = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b)));
   const values = (axis) => [...new Set(rung.runs.map((run) => run.values[axis]))].sort(compare);
-  const facets = Map.groupBy
-    ? Map.groupBy(rung.runs, (run) => run.values.slice(2).join(" "))
-    : rung.runs.reduce((map, run) => {
-        const name = run.values.slice(2).join(" ");
-        return map.set(name, [...(map.get(name) ?? []), run]);
-      }, new Map());
-  const named = (name) => name.split(" ").map((value, i) => `${others[i]} ${value}`).join(", ");
-  const order = [...facets.keys()].sort((a, b) => parseFloat(a) - parseFloat(b));
+  const named = (run) => others.map((axis, i) => `${axis} ${run.values[i + 2]}`).join(", ");
+  const inOrder = [...rung.runs].sort((a, b) => a.values.slice(2).reduce((sign, value, i) => sign || compare(value, b.values[i + 2]), 0));
+  const facets = new Map(inOrder.map((run) => [named(run), []]));
+  for (const run of inOrder) facets.get(named(run)).push(run);
   const height = up ? 60 + 28 * values(1).length : 90;
   const ink = (run) => ((run.score - domain[0]) / (domain[1] - domain[0] || 1) > 0.6 ? "#111" : "#fff");
-  const subplots = order.map((name) => {
-    const runs = facets.get(name);
+  const subplots = [...facets].map(([name, runs]) => {
     const at = { x: (run) => run.values[0], y: up ? (run) => run.values[1] : () => "" };
     const svg = Plot.plot({
       width: WIDTH, height, marginLeft: 46, marginRight: 8, marginBottom: 36, marginTop: 22, padding: 0.05,
       style: { background: "transparent", color: "currentColor", fontSize: "12px" },
-      ariaLabel: `${rung.title}${others.length ? `, ${named(name)}` : ""}: score over ${across}${up ? ` and ${up}` : ""}`,
+      ariaLabel: `${rung.title}${others.length ? `, ${name}` : ""}: score over ${across}${up ? ` and ${up}` : ""}`,
       x: { type: "band", domain: values(0), label: across, labelAnchor: "center", labelArrow: "none" },
       y: { type: "band", domain: up ? values(1).reverse() : [""], label: up ?? null, labelArrow: "none" },
       color: { type: "linear", scheme: "viridis", domain, clamp: true },
@@ -131,7 +126,7 @@ async function drawHeatMap(figure, rung) {
       ],
     });
     asImage(svg);
-    return element("div", {}, others.length ? element("h4", {}, named(name)) : "", svg);
+    return element("div", {}, others.length ? element("h4", {}, name) : "", svg);
   });
   figure.append(element("div", { class: "plots" }, subplots), keepers(figure));
   figure.classList.remove("waiting");
