@@ -22,7 +22,7 @@ from experiments.definitions.matrix_factorization import MATRIX_FACTORIZATION
 from experiments.definitions.tables import TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6
 from experiments.definitions.tuning_curves import TUNING_CURVES
 from experiments.execution.executor import JobResult
-from experiments.execution.options import add_options, make_executor, positive, seconds
+from experiments.execution.options import add_options, make_executor, port, positive, seconds
 from experiments.execution.overview import Row, plan_rows, status_rows
 from experiments.execution.runner import MAX_VECTORIZED, run
 from experiments.planning.estimate import RuntimeEstimate, duration
@@ -190,8 +190,8 @@ def serve(given: argparse.Namespace) -> int:
     chosen = _studies(given) if given.names else []
     store = Store(given.results)
 
-    def page() -> str:
-        return report.index(_pages([*EXPERIMENTS, *SIMULATIONS], store, given), given.results, live=True)
+    def page(version: str) -> str:
+        return report.index(_pages([*EXPERIMENTS, *SIMULATIONS], store, given), given.results, version)
 
     def status() -> list[Row]:
         return status_rows(chosen, store, RuntimeEstimate(store))
@@ -245,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--num-devices", type=positive, default=1, metavar="N", help="devices to run on")
             sub.add_argument("--devices-per-node", type=positive, default=1, metavar="N", help="for the node hours")
         if action is serve:
-            sub.add_argument("--port", type=int, default=8000, metavar="N", help="default: 8000; 0: any that is free")
+            sub.add_argument("--port", type=port, default=8000, metavar="N", help="default: 8000; 0: any that is free")
         if action is not execute:
             continue
         add_options(sub)

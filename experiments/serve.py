@@ -1,19 +1,21 @@
 """A server of the results page on this machine alone, with the state of runs while they are trained."""
 
 import json
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lawn.errors import UserError
 
 LOOPBACK = "127.0.0.1"
 HOSTS = (LOOPBACK, "localhost")  # as a browser on this machine, or at the other end of a tunnel, calls it
-RECORDS = ("runs/*.json", "tuning/*.jsonl", "simulations/*.json")
+RECORDS = ("runs/[!.]*.json", "tuning/[!.]*.jsonl", "simulations/[!.]*.json")  # those that are written now are hidden
 
 
 class ResultsServer:
@@ -21,11 +23,11 @@ class ResultsServer:
 
     Args:
         results: folder of the records.
-        page: makes the page's HTML.
+        page: makes the page's HTML, of the version of the records that it is given.
         status: rows with the state of the runs of each cell.
     """
 
-    def __init__(self, results: Path, page: Callable[[], str], status: Callable[[], list[dict[str, Any]]]) -> None:
+    def __init__(self, results: Path, page: Callable[[str], str], status: Callable[[], list[dict[str, Any]]]) -> None:
         self.results = results
         self._make_page = page
         self._make_status = status
@@ -41,7 +43,7 @@ class ResultsServer:
         with self._lock:
             version = self.version()
             if self._page is None or self._page[0] != version:
-                self._page = version, self._make_page()
+                self._page = version, self._make_page(version)
             return self._page[1]
 
     def status(self) -> str:
@@ -57,7 +59,14 @@ class ResultsServer:
 
     def listen(self, port: int) -> ThreadingHTTPServer:
         """An HTTP server on the loopback interface; port 0: a free one. Raises OSError if the port is taken."""
-        return ThreadingHTTPServer((LOOPBACK, port), partial(_Handler, served=self, directory=str(self.results)))
+        return _Server((LOOPBACK, port), partial(_Handler, served=self, directory=str(self.results)))
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing for a browser that has gone before it got the answer."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(SimpleHTTPRequestHandler):
@@ -65,29 +74,29 @@ class _Handler(SimpleHTTPRequestHandler):
         self._served = served
         super().__init__(*args, **kwargs)
 
-    def do_GET(self) -> None:
+    def send_head(self) -> BytesIO | BinaryIO | None:
+        """Sends the head and returns the body, which GET sends and HEAD does not."""
         if not self._from_here():
-            return
-        path = self.path.partition("?")[0]
-        if path in ("/", "/index.html"):
-            self._answer(self._served.page, "text/html; charset=utf-8")
-        elif path == "/status.json":
-            self._answer(self._served.status, "application/json")
-        else:
-            super().do_GET()
-
-    def do_HEAD(self) -> None:
-        if self._from_here():
-            super().do_HEAD()
+            return None
+        path, results = self.translate_path(self.path), self._served.results
+        if "\0" in path:
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return None
+        if Path(path) in (results, results / "index.html"):
+            return self._made(self._served.page, "text/html; charset=utf-8")
+        if Path(path) == results / "status.json":
+            return self._made(self._served.status, "application/json")
+        return super().send_head()
 
     def _from_here(self) -> bool:
         """Refuses pages of other sites whose name leads to this machine (DNS rebinding)."""
-        if self.headers.get("Host", "").rpartition(":")[0] in HOSTS or self.headers.get("Host") in HOSTS:
+        host = self.headers.get("Host", "").lower()
+        if host in HOSTS or host.rpartition(":")[0] in HOSTS:
             return True
         self.send_error(HTTPStatus.FORBIDDEN, f"only as {' or '.join(HOSTS)}")
         return False
 
-    def _answer(self, make: Callable[[], str], kind: str) -> None:
+    def _made(self, make: Callable[[], str], kind: str) -> BytesIO:
         try:
             status, body = HTTPStatus.OK, make().encode()
         except (UserError, OSError) as error:
@@ -97,7 +106,7 @@ class _Handler(SimpleHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
-        self.wfile.write(body)
+        return BytesIO(body)
 
     def log_message(self, *args: Any) -> None:
         """Nothing: the page asks every few seconds."""

@@ -110,6 +110,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number up to 65535")
+    return int(text)
+
+
 def gpus(text: str) -> float:
     try:
         number = float(text)

@@ -59,4 +59,8 @@ def format_signed(number: float) -> str:
 
 
 def format_plain(number: str) -> str:
-    return f"{float(number):g}"
+    """A number as short as it can be; any other value as it is."""
+    try:
+        return f"{float(number):g}"
+    except ValueError:
+        return number

@@ -83,11 +83,11 @@ def write_index(pages: Sequence[Page], results: Path = RESULTS) -> None:
     write_text(results / "index.html", index(pages, results))
 
 
-def index(pages: Sequence[Page], results: Path, live: bool = False) -> str:
-    """The page of all results; figures that are no charts are those that have been written."""
+def index(pages: Sequence[Page], results: Path, version: str = "") -> str:
+    """The page of all results; figures that are no charts are those that have been written. See `index_html`."""
     drawn = {page.name: results / f"{page.name}.svg" for page in pages if page.chart is None and page.figure_shown}
     images = {name: path.read_text("utf8") for name, path in drawn.items() if path.exists()}
-    return index_html(pages, images, live)
+    return index_html(pages, images, version)
 
 
 def render(template: str, **content: object) -> str:

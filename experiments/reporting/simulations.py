@@ -99,6 +99,7 @@ def simulation_page(simulation: Simulation, results: Path) -> Page:
         frame=shown.frame,
         records=[] if record is None else [record],
         figure=None if shown.figure is None else figure,
+        figure_shown=record is not None,
         source="" if record is None else f"{FOLDER}/{record.name}.json",
         paper_numbers=False,
     )

@@ -5,7 +5,9 @@ import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from xml.etree import ElementTree
 
 import psutil
 import pytest
@@ -71,6 +73,65 @@ def test_a_page_opens_and_a_cell_of_it(chromium, results):
         assert page.locator("dialog table").first.locator("tbody tr").count() == 2
         page.keyboard.press("Escape")
         assert page.locator("dialog").is_hidden()
+
+
+def test_a_title_may_have_any_character(chromium, results):
+    page_of = replace(report.page_of(MINI, Store(results)), title='a < b & "c"')
+    path = results / "index.html"
+    path.write_text(index_html([page_of], {}))
+    with opened(chromium, path) as page:
+        page.locator("#mini svg[role=img]").first.wait_for()
+        svg = page.evaluate("svgOf(figures[0])")
+    assert ElementTree.fromstring(svg)[0].text == 'a < b & "c"'
+
+
+def test_a_grid_of_any_values(chromium, results):
+    """A subplot for each value of the third axis and the fourth, in their order."""
+    path = results / "index.html"
+    path.write_text(index_html([report.page_of(MINI, Store(results))], {}))
+    values = product([1, 2], [1, 2], ["x y", "w-1"], [10, 2])
+    runs = [{"values": list(at), "score": 50, "seed": 0, "chosen": False} for at in values]
+    rung = {"title": "whole grid", "axes": ["lr", "wd", "model", "epochs"], "runs": runs, "seeds": False}
+    draw = """async (rung) => {
+        const figure = element("figure", { "data-name": "grid" });
+        await drawHeatMap(figure, rung);
+        return [...figure.querySelectorAll("h4")].map((head) => head.textContent);
+    }"""
+    with opened(chromium, path) as page:
+        assert page.evaluate(draw, rung) == [
+            f"model {model}, epochs {epochs}" for model in ("w-1", "x y") for epochs in (2, 10)
+        ]
+
+
+def test_the_last_of_two_cells_is_opened(chromium, results):
+    path = results / "index.html"
+    path.write_text(index_html([report.page_of(MINI, Store(results))], {}))
+    with opened(chromium, path) as page:
+        page.evaluate(
+            """async () => {
+              const keys = [...new Set([...document.querySelectorAll("button.cell")].map((b) => b.dataset.cell))];
+              const now = unpack;
+              const late = () => new Promise((resolve) => setTimeout(resolve, 300));
+              unpack = async (id) => (id === keys[0] ? late().then(() => now(id)) : now(id));
+              await Promise.all([openCell(keys[0]), openCell(keys[1])]);
+            }"""
+        )
+        assert page.locator("dialog h2").inner_text() == "Fails"
+
+
+def test_a_browser_without_scripts_or_too_old_is_told(chromium, results):
+    path = results / "index.html"
+    path.write_text(index_html([report.page_of(MINI, Store(results))], {}))
+    with opened(chromium, path, java_script_enabled=False) as page:
+        assert page.locator("noscript").first.is_visible()
+        assert page.locator("#mini td").first.is_visible()
+        assert page.locator(".tools").first.is_hidden()
+    context = chromium.new_context()
+    page = context.new_page()
+    page.add_init_script("delete window.DecompressionStream")
+    page.goto(path.as_uri())
+    assert page.locator("#too-old").is_visible()
+    context.close()
 
 
 @pytest.fixture

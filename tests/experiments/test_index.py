@@ -29,11 +29,12 @@ from experiments.reporting.outcomes import Outcome, Pair
 from experiments.reporting.page import Page
 from experiments.reporting.simulations import simulation_page
 from experiments.reporting.statistics import Comparison, compare, mean_interval
+from experiments.reporting.tuning_tables import format_setting
 from experiments.reporting.web import findings
-from experiments.reporting.web.cells import MAX_POINTS, chart_data
+from experiments.reporting.web.cells import MAX_POINTS, chart_data, detail
 from experiments.reporting.web.index import ASSETS, LIBRARIES, index_html, linked
 from lawn.errors import ConfigError
-from tests.experiments.helpers import MINI, TUNED, unfolded
+from tests.experiments.helpers import MINI, SHORT, TUNED, run_experiment, unfolded
 from tests.experiments.test_report import made_up
 from tests.helpers import ROOT
 
@@ -329,6 +330,42 @@ def test_what_is_said_of_the_comparisons():
     assert f"{mean:+.3g} on average (95 % interval {mean - half:+.3g} to {mean + half:+.3g}, over" in said.text
 
 
+def test_a_comparison_in_several_tables_is_counted_once():
+    """Table 5 has cells of tables 3 and 4, under other names."""
+    again = replace(pair(2.0, 0.1), column="cross entropy", rival="Adam-LAWN, batch smaller")
+    (said,) = findings.findings([table_with(pair(2.0, 0.1)), table_with(again)])
+    assert said.text.count(" against ") == 1
+    assert findings.findings([empty_page(EXPERIMENTS["table6"], [], pairs=[pair(2.0, 0.1)])]) == []  # other units
+
+
+def test_values_of_a_sweep_need_not_be_numbers(tuned):
+    page = pages_of(tuned / "results", [TUNED])[0]
+    (outcome,) = page.outcomes
+    tried = [(replace(job, setting=("model.batchnorm=true",)), record) for job, record in outcome.tried]
+    names = {job.name: job for job, _ in tried}
+    tuning = replace(outcome.tuning, full=[names[job.name] for job in outcome.tuning.full])
+    shown = detail(replace(outcome, tried=tried, tuning=tuning), TUNED.measures, "")
+    assert shown["rungs"][0]["runs"][0]["values"] == ["true"]
+    assert format_setting(("optim.lr=1e-2", "model.batchnorm=true")) == "lr 0.01, batchnorm true"
+
+
+def test_a_curve_that_a_seed_lacks_is_left_out(results):
+    (outcome, *_) = pages_of(results, [MINI])[0].outcomes
+    first, second = outcome.records
+    without = replace(second, history=second.history.drop(columns="weight_norm"))
+    (row,) = detail(replace(outcome, records=[first, without]), MINI.measures, "")["curves"]["rows"]
+    assert "norm of all weights" not in [subplot["ylabel"] for subplot in row]
+
+
+def test_the_command_of_a_cell_with_the_short_budget(tmp_path):
+    short = Cell("Adam", (*SHORT[:1], *SHORT[2:], "optim=adam"), epochs=(4, 2))
+    experiment = replace(MINI, cells=(short,))
+    assert run_experiment(experiment, tmp_path, budget=-1) == []
+    tables = Tables(index_html(pages_of(tmp_path / "results", [experiment]), {}))
+    (key,) = {cell["key"] for cell in tables.cells if "key" in cell}
+    assert tables.detail(key)["fill"] == "python -m experiments run mini --short"
+
+
 def test_a_comparison_without_an_interval_is_no_finding():
     single = Pair("P", "1k", "Adam", "Adam-LAWN", Comparison(2.0, nan, nan), (1, 1), False, nan, nan)
     assert findings.findings([table_with(single)]) == []
@@ -350,6 +387,24 @@ def test_a_page_without_any_record(tmp_path):
     assert "What the records say" not in text
     assert Tables(text).scripts.keys() >= {"library-d3", "library-plot.umd"}
     assert not [cell for cell in Tables(text).cells if "key" in cell]
+
+
+def test_a_simulation_without_a_record_is_not_run_yet(tmp_path):
+    pages = [simulation_page(simulation, tmp_path) for simulation in SIMULATIONS.values()]
+    assert index_html(pages, {}).count('class="empty" title="not run yet"') == len(pages)
+
+
+def test_a_figure_without_a_line_is_left_out(results):
+    failed = replace(MINI, cells=MINI.cells[1:2])
+    (page,) = pages_of(results, [failed])
+    assert "<figure" not in index_html([page], {})
+
+
+def test_the_command_of_a_page_that_is_selected_on_the_test_split(results):
+    page = report.page_of(MINI, Store(results), "test")
+    tables = Tables(index_html([page], {}))
+    key = next(cell["key"] for cell in tables.cells if "key" in cell)
+    assert tables.detail(key)["fill"] == "python -m experiments run mini --only optim=adam --selection test"
 
 
 def test_the_libraries_are_as_they_were_published():

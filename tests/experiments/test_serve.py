@@ -3,14 +3,18 @@
 import json
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from http.client import HTTPConnection
 
 import pytest
 
+from experiments.__main__ import main
 from experiments.serve import LOOPBACK, ResultsServer
 from lawn.errors import RunError
 from tests.helpers import ROOT
@@ -43,7 +47,7 @@ def served(tmp_path):
     (tmp_path / "secret").write_text("secret")
     made = []
 
-    def page() -> str:
+    def page(version: str) -> str:
         made.append(1)
         return f"page {len(made)}"
 
@@ -62,9 +66,60 @@ def test_the_page_is_made_again_when_there_are_new_records(served):
         assert ask(port, "/runs/a.json") == (200, "{}")
 
 
+def test_the_page_that_was_written_is_not_served(served):
+    """It may be of fewer records."""
+    (served.results / "index.html").write_text("written before")
+    with listening(served) as port:
+        for path in ("/", "//", "/./", "/%69ndex.html", "/runs/../", "/#table4"):
+            assert ask(port, path) == (200, "page 1"), path
+        connection = HTTPConnection(LOOPBACK, port, timeout=10)
+        connection.request("HEAD", "/")
+        answer = connection.getresponse()
+        assert (answer.status, answer.getheader("Content-Length"), answer.read()) == (200, str(len("page 1")), b"")
+
+
+def test_a_record_that_is_being_written_is_not_counted(served):
+    before = served.version()
+    (served.results / "runs" / ".a.json.123.json").write_text("{")
+    assert served.version() == before
+
+
+def test_a_browser_that_goes_away_is_no_error(tmp_path, capsys):
+    gone, sent = threading.Event(), threading.Event()
+
+    def page(version: str) -> str:
+        gone.wait(10)
+        return "x" * 10_000_000
+
+    class Served(ResultsServer):
+        def page(self) -> str:
+            try:
+                return super().page()
+            finally:
+                sent.set()
+
+    with listening(Served(tmp_path, page, list)) as port:
+        connection = HTTPConnection(LOOPBACK, port, timeout=10)
+        connection.request("GET", "/")
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+        gone.set()
+        assert sent.wait(10)
+        assert ask(port, "/absent")[0] == 404
+        time.sleep(0.2)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("port", ["65536", "-1", "http"])
+def test_a_port_that_does_not_exist(port, capsys):
+    with pytest.raises(SystemExit):
+        main(["serve", f"--port={port}"])
+    assert "must be a number up to 65535" in capsys.readouterr().err
+
+
 def test_nothing_beside_the_results_is_served(served):
     with listening(served) as port:
-        for path in ("/../secret", "/%2e%2e/secret", "/runs/../../secret", "//etc/passwd", "/absent"):
+        for path in ("/../secret", "/%2e%2e/secret", "/runs/../../secret", "//etc/passwd", "/absent", "/%00"):
             status, text = ask(port, path)
             assert status == 404, path
             assert "secret" not in text.replace(path, "")
@@ -78,10 +133,11 @@ def test_other_names_of_this_machine_are_refused(served, method):
             assert ask(port, "/status.json", host, method)[0] == 403
         for host in ("localhost", f"127.0.0.1:{port}", "localhost:9999"):
             assert ask(port, "/", host)[0] == 200
+        assert ask(port, "/", f"LOCALHOST:{port}", method)[0] == 200
 
 
 def test_a_damaged_record_is_told(tmp_path):
-    def fails():
+    def fails(*_):
         raise RunError("results/runs/a.json: damaged record")
 
     with listening(ResultsServer(tmp_path, fails, fails)) as port:
@@ -102,7 +158,8 @@ def test_the_command_serves_a_checkout_until_it_is_interrupted(tmp_path):
         connection = HTTPConnection(LOOPBACK, port, timeout=300)
         connection.request("GET", "/", headers={"Host": "localhost"})
         text = connection.getresponse().read().decode()
-        assert '<body data-mode="value" data-live>' in text
+        version = json.loads(ask(port, "/status.json")[1])["version"]
+        assert f'<body data-mode="value" data-version="{version}">' in text
         taken = subprocess.run(
             [*command[:-3], str(port)], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
         )

@@ -21,7 +21,14 @@ NORM = ("weight_norm", "norm of all weights", "linear")
 def cell_key(outcome: Outcome, measures: Sequence[Measure]) -> str:
     """An identifier of a cell at its budget, the same on every page that shows the same numbers of it."""
     cell = outcome.cell
-    parts = (cell.name, cell.overrides, outcome.epochs, cell.grid_only, [measure.title for measure in measures])
+    parts = (
+        cell.name,
+        cell.overrides,
+        cell.sweep,
+        outcome.epochs,
+        cell.grid_only,
+        [measure.title for measure in measures],
+    )
     return f"cell-{sha256(repr(parts).encode()).hexdigest()[:12]}"
 
 
@@ -113,11 +120,19 @@ def _chosen_of_short(outcome: Outcome) -> tuple[str, ...]:
 
 def _tried(job: Job, record: Record, chosen: tuple[str, ...]) -> dict[str, Any]:
     return {
-        "values": [float(override.partition("=")[2]) for override in job.setting],
+        "values": [_value(override.partition("=")[2]) for override in job.setting],
         "seed": record.config["seed"],
         "score": _number(record.headline),
         "chosen": bool(chosen) and job.setting == chosen,
     }
+
+
+def _value(text: str) -> float | str:
+    """Of a hyperparameter: a number where it is one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _curves(outcome: Outcome, measures: Sequence[Measure]) -> Chart:
@@ -126,13 +141,13 @@ def _curves(outcome: Outcome, measures: Sequence[Measure]) -> Chart:
     headline = f"{record.result['split']}_{record.result['headline']}"
     title = next((measure.title for measure in measures if measure.key == "headline"), headline)
     shown = [CURVES[0], (headline, title, "linear"), CURVES[1], NORM]
-    history = record.history
+    histories = [record.history for record in outcome.records]
     return Chart(
         [
             [
                 Subplot("", "epoch", title, [curve(outcome, key)], yscale=scale)
                 for key, title, scale in shown
-                if key in history and history[key].notna().any()
+                if all(key in history and history[key].notna().any() for history in histories)
             ]
         ]
     )

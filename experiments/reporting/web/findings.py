@@ -10,7 +10,7 @@ from experiments.reporting.curves import K
 from experiments.reporting.layout import format_signed
 from experiments.reporting.outcomes import Pair, places
 from experiments.reporting.page import Page
-from experiments.reporting.statistics import mean_interval
+from experiments.reporting.statistics import Comparison, mean_interval
 from experiments.reporting.trials import best_of_curves
 
 FEW = 3  # comparisons that are listed by themselves
@@ -53,12 +53,16 @@ def verdict(low: float, high: float) -> str:
 
 
 def _against_decay(tables: Sequence[Page]) -> Finding | None:
-    """The comparisons of all tables, with the same runs counted once."""
-    measured: dict[tuple[object, ...], tuple[Page, Pair]] = {}
+    """The comparisons of the headline metric in all tables, in percent; those of the same runs, which have the same
+    numbers under the names of several tables, are counted once.
+    """
+    measured: dict[Comparison, tuple[Page, Pair]] = {}
     for page in tables:
+        if page.experiment is None or page.experiment.measures[0].key != "headline":
+            continue
         for pair in page.pairs:
             if not isnan(pair.gain.p):
-                measured.setdefault((pair.place, pair.rival, pair.gain.difference), (page, pair))
+                measured.setdefault(pair.gain, (page, pair))
     if not measured:
         return None
     pairs = [pair for _, pair in measured.values()]
@@ -102,7 +106,7 @@ def _attenuated(page: Page) -> Finding | None:
     known = [pair for pair in page.pairs if not isnan(pair.gain.p)]
     if not known:
         return None
-    return Finding("Attenuated logits keep a network adaptive", f"{_sentence(known[0])}.", page.name)
+    return Finding("Do attenuated logits keep a network adaptive?", f"{_sentence(known[0])}.", page.name)
 
 
 def _sentence(pair: Pair) -> str:

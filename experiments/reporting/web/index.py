@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from experiments.reporting.charts import Chart
 from experiments.reporting.layout import Entry, Panel, format_signed, number_format
 from experiments.reporting.outcomes import Outcome, Pair, paper
 from experiments.reporting.page import SPREAD, Page
@@ -104,24 +105,31 @@ class PageView:
     image: str = ""  # an SVG, packed
 
 
-def index_html(pages: Sequence[Page], images: Mapping[str, str], live: bool = False) -> str:
-    """The page. `images`: SVG of the figures that are no charts, by the names of their pages; `live`: the page asks its
-    server for the state of the runs.
+def index_html(pages: Sequence[Page], images: Mapping[str, str], version: str = "") -> str:
+    """The page. `images`: SVG of the figures that are no charts, by the names of their pages; `version`: of the
+    records, for a page that asks its server for the state of the runs.
     """
     details: dict[str, str] = {}
     views = [_page_view(page, images.get(page.name, ""), details) for page in pages]
     return (
         TEMPLATES.get_template("index.html").render(
             views=views,
-            charts={page.name: _json(chart_data(page.chart)) for page in pages if page.chart is not None},
+            charts={
+                page.name: _json(chart_data(page.chart)) for page in pages if page.chart and _has_lines(page.chart)
+            },
             details=details,
             libraries={name: packed((ASSETS / "vendor" / f"{name}.min.js").read_text("utf8")) for name in LIBRARIES},
             coverage=coverage(pages),
             findings=findings(pages),
-            live=live,
+            version=version,
         )
         + "\n"
     )
+
+
+def _has_lines(chart: Chart) -> bool:
+    """False where all cells have failed."""
+    return any(subplot.lines for row in chart.rows for subplot in row)
 
 
 def packed(text: str) -> Markup:
@@ -163,7 +171,21 @@ def _panel_view(page: Page, panel: Panel, details: dict[str, str]) -> PanelView:
 
 
 def _fill(page: Page, outcomes: Sequence[Outcome]) -> str:
-    """The command that runs what is missing of these cells: with --only where they are not all of the experiment."""
+    """The command that runs what is missing of these cells: with --only where they are not all of the experiment, and
+    with --short where all numbers are of the short budget.
+    """
+    begun = [outcome for outcome in outcomes if outcome.records or outcome.tried]
+    short = " --short" if begun and all(map(_is_short, begun)) else ""
+    selection = " --selection test" if page.name.endswith("-selected-on-test") else ""
+    return f"{_of_cells(page, outcomes)}{short}{selection}"
+
+
+def _is_short(outcome: Outcome) -> bool:
+    budgets = outcome.cell.epochs
+    return len(budgets) > 1 and outcome.study is not None and outcome.study.budget == budgets[-1]
+
+
+def _of_cells(page: Page, outcomes: Sequence[Outcome]) -> str:
     if page.experiment is None:
         return f"python -m experiments run {page.name}"
     cells = {outcome.cell for outcome in outcomes}

@@ -2,10 +2,14 @@
 
 const dialog = document.getElementById("detail");
 
+let asked = null; // the cell that was last asked for
+
 async function openCell(key) {
   const packed = document.getElementById(key);
   if (!packed) return;
+  asked = key;
   const cell = JSON.parse(await unpack(key));
+  if (asked !== key) return; // another one has been asked for since
   dialog.replaceChildren(
     element("button", { type: "button", class: "close", onclick: () => dialog.close() }, "Close"),
     element("h2", { id: "detail-title", tabindex: "-1" }, cell.name),
@@ -112,25 +116,21 @@ async function drawHeatMap(figure, rung) {
   const [across, up, ...others] = rung.axes;
   const scores = rung.runs.map((run) => run.score).filter((score) => score !== null).sort((a, b) => a - b);
   const domain = [scores[Math.floor(scores.length / 4)] ?? 0, scores.at(-1) ?? 1]; // the worst quarter is dark alike
-  const values = (axis) => [...new Set(rung.runs.map((run) => run.values[axis]))].sort((a, b) => a - b);
-  const facets = Map.groupBy
-    ? Map.groupBy(rung.runs, (run) => run.values.slice(2).join(" "))
-    : rung.runs.reduce((map, run) => {
-        const name = run.values.slice(2).join(" ");
-        return map.set(name, [...(map.get(name) ?? []), run]);
-      }, new Map());
-  const named = (name) => name.split(" ").map((value, i) => `${others[i]} ${plain(Number(value))}`).join(", ");
-  const order = [...facets.keys()].sort((a, b) => parseFloat(a) - parseFloat(b));
+  const compare = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b)));
+  const values = (axis) => [...new Set(rung.runs.map((run) => run.values[axis]))].sort(compare);
+  const named = (run) => others.map((axis, i) => `${axis} ${plain(run.values[i + 2])}`).join(", ");
+  const inOrder = [...rung.runs].sort((a, b) => a.values.slice(2).reduce((sign, value, i) => sign || compare(value, b.values[i + 2]), 0));
+  const facets = new Map(inOrder.map((run) => [named(run), []]));
+  for (const run of inOrder) facets.get(named(run)).push(run);
   const ticks = { tickFormat: plain, labelArrow: "none" };
   const height = up ? 60 + 28 * values(1).length : 90;
   const ink = (run) => ((run.score - domain[0]) / (domain[1] - domain[0] || 1) > 0.6 ? "#111" : "#fff");
-  const subplots = order.map((name) => {
-    const runs = facets.get(name);
+  const subplots = [...facets].map(([name, runs]) => {
     const at = { x: (run) => run.values[0], y: up ? (run) => run.values[1] : () => "" };
     const svg = Plot.plot({
       width: WIDTH, height, marginLeft: 52, marginRight: 8, marginBottom: 36, marginTop: 22, padding: 0.05,
       style: { background: "transparent", color: "currentColor", fontSize: "11px" },
-      ariaLabel: `${rung.title}${others.length ? `, ${named(name)}` : ""}: score over ${across}${up ? ` and ${up}` : ""}`,
+      ariaLabel: `${rung.title}${others.length ? `, ${name}` : ""}: score over ${across}${up ? ` and ${up}` : ""}`,
       x: { type: "band", domain: values(0), label: across, labelAnchor: "center", ...ticks },
       y: { type: "band", label: up ?? null, ...(up ? { domain: values(1).reverse(), ...ticks } : { domain: [""] }) },
       color: { type: "linear", scheme: "viridis", domain, clamp: true },
@@ -141,7 +141,7 @@ async function drawHeatMap(figure, rung) {
       ],
     });
     asImage(svg);
-    return element("div", {}, others.length ? element("h4", {}, named(name)) : "", svg);
+    return element("div", {}, others.length ? element("h4", {}, name) : "", svg);
   });
   figure.append(element("div", { class: "plots" }, subplots), keepers(figure));
   figure.classList.remove("waiting");

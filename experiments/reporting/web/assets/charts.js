@@ -120,7 +120,7 @@ function svgOf(figure) {
   const parts = [];
   let y = 10, width = 0;
   const text = (content, x, size = 12) =>
-    `<text x="${x}" y="${y + size}" font-size="${size}">${element("i", {}, content).innerHTML}</text>`;
+    `<text x="${x}" y="${y + size}" font-size="${size}">${escaped(content)}</text>`;
   for (const block of figure.querySelectorAll(".plots, .legend")) {
     let x = 10;
     if (block.classList.contains("legend")) {
@@ -148,7 +148,7 @@ function svgOf(figure) {
     width = Math.max(width, x);
   }
   return `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${y}" viewBox="0 0 ${width} ${y}" ` +
-    `font-family="system-ui, sans-serif" fill="#1b222d" color="#1b222d"><title>${figure.dataset.title}</title>` +
+    `font-family="system-ui, sans-serif" fill="#1b222d" color="#1b222d"><title>${escaped(figure.dataset.title)}</title>` +
     `<rect width="100%" height="100%" fill="#fff"/>${parts.join("")}</svg>`;
 }
 

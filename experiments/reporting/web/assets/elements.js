@@ -17,6 +17,11 @@ async function unpack(id) {
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
 }
 
+/** Text as it may stand in an SVG. */
+function escaped(text) {
+  return new XMLSerializer().serializeToString(document.createTextNode(text));
+}
+
 function say(text) {
   const said = document.getElementById("said");
   said.textContent = "";

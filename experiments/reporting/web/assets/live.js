@@ -1,18 +1,17 @@
 // The state of the runs, asked of the server (python -m experiments serve).
 
 const INTERVAL = 5000; // ms
-let version = null;
+const shown = document.body.dataset.version; // of the records
 
 async function refresh() {
   const summary = document.getElementById("live-summary");
   let text;
   try {
     const answer = await fetch("status.json", { cache: "no-store" });
-    const { rows, version: now, error } = await answer.json();
-    version ??= now;
+    const { rows, version, error } = await answer.json();
     text = error ?? describe(rows);
     showRows(rows);
-    if (now !== version) text += " New records: load the page again to see them.";
+    if (!error && version !== shown) text += " New records: load the page again to see them.";
   } catch {
     text = "The server does not answer; it may have ended.";
   }
