@@ -42,7 +42,7 @@ from lawn.train.signals import raise_on_signal
 
 _TABLES = (TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6, FIGURE1, FIGURE2)
 _BEYOND = (HORIZON, MATRIX_FACTORIZATION, TUNING_CURVES, AUTOMATIC, FLATTENING_DIGITS, FLATTENING_MOVIELENS100K)
-EXPERIMENTS = {e.name: e for e in (DEMO, *_TABLES, *_BEYOND)}
+EXPERIMENTS = {e.name: e for e in (*_TABLES, DEMO, *_BEYOND)}
 SIMULATIONS = {s.name: s for s in (SMD_RAYLEIGH, REFERENCES)}
 
 
@@ -187,14 +187,16 @@ def _pages(names: list[str], store: Store, given: argparse.Namespace) -> list[Pa
 
 def serve(given: argparse.Namespace) -> int:
     """Serve the results page until it is interrupted."""
+    if (given.only or given.set) and not given.names:
+        raise ConfigError("--only and --set choose runs whose state is shown: name their experiments, too")
     chosen = _studies(given) if given.names else []
-    store = Store(given.results)
+    shown, asked = Store(given.results), Store(given.results)  # of two threads
 
     def page(version: str) -> str:
-        return report.index(_pages([*EXPERIMENTS, *SIMULATIONS], store, given), given.results, version)
+        return report.index(_pages([*EXPERIMENTS, *SIMULATIONS], shown, given), given.results, version)
 
     def status() -> list[Row]:
-        return status_rows(chosen, store, RuntimeEstimate(store))
+        return status_rows(chosen, asked, RuntimeEstimate(asked))
 
     with ResultsServer(given.results, page, status).listen(given.port) as server:
         print(f"http://{LOOPBACK}:{server.server_port}/ on this machine alone; Ctrl-C ends it", flush=True)

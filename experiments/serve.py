@@ -31,7 +31,7 @@ class ResultsServer:
         self.results = results
         self._make_page = page
         self._make_status = status
-        self._lock = threading.Lock()  # of the store that both read
+        self._making_page, self._making_status = threading.Lock(), threading.Lock()
         self._page: tuple[str, str] | None = None  # the version of the records and the page of them
 
     def version(self) -> str:
@@ -40,7 +40,7 @@ class ResultsServer:
         return f"{len(states)}-{sum(s.st_size for s in states)}-{max((s.st_mtime_ns for s in states), default=0)}"
 
     def page(self) -> str:
-        with self._lock:
+        with self._making_page:
             version = self.version()
             if self._page is None or self._page[0] != version:
                 self._page = version, self._make_page(version)
@@ -50,7 +50,7 @@ class ResultsServer:
         """As JSON; with the reason where the records cannot be read."""
         answer: dict[str, Any] = {"rows": []}
         try:
-            with self._lock:
+            with self._making_status:
                 answer["rows"] = self._make_status()
             answer["version"] = self.version()
         except (UserError, OSError) as error:

@@ -55,7 +55,7 @@ def number_format(digits: int) -> str:
 
 def format_signed(number: float) -> str:
     """Three significant digits with the sign; nothing for NaN."""
-    return "" if isnan(number) else f"{number:+.3g}"
+    return "" if isnan(number) else f"{number:+#.3g}".rstrip(".")
 
 
 def format_plain(number: str) -> str:

@@ -121,17 +121,17 @@ def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Pair]:
             a, b = at[panel, column, base], at[panel, column, rival]
             if a.epochs != b.epochs:
                 continue
-            gain, paired = _gain(a, b, measure)
+            difference, paired = gain(a, b, measure)
             sign = -1 if measure.smaller_is_better else 1
             papers = sign * (paper(b.cell) - paper(a.cell))
             seeds = len(a.records), len(b.records)
-            compared.append(Pair(panel, column, base, rival, gain, seeds, paired, nan, papers))
+            compared.append(Pair(panel, column, base, rival, difference, seeds, paired, nan, papers))
     tested = [pair for pair in compared if not isnan(pair.gain.p)]
     corrected = iter(holm([pair.gain.p for pair in tested]))
     return [replace(pair, adjusted=next(corrected)) if pair in tested else pair for pair in compared]
 
 
-def _gain(base: Outcome, rival: Outcome, measure: Measure) -> tuple[Comparison, bool]:
+def gain(base: Outcome, rival: Outcome, measure: Measure) -> tuple[Comparison, bool]:
     """The gain of the rival; paired over test samples if the records have their outcomes, and whether it is."""
     sign = -1 if measure.smaller_is_better else 1
     arms = [[record.scores for record in outcome.records] for outcome in (rival, base)]

@@ -275,7 +275,9 @@ def _epochs(cells: list[Outcome], column: str) -> str:
     here = [o for o in cells if o.cell.column == column and o.cell.epochs]
     run = sorted({o.epochs for o in here if o.records and o.epochs is not None})
     paper = max((o.cell.epochs[0] for o in here), default=0)
-    return f"; {' and '.join(map(str, run))} of {paper} epochs" if run else f"; {paper} epochs" if paper else ""
+    if run in ([], [paper]):
+        return f"; {paper} epochs" if paper else ""
+    return f"; {' and '.join(map(str, run))} of {paper} epochs"
 
 
 def _code(records: Sequence[Record]) -> str:

@@ -45,7 +45,7 @@ def show_record(record: Record) -> SimulationContent:
 
 REFERENCES = Simulation(
     name="references",
-    title="MovieLens-1M: popularity and iALS",
+    title="References: popularity and iALS on MovieLens-1M",
     settings=Settings(),
     short=Settings(factors=16, iterations=3, alphas=(4.0,), regularizations=(30.0,), seeds=1),
     run=run,

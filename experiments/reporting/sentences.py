@@ -5,7 +5,7 @@ from math import inf, isnan
 
 from experiments.definitions.spec import Experiment
 from experiments.planning import search
-from experiments.reporting.outcomes import Outcome, Pair, comparisons, paper, place, places
+from experiments.reporting.outcomes import Outcome, Pair, comparisons, gain, paper, place, places
 from experiments.reporting.statistics import mean_and_error
 
 LEVEL = 0.05  # of significance
@@ -25,18 +25,14 @@ def against_the_best(experiment: Experiment, found: list[Outcome]) -> list[str]:
             continue
         best = max(others, key=lambda o: sign * o.mean(measure))
         (mean, error), (top, spread) = (mean_and_error(o.values(measure)) for o in (rival, best))
-        gain = sign * (mean - top)
-        if isnan(spread):
-            verdict = "the latter has no standard error"
-        elif abs(gain) <= spread:
-            verdict = "the difference is within the latter's standard error"
-        else:
-            verdict = f"the former is {'better' if gain > 0 else 'worse'} by more than the latter's standard error"
+        found_gain = gain(best, rival, measure)[0]
+        low, high = (f"{end:+.2f}" for end in found_gain.interval())
+        known = "" if isnan(found_gain.p) else f" (95 % interval {low} to {high})"
         switched = sorted(r.result["last"]["free_epochs"] for r in rival.records if "free_epochs" in r.result["last"])
         switches = [f"{epochs:.2f}" for epochs in (*switched[:1], *switched[-1:])]
         lines.append(
             f"On {place(panel, column)}, {rival.cell.row} gives {mean:.2f} ({error:.2f}); the best of the others "
-            f"({best.cell.row}) gives {top:.2f} ({spread:.2f}); {verdict}."
+            f"({best.cell.row}) gives {top:.2f} ({spread:.2f}); the gain is {found_gain.difference:+.2f}{known}."
             + (f" Norms were fixed after {' to '.join(dict.fromkeys(switches))} epochs." if switches else "")
         )
     return lines

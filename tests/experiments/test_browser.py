@@ -305,7 +305,7 @@ def test_numbers_are_copied_and_saved(chromium):
         panel.locator("[data-copy]").click()
         page.locator("#said", has_text="Copied").wait_for(state="attached")
         copied = page.evaluate("navigator.clipboard.readText()").splitlines()
-        assert copied[0].startswith("method,column,mean,low_95,high_95,n,paper,difference,gain")
+        assert copied[0].startswith("method,column,mean,standard_error,low_95,high_95,n,epochs,paper,difference,gain")
         (ours,) = [line for line in copied if line.startswith("Adam-LAWN,batch 10k")]
         tidy = (ROOT / "results" / "table4.csv").read_text()
         mean = re.search(r"MovieLens-100k,batch 10k,Adam-LAWN,.*?,16,([\d.]+),", tidy)[1]
@@ -341,6 +341,13 @@ def test_a_figure_is_printed_alone(page, tmp_path):
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.locator("main").is_visible()
     assert page.locator(".alone").count() == 0
+
+
+@pytest.mark.slow
+def test_figures_that_were_not_looked_at_are_printed(page):
+    page.evaluate("Promise.all(figures.map(prepare))")  # as the page does when it has time
+    assert page.locator("main figure.waiting").count() > 3
+    assert page.evaluate("dispatchEvent(new Event('beforeprint')); document.querySelectorAll('.waiting').length") == 0
 
 
 @pytest.mark.slow

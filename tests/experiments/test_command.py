@@ -115,7 +115,7 @@ def test_failed_runs_are_named_and_fail_the_command(call, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "table9"], "table9: no such experiment; choose from demo, table1"),
+        (["run", "table9"], "table9: no such experiment; choose from table1, table2"),
         (["plan", "table4", "--only", "dataset=mnist"], "--only dataset=mnist: table4 has no such cell"),
         (["run", "mini", "--set", "train.epochs=1"], "train.epochs=1: only where and how to run can be set: logger,"),
         (["plan", "mini", "--set", "run_dir=x"], "run_dir=x: only where and how to run can be set: logger,"),

@@ -31,8 +31,9 @@ from experiments.reporting.simulations import simulation_page
 from experiments.reporting.statistics import Comparison, compare, mean_interval
 from experiments.reporting.tuning_tables import format_setting
 from experiments.reporting.web import findings
-from experiments.reporting.web.cells import MAX_POINTS, chart_data, detail
-from experiments.reporting.web.index import ASSETS, LIBRARIES, index_html, linked
+from experiments.reporting.web.cells import detail
+from experiments.reporting.web.data import MAX_POINTS, chart_data
+from experiments.reporting.web.index import ASSETS, LIBRARIES, TEMPLATES, index_html
 from lawn.errors import ConfigError
 from tests.experiments.helpers import MINI, SHORT, TUNED, run_experiment, unfolded
 from tests.experiments.test_report import made_up
@@ -124,7 +125,8 @@ def test_every_number_of_the_committed_page_is_that_of_its_records(committed):
         if len(values) > 1:
             half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / sqrt(len(values))
             assert float(cell["low"]) == pytest.approx(values.mean() - half, rel=1e-5, abs=1e-9)
-            assert f"{values.mean() - half:.2f} to {values.mean() + half:.2f}, n={len(values)}" in cell["text"]
+            spread = f"{values.mean() - half:.2f} to {values.mean() + half:.2f}, n={len(values)}"
+            assert (spread if np.ptp(values) > 0 else f"n={len(values)}, all alike") in cell["text"]
         if "paper" in cell:
             assert float(cell["difference"]) == pytest.approx(values.mean() - float(cell["paper"]), abs=1e-3)
         checked += 1
@@ -178,7 +180,7 @@ def test_the_gains_of_the_committed_page_are_those_of_the_comparisons(committed)
     for cell in shown:
         low, high = gains[cell["gain"]]
         assert (float(cell["gain-low"]), float(cell["gain-high"])) == pytest.approx((low, high), rel=1e-5)
-        assert f"{low:+.3g} to {high:+.3g} over" in cell["text"]
+        assert f"{low:+#.3g} to {high:+#.3g} over" in cell["text"]
     pairs = [pair for page in pages for pair in page.pairs if isfinite(pair.paper)]
     printed = {f"over {pair.base}, paper {pair.paper:+.3g}" for pair in pairs}
     assert printed
@@ -242,6 +244,7 @@ def test_data_cannot_end_its_script(results):
 
 
 def test_links_of_markdown_are_links_and_everything_else_is_text():
+    linked = TEMPLATES.filters["linked"]
     assert linked("70 <sup>[0](runs/a.json)</sup>") == '70 <a href="runs/a.json">0</a>'
     assert linked("<b>") == "&lt;b&gt;"
 
@@ -321,13 +324,13 @@ def test_what_is_said_of_the_comparisons():
     assert findings.findings([table_with()]) == []
     (few,) = findings.findings([table_with(pair(2.0, 0.1, paper=1.5), pair(2.0, 0.1, base="Adam, eps tuned"))])
     assert few.text.count("Adam-LAWN against") == 1  # the same runs, under two names
-    assert few.text.startswith("Adam-LAWN against Adam, P, 1k: +2 (95 % interval +1.7")
-    assert few.text.endswith("3 and 3 seeds; the paper +1.5): better.")
+    assert few.text.startswith("Adam-LAWN against Adam, P, 1k: +2.00 (95 % interval +1.7")
+    assert few.text.endswith("3 and 3 seeds; the paper +1.50): better.")
     many = [pair(gain, 0.5, column=f"{i}k") for i, gain in enumerate((3.0, 4.0, 0.1, -3.0))]
     (said,) = findings.findings([table_with(*many)])
     assert "Of 4 comparisons with LAWN and without, LAWN is better in 2, worse in 1, and 1 are not decided" in said.text
     mean, half = np.mean([3, 4, 0.1, -3]), 3.182446 * np.std([3, 4, 0.1, -3], ddof=1) / 2
-    assert f"{mean:+.3g} on average (95 % interval {mean - half:+.3g} to {mean + half:+.3g}, over" in said.text
+    assert f"{mean:+#.3g} on average (95 % interval {mean - half:+#.3g} to {mean + half:+#.3g}, over" in said.text
 
 
 def test_a_comparison_in_several_tables_is_counted_once():
@@ -344,7 +347,7 @@ def test_values_of_a_sweep_need_not_be_numbers(tuned):
     tried = [(replace(job, setting=("model.batchnorm=true",)), record) for job, record in outcome.tried]
     names = {job.name: job for job, _ in tried}
     tuning = replace(outcome.tuning, full=[names[job.name] for job in outcome.tuning.full])
-    shown = detail(replace(outcome, tried=tried, tuning=tuning), TUNED.measures, "")
+    shown = detail(replace(outcome, tried=tried, tuning=tuning), TUNED.measures, "", [], "")
     assert shown["rungs"][0]["runs"][0]["values"] == ["true"]
     assert format_setting(("optim.lr=1e-2", "model.batchnorm=true")) == "lr 0.01, batchnorm true"
 
@@ -353,7 +356,7 @@ def test_a_curve_that_a_seed_lacks_is_left_out(results):
     (outcome, *_) = pages_of(results, [MINI])[0].outcomes
     first, second = outcome.records
     without = replace(second, history=second.history.drop(columns="weight_norm"))
-    (row,) = detail(replace(outcome, records=[first, without]), MINI.measures, "")["curves"]["rows"]
+    (row,) = detail(replace(outcome, records=[first, without]), MINI.measures, "", [], "")["curves"]["rows"]
     assert "norm of all weights" not in [subplot["ylabel"] for subplot in row]
 
 

@@ -240,7 +240,7 @@ def test_the_longest_budget_that_is_filled_is_shown(tmp_path):
     experiment = Experiment("budgets", "Budgets", (cell, other), (ACCURACY,), seeds=2)
     one = replace(experiment, cells=(cell,))
     for run, seeds, budget, epochs, head in (
-        (one, 1, 0, 4, "128; 4 of 4 epochs"),
+        (one, 1, 0, 4, "128; 4 epochs"),
         (experiment, 2, -1, 2, "128; 2 of 4 epochs"),
         (one, 2, 0, 4, "128; 2 and 4 of 4 epochs"),
     ):

@@ -2,18 +2,17 @@
 
 from collections.abc import Sequence
 from hashlib import sha256
-from math import isfinite
 from typing import Any
 
 from experiments.definitions.spec import Measure
 from experiments.planning.grid import Job
 from experiments.records import Record
-from experiments.reporting.charts import Chart, Line, Subplot, curve
-from experiments.reporting.outcomes import Outcome, paper
+from experiments.reporting.charts import Chart, Subplot, curve
+from experiments.reporting.outcomes import Outcome
 from experiments.reporting.statistics import mean_and_error, mean_interval
 from experiments.reporting.tuning_tables import described, format_setting
+from experiments.reporting.web.data import chart_data, number
 
-MAX_POINTS = 100  # of a curve
 CURVES = (("train_loss", "training loss, nats", "log"), ("margin_p50", "median training margin, logits", "linear"))
 NORM = ("weight_norm", "norm of all weights", "linear")
 
@@ -32,14 +31,17 @@ def cell_key(outcome: Outcome, measures: Sequence[Measure]) -> str:
     return f"cell-{sha256(repr(parts).encode()).hexdigest()[:12]}"
 
 
-def detail(outcome: Outcome, measures: Sequence[Measure], command: str) -> dict[str, Any]:
-    """As plain data; `command` fills the cell."""
-    paper_value = paper(outcome.cell)
+def detail(
+    outcome: Outcome, measures: Sequence[Measure], printed: str, gains: Sequence[str], command: str
+) -> dict[str, Any]:
+    """As plain data; `printed`: the paper's number as it is written, `gains` with LAWN, `command` fills the cell."""
     return {
         "name": outcome.cell.name,
         "epochs": outcome.epochs,
         "paper_epochs": outcome.cell.epochs[0] if outcome.cell.epochs else None,
-        "paper": _number(paper_value),
+        "paper": printed,
+        "difference": number(outcome.difference(measures[0])),
+        "gains": list(gains),
         "measures": [_measured(outcome, measure) for measure in measures],
         "seeds": [_seed(record, measures) for record in outcome.records],
         "failed": outcome.failed,
@@ -61,14 +63,14 @@ def _measured(outcome: Outcome, measure: Measure) -> dict[str, Any]:
         "title": measure.title,
         "digits": measure.digits,
         "n": len(values),
-        **{key: _number(value) for key, value in (("mean", mean), ("error", error), ("low", low), ("high", high))},
+        **{key: number(value) for key, value in (("mean", mean), ("error", error), ("low", low), ("high", high))},
     }
 
 
 def _seed(record: Record, measures: Sequence[Measure]) -> dict[str, Any]:
     return {
         "seed": record.config["seed"],
-        "values": [_number(record.value(measure.key)) for measure in measures],
+        "values": [number(record.value(measure.key)) for measure in measures],
         "status": record.result["status"],
         "record": record.name,
         "code": record.code,
@@ -122,7 +124,7 @@ def _tried(job: Job, record: Record, chosen: tuple[str, ...]) -> dict[str, Any]:
     return {
         "values": [_value(override.partition("=")[2]) for override in job.setting],
         "seed": record.config["seed"],
-        "score": _number(record.headline),
+        "score": number(record.headline),
         "chosen": bool(chosen) and job.setting == chosen,
     }
 
@@ -151,47 +153,3 @@ def _curves(outcome: Outcome, measures: Sequence[Measure]) -> Chart:
             ]
         ]
     )
-
-
-def chart_data(chart: Chart) -> dict[str, Any]:
-    """A chart as plain data; curves are thinned to MAX_POINTS, their last point and the marked one stay."""
-    return {
-        "legends": chart.legends,
-        "rows": [
-            [
-                {
-                    "title": subplot.title,
-                    "xlabel": subplot.xlabel,
-                    "ylabel": subplot.ylabel,
-                    "xscale": subplot.xscale,
-                    "yscale": subplot.yscale,
-                    "ticks": [[x, text] for x, text in subplot.ticks.items()],
-                    "ymin": subplot.ymin,
-                    "rule": subplot.rule,
-                    "lines": [_line(line) for line in subplot.lines],
-                }
-                for subplot in row
-                if subplot.lines
-            ]
-            for row in chart.rows
-        ],
-    }
-
-
-def _line(line: Line) -> dict[str, Any]:
-    step = -(-len(line.x) // MAX_POINTS) or 1
-    kept = sorted({*range(0, len(line.x), step), len(line.x) - 1, *([] if line.mark is None else [line.mark])})
-    kept = [index for index in kept if index >= 0]
-    columns = {name: [_number(getattr(line, name)[i]) for i in kept] for name in ("x", "y")}
-    if len(line.low):
-        columns |= {name: [_number(getattr(line, name)[i]) for i in kept] for name in ("low", "high")}
-    mark = None if line.mark is None else kept.index(line.mark)
-    return {
-        **{"label": line.label, "color": line.color, "style": line.style, "points": line.points, "mark": mark},
-        **columns,
-    }
-
-
-def _number(value: float) -> float | None:
-    """With six significant digits; None where it is not finite, for which JSON has no number."""
-    return float(f"{value:.6g}") if isfinite(value) else None

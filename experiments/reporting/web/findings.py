@@ -6,6 +6,7 @@ from math import isnan
 
 import numpy as np
 
+from experiments.definitions.tuning_curves import SHORT
 from experiments.reporting.curves import K
 from experiments.reporting.layout import format_signed
 from experiments.reporting.outcomes import Pair, places
@@ -81,20 +82,20 @@ def _against_decay(tables: Sequence[Page]) -> Finding | None:
 
 
 def _tuning(page: Page) -> Finding | None:
-    """How much more the best of K random settings is expected to give with LAWN, over columns."""
+    """How much more the best of K random settings is expected to give with LAWN, over the grids of short schedules."""
     best = {(o.cell.panel, o.cell.column, o.cell.row): curve for o, curve in best_of_curves(list(page.outcomes))}
     parts = []
     for base, rival in page.experiment.pairs if page.experiment else ():
         gains = [
             float(best[(*place, rival)].mean[K - 1] - best[(*place, base)].mean[K - 1])
             for place in places(page.outcomes)
-            if {(*place, base), (*place, rival)} <= set(best)
+            if place[0] == SHORT and {(*place, base), (*place, rival)} <= set(best)
         ]
         if len(gains) > 1:
             interval = mean_interval(gains)
             parts.append(
                 f"{rival} against {base} {format_signed(float(np.mean(gains)))} points ({_interval(*interval)}, over "
-                f"{len(gains)} grids): {verdict(*interval)}"
+                f"{len(gains)} batch sizes, each a grid with one seed): {verdict(*interval)}"
             )
     if not parts:
         return None

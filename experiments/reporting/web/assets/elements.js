@@ -13,7 +13,8 @@ function element(tag, attributes = {}, ...children) {
 
 /** The text that a script of type application/gzip holds. */
 async function unpack(id) {
-  const bytes = Uint8Array.from(atob(document.getElementById(id).textContent.trim()), (c) => c.charCodeAt(0));
+  const text = document.getElementById(id).textContent.trim();
+  const bytes = Uint8Array.fromBase64?.(text) ?? Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
 }
 

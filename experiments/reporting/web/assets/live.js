@@ -22,7 +22,11 @@ async function refresh() {
 function describe(rows) {
   if (!rows.length) return "No experiment was named: python -m experiments serve NAME shows the state of its runs.";
   const count = (key) => rows.reduce((sum, row) => sum + (Number(row[key]) || 0), 0);
-  const done = rows.map((row) => String(row.done ?? "0/0").split("/").map(Number));
+  const done = rows.map((row) =>
+    String(row.done ?? "0/0")
+      .split("/")
+      .map(Number),
+  );
   const sum = (i) => done.reduce((total, pair) => total + pair[i], 0);
   return `${sum(0)} of about ${sum(1)} runs are done, ${count("running")} running, ${count("queued")} queued, ${count("failed")} failed.`;
 }
@@ -33,9 +37,26 @@ function showRows(rows) {
   table.replaceChildren();
   if (!rows.length) return;
   table.append(
-    element("thead", {}, element("tr", {}, heads.map((head) => element("th", { scope: "col" }, head)))),
-    element("tbody", {}, rows.map((row) => element("tr", {}, heads.map((head, i) =>
-      element(i ? "td" : "th", i ? {} : { scope: "row" }, String(row[head] ?? "")))))),
+    element(
+      "thead",
+      {},
+      element(
+        "tr",
+        {},
+        heads.map((head) => element("th", { scope: "col" }, head)),
+      ),
+    ),
+    element(
+      "tbody",
+      {},
+      rows.map((row) =>
+        element(
+          "tr",
+          {},
+          heads.map((head, i) => element(i ? "td" : "th", i ? {} : { scope: "row" }, String(row[head] ?? ""))),
+        ),
+      ),
+    ),
   );
 }
 

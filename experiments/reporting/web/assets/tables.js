@@ -41,7 +41,11 @@ class NumberTable {
     else this.column = null;
     this.show();
     const head = this.heads[column].querySelector("button").textContent;
-    say(this.column === null ? "Sorted as at first" : `Sorted by ${head}, ${this.descending ? "largest" : "smallest"} first`);
+    say(
+      this.column === null
+        ? "Sorted as at first"
+        : `Sorted by ${head}, ${this.descending ? "largest" : "smallest"} first`,
+    );
   }
 
   show() {
@@ -64,18 +68,50 @@ class NumberTable {
       return;
     }
     const groups = [...new Set(this.rows.map((row) => row.dataset.base))];
-    body.replaceChildren(...groups.flatMap((base) => {
-      const members = rows.filter((row) => row.dataset.base === base);
-      const head = element("th", { scope: "rowgroup", colspan: this.heads.length }, base || "other");
-      return members.some((row) => !row.hidden) ? [element("tr", { class: "group" }, head), ...members] : members;
-    }));
+    body.replaceChildren(
+      ...groups.flatMap((base) => {
+        const members = rows.filter((row) => row.dataset.base === base);
+        const head = element("th", { scope: "rowgroup", colspan: this.heads.length }, base || "other");
+        return members.some((row) => !row.hidden) ? [element("tr", { class: "group" }, head), ...members] : members;
+      }),
+    );
   }
 
   /** The rows that are shown, a line for each number. */
   csv() {
-    const keys = ["value", "low", "high", "n", "paper", "difference", "gain", "gainLow", "gainHigh"];
+    const keys = [
+      "value",
+      "error",
+      "low",
+      "high",
+      "n",
+      "epochs",
+      "paper",
+      "difference",
+      "gain",
+      "gainLow",
+      "gainHigh",
+      "gainOver",
+    ];
     const quoted = (text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
-    const lines = [["method", "column", "mean", "low_95", "high_95", "n", "paper", "difference", "gain", "gain_low_95", "gain_high_95"]];
+    const lines = [
+      [
+        "method",
+        "column",
+        "mean",
+        "standard_error",
+        "low_95",
+        "high_95",
+        "n",
+        "epochs",
+        "paper",
+        "difference",
+        "gain",
+        "gain_low_95",
+        "gain_high_95",
+        "gain_over",
+      ],
+    ];
     for (const row of this.table.tBodies[0].rows) {
       if (row.hidden || row.classList.contains("group")) continue;
       [...row.cells].slice(1).forEach((cell, i) => {
@@ -91,15 +127,20 @@ class NumberTable {
 for (const panel of document.querySelectorAll("[data-panel]")) new NumberTable(panel);
 
 // What is folded is unpacked when it is first opened.
-document.addEventListener("toggle", async ({ target }) => {
-  const id = target.dataset?.fold;
-  if (!id || !target.open) return;
-  delete target.dataset.fold;
-  target.insertAdjacentHTML("beforeend", await unpack(id));
-  for (const panel of target.querySelectorAll("[data-panel]")) new NumberTable(panel);
-}, true);
+document.addEventListener(
+  "toggle",
+  async ({ target }) => {
+    const id = target.dataset?.fold;
+    if (!id || !target.open) return;
+    delete target.dataset.fold;
+    target.insertAdjacentHTML("beforeend", await unpack(id));
+    for (const panel of target.querySelectorAll("[data-panel]")) new NumberTable(panel);
+  },
+  true,
+);
 
-document.addEventListener("click", ({ target }) => { // an open menu closes
+document.addEventListener("click", ({ target }) => {
+  // an open menu closes
   for (const menu of document.querySelectorAll(".menu[open]")) if (!menu.contains(target)) menu.open = false;
 });
 document.addEventListener("keydown", ({ key, target }) => {

@@ -1,0 +1,208 @@
+"""The tables of the page: what each cell shows in each of the views, and which command fills a table."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import isnan, nan
+
+from experiments.reporting.layout import Entry, Panel, format_signed, number_format
+from experiments.reporting.outcomes import Outcome, Pair, paper
+from experiments.reporting.page import Page
+from experiments.reporting.statistics import mean_and_error, mean_interval
+from experiments.reporting.web.cells import cell_key, detail
+from experiments.reporting.web.data import json_text, packed
+
+BASES = {"adam": "Adam", "sgd": "SGD", "lamb": "LAMB"}  # optimizers, by the beginning of the names of their variants
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What is sorted, and copied as CSV; NaN where there is none."""
+
+    value: float = nan
+    low: float = nan
+    high: float = nan
+    error: float = nan
+    n: int = 0
+    paper: float = nan
+    difference: float = nan
+    gain: float = nan  # over the first row that it is compared with
+    gain_low: float = nan
+    gain_high: float = nan
+
+
+@dataclass(frozen=True)
+class CellView:
+    """A cell of a table in each of the views."""
+
+    main: str = ""
+    soft: str = ""
+    paper: str = ""  # the line below
+    difference: str = ""
+    gains: Sequence[tuple[str, str]] = ()  # with their intervals
+    gain_over: str = ""  # the row that `numbers.gain` is over
+    epochs: int | None = None
+    key: str = ""  # of what it opens; empty: nothing
+    tuned: bool = False  # without final runs
+    numbers: Numbers = field(default_factory=Numbers)
+
+    @property
+    def marked(self) -> bool:
+        return self.difference.endswith("*")
+
+
+@dataclass(frozen=True)
+class RowView:
+    name: str
+    base: str  # the optimizer that it is a variant of; empty: unknown
+    cells: list[CellView]
+
+
+@dataclass(frozen=True)
+class PanelView:
+    title: str
+    columns: list[str]
+    rows: list[RowView]
+    fill: str  # the command that runs what is missing
+
+    @property
+    def _cells(self) -> list[CellView]:
+        return [cell for row in self.rows for cell in row.cells]
+
+    @property
+    def filled(self) -> bool:
+        """Whether there is a number of ours."""
+        return any(cell.main and not cell.tuned for cell in self._cells)
+
+    @property
+    def state(self) -> str:
+        """What is said where nothing is filled."""
+        return "tuning runs only" if any(cell.key for cell in self._cells) else "not run yet"
+
+    @property
+    def marked(self) -> bool:
+        return any(cell.marked for cell in self._cells)
+
+    @property
+    def groups(self) -> list[str]:
+        return list(dict.fromkeys(row.base for row in self.rows if row.base))
+
+
+def panel_view(page: Page, panel: Panel, details: dict[str, str]) -> PanelView:
+    """Adds what the cells open to `details`, packed, by their keys."""
+    rows = [RowView(row, _base(entries), [_cell(page, e, details) for e in entries]) for row, entries in panel.rows]
+    outcomes = [entry.outcome for _, entries in panel.rows for entry in entries if entry.outcome is not None]
+    return PanelView(panel.title, panel.columns, rows, fill_command(page, outcomes))
+
+
+def fill_command(page: Page, outcomes: Sequence[Outcome]) -> str:
+    """The command that runs what is missing of these cells: with --only where they are not all of the experiment, and
+    with --short where all numbers are of the short budget.
+    """
+    begun = [outcome for outcome in outcomes if outcome.records or outcome.tried]
+    short = " --short" if begun and all(map(_is_short, begun)) else ""
+    selection = " --selection test" if page.name.endswith("-selected-on-test") else ""
+    return f"{_of_cells(page, outcomes)}{short}{selection}"
+
+
+def _is_short(outcome: Outcome) -> bool:
+    budgets = outcome.cell.epochs
+    return len(budgets) > 1 and outcome.study is not None and outcome.study.budget == budgets[-1]
+
+
+def _of_cells(page: Page, outcomes: Sequence[Outcome]) -> str:
+    if page.experiment is None:
+        return f"python -m experiments run {page.name}"
+    cells = {outcome.cell for outcome in outcomes}
+    shared = set.intersection(*(set(cell.overrides) for cell in cells)) if cells else set()
+    others = [cell for cell in page.experiment.cells if cell not in cells]
+    if not others or any(shared <= set(other.overrides) for other in others):
+        return f"python -m experiments run {page.experiment.name}"
+    ordered = [override for override in next(iter(outcomes)).cell.overrides if override in shared]
+    kept = list(ordered)
+    for override in ordered:  # the fewest that name no other cell
+        fewer = {other for other in kept if other != override}
+        if fewer and not any(fewer <= set(other.overrides) for other in others):
+            kept.remove(override)
+    return f"python -m experiments run {page.experiment.name} --only {shlex.join(kept)}"
+
+
+def _base(entries: Sequence[Entry]) -> str:
+    """The optimizer that a row is a variant of."""
+    for entry in entries:
+        if entry.outcome is not None:
+            names = [o.partition("=")[2] for o in entry.outcome.cell.overrides if o.startswith("optim=")]
+            return next((base for name in names for key, base in BASES.items() if name.startswith(key)), "")
+    return ""
+
+
+def _cell(page: Page, entry: Entry, details: dict[str, str]) -> CellView:
+    outcome, measure, experiment = entry.outcome, entry.measure, page.experiment
+    if outcome is None or measure is None or experiment is None:
+        return CellView(entry.ours, numbers=Numbers(_leading_number(entry.ours)))
+    first = measure is experiment.measures[0]
+    pairs = [pair for pair in page.pairs if first and _is_rival(pair, outcome)]
+    gains = [_gain(pair) for pair in pairs]
+    key = ""
+    if first and (outcome.records or outcome.tried):
+        key = cell_key(outcome, experiment.measures)
+        if key not in details:
+            said = [f"{gain} {interval}" for gain, interval in gains]
+            content = detail(outcome, experiment.measures, entry.paper, said, fill_command(page, [outcome]))
+            details[key] = packed(json_text(content))
+    printed = f"paper {entry.paper}" if entry.paper else ""
+    if not outcome.records:
+        return _without_records(entry, outcome, printed, key)
+    values, text = outcome.values(measure), number_format(measure.digits)
+    (mean, error), (low, high) = mean_and_error(values), mean_interval(values)
+    gain = (pairs[0].gain.difference, *pairs[0].gain.interval()) if pairs else (nan, nan, nan)
+    return CellView(
+        main="Fail" if outcome.failed else f"{mean:{text}}",
+        soft=_soft(outcome, f"{low:{text}} to {high:{text}}" if len(set(values)) > 1 else "", len(values)),
+        paper=printed,
+        difference=f"{entry.difference}{'*' if entry.marked else ''}",
+        gains=gains,
+        gain_over=pairs[0].base if pairs else "",
+        epochs=outcome.epochs,
+        key=key,
+        numbers=Numbers(mean, low, high, error, len(values), paper(outcome.cell), outcome.difference(measure), *gain),
+    )
+
+
+def _without_records(entry: Entry, outcome: Outcome, printed: str, key: str) -> CellView:
+    """A number of the tuning curves, or else the best score of the tuning so far, or only the paper's number."""
+    numbers = Numbers(_leading_number(entry.ours), paper=paper(outcome.cell))
+    if entry.ours:
+        main, _, spread = entry.ours.partition(" (")
+        return CellView(main, f"80 %: {spread.rstrip(')')}", paper=printed, key=key, numbers=numbers)
+    scores = [record.headline for _, record in outcome.tried if not record.diverged]
+    best = f", best {max(scores):.2f}" if scores else ""
+    return CellView(f"tuning{best}" if key else "", paper=printed, key=key, tuned=True, numbers=numbers)
+
+
+def _soft(outcome: Outcome, interval: str, n: int) -> str:
+    """Interval, number of seeds, and the budget where it is not the paper's."""
+    budget = outcome.cell.epochs[0] if outcome.cell.epochs else outcome.epochs
+    shorter = "" if outcome.epochs == budget else f"after {outcome.epochs} epochs"
+    seeds = f"n={n}" if interval or n < 2 else f"n={n}, all alike"
+    return ", ".join(filter(None, (interval, seeds if n else "", shorter)))
+
+
+def _is_rival(pair: Pair, outcome: Outcome) -> bool:
+    cell = outcome.cell
+    return (pair.panel, pair.column, pair.rival) == (cell.panel, cell.column, cell.row)
+
+
+def _gain(pair: Pair) -> tuple[str, str]:
+    low, high = pair.gain.interval()
+    interval = "" if isnan(pair.gain.p) else f"{format_signed(low)} to {format_signed(high)} "
+    printed = "" if isnan(pair.paper) else f", paper {format_signed(pair.paper)}"
+    return format_signed(pair.gain.difference), f"{interval}over {pair.base}{printed}"
+
+
+def _leading_number(text: str) -> float:
+    """The number that a text begins with."""
+    try:
+        return float(text.split()[0].rstrip(","))
+    except (IndexError, ValueError):
+        return nan
