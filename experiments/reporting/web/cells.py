@@ -34,7 +34,7 @@ def cell_key(outcome: Outcome, measures: Sequence[Measure]) -> str:
 def detail(
     outcome: Outcome, measures: Sequence[Measure], printed: str, gains: Sequence[str], command: str
 ) -> dict[str, Any]:
-    """As plain data; `printed`: the paper's number as it is written, `gains` with LAWN, `command` fills the cell."""
+    """As plain data; `printed`: the paper's number as it is written, `gains`: sentences, `command` fills the cell."""
     return {
         "name": outcome.cell.name,
         "epochs": outcome.epochs,

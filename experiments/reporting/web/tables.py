@@ -84,6 +84,10 @@ class PanelView:
         return any(cell.marked for cell in self._cells)
 
     @property
+    def partly_tuned(self) -> bool:
+        return any(cell.key and cell.tuned for cell in self._cells)
+
+    @property
     def groups(self) -> list[str]:
         return list(dict.fromkeys(row.base for row in self.rows if row.base))
 
@@ -142,12 +146,11 @@ def _cell(page: Page, entry: Entry, details: dict[str, str]) -> CellView:
         return CellView(entry.ours, numbers=Numbers(_leading_number(entry.ours)))
     first = measure is experiment.measures[0]
     pairs = [pair for pair in page.pairs if first and _is_rival(pair, outcome)]
-    gains = [_gain(pair) for pair in pairs]
     key = ""
     if first and (outcome.records or outcome.tried):
         key = cell_key(outcome, experiment.measures)
         if key not in details:
-            said = [f"{gain} {interval}" for gain, interval in gains]
+            said = list(map(_gain_in_words, pairs))
             content = detail(outcome, experiment.measures, entry.paper, said, fill_command(page, [outcome]))
             details[key] = packed(json_text(content))
     printed = f"paper {entry.paper}" if entry.paper else ""
@@ -161,7 +164,7 @@ def _cell(page: Page, entry: Entry, details: dict[str, str]) -> CellView:
         soft=_soft(outcome, f"{low:{text}} to {high:{text}}" if len(set(values)) > 1 else "", len(values)),
         paper=printed,
         difference=f"{entry.difference}{'*' if entry.marked else ''}",
-        gains=gains,
+        gains=[_gain(pair) for pair in pairs],
         gain_over=pairs[0].base if pairs else "",
         epochs=outcome.epochs,
         key=key,
@@ -198,6 +201,13 @@ def _gain(pair: Pair) -> tuple[str, str]:
     interval = "" if isnan(pair.gain.p) else f"{format_signed(low)} to {format_signed(high)} "
     printed = "" if isnan(pair.paper) else f", paper {format_signed(pair.paper)}"
     return format_signed(pair.gain.difference), f"{interval}over {pair.base}{printed}"
+
+
+def _gain_in_words(pair: Pair) -> str:
+    low, high = map(format_signed, pair.gain.interval())
+    known = [] if isnan(pair.gain.p) else [f"95 % interval {low} to {high}"]
+    known += [] if isnan(pair.paper) else [f"the paper {format_signed(pair.paper)}"]
+    return f"Gain over {pair.base}: {format_signed(pair.gain.difference)}" + (f" ({'; '.join(known)})" if known else "")
 
 
 def _leading_number(text: str) -> float:

@@ -64,7 +64,7 @@ function resultsOf(cell) {
       cell.difference === null ? "" : `, a difference of ${signed(cell.difference, cell.measures[0].digits)}`;
     lines.push(`The paper: ${cell.paper}${difference}`);
   }
-  for (const gain of cell.gains) lines.push(`Gain with LAWN, 95 % interval: ${gain}`);
+  for (const gain of cell.gains) lines.push(gain);
   return [
     element("p", {}, budget),
     element(
