@@ -1,7 +1,7 @@
 """Time runs that are trained as one batched model against the same runs one after the other:
 python -m scripts.bench_sweep --data-dir D [--rounds 9]
 
-NCF on MovieLens-100k, a sweep over learning rates: in turns an epoch of all runs together and an epoch of one alone.
+NCF on MovieLens, a sweep over learning rates: in turns an epoch of all runs together and an epoch of one alone.
 Prints medians of the ratios within a round; writes the same with hardware and versions to
 results/bench/sweep-DEVICE.json and .md.
 """
@@ -21,26 +21,30 @@ from lawn.train.trainer import Trainer
 from lawn.train.vectorized import VectorizedTrainer
 from scripts import bench
 
-SWEEPS = {  # by device: runs, batch size, factors, optimizer, whether each run has a seed of its own
+SWEEPS = {  # by device: dataset, runs, batch size, factors, optimizer, whether each run has a seed of its own
     "cpu": (
-        (16, 1000, 8, "adam_lawn", False),
-        (16, 1000, 8, "adamw", True),
-        (16, 1000, 16, "adam_lawn", False),
-        (16, 10_000, 8, "adam_lawn", False),
+        ("movielens100k", 16, 1000, 8, "adam_lawn", False),
+        ("movielens100k", 16, 1000, 8, "adamw", True),
+        ("movielens100k", 16, 1000, 16, "adam_lawn", False),
+        ("movielens100k", 16, 10_000, 8, "adam_lawn", False),
+        ("movielens1m", 2, 10_000, 16, "adamw", False),  # a larger model than a CPU trains together otherwise
     ),
     "cuda": (
-        (64, 10_000, 8, "adam_lawn", False),
-        (64, 10_000, 16, "adam_lawn", False),
-        (64, 10_000, 16, "adamw", True),
-        (64, 1000, 16, "adam_lawn", False),
+        ("movielens100k", 64, 10_000, 8, "adam_lawn", False),
+        ("movielens100k", 64, 10_000, 16, "adam_lawn", False),
+        ("movielens100k", 64, 10_000, 16, "adamw", True),
+        ("movielens100k", 64, 1000, 16, "adam_lawn", False),
     ),
 }
+TITLES = {"movielens100k": "MovieLens-100k", "movielens1m": "MovieLens-1M"}
 
 
-def measure(given: Namespace, count: int, batch_size: int, factors: int, optim: str, seeds: bool) -> bench.Row:
+def measure(
+    given: Namespace, dataset_name: str, count: int, batch_size: int, factors: int, optim: str, seeds: bool
+) -> bench.Row:
     device = torch.device(given.device)
     common = [
-        *("dataset=movielens100k", f"data_dir={given.data_dir.resolve()}", f"optim={optim}"),
+        *(f"dataset={dataset_name}", f"data_dir={given.data_dir.resolve()}", f"optim={optim}"),
         *(f"train.batch_size={batch_size}", f"model.factors={factors}"),
         # As many epochs as make the choices of a long run, none of them evaluated; LAWN switches in the first.
         *("train.epochs=1000", "eval.every=1000", *(["optim.free_epochs=0.5"] if "lawn" in optim else [])),
@@ -67,6 +71,7 @@ def measure(given: Namespace, count: int, batch_size: int, factors: int, optim: 
         "times_one": round(times, 2),
         "speedup": round(count / times, 2),
         "config": {
+            "dataset": dataset_name,
             "runs": count,
             "batch_size": batch_size,
             "factors": factors,
@@ -77,8 +82,8 @@ def measure(given: Namespace, count: int, batch_size: int, factors: int, optim: 
     }
 
 
-def name(count: int, batch_size: int, factors: int, optim: str, seeds: bool) -> str:
-    return f"{count} runs of {optim}, {factors} factors, batch {batch_size:,}{', a seed each' if seeds else ''}"
+def name(dataset_name: str, count: int, batch_size: int, factors: int, optim: str, seeds: bool) -> str:
+    return f"{TITLES[dataset_name]}, {count} runs of {optim}, {factors} factors, batch {batch_size:,}{', a seed each' if seeds else ''}"
 
 
 COLUMNS: bench.Columns = {
@@ -95,7 +100,7 @@ def main() -> int:
     parser = bench.parser(__doc__, rounds=9)
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     given = parser.parse_args()
-    title = f"A sweep in one process: NCF on MovieLens-100k, medians of {given.rounds} rounds"
+    title = f"A sweep in one process: NCF on MovieLens, medians of {given.rounds} rounds"
     return bench.main(
         *("sweep", given, title),
         lambda: {name(*sweep): measure(given, *sweep) for sweep in SWEEPS[torch.device(given.device).type]},

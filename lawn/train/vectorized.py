@@ -27,6 +27,7 @@ from lawn.train.vectorized_step import VectorizedStep
 
 MODELS = ("mlp", "ncf_mlp")  # small, so that one run leaves a device idle, and without batch norm
 CPU_ROWS = 160_000  # of the batches of all runs: one run with more keeps a CPU busy, and its caches full
+CPU_WEIGHTS = 1_000_000  # bytes of a model: those of a larger one are in the caches only if it trains alone
 SAMPLE_BYTES = 40  # of an epoch of a recommender that has a seed of its own
 OWN_WEIGHTS = ("adam_hoffer",)  # optimizers that replace the model's weights
 
@@ -51,8 +52,8 @@ def max_vectorized_runs(task: Task, batch: tuple[Tensor, ...]) -> int:
     """The number of runs like this one to vectorize.
 
     They use at most a quarter of the free memory for weights, gradients, two moments, the samples of an epoch, a batch
-    and the tensors saved for the backward pass (counted without computing anything), and on a CPU no more rows than are
-    faster than runs one after the other.
+    and the tensors saved for the backward pass (counted without computing anything), and on a CPU no more rows, and no
+    larger models, than are faster than runs one after the other.
     """
     saved = 0
 
@@ -68,7 +69,7 @@ def max_vectorized_runs(task: Task, batch: tuple[Tensor, ...]) -> int:
     each += SAMPLE_BYTES * task.dataset.num_train
     fit = int(0.25 * _free_bytes(batch[0].device) / each)
     if batch[0].device.type == "cpu":
-        fit = min(fit, CPU_ROWS // len(batch[0]))
+        fit = min(fit, CPU_ROWS // len(batch[0])) if weights <= CPU_WEIGHTS else 1
     return max(1, fit)
 
 

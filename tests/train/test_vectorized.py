@@ -162,6 +162,8 @@ def test_as_many_at_once_as_there_is_room_for(tiny, monkeypatch, capsys):
     assert max_vectorized_runs(
         task, tuple(t.repeat(4, *(1 for _ in t.shape[1:])) for t in batch)
     ) < max_vectorized_runs(task, batch)
+    wide = task_builder(tiny("model.widths=[2000,200]"))(CPU)  # 2 MB
+    assert max_vectorized_runs(wide, batch) == 1
     monkeypatch.setattr("lawn.train.vectorized._free_bytes", lambda _: 10**7)
     assert 1 <= max_vectorized_runs(task, batch) < 100
     sizes = []
