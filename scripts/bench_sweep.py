@@ -83,7 +83,8 @@ def measure(
 
 
 def name(dataset_name: str, count: int, batch_size: int, factors: int, optim: str, seeds: bool) -> str:
-    return f"{TITLES[dataset_name]}, {count} runs of {optim}, {factors} factors, batch {batch_size:,}{', a seed each' if seeds else ''}"
+    sweep = f"{count} runs of {optim}, {factors} factors, batch {batch_size:,}{', a seed each' if seeds else ''}"
+    return f"{TITLES[dataset_name]}, {sweep}"
 
 
 COLUMNS: bench.Columns = {
