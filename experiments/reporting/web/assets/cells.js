@@ -64,7 +64,7 @@ function resultsOf(cell) {
       cell.difference === null ? "" : `, a difference of ${signed(cell.difference, cell.measures[0].digits)}`;
     lines.push(`The paper: ${cell.paper}${difference}`);
   }
-  for (const gain of cell.gains) lines.push(gain);
+  lines.push(...cell.gains);
   return [
     element("p", {}, budget),
     element(
@@ -78,38 +78,13 @@ function resultsOf(cell) {
 function seedsOf(cell) {
   if (!cell.seeds.length) return [];
   const heads = ["seed", ...cell.measures.map((m) => m.title), "code", "record"];
-  const rows = cell.seeds.map((run) =>
-    element(
-      "tr",
-      {},
-      element("th", { scope: "row" }, String(run.seed)),
-      run.values.map((value, i) =>
-        element("td", {}, value === null ? run.status : format(value, cell.measures[i].digits)),
-      ),
-      element("td", {}, run.code),
-      element("td", {}, element("a", { href: `runs/${run.record}.json` }, run.record)),
-    ),
-  );
-  return [
-    element("h3", {}, "Seeds"),
-    scrolling(
-      "Seeds",
-      element(
-        "table",
-        {},
-        element(
-          "thead",
-          {},
-          element(
-            "tr",
-            {},
-            heads.map((head) => element("th", { scope: "col" }, head)),
-          ),
-        ),
-        element("tbody", {}, rows),
-      ),
-    ),
-  ];
+  const rows = cell.seeds.map((run) => [
+    String(run.seed),
+    ...run.values.map((value, i) => (value === null ? run.status : format(value, cell.measures[i].digits))),
+    run.code,
+    element("a", { href: `runs/${run.record}.json` }, run.record),
+  ]);
+  return [element("h3", {}, "Seeds"), scrolling("Seeds", element("table", {}, ...tableOf(heads, rows)))];
 }
 
 function scrolling(label, child) {
@@ -163,32 +138,14 @@ function tuningOf(cell) {
 }
 
 function seedTable(rung) {
-  const rows = rung.runs.map((run) =>
-    element(
-      "tr",
-      {},
-      [...run.values.map(plain), String(run.seed), format(run.score, 2) || "diverged", run.chosen ? "chosen" : ""].map(
-        (text) => element("td", {}, text),
-      ),
-    ),
-  );
-  return scrolling(
-    "Other seeds",
-    element(
-      "table",
-      {},
-      element(
-        "thead",
-        {},
-        element(
-          "tr",
-          {},
-          [...rung.axes, "seed", "score", ""].map((head) => element("th", { scope: "col" }, head)),
-        ),
-      ),
-      element("tbody", {}, rows),
-    ),
-  );
+  const heads = [...rung.axes, "seed", "score", ""];
+  const rows = rung.runs.map((run) => [
+    ...run.values.map(plain),
+    String(run.seed),
+    format(run.score, 2) || "diverged",
+    run.chosen ? "chosen" : "",
+  ]);
+  return scrolling("Other seeds", element("table", {}, ...tableOf(heads, rows)));
 }
 
 /** The first hyperparameter to the right, the second upwards, a subplot for each value of the others. */

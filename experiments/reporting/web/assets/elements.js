@@ -11,6 +11,19 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
+/** Head and body of a table; the first cell of a row is its head. */
+function tableOf(heads, rows) {
+  const top = heads.map((head) => element("th", { scope: "col" }, head));
+  const body = rows.map((cells) =>
+    element(
+      "tr",
+      {},
+      cells.map((cell, i) => (i ? element("td", {}, cell) : element("th", { scope: "row" }, cell))),
+    ),
+  );
+  return [element("thead", {}, element("tr", {}, top)), element("tbody", {}, body)];
+}
+
 /** The text that a script of type application/gzip holds. */
 async function unpack(id) {
   const text = document.getElementById(id).textContent.trim();

@@ -34,30 +34,8 @@ function describe(rows) {
 function showRows(rows) {
   const table = document.getElementById("live-table");
   const heads = ["cell", "epochs", "done", "queued", "running", "failed", "time left"];
-  table.replaceChildren();
-  if (!rows.length) return;
-  table.append(
-    element(
-      "thead",
-      {},
-      element(
-        "tr",
-        {},
-        heads.map((head) => element("th", { scope: "col" }, head)),
-      ),
-    ),
-    element(
-      "tbody",
-      {},
-      rows.map((row) =>
-        element(
-          "tr",
-          {},
-          heads.map((head, i) => element(i ? "td" : "th", i ? {} : { scope: "row" }, String(row[head] ?? ""))),
-        ),
-      ),
-    ),
-  );
+  const cells = rows.map((row) => heads.map((head) => String(row[head] ?? "")));
+  table.replaceChildren(...(rows.length ? tableOf(heads, cells) : []));
 }
 
 refresh();
