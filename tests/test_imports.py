@@ -36,6 +36,7 @@ LAYERS = """
     experiments.references
     experiments.reporting
     experiments.spherical_motion
+    experiments.serve
     experiments.__main__
     scripts run tests
 """
