@@ -27,7 +27,7 @@ from lawn.train.vectorized_step import VectorizedStep
 
 MODELS = ("mlp", "ncf_mlp")  # small, so that one run leaves a device idle, and without batch norm
 CPU_ROWS = 160_000  # of the batches of all runs: one run with more keeps a CPU busy, and its caches full
-CPU_WEIGHTS = 1_000_000  # bytes of a model: those of a larger one are in the caches only if it trains alone
+CPU_WEIGHTS = 1_000_000  # bytes of a model: several runs of a larger one gain nothing on a CPU
 SAMPLE_BYTES = 40  # of an epoch of a recommender that has a seed of its own
 OWN_WEIGHTS = ("adam_hoffer",)  # optimizers that replace the model's weights
 
