@@ -42,9 +42,10 @@ def coverage(pages: Sequence[Page]) -> str:
 def findings(pages: Sequence[Page]) -> list[Finding]:
     """What the records say on the paper's claims; a claim without records is left out."""
     by_name = {page.name: page for page in pages}
-    found = [_against_decay([page for page in pages if page.name.startswith("table")])]
-    found += [_tuning(page) for name, page in by_name.items() if name == "tuning_curves"]
-    found += [_attenuated(page) for name, page in by_name.items() if name == "figure1"]
+    found = [_with_and_without([page for page in pages if page.name.startswith("table")])]
+    for name, say in (("tuning_curves", _tuning), ("figure1", _attenuated)):
+        if name in by_name:
+            found.append(say(by_name[name]))
     return [finding for finding in found if finding is not None]
 
 
@@ -53,7 +54,7 @@ def verdict(low: float, high: float) -> str:
     return "better" if low > 0 else "worse" if high < 0 else "not decided"
 
 
-def _against_decay(tables: Sequence[Page]) -> Finding | None:
+def _with_and_without(tables: Sequence[Page]) -> Finding | None:
     """The comparisons of the headline metric in all tables, in percent; those of the same runs, which have the same
     numbers under the names of several tables, are counted once.
     """
@@ -78,7 +79,9 @@ def _against_decay(tables: Sequence[Page]) -> Finding | None:
             f"The gain is {format_signed(float(np.mean([p.gain.difference for p in pairs])))} on average "
             f"({_interval(*mean_interval([p.gain.difference for p in pairs]))}, over comparisons)."
         )
-    return Finding("LAWN against tuned weight decay", text, next(iter(measured.values()))[0].name)
+    return Finding(
+        "Is LAWN better than what it is compared with, both tuned?", text, next(iter(measured.values()))[0].name
+    )
 
 
 def _tuning(page: Page) -> Finding | None:

@@ -12,6 +12,22 @@ function number(row, column) {
   return parseFloat(row.cells[column]?.dataset[key] ?? "");
 }
 
+// What a cell's data are called in a CSV file.
+const CSV = {
+  value: "mean",
+  error: "standard_error",
+  low: "low_95",
+  high: "high_95",
+  n: "n",
+  epochs: "epochs",
+  paper: "paper",
+  difference: "difference",
+  gain: "gain",
+  gainLow: "gain_low_95",
+  gainHigh: "gain_high_95",
+  gainOver: "gain_over",
+};
+
 class NumberTable {
   constructor(panel) {
     this.table = panel.querySelector("table");
@@ -79,43 +95,12 @@ class NumberTable {
 
   /** The rows that are shown, a line for each number. */
   csv() {
-    const keys = [
-      "value",
-      "error",
-      "low",
-      "high",
-      "n",
-      "epochs",
-      "paper",
-      "difference",
-      "gain",
-      "gainLow",
-      "gainHigh",
-      "gainOver",
-    ];
     const quoted = (text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
-    const lines = [
-      [
-        "method",
-        "column",
-        "mean",
-        "standard_error",
-        "low_95",
-        "high_95",
-        "n",
-        "epochs",
-        "paper",
-        "difference",
-        "gain",
-        "gain_low_95",
-        "gain_high_95",
-        "gain_over",
-      ],
-    ];
+    const lines = [["method", "column", ...Object.values(CSV)]];
     for (const row of this.table.tBodies[0].rows) {
       if (row.hidden || row.classList.contains("group")) continue;
       [...row.cells].slice(1).forEach((cell, i) => {
-        const numbers = keys.map((key) => cell.dataset[key] ?? "");
+        const numbers = Object.keys(CSV).map((key) => cell.dataset[key] ?? "");
         const head = this.heads[i + 1].querySelector("button").textContent;
         if (numbers.some(Boolean)) lines.push([row.cells[0].textContent, head, ...numbers]);
       });
