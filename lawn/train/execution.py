@@ -29,13 +29,17 @@ class Execution:
 
     @classmethod
     def choose(cls, train: TrainConfig, model: nn.Module, device: torch.device, updates: int) -> "Execution":
-        """On a GPU, arithmetic and memory bound convolutional networks; launching kernels bounds the others."""
+        """On a GPU, arithmetic and memory bound convolutional networks; launching kernels bounds the others.
+
+        A recommender's products are short, so it computes in fp32 and rounds as on a CPU.
+        """
         convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
-        small = any(isinstance(module, nn.Embedding) for module in model.modules())  # operations of a recommender
+        recommender = any(isinstance(module, nn.Embedding) for module in model.modules())
         precision, compiled = "fp32", "off"
         if device.type == "cuda":
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            precision = ("bf16" if convolutional else "tf32") if bf16 else "fp32"
+            if bf16 and not recommender:
+                precision = "bf16" if convolutional else "tf32"
             if updates >= WORTH_COMPILING and not train.sync_batchnorm and not train.deterministic:
                 compiled = "default" if convolutional or train.micro_batch_size else "reduce-overhead"
         return cls(
@@ -43,7 +47,7 @@ class Execution:
             convolutional if train.channels_last is None else train.channels_last,
             train.compile or compiled,
             bool(train.deterministic),
-            device.type == "cpu" and small and not train.deterministic,
+            device.type == "cpu" and recommender and not train.deterministic,
         )
 
     def prepare(self, model: nn.Module, device: torch.device) -> None:

@@ -10,6 +10,7 @@ from lawn.config import TrainConfig
 from lawn.data.batching import Batching
 from lawn.errors import ConfigError
 from lawn.identity import config_hash
+from lawn.models.mlp import mlp
 from lawn.models.ncf import NCFMLP
 from lawn.models.vgg import VGG19
 from lawn.optim import cpu_kernels
@@ -31,7 +32,8 @@ def networks():
     with torch.device("meta"):
         vgg = VGG19((3, 32, 32), 10, batch_norm=True)
         ncf = NCFMLP(5, 5, factors=4, layers=3, init="torch")
-    return {"vgg": vgg, "ncf": ncf}
+        digits = mlp((1, 8, 8), 10, widths=[8])
+    return {"vgg": vgg, "ncf": ncf, "mlp": digits}
 
 
 @pytest.mark.parametrize(
@@ -42,9 +44,10 @@ def networks():
         ("vgg", GPU, 9999, {}, Execution("bf16", True, "default", False)),
         ("vgg", GPU, 10, {}, Execution("bf16", True, "off", False)),
         ("vgg", GPU, 9999, {"sync_batchnorm": True}, Execution("bf16", True, "off", False)),
-        ("ncf", GPU, 9999, {}, Execution("tf32", False, "reduce-overhead", False)),
-        ("ncf", GPU, 9999, {"micro_batch_size": 50}, Execution("tf32", False, "default", False)),
-        ("ncf", GPU, 9999, {"precision": "fp32", "compile": "off"}, Execution("fp32", False, "off", False)),
+        ("ncf", GPU, 9999, {}, Execution("fp32", False, "reduce-overhead", False)),
+        ("ncf", GPU, 9999, {"micro_batch_size": 50}, Execution("fp32", False, "default", False)),
+        ("ncf", GPU, 9999, {"precision": "tf32", "compile": "off"}, Execution("tf32", False, "off", False)),
+        ("mlp", GPU, 10, {}, Execution("tf32", False, "off", False)),
         ("vgg", CPU, 10, {"channels_last": False, "compile": "default"}, Execution("fp32", False, "default", False)),
         ("vgg", GPU, 9999, {"deterministic": True}, Execution("bf16", True, "off", True)),
     ],
