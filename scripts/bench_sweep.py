@@ -34,6 +34,8 @@ SWEEPS = {  # by device: dataset, runs, batch size, factors, optimizer, whether 
         ("movielens100k", 64, 10_000, 16, "adam_lawn", False),
         ("movielens100k", 64, 10_000, 16, "adamw", True),
         ("movielens100k", 64, 1000, 16, "adam_lawn", False),
+        ("movielens1m", 16, 10_000, 16, "adam_lawn", False),
+        ("movielens1m", 48, 10_000, 16, "adam_lawn", False),
     ),
 }
 TITLES = {"movielens100k": "MovieLens-100k", "movielens1m": "MovieLens-1M"}

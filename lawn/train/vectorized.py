@@ -19,6 +19,7 @@ from lawn.config import Config
 from lawn.identity import identity
 from lawn.optim import NonFiniteError
 from lawn.task import Task
+from lawn.train.cuda_graph import GraphedFunction
 from lawn.train.distributed import launched_by_torchrun
 from lawn.train.epoch_state import last_finite
 from lawn.train.throughput import flops_per_sample, synchronize, to_meta
@@ -87,6 +88,11 @@ class VectorizedTrainer:
         self.trainers = list(trainers)
         self._stacked: list[Trainer] = []
 
+    @property
+    def captured(self) -> bool:
+        """Whether the updates are a CUDA graph now."""
+        return self._computation.captured
+
     def train_epoch(self) -> list[Trainer]:
         """Train the next epoch of the runs that are furthest behind; returns them, none when all have ended."""
         running = [trainer for trainer in self.trainers if trainer.status == "running"]
@@ -126,16 +132,52 @@ class VectorizedTrainer:
                 step = VectorizedStep(optimizers, stacks, [own[part] for own in self._slices.values()])
             self._groups.append((part, step))
 
-    def _update(self, failed: dict[int, int], updates: int) -> None:
-        """Take the step of the runs that have not failed.
+        steps = [step for _, step in self._groups]
+        enabled = trainers[0].device.type == "cuda" and None not in steps and not trainers[0].execution.deterministic
+        self._computation = GraphedFunction(self._compute, enabled)
+
+    def _prepare(self, failed: dict[int, int], updates: int) -> None:
+        """Prepare the update of the runs that have not failed.
 
         Adds to `failed` the index of a run that diverges before its switch, with the number of `updates` in the epoch.
         """
+        for k, trainer in enumerate(self._stacked):
+            if k not in failed:
+                trainer.before_update()
+        for part, step in self._groups:
+            if step is None:
+                continue
+            members = range(*part.indices(len(self._stacked)))
+            diverged, switched = step.prepare()
+            for k in diverged:
+                failed.setdefault(members[k], updates)
+            if switched:
+                self._computation.reset()
+
+    def _compute(self, *batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the gradients of a batch [K, B, ...], and take the vectorized steps.
+
+        Returns:
+            The loss [K] of each run, the margins [K, B] and the norm of each weight's gradient [K, weights].
+        """
+        task = self._stacked[0].task
+        for stack in self._stacks.values():
+            stack.grad = None
+        *inputs, labels = batch
+        logits = self._logits(*inputs)
+        loss = torch.vmap(task.loss)(logits, labels)
+        loss.sum().backward()
+        norms = self._gradient_norms()
+        for part, step in self._groups:
+            if step is not None:
+                step.apply([_gradient(stack)[part] for stack in self._stacks.values()])
+        return loss.detach(), torch.vmap(task.margins)(logits.detach(), labels), norms
+
+    def _finish(self, failed: dict[int, int], updates: int) -> None:
+        """Take the steps of the optimizers that take their own; adds to `failed` as `_prepare` does."""
         for part, step in self._groups:
             members = range(*part.indices(len(self._stacked)))
             if step is not None:
-                for k in step.step([_gradient(stack)[part] for stack in self._stacks.values()]):
-                    failed.setdefault(members[k], updates)
                 for k in members:
                     if k not in failed:
                         self._stacked[k].after_update()
@@ -170,20 +212,12 @@ class VectorizedTrainer:
                 flops = flops_per_sample(task, task.model, batches[0][1])
                 for trainer in trainers:
                     trainer.flops = flops
-            for k, trainer in enumerate(trainers):
-                if k not in failed:
-                    trainer.before_update()
-            for stack in self._stacks.values():
-                stack.grad = None
-            *inputs, labels = batch
-            logits = self._logits(*inputs)
-            loss = torch.vmap(task.loss)(logits, labels)
-            loss.sum().backward()
-            losses[update] = loss.detach()
-            gradients = last_finite(gradients, self._gradient_norms())
+            self._prepare(failed, update + 1)
+            losses[update], margin, norms = self._computation(*batch)
+            gradients = last_finite(gradients, norms)
             rows = batches[0][0]
-            margins[:, rows.start : rows.stop] = torch.vmap(task.margins)(logits.detach(), labels)
-            self._update(failed, update + 1)
+            margins[:, rows.start : rows.stop] = margin
+            self._finish(failed, update + 1)
         # One by one: the median along a dimension has no deterministic form on GPUs.
         medians = torch.stack([own.median() for own in margins]).tolist()
         each = losses.cpu()

@@ -63,7 +63,8 @@ class _Weight:
             self.steps = self._state("step", torch.empty(len(slices), device=beside.device))
         else:
             self.momentum = self._column([group["momentum"] for group in self.groups])
-            self.nesterov = [bool(group.get("nesterov")) for group in self.groups]
+            self.uses_nesterov = any(group.get("nesterov") for group in self.groups)
+            self.nesterov = self._column([group.get("nesterov", False) for group in self.groups]) > 0
             self.first = self._state("momentum_buffer", w)
         for optimizer, p in zip(optimizers, slices, strict=True):
             if isinstance(optimizer, LAWNOptimizer):
@@ -109,6 +110,8 @@ class VectorizedStep:
         pairs = zip(weights, slices, strict=True)
         self._weights = [_Weight(w, each, self._optimizers, self._rule.adaptive) for w, each in pairs]
         self._counts = self._weights[0].steps.tolist() if self._rule.adaptive else []
+        rows = len(self._weights) + 2 * self._rule.adaptive
+        self._numbers = weights[0].new_empty(rows, len(optimizers))  # rates of each weight, scales of the moments
 
     @staticmethod
     def is_supported(optimizers: Sequence[Optimizer]) -> bool:
@@ -120,29 +123,40 @@ class VectorizedStep:
             alike = alike and len({str(list(map(_layout, optimizer.param_groups))) for optimizer in optimizers}) == 1
         return alike and not decays and not any(group.get(key) for group in groups for key in OTHER)
 
-    @torch.no_grad()
     def step(self, gradients: Sequence[Tensor]) -> set[int]:
-        """One update of every weight, by its gradient [K, ...]. Returns the optimizers whose weights were not finite
-        when they were to be constrained; they are left free.
-        """
-        failed = self._switch()
-        scales: list[list[float]] = []
-        if self._rule.adaptive:
-            self._counts = [count + 1 for count in self._counts]
-            betas = [optimizer.param_groups[0]["betas"] for optimizer in self._optimizers]
-            powers = list(zip(betas, self._counts, strict=True))
-            scales = [[1 / (1 - b[0] ** t) for b, t in powers], [1 / math.sqrt(1 - b[1] ** t) for b, t in powers]]
-        rates = [[float(group["lr"]) for group in weight.groups] for weight in self._weights]
-        first = self._weights[0].w
-        numbers = torch.tensor(rates + scales, dtype=first.dtype).to(first.device, non_blocking=True)
-        for weight, gradient, lr in zip(self._weights, gradients, numbers, strict=False):
-            self._update(
-                weight, gradient, expand_runs(lr, weight.w), [expand_runs(x, weight.w) for x in numbers[len(rates) :]]
-            )
+        """One update of every weight, by its gradient [K, ...]. Returns what `prepare` does."""
+        failed, _ = self.prepare()
+        self.apply(gradients)
         return failed
 
-    def _switch(self) -> set[int]:
-        """Constrain those for which it is time; count the update."""
+    @torch.no_grad()
+    def prepare(self) -> tuple[set[int], bool]:
+        """Count the update, constrain those for which it is time, and put the numbers of this update on the device.
+
+        Returns the optimizers whose weights were not finite when they were to be constrained, which are left free, and
+        whether others were constrained: `apply` has other operations then.
+        """
+        failed, switched = self._switch()
+        rows = [[float(group["lr"]) for group in weight.groups] for weight in self._weights]
+        if self._rule.adaptive:
+            self._counts = [count + 1 for count in self._counts]
+            for weight in self._weights:
+                weight.steps.add_(1)
+            betas = [optimizer.param_groups[0]["betas"] for optimizer in self._optimizers]
+            powers = list(zip(betas, self._counts, strict=True))
+            rows += [[1 / (1 - b[0] ** t) for b, t in powers], [1 / math.sqrt(1 - b[1] ** t) for b, t in powers]]
+        self._numbers.copy_(torch.tensor(rows, dtype=self._numbers.dtype), non_blocking=True)
+        return failed, switched
+
+    @torch.no_grad()
+    def apply(self, gradients: Sequence[Tensor]) -> None:
+        """The update that `prepare` has prepared: operations of the device alone."""
+        rates, scales = self._numbers[: len(self._weights)], self._numbers[len(self._weights) :]
+        for weight, gradient, lr in zip(self._weights, gradients, rates, strict=True):
+            each = [expand_runs(x, weight.w) for x in scales]
+            self._update(weight, gradient, expand_runs(lr, weight.w), each)
+
+    def _switch(self) -> tuple[set[int], bool]:
         failed, switched = set(), False
         for k, optimizer in enumerate(self._optimizers):
             optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at
@@ -160,7 +174,7 @@ class VectorizedStep:
         if switched:
             for weight in self._weights:
                 weight.read_norms()
-        return failed
+        return failed, switched
 
     def _update(self, weight: _Weight, g: Tensor, lr: Tensor, scales: list[Tensor]) -> None:
         """`lawn.optim.update` explains the constrained part."""
@@ -192,17 +206,15 @@ class VectorizedStep:
     def _direction(self, weight: _Weight, g: Tensor, scales: list[Tensor]) -> Tensor:
         """What Adam or SGD would subtract from the weight, at a rate of 1."""
         if self._rule.adaptive:
-            weight.steps.add_(1)
             weight.first.lerp_(g, 1 - weight.beta1)
             weight.second.lerp_(g * g, 1 - weight.beta2)
             first_scale, second_scale = scales  # m_hat / (sqrt(v_hat) + eps), both divided by the scale of m_hat
             roots = weight.second.sqrt().mul_(second_scale / first_scale).add_(weight.eps / first_scale)
             return weight.first / roots
         weight.first.mul_(weight.momentum).add_(g)
-        if not any(weight.nesterov):
+        if not weight.uses_nesterov:
             return weight.first
-        nesterov = expand_runs(torch.tensor(weight.nesterov, device=g.device), g)
-        return torch.where(nesterov, torch.addcmul(g, weight.first, weight.momentum), weight.first)
+        return torch.where(weight.nesterov, torch.addcmul(g, weight.first, weight.momentum), weight.first)
 
 
 def _holder(optimizer: Optimizer, own: Tensor) -> dict[str, Any]:

@@ -37,27 +37,32 @@ RATINGS = (
 )
 
 
-def runs_of(configs: list[Config]) -> list[Trainer]:
-    return [Trainer(config, task_builder(config)(CPU), World(CPU)) for config in configs]
+def runs_of(configs: list[Config], device: torch.device = CPU) -> list[Trainer]:
+    return [Trainer(config, task_builder(config)(device), World(device)) for config in configs]
 
 
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 @pytest.mark.parametrize("kind", ["digits", "ratings", "ratings, tables larger than a batch"])
-def test_each_is_what_it_is_alone(kind, tiny_data):
+def test_each_is_what_it_is_alone(kind, device, tiny_data):
     common = {
         "digits": DIGITS,
         "ratings": RATINGS,
         "ratings, tables larger than a batch": (*RATINGS, "train.batch_size=60", "train.epochs=4", "model.bias=false"),
     }[kind]
-    keys = (*common, f"data_dir={tiny_data}", "device=cpu", "eval.every=2")
+    keys = (*common, f"data_dir={tiny_data}", f"device={device}", "train.precision=fp32", "eval.every=2")
     configs = [compose(*keys, *member) for member in MEMBERS]
     assert len({vectorization_key(config) for config in configs}) == 1
-    joined, alone = runs_of(configs), runs_of(configs)
+    joined, alone = (runs_of(configs, torch.device(device)) for _ in range(2))
     vectorized = VectorizedTrainer(joined)
     for _ in range(configs[0].train.epochs):
         assert vectorized.train_epoch() == joined
         for run in alone:
             run.train_epoch()
     assert vectorized.train_epoch() == []
+    assert vectorized.captured == (device == "cuda")
     assert joined[0].step >= 50
     for one, other in zip(joined, alone, strict=True):
         for p, q in zip(one.task.model.parameters(), other.task.model.parameters(), strict=True):
