@@ -64,9 +64,11 @@ def test_each_is_what_it_is_alone(kind, device, tiny_data):
     assert vectorized.train_epoch() == []
     assert vectorized.captured == (device == "cuda")
     assert joined[0].step >= 50
+    # A GPU adds the gradients of an embedding in another order each time; Adam makes steps of the rounding errors.
+    close = 1e-5 if device == "cpu" else 1e-3
     for one, other in zip(joined, alone, strict=True):
         for p, q in zip(one.task.model.parameters(), other.task.model.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+            torch.testing.assert_close(p, q, rtol=0, atol=close)
         for row, expected in zip(one.rows, other.rows, strict=True):
             assert row.keys() == expected.keys()
             for key, value in expected.items():
