@@ -1,12 +1,11 @@
-"""Records of finished runs in results/runs/, one JSON file for each, named like its run directory.
+"""Records of finished runs: the lines of results/runs/EXPERIMENT.jsonl, named like their run directories.
 
 A record has the run's identity and hash, the command that repeats it, its environment, its result (with the outcome
-of each evaluation sample) and its metrics.csv as columns. Records of tuning runs are lines of
-results/tuning/EXPERIMENT.jsonl, without outcomes and metrics: appended while runs end, sorted by name at the end.
+of each evaluation sample) and its metrics.csv as columns. Records of tuning runs are in results/tuning/, without
+outcomes and metrics. Lines are appended while runs end, and sorted by name at the end.
 """
 
 import json
-import os
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,6 +40,16 @@ class Record:
     result: dict[str, Any]
     history: pd.DataFrame  # metrics.csv: a row for each epoch
     command: str = ""  # that repeats the run
+
+    @property
+    def file(self) -> str:
+        """Its file, from the folder of results."""
+        return f"{self.path.parent.name}/{self.path.name}"
+
+    @property
+    def link(self) -> str:
+        """The target of a Markdown link: its file, with its name as the title."""
+        return f'{self.file} "{self.name}"'
 
     @property
     def diverged(self) -> bool:
@@ -102,43 +111,33 @@ class Store:
     def __init__(self, results: Path) -> None:
         self.runs, self.tuning = results / "runs", results / "tuning"
         self._read: dict[str, Record] = {}
-        self._files: dict[Path, JsonLines] = {}  # of tuning runs
-        self._tuned: set[tuple[str, str, str]] = set()  # dataset, optimizer and batch size of tuning runs
+        self._files: dict[Path, JsonLines] = {}
+        self._kinds: set[tuple[str, ...]] = set()  # dataset, optimizer, batch size and epochs of runs
 
-    def may_have(self, dataset: str, optim: str | None = None, batch_size: str | None = None) -> bool:
-        """False if no run on this dataset, with this optimizer and batch size (None: with any), has been recorded. Much
-        faster than to compose the runs of a cell.
+    def may_have(self, *kind: str | None) -> bool:
+        """False if no run with this dataset, optimizer, batch size and number of epochs (None: any) has been recorded.
+
+        Much faster than to compose the runs of a cell.
         """
         self._refresh()
-        if any(self.runs.glob(f"{dataset}-*-{optim or '*'}-s*.json")):
-            return True
-        asked = dataset, optim, batch_size
-        return any(all(a in (None, b) for a, b in zip(asked, kind, strict=True)) for kind in self._tuned)
+        return any(all(a in (None, b) for a, b in zip(kind, each, strict=True)) for each in self._kinds)
 
     def has(self, name: str) -> bool:
-        """Whether there is a record of a run; a damaged one is found when it is read."""
-        if name not in self._read:
-            self._refresh()
-        return name in self._read or (self.runs / f"{name}.json").exists()
+        return self.read(name) is not None
 
     def read(self, name: str) -> Record | None:
-        """The record of a run; None without one. Raises RunError if its content does not match its name."""
+        """The record of a run; None without one. Raises RunError for a damaged record in any file."""
         if name not in self._read:
             self._refresh()
-            path = self.runs / f"{name}.json"
-            if path.exists():
-                self._read[name] = read_record(path, OF_A_RUN)
         return self._read.get(name)
 
     def all(self) -> Iterator[Record]:
         """All records, sorted by name."""
         self._refresh()
-        for path in sorted(self.runs.glob("[!.]*.json")):
-            self.read(path.stem)
         yield from (self._read[name] for name in sorted(self._read))
 
-    def write(self, config: Config, overrides: tuple[str, ...], tunes: str | None = None) -> Record:
-        """Record a finished run, in the tuning file of the experiment `tunes` if given.
+    def write(self, config: Config, overrides: tuple[str, ...], experiment: str, tunes: bool = False) -> Record:
+        """Record a finished run of an experiment, or one that tunes it.
 
         Raises RunError if the run has not finished.
         """
@@ -148,71 +147,82 @@ class Store:
         environment, result = read_environment(directory.path), directory.result()
         for start in (environment, *environment.get("resumed", [])):
             start.pop("command", None)  # has the folders of this machine
+        name = run_name(config)
         content = {
+            "name": name,
             "hash": directory.hash,
             "command": f"python run.py {shlex.join(overrides)}",
             "config": identity(config),
             "environment": environment,
             "result": result,
         }
-        name = run_name(config)
-        if tunes is not None:
+        if tunes:
             result.pop("outcomes", None)
-            file = self._file(self.tuning / f"{tunes}.jsonl")
-            line = json.dumps({"name": name, **content})
-            with file.locked(self._taker(file)):
-                if name in self._read and self._read[name].path == file.path:
-                    others = [other for other in file.lines() if json.loads(other)["name"] != name]
-                    file.replace([*others, line])
-                else:
-                    file.append(line)
-            return self._read[name]
-        history = read_metrics(directory.path)
-        if len(history) != (epochs := result["last"]["epoch"]):
-            raise RunError(f"{directory.path / 'metrics.csv'}: has {len(history)} of {epochs} epochs; {WRITTEN_AGAIN}")
-        content["history"] = {column: [_short(v) for v in history[column]] for column in history}
-        return save(self.runs / f"{name}.json", content)
+        else:
+            content["history"] = _history(directory.path, result["last"]["epoch"])
+        file = self._file((self.tuning if tunes else self.runs) / f"{experiment}.jsonl")
+        line = json.dumps(content)
+        with file.locked(self._taker(file)):
+            if name in self._read and self._read[name].path == file.path:
+                others = [other for other in file.lines() if json.loads(other)["name"] != name]
+                file.replace([*others, line])
+            else:
+                file.append(line)
+        return self._read[name]
 
     def sort(self) -> None:
-        """Sort the tuning files by name, in which two histories of them are easily merged."""
-        for path in self._tuning_files():
+        """Sort the files by name, in which two histories of them are easily merged."""
+        for path in self._paths():
             file = self._file(path)
             with file.locked(self._taker(file)):
                 by_name = {json.loads(line)["name"]: line for line in file.lines()}
                 file.replace([by_name[name] for name in sorted(by_name)])
 
-    def _tuning_files(self) -> list[Path]:
-        return sorted(self.tuning.glob("[!.]*.jsonl"))
+    def _paths(self) -> Iterator[Path]:
+        """The files of records. Raises RunError if their folder is there, but cannot be read."""
+        for folder in (self.runs, self.tuning):
+            try:
+                paths = sorted(folder.iterdir())
+            except FileNotFoundError:
+                continue
+            except OSError as error:  # otherwise it would look as if nothing had been run
+                raise RunError(f"{folder}: cannot be read as a folder; choose another with --results") from error
+            yield from (path for path in paths if path.suffix == ".jsonl" and not path.name.startswith("."))
 
     def _file(self, path: Path) -> JsonLines:
         return self._files.setdefault(path, JsonLines(path))
 
     def _taker(self, file: JsonLines) -> Callable[[int, str], None]:
-        """Caches the record of a line of a tuning file."""
+        """Caches the record of a line of a file."""
 
         def take(number: int, line: str) -> None:
             try:
                 content = json.loads(line)
                 record = _record(file.path, content.pop("name"), content, OF_A_RUN)
                 dataset, optim, train = (record.config[section] for section in ("dataset", "optim", "train"))
-                kind = dataset["name"], optim["name"], str(train["batch_size"])
+                kind = dataset["name"], optim["name"], str(train["batch_size"]), str(train["epochs"])
             except DAMAGE as error:
                 raise RunError(
                     f"{file.path}, line {number}: damaged record ({error}); delete the line and run again"
                 ) from error
             self._read[record.name] = record
-            self._tuned.add(kind)
+            self._kinds.add(kind)
 
         return take
 
     def _refresh(self) -> None:
-        """Read what the tuning files have got since. Raises RunError with the number of a damaged line."""
-        for folder in (self.runs, self.tuning):  # otherwise it would look as if nothing had been run
-            if folder.exists() and not (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
-                raise RunError(f"{folder}: cannot be read as a folder; choose another with --results")
-        for path in self._tuning_files():
+        """Read what the files have got since. Raises RunError with the number of a damaged line."""
+        for path in self._paths():
             file = self._file(path)
             file.read_new(self._taker(file))
+
+
+def _history(run: Path, epochs: int) -> dict[str, list[float | int | None]]:
+    """The columns of metrics.csv. Raises RunError if they do not have a row for each epoch."""
+    history = read_metrics(run)
+    if len(history) != epochs:
+        raise RunError(f"{run / 'metrics.csv'}: has {len(history)} of {epochs} epochs; {WRITTEN_AGAIN}")
+    return {str(column): [_short(v) for v in history[column]] for column in history}
 
 
 def save(path: Path, content: dict[str, Any]) -> Record:

@@ -15,7 +15,7 @@ from lawn.errors import UserError
 
 LOOPBACK = "127.0.0.1"
 HOSTS = (LOOPBACK, "localhost")  # as a browser on this machine, or at the other end of a tunnel, calls it
-RECORDS = ("runs/[!.]*.json", "tuning/[!.]*.jsonl", "simulations/[!.]*.json")  # those that are written now are hidden
+RECORDS = ("runs/[!.]*.jsonl", "tuning/[!.]*.jsonl", "simulations/[!.]*.json")  # those that are written now are hidden
 
 
 class ResultsServer:

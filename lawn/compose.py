@@ -1,8 +1,14 @@
 """Composing configs from the overrides of a command line."""
 
-from collections.abc import Iterable, Mapping
+import hashlib
+import json
+import pickle
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +21,8 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from lawn.config import GROUPS, Config, register
 from lawn.errors import ConfigError, UserError
 from lawn.explain import explain, is_hydra_error
+from lawn.files import atomic
+from lawn.optim.cache import cache_directories
 from lawn.validation import validate
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -36,15 +44,15 @@ def compose_unchecked(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
 
 
 def compose_many(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
-    """The same as compose_unchecked, several times as fast for many configs with the same members of groups.
+    """The same as compose_unchecked, a hundred times as fast for many configs with the same members of groups.
 
-    Hydra composes each choice of members once in a process, and the values of keys are set on a copy.
+    Hydra composes each choice of members once on a machine, and the values of keys are set on a copy.
     """
     try:
         parsed = [parse_override(override) for override in overrides]
         values = [override for override in parsed if _sets_value(override)]
         choices = (str(override.input_line) for override in parsed if override not in values)
-        composed = _compose_choices(*choices).copy()
+        composed = pickle.loads(_compose_choices(*choices))  # 30 times as fast as a copy
         for value in values:
             OmegaConf.update(composed, value.key_or_group, value.value())
         return _without_hydra(composed)
@@ -77,12 +85,46 @@ def parse_override(override: str) -> Override:
 
 
 @cache
-def _compose_choices(*choices: str) -> DictConfig:
-    """The composed config with nothing but the sweeper's values below `hydra`; smaller configs are faster to copy."""
+def _compose_choices(*choices: str) -> bytes:
+    """The composed config, pickled, with nothing but the sweeper's values below `hydra`.
+
+    Hydra takes a quarter of a second, so it is kept in the user's cache, by a hash of everything that it comes from.
+    """
+    register()
+    files = list(_cache_files(choices))
+    for file in files:
+        with suppress(OSError):
+            checksum, _, pickled = file.read_bytes().partition(b"\n")
+            if checksum == _checksum(pickled):
+                return pickled
     composed = _compose(*choices)
     with flag_override(composed, ["struct", "readonly"], False):
         composed["hydra"] = {"sweeper": {"params": composed.hydra.sweeper.params}}
-    return composed
+    pickled = pickle.dumps(composed)
+    for file in files:
+        with suppress(OSError, UserError):
+            with atomic(file) as temporary:
+                temporary.write_bytes(_checksum(pickled) + b"\n" + pickled)
+            break
+    return pickled
+
+
+def _cache_files(choices: tuple[str, ...]) -> Iterator[Path]:
+    """Where the composed config may be, the preferred place first."""
+    sources = [Path(__file__), Path(__file__).with_name("config.py"), *sorted(CONF.rglob("*.yaml"))]
+    content = [
+        sys.version,
+        *(version(package) for package in ("hydra-core", "omegaconf")),
+        *((path.name, path.parent.name, path.read_text("utf8")) for path in sources),
+        choices,
+    ]
+    name = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    for folder in cache_directories():
+        yield folder / "conf" / name
+
+
+def _checksum(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
 
 
 def _sets_value(override: Override) -> bool:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import is_dataclass
 from typing import Any
 
 from lawn.config import Config, rules
@@ -16,7 +16,7 @@ def identity(config: Config) -> dict[str, Any]:
 
     Fields that are None are omitted, so that a field added later does not rename existing runs.
     """
-    tree: dict[str, Any] = asdict(config)
+    tree: dict[str, Any] = {k: dict(vars(v)) if is_dataclass(v) else v for k, v in vars(config).items()}
     for key in NOT_IDENTITY:
         group, _, name = key.rpartition(".")
         del (tree[group] if group else tree)[name]

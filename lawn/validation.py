@@ -55,6 +55,11 @@ def resolve(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
     assert isinstance(config, Config)
+    return normalize(config)
+
+
+def normalize(config: Config) -> Config:
+    """Expand the paths, and write equal values alike, in place. Raises ConfigError for an unknown variable."""
     config.optim.free_epochs = _free_epochs(config.optim.free_epochs)
     _without_signed_zeros(config)
     for key, rule in RULES.items():

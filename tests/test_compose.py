@@ -1,3 +1,6 @@
+import re
+import shutil
+
 import pytest
 
 from lawn import compose as module
@@ -70,3 +73,53 @@ def test_composing_many_raises_what_composing_one_raises(override):
             composing(override)
         errors.append(str(raised.value))
     assert errors[0] == errors[1]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The folder of composed configs, empty, as for a new process."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    module._compose_choices.cache_clear()
+    yield tmp_path / "lawn" / "conf"
+    module._compose_choices.cache_clear()
+
+
+def test_a_choice_of_members_is_composed_once_on_a_machine(cache, monkeypatch):
+    composed, swept = compose_many("optim=sgd", "sweep=peak_lr", "train.epochs=3")
+    assert len(list(cache.iterdir())) == 1
+    module._compose_choices.cache_clear()
+    monkeypatch.setattr(module, "_compose", lambda *_: pytest.fail("composed again"))
+    again, swept_again = compose_many("optim=sgd", "sweep=peak_lr", "train.epochs=4")
+    assert swept == swept_again
+    assert (composed.train.epochs, again.train.epochs) == (3, 4)
+    again.train.epochs = 3
+    assert composed == again
+    assert module.validate(again) == module.validate(composed)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff", b"0" * 64 + b"\n\x80"])
+def test_a_damaged_file_in_the_cache_is_replaced(cache, damage, monkeypatch):
+    expected = compose_many("optim=sgd")
+    (file,) = cache.iterdir()
+    file.write_bytes(damage)
+    for _ in range(2):
+        module._compose_choices.cache_clear()
+        assert compose_many("optim=sgd") == expected
+        monkeypatch.setattr(module, "_compose", lambda *_: pytest.fail("composed again"))
+
+
+def test_a_cache_that_cannot_be_written_is_not_needed(cache, monkeypatch, tmp_path):
+    (tmp_path / "lawn").write_text("a file")
+    monkeypatch.setenv("HOME", str(tmp_path / "lawn" / "nowhere"))
+    assert compose_many("optim=sgd")[0].optim.name == "sgd"
+
+
+def test_other_configs_are_other_files(cache, monkeypatch, tmp_path):
+    conf = tmp_path / "conf"
+    shutil.copytree(module.CONF, conf)
+    monkeypatch.setattr(module, "CONF", conf)
+    before = compose_many("optim=sgd")[0].optim.momentum
+    file = conf / "optim" / "sgd.yaml"
+    file.write_text(re.sub(r"(?m)^momentum: .*$", "momentum: 0.123", file.read_text()))
+    module._compose_choices.cache_clear()
+    assert before != compose_many("optim=sgd")[0].optim.momentum == 0.123

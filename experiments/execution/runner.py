@@ -105,7 +105,7 @@ class _Session:
         job = ended.job
         if ended.failure is None:
             try:
-                record = self._store.write(job.config, job.overrides, job.tunes)
+                record = self._store.write(job.config, job.overrides, job.experiment, job.tunes)
             except UserError as error:
                 return self._fail(replace(ended, failure=str(error)))
             self._estimate.add(record)

@@ -1,6 +1,6 @@
 """The runs of a sweep preset: one for each point of its grid, and for points one step beyond its ends."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, reduce
 from typing import Any
@@ -17,7 +17,7 @@ from lawn.config import Config
 from lawn.errors import ConfigError
 from lawn.explain import explain
 from lawn.identity import run_name
-from lawn.validation import check, resolve, validate
+from lawn.validation import check, normalize, validate
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Job:
     config: Config
     overrides: tuple[str, ...]
     setting: tuple[str, ...] = ()  # the hyperparameters, as overrides
-    tunes: str | None = None  # the experiment that it tunes; None: a final run
+    experiment: str = ""  # that it is recorded for
+    tunes: bool = False  # whether it tunes the experiment
 
     @cached_property
     def name(self) -> str:
@@ -43,25 +44,27 @@ class Job:
 class Grid:
     """The runs of `overrides` at the points of a sweep preset; without a preset there is only the config itself.
 
-    `tunes` names the experiment that the runs tune; `extra` overrides set where and how to run.
+    `experiment` names the one that the runs tune; `extra` overrides set where and how to run.
     """
 
     def __init__(
-        self, overrides: tuple[str, ...], sweep: str | None, selection: str, extra: tuple[str, ...], tunes: str
+        self, overrides: tuple[str, ...], sweep: str | None, selection: str, extra: tuple[str, ...], experiment: str
     ) -> None:
         self.overrides = overrides
         self._sweep = sweep
         self._selection = selection
         self._extra = extra
-        self._tunes = tunes
+        self._experiment = experiment
         self._jobs: dict[tuple[Point, int], Job | None] = {}
         self._values: dict[str, Any] = {}
+        self._independent: set[str] = set()  # keys on which no other key depends
 
     @cached_property
     def problem(self) -> str | None:
         """Why the grid cannot be run: an invalid key or value; None if it can."""
         try:
-            _ = self.config, [self._job(point, 0) for point in self.points]  # all of them are composed and checked
+            _ = self.config
+            self._jobs |= {(point, 0): self._job(point, 0) for point in self.points}  # all are composed and checked
             if self._sweep and not self.points:
                 return f"sweep={self._sweep}: no such sweep, or an empty one"
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
@@ -111,7 +114,8 @@ class Grid:
             key = override.partition("=")[0]
             config = _with_value(config, key, self._resolved(key, override))
         check(config)
-        return Job(config, (*self.overrides, f"sweep={self._sweep}", *chosen), setting, self._tunes)
+        overrides = (*self.overrides, f"sweep={self._sweep}", *chosen)
+        return Job(config, overrides, setting, self._experiment, tunes=True)
 
     def _resolved(self, key: str, override: str) -> Any:
         """The value that an override gives its key, resolved once for all points.
@@ -120,19 +124,33 @@ class Grid:
         """
         if override not in self._values:
             composed = self._composition[0]
-            section, _, name = key.rpartition(".")
-            before: Any = OmegaConf.to_container(composed[section] if section else composed, resolve=False)
+            others = {} if key in self._independent else {k: v for k, v in self._interpolated.items() if k != key}
             try:
                 OmegaConf.update(composed, key, parse_override(override).value())
-                resolved = resolve(composed)
+                value = OmegaConf.select(composed, key)
+                value = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+                changed = any(OmegaConf.select(composed, k) != v for k, v in others.items())
             finally:  # a copy of the composition for each value would take as long as all the rest
-                if name in before:
-                    OmegaConf.update(composed, key, before[name])
-            value = reduce(getattr, key.split("."), resolved)
-            if _with_value(self.config, key, value) != resolved:
+                if key in self._raw:
+                    OmegaConf.update(composed, key, self._raw[key])
+            if changed:
                 raise ConfigError(f"{override}: other keys depend on it, so it cannot be an axis of a grid")
-            self._values[override] = value
+            config = normalize(_with_value(self.config, key, value))
+            self._values[override] = reduce(getattr, key.split("."), config)
+            if config != self.config:
+                self._independent.add(key)
         return self._values[override]
+
+    @cached_property
+    def _raw(self) -> dict[str, Any]:
+        """The values before interpolation, by their keys."""
+        return dict(_leaves(OmegaConf.to_container(self._composition[0], resolve=False)))
+
+    @cached_property
+    def _interpolated(self) -> dict[str, Any]:
+        """The keys whose values come from other keys, with these values."""
+        composed = self._composition[0]
+        return {key: OmegaConf.select(composed, key) for key, text in self._raw.items() if "${" in str(text)}
 
     def job(self, point: Point, seed: int = 0) -> Job | None:
         """The run at a point of the grid, or one step beyond its ends; None if it cannot be run."""
@@ -160,3 +178,12 @@ def _with_value(config: Config, key: str, value: Any) -> Config:
     return replace(
         config, **{section: replace(getattr(config, section), **{name: value})} if section else {name: value}
     )
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a tree of mappings, with their keys joined by points."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

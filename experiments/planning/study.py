@@ -43,7 +43,7 @@ class Study:
     """A cell at a budget.
 
     `budgets` are the epochs, and optionally those of a shorter schedule to search on; without them the dataset's
-    default holds. `extra` overrides set where and how to run; `experiment` names the file of the tuning records.
+    default holds. `extra` overrides set where and how to run; `experiment` names the files of the records.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Study:
         experiment: str = "",
     ) -> None:
         self.cell = cell
+        self.experiment = experiment
         self.budget = budgets[0] if budgets else None
         self.seeds = 0 if cell.grid_only else seeds
         epochs = () if self.budget is None else (f"train.epochs={self.budget}",)
@@ -125,7 +126,7 @@ class Study:
             config = replace(config, eval=replace(config.eval, candidates="all"))
         for seed in count():
             overrides = (*self.grid.overrides, *setting, *ranked, f"seed={seed}")
-            yield Job(replace(config, seed=seed), overrides, setting)
+            yield Job(replace(config, seed=seed), overrides, setting, self.experiment)
 
     def missing(self, store: Store) -> tuple[list[Job], int]:
         """The missing runs that can start now, and the expected number of those that depend on their results.

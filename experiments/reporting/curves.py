@@ -1,7 +1,6 @@
 """The page of the tuning curves: how good the best of k random settings is, for every optimizer and batch size."""
 
 import pandas as pd
-from scipy.stats import spearmanr
 
 from experiments.definitions.spec import Experiment, Measure
 from experiments.definitions.tuning_curves import FULL, SHORT
@@ -136,7 +135,8 @@ def _filtered(full: Outcome, short: Outcome) -> str:
     limit = search.num_trials(full.study.grid.shape)
     tried = search.points_to_try(full.study.grid.shape, by_short, limit, ours.get, ours.__contains__)
     found = search.ranked(tried, ours.get)[0]
-    correlation = spearmanr([ours[point] for point in points], [theirs[point] for point in points]).statistic
+    scores = pd.DataFrame({"full": [ours[point] for point in points], "short": [theirs[point] for point in points]})
+    correlation = scores.rank().corr().iloc[0, 1]  # Spearman's
     return (
         f"{full.cell.row} at {full.cell.column}: of {len(points)} settings the best after {full.epochs} epochs "
         f"({ours[by_full[0]]:.2f}) has rank {by_short.index(by_full[0]) + 1} after {short.epochs}, and the best "

@@ -1,13 +1,19 @@
 """Figures in files."""
 
+import hashlib
+import json
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
+import pandas as pd
 
 from experiments.reporting.charts import Chart, Line, Subplot
-from experiments.reporting.outcomes import Outcome
 from lawn.diagnostics import figure as diagnostics
 from lawn.files import atomic
 from lawn.plotting import Axes, Figure, rc_context
@@ -17,13 +23,50 @@ DASHES = {"solid": "-", "dashed": "--", "dotted": ":"}
 MIN_WIDTH = 8.0  # inches
 
 
-def save(make: Callable[[], Figure], path: Path) -> None:
-    """Draw a figure in the common style and write it as .png and .svg."""
+@dataclass(frozen=True)
+class Drawing:
+    """A function that draws, and the data that it draws."""
+
+    function: Callable[[Any], Figure]
+    data: Any
+
+    def __call__(self) -> Figure:
+        return self.function(self.data)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the data, of the code that draws it, and of the version of matplotlib."""
+        code = [sys.modules[name].__file__ or "" for name in (self.function.__module__, __name__)]
+        content = [matplotlib.__version__, *(Path(file).read_text("utf8") for file in code), self.data]
+        return hashlib.sha256(json.dumps(content, default=_plain).encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know, in terms of what it knows."""
+    if isinstance(value, pd.DataFrame):
+        return value.to_csv()
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if is_dataclass(value):
+        return vars(value)
+    return value.name if isinstance(value, Path) else list(value)
+
+
+def save(drawing: Drawing, path: Path) -> None:
+    """Draw a figure in the common style and write it as .png and .svg, unless the files there are of the same."""
+    files = path.with_suffix(".png"), path.with_suffix(".svg")
+    fingerprint = drawing.fingerprint
+    with suppress(OSError, UnicodeDecodeError):
+        if files[0].exists() and f">{fingerprint}<" in files[1].read_text("utf8"):
+            return
     with rc_context(STYLE):
-        figure = make()
-        for suffix in (".png", ".svg"):
-            with atomic(path.with_suffix(suffix)) as temporary:
-                figure.savefig(temporary, dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
+        figure = drawing()
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # it would be computed again for each file
+        for file in files:
+            metadata = {"Date": None, "Description": fingerprint} if file.suffix == ".svg" else None
+            with atomic(file) as temporary:
+                figure.savefig(temporary, dpi=150, metadata=metadata)
 
 
 def draw(chart: Chart) -> Figure:
@@ -83,8 +126,3 @@ def _legend(axes: Sequence[Axes]) -> tuple[list[Any], list[str]] | None:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     return (list(found.values()), list(found)) if found else None
-
-
-def draw_diagnostics(found: list[Outcome]) -> Figure:
-    """The figure of `python -m lawn.diagnostics`, for the first run of every cell."""
-    return diagnostics.draw({outcome.cell.row: outcome.records[0].history for outcome in found if outcome.records})

@@ -37,7 +37,7 @@ def _row(row: dict[str, Any], sources: dict[str, str], ours: Outcome | None, ref
     links: list[str] = []
     if ours is not None and ours.records:
         numbers = [format_mean(ours.values(Measure(f"test_{metric}", "")), 2) for metric in METRICS]
-        links = [f"[{record.config['seed']}](runs/{record.name}.json)" for record in ours.records]
+        links = [f"[{record.config['seed']}]({record.link})" for record in ours.records]
     elif references is not None and row.get("here") in references.result["metrics"]:
         repeats = references.result["metrics"][row["here"]]
         numbers = [format_mean([repeat[metric] for repeat in repeats], 2) for metric in METRICS]

@@ -95,10 +95,11 @@ def outcomes(experiment: Experiment, store: Store, selection: str = "val") -> li
 def _outcome(cell: Cell, store: Store, selection: str, seeds: int) -> Outcome:
     nothing = Outcome(cell, None, [], Tuning(), [])
     given = dict(override.split("=", 1) for override in cell.overrides)
-    if not store.may_have(given["dataset"], given.get("optim"), given.get("train.batch_size")):
-        return nothing
+    kind = given["dataset"], given.get("optim"), given.get("train.batch_size")
     found = []
     for budgets in [cell.budgets(k) for k in range(len(cell.epochs))] or [()]:
+        if not any(store.may_have(*kind, epochs) for epochs in (map(str, budgets) if budgets else [None])):
+            continue
         study = _study(cell, budgets, seeds, selection)
         if study.problem:
             continue

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from math import isnan
 
 import pandas as pd
@@ -12,12 +11,12 @@ from experiments.definitions.spec import Experiment, Measure
 from experiments.records import Record, Store
 from experiments.reporting import tuning_tables
 from experiments.reporting.charts import CHARTS, Chart
-from experiments.reporting.drawing import draw, draw_diagnostics
+from experiments.reporting.drawing import Drawing, draw
 from experiments.reporting.layout import Entry, Panel, Table, format_mean, format_signed, number_format
 from experiments.reporting.outcomes import Outcome, Pair, comparisons, outcomes, paper
 from experiments.reporting.sentences import method, summary
 from experiments.reporting.statistics import mean_and_error
-from lawn.plotting import Figure
+from lawn.diagnostics import figure as diagnostics
 
 SPREAD = "(standard error, number of seeds)"  # what follows a mean in the pages and tables
 
@@ -36,7 +35,7 @@ class Page:
     frame: pd.DataFrame  # the numbers as tidy data
     records: list[Record]
     chart: Chart | None = None
-    figure: Callable[[], Figure] | None = None  # draws the chart, or what no chart describes
+    figure: Drawing | None = None  # of the chart, or of what no chart describes
     figure_shown: bool = True  # in the index
     source: str | None = None  # the file of all numbers; None: each number links to its records
     source_title: str = "The record"
@@ -95,11 +94,13 @@ def chart_of(experiment: Experiment, found: list[Outcome]) -> Chart | None:
     return None if make is None else make(experiment, found)
 
 
-def figure_of(experiment: Experiment, chart: Chart | None, found: list[Outcome]) -> Callable[[], Figure] | None:
-    """The function that draws the experiment's figure, if it has one."""
+def figure_of(experiment: Experiment, chart: Chart | None, found: list[Outcome]) -> Drawing | None:
+    """The experiment's figure, if it has one: its chart, or what `diagnostics=on` measures in each cell's first run."""
     if chart is not None:
-        return partial(draw, chart)
-    return None if experiment.figure is None else partial(draw_diagnostics, found)
+        return Drawing(draw, chart)
+    if experiment.figure is None:
+        return None
+    return Drawing(diagnostics.draw, {o.cell.row: o.records[0].history for o in found if o.records})
 
 
 EntryOf = Callable[[Outcome, Measure, list[Outcome]], Entry]

@@ -6,7 +6,7 @@ settings. Its page is that of an experiment.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import pandas as pd
 import torch
 
 from experiments.records import Record, read_record, save
+from experiments.reporting.drawing import Drawing
 from experiments.reporting.layout import Panel
 from experiments.reporting.page import Page, provenance
 from lawn.errors import RunError
 from lawn.identity import identity_hash
-from lawn.plotting import Figure
 from lawn.train.provenance import environment
 
 FOLDER = "simulations"  # beside runs/
@@ -32,7 +32,7 @@ class SimulationContent:
     panels: list[Panel]
     summary: list[str]
     frame: pd.DataFrame
-    figure: Callable[[], Figure] | None
+    figure: Drawing | None
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,9 @@ def simulation_page(simulation: Simulation, results: Path) -> Page:
         with _reading(record):
             shown = simulation.show(record)
 
-    def figure() -> Figure:
-        assert record is not None
-        assert shown.figure is not None
-        with _reading(record):
-            return shown.figure()
-
+    figure = None
+    if record is not None and shown.figure is not None:
+        figure = replace(shown.figure, function=_reading(record)(shown.figure.function))
     return Page(
         name=simulation.name,
         title=simulation.title,
@@ -98,7 +95,7 @@ def simulation_page(simulation: Simulation, results: Path) -> Page:
         summary=shown.summary,
         frame=shown.frame,
         records=[] if record is None else [record],
-        figure=None if shown.figure is None else figure,
+        figure=figure,
         figure_shown=record is not None,
         source="" if record is None else f"{FOLDER}/{record.name}.json",
         paper_numbers=False,

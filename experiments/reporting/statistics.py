@@ -6,8 +6,7 @@ from math import isnan, nan, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, stats
-from scipy.special import gammaln
+from scipy.special import gammaln, nctdtrinc, stdtr, stdtrit  # scipy.stats takes a second to import
 
 Array = NDArray[np.float64]
 
@@ -22,7 +21,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
     """Student's interval that holds the true mean with probability `level`; NaN where there are too few values."""
     mean, error = mean_and_error(values)
-    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * error if len(values) > 1 else nan
+    half = float(stdtrit(len(values) - 1, (1 + level) / 2)) * error if len(values) > 1 else nan
     return mean - half, mean + half
 
 
@@ -39,23 +38,18 @@ class Comparison:
         """Two-sided p-value of no difference."""
         if self.error == 0:
             return 1.0 if self.difference == 0 else 0.0
-        return float(2 * stats.t.sf(abs(self.difference) / self.error, self.df))
+        return float(2 * stdtr(self.df, -abs(self.difference) / self.error))
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        half = float(stats.t.ppf((1 + level) / 2, self.df)) * self.error
+        half = float(stdtrit(self.df, (1 + level) / 2)) * self.error
         return self.difference - half, self.difference + half
 
     def detectable(self, power: float = 0.8, level: float = 0.95) -> float:
         """The smallest true difference that a test with this standard error finds with probability `power`."""
         if isnan(self.error):
             return nan
-        bound = float(stats.t.ppf((1 + level) / 2, self.df))
-
-        def missing(shift: float) -> float:
-            found = stats.nct.sf(bound, self.df, shift) + stats.nct.cdf(-bound, self.df, shift)
-            return float(found) - power
-
-        return self.error * float(optimize.brentq(missing, 0.0, 1.5 * bound + 3.0))
+        bound = stdtrit(self.df, (1 + level) / 2)
+        return self.error * float(nctdtrinc(self.df, 1 - power, bound))  # the other tail adds less than 1e-5
 
 
 def compare_paired(ours: Array, theirs: Array) -> Comparison:

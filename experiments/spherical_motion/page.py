@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.records import Record
+from experiments.reporting.drawing import Drawing
 from experiments.reporting.layout import Entry, Panel, format_mean
 from experiments.reporting.simulations import Simulation, SimulationContent
 from experiments.reporting.statistics import mean_and_error
@@ -76,7 +77,7 @@ def show_record(record: Record) -> SimulationContent:
     )
     panels = [_panel(title, numbers[part]) for part, title in TITLES.items()]
     summary = [*_of_equilibrium(record, numbers), *_of_angles(numbers["angles"]), *_of_drop(record)]
-    return SimulationContent(panels, summary, frame, lambda: draw(record))
+    return SimulationContent(panels, summary, frame, Drawing(draw, record))
 
 
 def _equilibrium(part: str, row: dict[str, Any], config: dict[str, Any]) -> list[Number]:

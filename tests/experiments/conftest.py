@@ -14,7 +14,7 @@ from tests.experiments.helpers import MINI, TUNED, run_experiment
 @pytest.fixture(autouse=True)
 def empty_figures(monkeypatch):
     """Figures are files without content: drawing one takes longer than the runs of most tests."""
-    monkeypatch.setattr(report, "save", lambda _, path: drawing.save(Figure, path))
+    monkeypatch.setattr(report, "save", lambda _, path: drawing.save(drawing.Drawing(lambda _: Figure(), None), path))
 
 
 @pytest.fixture

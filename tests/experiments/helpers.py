@@ -1,12 +1,14 @@
 """Miniatures of experiments, of runs that take less than a second."""
 
 import gzip
+import json
 import re
 import time
 from base64 import b64decode
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from experiments.definitions.spec import Cell, Experiment, Measure
 from experiments.execution import runner
@@ -122,3 +124,12 @@ def miniature(experiment: Experiment, tuned: bool = False) -> Experiment:
         sweep = "peak_lr" if tuned and not cells else None
         cells.append(replace(cell, overrides=(*cell.overrides, *small), epochs=(2, 1), sweep=sweep))
     return replace(experiment, cells=tuple(cells))
+
+
+def records_in(path: Path) -> dict[str, dict[str, Any]]:
+    """The lines of a file of records by their names."""
+    return {content["name"]: content for content in map(json.loads, path.read_text().splitlines())}
+
+
+def write_records(path: Path, records: dict[str, dict[str, Any]]) -> None:
+    path.write_text("".join(f"{json.dumps(content)}\n" for content in records.values()))

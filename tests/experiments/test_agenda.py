@@ -93,7 +93,7 @@ def test_what_another_command_records_while_a_study_is_asked(tmp_path, finished_
 
     monkeypatch.setattr(Study, "tuning", record_after)
     agenda = agenda_of(tmp_path, TUNED, 2)
-    assert [job.tunes for job in agenda.take(lambda _: 1, 16)] == [None, None]
+    assert [job.tunes for job in agenda.take(lambda _: 1, 16)] == [False, False]
 
 
 def test_runs_are_counted_although_their_number_is_an_estimate(tmp_path, capsys):
@@ -169,7 +169,7 @@ def test_a_record_of_another_runner_is_not_run_again(tmp_path):
         def start(self, jobs: list[Job]) -> None:
             if not self.starts:  # meanwhile the other one finishes the second job
                 train(replace(second.config, device="cpu"))
-                theirs.write(second.config, second.overrides)
+                theirs.write(second.config, second.overrides, second.experiment)
             super().start(jobs)
 
     executor = WithAnother(0)
@@ -183,7 +183,7 @@ def test_the_state_of_runs(tmp_path):
     done, recorded, running, failed, damaged, _ = study.outstanding(store)
     for job in (done, recorded):
         train(replace(job.config, device="cpu"))
-    store.write(recorded.config, recorded.overrides)
+    store.write(recorded.config, recorded.overrides, recorded.experiment)
     folders = {job.name: tmp_path / "runs" / job.name for job in (running, failed, damaged)}
     for folder in folders.values():
         folder.mkdir()

@@ -35,7 +35,7 @@ from experiments.reporting.web.cells import detail
 from experiments.reporting.web.data import MAX_POINTS, chart_data
 from experiments.reporting.web.index import ASSETS, LIBRARIES, TEMPLATES, index_html
 from lawn.errors import ConfigError
-from tests.experiments.helpers import MINI, SHORT, TUNED, run_experiment, unfolded
+from tests.experiments.helpers import MINI, SHORT, TUNED, records_in, run_experiment, unfolded
 from tests.experiments.test_report import made_up
 from tests.helpers import ROOT
 
@@ -107,12 +107,13 @@ def unpacked(text: str) -> str:
 def test_every_number_of_the_committed_page_is_that_of_its_records(committed):
     """From the files of the records alone."""
     checked = 0
+    recorded = {file: records_in(RESULTS / file) for file in (f"runs/{p.name}" for p in (RESULTS / "runs").iterdir())}
     for cell in committed.cells:
         if "key" not in cell or "n" not in cell:
             continue
         detail = committed.detail(cell["key"])
         columns = list(zip(*(seed["values"] for seed in detail["seeds"]), strict=True))
-        records = [json.loads((RESULTS / "runs" / f"{s['record']}.json").read_text()) for s in detail["seeds"]]
+        records = [recorded[seed["file"]][seed["record"]] for seed in detail["seeds"]]
         results = [record["result"] for record in records]
         headline = [r["last"][f"{r['split']}_{r['headline']}"] for r in results]
         assert [record["config"]["seed"] for record in records] == [seed["seed"] for seed in detail["seeds"]]
@@ -192,19 +193,16 @@ def test_what_a_cell_opens(results):
     tables = Tables(text)
     adam, fails = (tables.detail(cell["key"]) for cell in tables.cells if "key" in cell)
     assert [seed["seed"] for seed in adam["seeds"]] == [0, 1]
-    first = json.loads((results / "runs" / f"{adam['seeds'][0]['record']}.json").read_text())
+    assert {seed["file"] for seed in adam["seeds"]} == {"runs/mini.jsonl"}
+    records = records_in(results / "runs" / "mini.jsonl")
+    first = records[adam["seeds"][0]["record"]]
     assert adam["command"] == first["command"]
     assert adam["fill"] == "python -m experiments run mini --only optim=adam"
     titles = [subplot["ylabel"] for subplot in adam["curves"]["rows"][0]]
     assert titles[:2] == ["training loss, nats", "test accuracy, %"]
     (loss,) = adam["curves"]["rows"][0][0]["lines"]
     assert loss["y"][0] == pytest.approx(
-        np.mean(
-            [
-                json.loads((results / "runs" / f"{seed['record']}.json").read_text())["history"]["train_loss"][0]
-                for seed in adam["seeds"]
-            ]
-        ),
+        np.mean([records[seed["record"]]["history"]["train_loss"][0] for seed in adam["seeds"]]),
         rel=1e-5,
     )
     assert adam["machine"]["hardware"]
@@ -245,7 +243,8 @@ def test_data_cannot_end_its_script(results):
 
 def test_links_of_markdown_are_links_and_everything_else_is_text():
     linked = TEMPLATES.filters["linked"]
-    assert linked("70 <sup>[0](runs/a.json)</sup>") == '70 <a href="runs/a.json">0</a>'
+    assert linked('70 <sup>[0](runs/a.jsonl "b-s0")</sup>') == '70 <a href="runs/a.jsonl" title="b-s0">0</a>'
+    assert linked("[Every run](tuning/a.csv)") == '<a href="tuning/a.csv" title="">Every run</a>'
     assert linked("<b>") == "&lt;b&gt;"
 
 

@@ -17,7 +17,7 @@ from experiments.__main__ import EXPERIMENTS, SIMULATIONS
 from experiments.definitions.spec import Cell, Experiment, Measure, PaperResult
 from experiments.planning.study import Tuning, studies
 from experiments.records import Record, Store
-from experiments.reporting import report
+from experiments.reporting import drawing, report
 from experiments.reporting.charts import CHARTS
 from experiments.reporting.layout import format_mean
 from experiments.reporting.outcomes import Outcome, comparisons
@@ -28,8 +28,9 @@ from experiments.reporting.statistics import compare, compare_paired, holm, mean
 from lawn.compose import compose
 from lawn.errors import RunError
 from lawn.identity import run_name
+from lawn.plotting import Figure
 from lawn.train.run_directory import encode_outcomes
-from tests.experiments.helpers import ACCURACY, MINI, TUNED, run_experiment, unfolded
+from tests.experiments.helpers import ACCURACY, MINI, TUNED, records_in, run_experiment, unfolded, write_records
 from tests.helpers import RECOMMENDERS, ROOT
 
 
@@ -62,8 +63,8 @@ def test_pages_from_records_alone(results, drawn_figures):
     assert "| Fails | Fail <sup>" in text
     assert "| None |  |  |  |" in text
     for record in adam.records:
-        assert f"(runs/{record.name}.json)" in text
-        assert (results / "runs" / f"{record.name}.json").exists()
+        assert f'(runs/mini.jsonl "{record.name}")' in text
+        assert record.name in records_in(results / "runs" / "mini.jsonl")
     assert (results / "mini.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (results / "mini.svg").read_text()
     tidy = pd.read_csv(results / "mini.csv", keep_default_na=False).set_index(["row", "measure"])
@@ -96,35 +97,23 @@ def test_a_figure_without_anything_to_draw(results, drawn_figures):
 
 
 def test_records_that_were_tampered_with_are_refused(results):
-    config = compose(*MINI.cells[0].overrides, "seed=0")
-    path = results / "runs" / f"{run_name(config)}.json"
-    content = json.loads(path.read_text())
-    content["config"]["optim"]["lr"] = 0.5
-    path.write_text(json.dumps(content))
+    path = results / "runs" / "mini.jsonl"
+    records = records_in(path)
+    records[run_name(compose(*MINI.cells[0].overrides, "seed=0"))]["config"]["optim"]["lr"] = 0.5
+    write_records(path, records)
     with pytest.raises(RunError, match="its config does not match its name"):
         report.experiment_page(MINI, Store(results))
-    path.write_text("{")
-    with pytest.raises(RunError, match=r"damaged record \("):
-        report.experiment_page(MINI, Store(results))
 
 
-@pytest.mark.parametrize("damage", ["half", "empty", "folder", "unreadable", "bytes", "result", "last", "environment"])
-def test_a_damaged_record_is_named(results, damage):
-    path = sorted((results / "runs").glob("*-adam-*.json"))[0]
-    content = json.loads(path.read_text())
-    if damage in ("folder", "unreadable"):
-        path.unlink()
-        path.mkdir() if damage == "folder" else path.symlink_to("/proc/self/mem")
-    elif damage == "last":
-        path.write_text(json.dumps({**content, "result": {**content["result"], "last": {"epoch": 3}}}))
-    elif damage in content:
-        path.write_text(json.dumps({**content, damage: {}}))
-    else:
-        whole = path.read_bytes()
-        path.write_bytes({"half": whole[: len(whole) // 2], "empty": b"", "bytes": b"\xff" + whole}[damage])
-    with pytest.raises(RunError, match=r"(damaged record|cannot be read) \(.*(delete it|put it back)") as caught:
+@pytest.mark.parametrize("damage", ["result", "last", "environment"])
+def test_a_record_that_lacks_a_part_is_named(results, damage):
+    path = results / "runs" / "mini.jsonl"
+    records = records_in(path)
+    second = records[list(records)[1]]
+    second |= {"result": {**second["result"], "last": {"epoch": 3}}} if damage == "last" else {damage: {}}
+    write_records(path, records)
+    with pytest.raises(RunError, match=r"mini.jsonl, line 2: damaged record \(.*\); delete the line") as caught:
         report.experiment_page(MINI, Store(results))
-    assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
 
 
@@ -140,7 +129,7 @@ def test_what_is_no_folder_of_records_is_not_taken_for_none(results, folder):
 def test_unfinished_runs_are_not_recorded(tmp_path):
     config = compose(*MINI.cells[0].overrides, f"runs_dir={tmp_path}")
     with pytest.raises(RunError, match="not finished"):
-        Store(tmp_path).write(config, ())
+        Store(tmp_path).write(config, (), "mini")
 
 
 def test_warnings_of_the_runs_stand_below_the_table(tmp_path, tiny_data):
@@ -285,8 +274,9 @@ def test_a_damaged_line_of_a_tuning_file_is_named(tuned):
 
 
 @pytest.mark.parametrize("damage", ["folder", "loop", "unreadable", "bytes"])
-def test_a_damaged_tuning_file_is_named(tmp_path, damage):
-    path = tmp_path / "tuning" / "tuned.jsonl"
+@pytest.mark.parametrize("folder", ["runs", "tuning"])
+def test_a_damaged_file_is_named(tmp_path, folder, damage):
+    path = tmp_path / folder / "tuned.jsonl"
     path.parent.mkdir()
     if damage == "folder":
         path.mkdir()
@@ -307,7 +297,7 @@ def test_a_tuning_file_that_is_damaged_while_runs_go_on_is_named(tuned):
     path.parent.mkdir(parents=True)
     path.write_text('{"name": "di\n')
     with pytest.raises(RunError, match=r"tuned.jsonl, line 1: damaged record \("):
-        Store(tuned / "new").write(job.config, job.overrides, job.tunes)
+        Store(tuned / "new").write(job.config, job.overrides, job.experiment, job.tunes)
     assert path.read_text() == '{"name": "di\n'
 
 
@@ -324,7 +314,7 @@ def test_a_line_that_a_killed_writer_has_left_is_written_again(tuned, cut):
     path.write_text(text[: len(text) - len(last)] + last[:-cut])
     store = Store(tuned / "new")
     assert store.has(jobs[-1].name) == (cut == 1)
-    store.write(jobs[-1].config, jobs[-1].overrides, jobs[-1].tunes)
+    store.write(jobs[-1].config, jobs[-1].overrides, jobs[-1].experiment, jobs[-1].tunes)
     assert path.read_text() == text
     assert Store(tuned / "new").read(jobs[-1].name).headline == store.read(jobs[-1].name).headline
 
@@ -336,7 +326,7 @@ def test_two_runners_record_into_one_file(tuned):
     jobs = study.tuning(Store(tuned / "results")).jobs
     with ThreadPoolExecutor(4) as pool:
         for store, job in zip((first, second) * len(jobs), jobs, strict=False):
-            pool.submit(store.write, job.config, job.overrides, job.tunes)
+            pool.submit(store.write, job.config, job.overrides, job.experiment, job.tunes)
     assert all(store.has(job.name) for store in (first, second) for job in jobs)
     merged, alone = (folder / "tuning" / "tuned.jsonl" for folder in (tuned / "new", tuned / "results"))
     first.sort()
@@ -369,7 +359,8 @@ def test_a_file_in_the_place_of_one_that_was_read(tuned, longer):
 
 
 def test_dirty_and_different_versions_of_the_code_are_shown(results):
-    folder = results / "runs"
+    path = results / "runs" / "mini.jsonl"
+    records = records_in(path)
     changes = [
         {"git": "a" * 40, "dirty": False},
         {"git": "a" * 40, "dirty": True},
@@ -378,12 +369,11 @@ def test_dirty_and_different_versions_of_the_code_are_shown(results):
     ]
     names = ["digits-mlp-adam-s0", "digits-mlp-adam-s1", "digits-mlp-sgd-s0", "digits-mlp-sgd-s1"]
     for name, change in zip(names, changes, strict=True):
-        (path,) = folder.glob(f"{name}-*.json")
-        content = json.loads(path.read_text())
+        (content,) = (content for key, content in records.items() if key.startswith(f"{name}-"))
         resumed = [{**content["environment"], **again} for again in change.pop("resumed", [])]
         content["environment"] |= {**change, "resumed": resumed}
-        path.write_text(json.dumps(content))
-    page = report.experiment_page(replace(MINI, cells=MINI.cells[:2]), Store(folder.parent))
+    write_records(path, records)
+    page = report.experiment_page(replace(MINI, cells=MINI.cells[:2]), Store(results))
     a, b = "a" * 10, "b" * 10
     assert page.provenance.startswith(
         f"4 runs, code {a} (1), {a} with uncommitted changes (1), no git (1), {a} then {b} (1); torch "
@@ -394,22 +384,20 @@ def test_dirty_and_different_versions_of_the_code_are_shown(results):
 @pytest.mark.parametrize("part", ["config", "hash", "name"])
 def test_a_record_that_is_not_what_it_says_is_refused(results, part):
     """Of whatever experiment it is."""
-    one = replace(MINI, cells=MINI.cells[:1])
-    (path,) = (results / "runs").glob("digits-mlp-adam-s0-*.json")
-    content = json.loads(path.read_text())
+    path = results / "runs" / "mini.jsonl"
+    records = records_in(path)
+    name, content = next(iter(records.items()))
     if part == "config":
         content["config"]["optim"]["lr"] *= 2
     if part == "hash":
         content["hash"] = "0" * 12
-    path.write_text(json.dumps(content))
     if part == "name":
-        path.rename(path.with_stem(f"{path.stem[:-12]}{'0' * 12}"))
-    store = Store(path.parent.parent)
-    with pytest.raises(RunError, match=r"its config does not match its name\); delete it and run again"):
-        list(store.all())
-    if part != "name":  # else there is none of the run
-        with pytest.raises(RunError, match="its config does not match its name"):
-            report.experiment_page(one, Store(path.parent.parent))
+        content["name"] = f"{name[:-12]}{'0' * 12}"
+    write_records(path, records)
+    with pytest.raises(
+        RunError, match=r"line 1: .*its config does not match its name\); delete the line and run again"
+    ):
+        list(Store(results).all())
 
 
 @pytest.fixture(scope="module")
@@ -448,15 +436,36 @@ def test_every_kind_of_figure_is_drawn(kind, committed):
         assert file.getvalue().count("<path") > 20
 
 
+def test_a_figure_is_drawn_again_only_if_it_would_be_another(tmp_path):
+    drawn = []
+
+    def draw(values: list[float]) -> Figure:
+        drawn.append(values)
+        return Figure()
+
+    path = tmp_path / "figure"
+    for values in ([1.0], [1.0], [2.0]):
+        drawing.save(drawing.Drawing(draw, np.array(values)), path)
+    assert drawn == [[1.0], [2.0]]
+    again = drawing.Drawing(draw, np.array([2.0]))
+    path.with_suffix(".png").unlink()
+    drawing.save(again, path)
+    assert path.with_suffix(".png").exists()
+    path.with_suffix(".svg").write_bytes(b"\xff")
+    drawing.save(again, path)
+    assert len(drawn) == 4
+    drawing.save(again, path)
+    assert len(drawn) == 4
+
+
 def test_every_record_is_shown():
     """By a page, or in its list of tuning runs."""
     pages = [path.read_text() for path in (ROOT / "results").rglob("*") if path.suffix in (".md", ".csv")]
     shown = set(re.findall(r"[\w.-]+", " ".join(pages)))
     for path in (ROOT / "results").rglob("*.json"):
         assert {path.stem, path.name} & shown, path
-    for path in (ROOT / "results" / "tuning").glob("*.jsonl"):
-        names = {json.loads(line)["name"] for line in path.read_text().splitlines()}
-        assert names <= shown, path
+    for path in (ROOT / "results").rglob("*.jsonl"):
+        assert set(records_in(path)) <= shown, path
 
 
 def test_a_large_standard_error_is_explained(committed):
@@ -554,9 +563,13 @@ def test_a_summary_is_the_first_panel_without_links():
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_number_of_a_table_links_to_its_records(name):
+    recorded = {path.name: records_in(path) for path in (ROOT / "results" / "runs").iterdir()}
     for row in (ROOT / "results" / f"{name}.md").read_text().splitlines():
         if row.startswith("| ") and "n=" in row:
             (first, *_), links = re.findall(r"n=\d+\)( <sup>.*?</sup>)?", row), re.findall(r"\]\(([^)]*)\)", row)
             assert first
             assert links
-            assert all((ROOT / "results" / link).exists() for link in links if "https:" not in link)
+            for link in links:
+                file, _, record = link.partition(" ")
+                assert not file.startswith("runs/") or record.strip('"') in recorded[file.removeprefix("runs/")]
+                assert "https:" in file or (ROOT / "results" / file).exists()

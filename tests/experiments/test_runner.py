@@ -51,7 +51,7 @@ def test_a_miniature_of_each_table(experiment, tmp_path, tiny_data):
     report.write(page, tmp_path / "results")
     report.write_index([page], tmp_path / "results")
     text = (tmp_path / "results" / f"{experiment.name}.md").read_text()
-    assert all(f"(runs/{record.name}.json)" in text for record in page.records)
+    assert all(f'(runs/{experiment.name}.jsonl "{record.name}")' in text for record in page.records)
 
 
 def test_diverged_runs_are_results(tmp_path, capsys):
@@ -133,7 +133,7 @@ def test_what_a_killed_writer_leaves_is_no_record(tmp_path):
     run_experiment(replace(MINI, cells=MINI.cells[:1]), tmp_path, 1)
     store = Store(tmp_path / "results")
     (record,) = store.all()
-    (store.runs / f".{record.name}.json.abc.json").write_text('{"hash"')
+    (store.runs / ".mini.jsonl.abc.jsonl").write_text('{"hash"')
     store.tuning.mkdir()
     (store.tuning / ".mini.jsonl.abc.jsonl").write_text('{"hash"')
     assert [other.name for other in store.all()] == [record.name]
@@ -176,7 +176,7 @@ def test_a_damaged_run_directory_is_that_runs_failure_alone(tmp_path):
     (folder / "config.yaml").write_text("hash: [")
     (failed,) = run_experiment(experiment, tmp_path, 1, executor=Pool(["cpu"]))
     assert "config.yaml: cannot be read" in str(failed.failure)
-    assert len(list((tmp_path / "results" / "runs").glob("*.json"))) == 1
+    assert len(list(Store(tmp_path / "results").all())) == 1
 
 
 @pytest.mark.parametrize(
@@ -389,14 +389,13 @@ FORTY = Experiment("forty", "Forty jobs", (*BAD, *DIE, *DIVERGE, *GOOD), (ACCURA
 def test_ten_of_forty_end_badly(tmp_path):
     """Five diverge, three are killed, two have bad configs: the others finish; a second call runs what is missing."""
     pytest.importorskip("adamp")
-    store = tmp_path / "results" / "runs"
+    store = Store(tmp_path / "results")
     with driver("FORTY", tmp_path, "--seeds", "1", "--jobs", "2") as command:
         for _ in DIE:
             subprocess.run([sys.executable, "-c", KILL, str(tmp_path / "runs"), "digits-mlp-adamp-"], check=True)
         out, err = command.communicate(timeout=300)
     assert command.returncode == 1
-    records = [json.loads(path.read_text()) for path in store.glob("*.json")]
-    statuses = [record["result"]["status"] for record in records]
+    statuses = [record.result["status"] for record in store.all()]
     assert (statuses.count("done"), statuses.count("diverged")) == (30, 5)
     told = err.splitlines()
     assert len([line for line in told if line.startswith("diverged: digits-mlp-sgd-")]) == 5
@@ -413,7 +412,7 @@ def test_ten_of_forty_end_badly(tmp_path):
     assert out.count(" done, ") == 4  # three that were killed, and one that is refused again
     assert out.count("digits-mlp-adamp-") == 3
     assert len([line for line in err.splitlines() if line.startswith("failed: ")]) == 2
-    assert len(list(store.glob("*.json"))) == 38
+    assert len(list(store.all())) == 38
     assert {path for path, time in before.items() if path.stat().st_mtime_ns != time} <= set(
         tmp_path.glob("runs/digits-mlp-adamp-*/*")
     )

@@ -60,10 +60,10 @@ def test_the_page_is_made_again_when_there_are_new_records(served):
         assert ask(port, "/index.html?x=1") == (200, "page 1")
         before = json.loads(ask(port, "/status.json")[1])
         assert before["rows"] == [{"cell": "A", "done": "1/2"}]
-        (served.results / "runs" / "a.json").write_text("{}")
+        (served.results / "runs" / "a.jsonl").write_text("{}")
         assert json.loads(ask(port, "/status.json")[1])["version"] != before["version"]
         assert ask(port, "/") == (200, "page 2")
-        assert ask(port, "/runs/a.json") == (200, "{}")
+        assert ask(port, "/runs/a.jsonl") == (200, "{}")
 
 
 def test_the_page_that_was_written_is_not_served(served):
@@ -80,7 +80,7 @@ def test_the_page_that_was_written_is_not_served(served):
 
 def test_a_record_that_is_being_written_is_not_counted(served):
     before = served.version()
-    (served.results / "runs" / ".a.json.123.json").write_text("{")
+    (served.results / "runs" / ".a.jsonl.123.jsonl").write_text("{")
     assert served.version() == before
 
 

@@ -110,7 +110,7 @@ def test_nothing_is_known_without_spread(a, b):
     assert all(map(math.isnan, (found.error, found.p, *found.interval(), found.detectable())))
 
 
-@pytest.mark.parametrize("df", [6.0, 14.0, 1e6])
+@pytest.mark.parametrize("df", [1.0, 6.0, 14.0, 1e6])
 def test_detectable_difference_is_found_with_its_power(df):
     shift = Comparison(0.0, 2.0, df).detectable(0.8)
     if df == 1e6:

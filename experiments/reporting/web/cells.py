@@ -73,6 +73,7 @@ def _seed(record: Record, measures: Sequence[Measure]) -> dict[str, Any]:
         "values": [number(record.value(measure.key)) for measure in measures],
         "status": record.result["status"],
         "record": record.name,
+        "file": record.file,
         "code": record.code,
     }
 

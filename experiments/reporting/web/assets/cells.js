@@ -82,7 +82,7 @@ function seedsOf(cell) {
     String(run.seed),
     ...run.values.map((value, i) => (value === null ? run.status : format(value, cell.measures[i].digits))),
     run.code,
-    element("a", { href: `runs/${run.record}.json` }, run.record),
+    element("a", { href: run.file }, run.record),
   ]);
   return [element("h3", {}, "Seeds"), scrolling("Seeds", element("table", {}, ...tableOf(heads, rows)))];
 }
