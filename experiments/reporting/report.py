@@ -14,6 +14,7 @@ from experiments.reporting.drawing import save
 from experiments.reporting.layout import Entry, Panel
 from experiments.reporting.literature import literature_table
 from experiments.reporting.page import Page, experiment_page
+from experiments.reporting.web.findings import Finding, findings
 from experiments.reporting.web.index import index_html
 from lawn.files import write_text
 
@@ -95,9 +96,9 @@ def render(template: str, **content: object) -> str:
 
 
 def update_blocks(pages: Sequence[Page]) -> None:
-    """Renew the blocks of README.md, results/README.md and docs/."""
+    """Renew the blocks of README.md, results/README.md and docs/, from all pages."""
     for path in pages_with_blocks():
-        write_text(path, with_updated_blocks(path, pages))
+        write_text(path, with_updated_blocks(path, pages, findings(pages)))
 
 
 def pages_with_blocks() -> list[Path]:
@@ -106,10 +107,14 @@ def pages_with_blocks() -> list[Path]:
     return [root / "README.md", RESULTS / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
 
-def with_updated_blocks(path: Path, pages: Iterable[Page]) -> str:
+def with_updated_blocks(path: Path, pages: Iterable[Page], said: Sequence[Finding] = ()) -> str:
     """The text of a page with its blocks renewed: what stands between `<!-- summary NAME -->`, `<!-- summary-table NAME
-    -->` (the first panel, without links) or `<!-- output NAME -->` (as the terminal shows it) and `<!-- end -->`."""
+    -->` (the first panel, without links), `<!-- output NAME -->` (as the terminal shows it) or `<!-- findings -->` and
+    `<!-- end -->`."""
     blocks = {}
+    if said:
+        lines = (f"- **{finding.title}** {finding.text} ([records](results/{finding.page}.md))" for finding in said)
+        blocks["findings"] = "\n".join(lines)
     for page in pages:
         blocks[f"summary {page.name}"] = "\n".join(f"- {line}" for line in page.summary)
         blocks[f"summary-table {page.name}"] = summary_table(page)

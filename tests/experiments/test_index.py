@@ -96,6 +96,9 @@ def test_the_committed_page_is_that_of_the_records():
     text, committed = report.index(pages, RESULTS), (RESULTS / "index.html").read_text()
     assert unpacked(text) == unpacked(committed)
     assert len(committed) < 1.5e6
+    said = findings.findings(pages)
+    assert len(said) >= 4
+    assert report.with_updated_blocks(ROOT / "README.md", pages, said) == (ROOT / "README.md").read_text()
 
 
 def unpacked(text: str) -> str:
@@ -330,6 +333,16 @@ def test_what_is_said_of_the_comparisons():
     assert "Of 4 comparisons with LAWN and without, LAWN is better in 2, worse in 1, and 1 are not decided" in said.text
     mean, half = np.mean([3, 4, 0.1, -3]), 3.182446 * np.std([3, 4, 0.1, -3], ddof=1) / 2
     assert f"{mean:+#.3g} on average (95 % interval {mean - half:+#.3g} to {mean + half:+#.3g}, over" in said.text
+
+
+def test_what_is_said_of_the_number_of_epochs():
+    pairs = [pair(2.0, 0.1, column="15 epochs"), pair(-2.0, 0.1, column="30 epochs")]
+    (said,) = findings.findings([empty_page(replace(MINI, name="horizon"), [], pairs=pairs)])
+    first, second = said.text.removesuffix(".").split(". Adam-LAWN")
+    assert first.startswith("Adam-LAWN against Adam, P, 15 epochs: +2.00 (")
+    assert first.endswith(": better")
+    assert second.endswith(": worse")
+    assert findings.findings([empty_page(replace(MINI, name="horizon"), [])]) == []
 
 
 def test_a_comparison_in_several_tables_is_counted_once():

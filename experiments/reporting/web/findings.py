@@ -43,7 +43,7 @@ def findings(pages: Sequence[Page]) -> list[Finding]:
     """What the records say on the paper's claims; a claim without records is left out."""
     by_name = {page.name: page for page in pages}
     found = [_with_and_without([page for page in pages if page.name.startswith("table")])]
-    for name, say in (("tuning_curves", _tuning), ("figure1", _attenuated)):
+    for name, say in (("horizon", _horizon), ("tuning_curves", _tuning), ("figure1", _attenuated)):
         if name in by_name:
             found.append(say(by_name[name]))
     return [finding for finding in found if finding is not None]
@@ -81,6 +81,18 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
         )
     return Finding(
         "Is LAWN better than what it is compared with, both tuned?", text, next(iter(measured.values()))[0].name
+    )
+
+
+def _horizon(page: Page) -> Finding | None:
+    """The gain after each number of epochs."""
+    known = [pair for pair in page.pairs if not isnan(pair.gain.p)]
+    if not known:
+        return None
+    return Finding(
+        "How does the gain change with the number of epochs?",
+        " ".join(f"{_sentence(pair)}." for pair in known),
+        page.name,
     )
 
 
