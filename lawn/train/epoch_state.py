@@ -9,24 +9,62 @@ from torch import Tensor, nn
 from lawn.train.distributed import World
 
 
+class Numbers:
+    """Numbers that are added without a new tensor for each batch, which would lie between the blocks of memory that the
+    next batches could use again.
+    """
+
+    def __init__(self, given: Tensor) -> None:
+        self._room, self._count = given, len(given)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def all(self) -> Tensor:
+        return self._room[: self._count]
+
+    def reserve(self, size: int) -> None:
+        """Make room for `size` numbers in all."""
+        if size > len(self._room):
+            self._room = torch.cat([self.all, self._room.new_empty(size - self._count)])
+
+    def add(self, numbers: Tensor) -> None:
+        """Add numbers [n], or one. Reserve room for them before."""
+        count = self._count + numbers.numel()
+        self._room[self._count : count] = numbers
+        self._count = count
+
+
 @dataclass
 class EpochState:
     """Losses, margins and gradient norms of the updates so far, on one rank."""
 
     lr: float  # of the epoch's first update
-    losses: list[Tensor] = field(default_factory=list)  # [n] each: this rank's share of the mean loss of n updates
-    margins: list[Tensor] = field(default_factory=list)  # of this rank's samples
+    losses: Numbers  # this rank's share of the mean loss of each update
+    margins: Numbers  # of this rank's samples
     gradients: Tensor | None = None  # norm of each weight's gradient, at the last update where all were finite
     generator_states: list[Tensor] = field(default_factory=list)  # of torch's generators, after a resume
+    total_losses: Tensor | None = None  # of each update, over all ranks, on the CPU; None before the end of the epoch
+
+    @classmethod
+    def begin(cls, lr: float, device: torch.device, gradients: Tensor | None) -> "EpochState":
+        losses = Numbers(torch.empty(0, dtype=torch.float64, device=device))
+        return cls(lr, losses, Numbers(torch.empty(0, device=device)), gradients)
 
     @property
     def updates(self) -> int:
         """The number of updates so far."""
-        return sum(map(len, self.losses))
+        return len(self.losses)
+
+    def reserve(self, updates: int, samples: int) -> None:
+        """Make room for the losses and margins of an epoch."""
+        self.losses.reserve(updates)
+        self.margins.reserve(samples)
 
     def add_update(self, loss: Tensor, gradient_norms: Tensor) -> None:
         """Record the loss and the gradient norms of an update, without waiting for the device."""
-        self.losses.append(loss[None])
+        self.losses.add(loss)
         self.gradients = last_finite(self.gradients, gradient_norms)
 
     def divergence(self, updates_before: int, names: list[str]) -> dict[str, Any]:
@@ -35,7 +73,8 @@ class EpochState:
         `step` is the first update whose loss is not finite, or that left weights which are not. `largest_gradient` is
         that of the last update where all were finite; `names` are those of the weights.
         """
-        (losses,) = self.losses
+        losses = self.total_losses
+        assert losses is not None
         finite = int(losses.isfinite().long().cumprod(0).sum())
         largest = None
         if self.gradients is not None and self.gradients.isfinite().all():
@@ -49,8 +88,8 @@ class EpochState:
         cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
         return {
             "lr": self.lr,
-            "losses": torch.cat(self.losses).cpu(),
-            "margins": torch.cat(self.margins).cpu(),
+            "losses": self.losses.all.cpu(),
+            "margins": self.margins.all.cpu(),
             "gradients": self.gradients.cpu(),
             "buffers": {name: buffer.cpu() for name, buffer in model.named_buffers()},
             "random": [torch.get_rng_state(), *cuda],
@@ -84,8 +123,8 @@ def load_epoch_state(states: list[dict[str, Any]], model: nn.Module, world: Worl
         buffer.copy_(values.mean(0) if values.is_floating_point() else values[0])
     return EpochState(
         lr=own["lr"],
-        losses=[losses.to(world.device)],
-        margins=[state["margins"].to(world.device) for state in taken],
+        losses=Numbers(losses.to(world.device)),
+        margins=Numbers(torch.cat([own["margins"][:0], *(state["margins"] for state in taken)]).to(world.device)),
         gradients=own["gradients"].to(world.device),
         generator_states=own["random"] if same_size else [],
     )

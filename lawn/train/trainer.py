@@ -103,7 +103,8 @@ class Trainer:
         """Prepare the next epoch, or the rest of a paused one; returns the epoch's seed."""
         if self.epoch_state is None:
             self.epoch += 1
-            self.epoch_state = EpochState(float(self.optimizer.param_groups[0]["lr"]), gradients=self.gradients)
+            lr = float(self.optimizer.param_groups[0]["lr"])
+            self.epoch_state = EpochState.begin(lr, self.device, self.gradients)
         self.model.train()
         self._switch_weights("train")
         # A seed for each epoch instead of a stream: the epoch's draws do not depend on what came before.
@@ -167,6 +168,7 @@ class Trainer:
         torch.manual_seed(seed)
         generator = torch.Generator(self.device).manual_seed(seed)
         state.restore_generators(self.device)
+        state.reserve(self._updates, task.dataset.num_train)
         batching = replace(self.batching, skip=state.updates)
         for micro_batch, batch in task.dataset.train_batches(batching, generator):
             batch = self.execution.to_memory_format(batch)
@@ -183,23 +185,24 @@ class Trainer:
                     loss, margin = task.loss_and_margins(self.network, batch)
                 (loss * (micro_batch.share * self.world.size)).backward()  # DDP averages over the ranks
             mean += loss.detach().double() * micro_batch.share
-            state.margins.append(margin if micro_batch.share else margin[:0])
+            if micro_batch.share:
+                state.margins.add(margin)
             if not micro_batch.last:
                 continue
             if task.loss.outer is not None:
                 mean = self._apply_outer(task.loss.outer, mean)
             state.add_update(mean, self._gradient_norms())
             try:
-                self._switch_at_onset(state.margins[before:])
+                self._switch_at_onset(state.margins.all[before:])
                 self.update()
             except NonFiniteError:
-                state.losses = [self.world.all_reduce_sum(torch.cat(state.losses)).cpu()]
+                state.total_losses = self.world.all_reduce_sum(state.losses.all).cpu()
                 return math.nan, math.nan
             if micro_batch.update.stop < task.dataset.num_train and pause():
                 return None
-        margins = self.world.all_gather_rows(torch.cat(state.margins))
+        margins = self.world.all_gather_rows(state.margins.all)
         # The host waits for the device only here, at the end of the epoch (and in `_switch_at_onset`).
-        state.losses = [self.world.all_reduce_sum(torch.cat(state.losses)).cpu()]
+        state.total_losses = self.world.all_reduce_sum(state.losses.all).cpu()
         if self.diagnostics:
             self.diagnostics.add_margins(margins)
         return self.mean_loss(), margins.median().item()
@@ -207,7 +210,8 @@ class Trainer:
     def mean_loss(self) -> float:
         """The mean over the samples of the epoch that has just been trained, from the losses of its updates."""
         assert self.epoch_state is not None
-        (losses,) = self.epoch_state.losses
+        losses = self.epoch_state.total_losses
+        assert losses is not None
         sizes = torch.full_like(losses, self.batching.batch_size)
         sizes[-1] -= sizes.sum() - self.task.dataset.num_train
         return (losses @ sizes).item() / self.task.dataset.num_train
@@ -217,7 +221,7 @@ class Trainer:
         gradients = [p.new_zeros(1) if p.grad is None else p.grad for p in self._weights.values()]
         return torch.stack(torch._foreach_norm(gradients))
 
-    def _switch_at_onset(self, margins: list[Tensor]) -> None:
+    def _switch_at_onset(self, margins: Tensor) -> None:
         """With automatic E_free, constrain at the onset of loss flattening; `margins` are those of an update.
 
         Until the switch, several ranks gather the margins at every update. Raises NonFiniteError.
@@ -225,7 +229,7 @@ class Trainer:
         optimizer = self.optimizer
         if self.onset is None or not isinstance(optimizer, LAWNOptimizer) or optimizer.constrained:
             return
-        if self.onset.follow(self.world.all_gather_rows(torch.cat(margins))):
+        if self.onset.follow(self.world.all_gather_rows(margins)):
             optimizer.constrain()
 
     def _apply_outer(self, outer: Callable[[Tensor], Tensor], mean: Tensor) -> Tensor:

@@ -224,7 +224,7 @@ class VectorizedTrainer:
         assert gradients is not None
         for k, trainer in enumerate(trainers):
             assert trainer.epoch_state is not None
-            trainer.epoch_state.losses, trainer.epoch_state.gradients = [each[: failed.get(k), k]], gradients[k]
+            trainer.epoch_state.total_losses, trainer.epoch_state.gradients = each[: failed.get(k), k], gradients[k]
         means = [math.nan if k in failed else trainer.mean_loss() for k, trainer in enumerate(trainers)]
         return means, [math.nan if k in failed else median for k, median in enumerate(medians)]
 

@@ -177,7 +177,7 @@ def test_the_frame_in_a_short_grid_is_at_the_place_that_is_told(committed):
 
 
 def test_the_gains_of_the_committed_page_are_those_of_the_comparisons(committed):
-    pages = pages_of(RESULTS, [EXPERIMENTS["table4"], EXPERIMENTS["figure1"]])
+    pages = pages_of(RESULTS, list(EXPERIMENTS.values()))
     gains = {f"{pair.gain.difference:.6g}": pair.gain.interval() for page in pages for pair in page.pairs}
     shown = [cell for cell in committed.cells if "gain" in cell]
     assert {cell["gain"] for cell in shown} == set(gains)
