@@ -1,5 +1,6 @@
 """Pages, tables and figures as files, from records alone."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -111,21 +112,18 @@ def with_updated_blocks(path: Path, pages: Iterable[Page], said: Sequence[Findin
     """The text of a page with its blocks renewed: what stands between `<!-- summary NAME -->`, `<!-- summary-table NAME
     -->` (the first panel, without links), `<!-- output NAME -->` (as the terminal shows it) or `<!-- findings -->` and
     `<!-- end -->`."""
-    blocks = {}
-    if said:
-        lines = (f"- **{finding.title}** {finding.text} ([records](results/{finding.page}.md))" for finding in said)
-        blocks["findings"] = "\n".join(lines)
-    for page in pages:
-        blocks[f"summary {page.name}"] = "\n".join(f"- {line}" for line in page.summary)
-        blocks[f"summary-table {page.name}"] = summary_table(page)
-        blocks[f"output {page.name}"] = f"```text\n{terminal(page)}\n```"
-    text = path.read_text("utf8")
-    for name, content in blocks.items():
-        begin = f"<!-- {name} -->\n"
-        head, found, rest = text.partition(begin)
-        if found:
-            text = f"{head}{begin}{content}\n{rest[rest.index('<!-- end -->') :]}"
-    return text
+    by_name = {page.name: page for page in pages}
+
+    def renewed(found: re.Match[str]) -> str:
+        head, kind, name, content = found.groups()
+        if kind == "findings" and said:
+            content = "".join(f"- **{f.title}** {f.text} ([records](results/{f.page}.md))\n" for f in said)
+        elif name in by_name:
+            content = f"{BLOCKS[kind](by_name[name])}\n"
+        return head + content
+
+    kinds = "|".join((*BLOCKS, "findings"))
+    return re.sub(rf"(<!-- ({kinds}) ?(\w*) -->\n)(.*?)(?=<!-- end -->)", renewed, path.read_text("utf8"), flags=re.S)
 
 
 def summary_table(page: Page) -> str:
@@ -139,3 +137,10 @@ def summary_table(page: Page) -> str:
     ]
     head = [panel.title, *panel.columns]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+BLOCKS: dict[str, Callable[[Page], str]] = {
+    "summary-table": summary_table,
+    "summary": lambda page: "\n".join(f"- {line}" for line in page.summary),
+    "output": lambda page: f"```text\n{terminal(page)}\n```",
+}
