@@ -179,7 +179,7 @@ class Store:
                 file.replace([by_name[name] for name in sorted(by_name)])
 
     def _paths(self) -> Iterator[Path]:
-        """The files of records. Raises RunError if their folder is there, but cannot be read."""
+        """The files of records. Raises RunError if their folder cannot be read, or has records that cannot."""
         for folder in (self.runs, self.tuning):
             try:
                 paths = sorted(folder.iterdir())
@@ -187,7 +187,14 @@ class Store:
                 continue
             except OSError as error:  # otherwise it would look as if nothing had been run
                 raise RunError(f"{folder}: cannot be read as a folder; choose another with --results") from error
-            yield from (path for path in paths if path.suffix == ".jsonl" and not path.name.startswith("."))
+            shown = [path for path in paths if not path.name.startswith(".")]
+            for path in shown:
+                if path.suffix == ".json":
+                    raise RunError(
+                        f"{path}: a record in a file of its own, as earlier versions wrote it; move it to a line of "
+                        f'EXPERIMENT.jsonl there, beginning with {{"name": "{path.stem}", ...'
+                    )
+            yield from (path for path in shown if path.suffix == ".jsonl")
 
     def _file(self, path: Path) -> JsonLines:
         return self._files.setdefault(path, JsonLines(path))

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 
@@ -37,7 +37,7 @@ class Drawing:
     def fingerprint(self) -> str:
         """A hash of the data, of the code that draws it, and of the version of matplotlib."""
         code = [sys.modules[name].__file__ or "" for name in (self.function.__module__, __name__)]
-        content = [matplotlib.__version__, *(Path(file).read_text("utf8") for file in code), self.data]
+        content = [version("matplotlib"), *(Path(file).read_text("utf8") for file in code), self.data]
         return hashlib.sha256(json.dumps(content, default=_plain).encode()).hexdigest()[:16]
 
 
