@@ -278,7 +278,8 @@ def test_killed_and_started_again(tmp_path, capsys):
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/DONE")}
     assert run_experiment(KILLED, tmp_path, executor=Pool(["cpu"])) == []
     after = [record.name for record in Store(tmp_path / "results").all()]
-    assert capsys.readouterr().out.count(" done, ") == len(after) - len(recorded)
+    out = capsys.readouterr().out
+    assert out.count(" done, ") + out.count(": finished before, ") == len(after) - len(recorded)
     assert set(recorded) < set(after)
     assert finished.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/DONE")}.items()
     assert run_experiment(KILLED, tmp_path, executor=Pool(["cpu"])) == []
