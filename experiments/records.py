@@ -160,7 +160,9 @@ class Store:
             result.pop("outcomes", None)
         else:
             content["history"] = _history(directory.path, result["last"]["epoch"])
-        file = self._file((self.tuning if tunes else self.runs) / f"{experiment}.jsonl")
+        folder, known = self.tuning if tunes else self.runs, self.read(name)
+        recorded = known is not None and known.path.parent == folder  # by another experiment's command meanwhile
+        file = self._file(known.path if recorded else folder / f"{experiment}.jsonl")
         line = json.dumps(content)
         with file.locked(self._taker(file)):
             if name in self._read and self._read[name].path == file.path:

@@ -342,6 +342,16 @@ def test_two_runners_record_into_one_file(tuned):
     assert all(store.has(job.name) for store in (first, second) for job in jobs)
 
 
+def test_a_run_that_two_experiments_need_is_recorded_once(tuned):
+    (study,) = studies(TUNED, extra=(f"runs_dir={tuned}/runs",))
+    first, second = Store(tuned / "new"), Store(tuned / "new")
+    job = study.tuning(Store(tuned / "results")).jobs[0]
+    for store, experiment in ((first, "one"), (second, "two")):
+        store.write(job.config, job.overrides, experiment, job.tunes)
+    assert list(records_in(tuned / "new" / "tuning" / "one.jsonl")) == [job.name]
+    assert not (tuned / "new" / "tuning" / "two.jsonl").exists()
+
+
 def test_a_line_without_an_end_does_not_stop_the_sorting(tuned):
     """Of another experiment, for example, which a killed command has left."""
     path = tuned / "results" / "tuning" / "tuned.jsonl"
