@@ -79,6 +79,7 @@ def test_composing_many_raises_what_composing_one_raises(override):
 def cache(tmp_path, monkeypatch):
     """The folder of composed configs, empty, as for a new process."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # that of the user may have the config
     module._compose_choices.cache_clear()
     yield tmp_path / "lawn" / "conf"
     module._compose_choices.cache_clear()
