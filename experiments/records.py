@@ -161,8 +161,10 @@ class Store:
         else:
             content["history"] = _history(directory.path, result["last"]["epoch"])
         folder, known = self.tuning if tunes else self.runs, self.read(name)
-        recorded = known is not None and known.path.parent == folder  # by another experiment's command meanwhile
-        file = self._file(known.path if recorded else folder / f"{experiment}.jsonl")
+        path = folder / f"{experiment}.jsonl"
+        if known is not None and known.path.parent == folder:  # by the command of another experiment, meanwhile
+            path = known.path
+        file = self._file(path)
         line = json.dumps(content)
         with file.locked(self._taker(file)):
             if name in self._read and self._read[name].path == file.path:
