@@ -160,7 +160,11 @@ class Store:
             result.pop("outcomes", None)
         else:
             content["history"] = _history(directory.path, result["last"]["epoch"])
-        file = self._file((self.tuning if tunes else self.runs) / f"{experiment}.jsonl")
+        folder, known = self.tuning if tunes else self.runs, self.read(name)
+        path = folder / f"{experiment}.jsonl"
+        if known is not None and known.path.parent == folder:  # by the command of another experiment, meanwhile
+            path = known.path
+        file = self._file(path)
         line = json.dumps(content)
         with file.locked(self._taker(file)):
             if name in self._read and self._read[name].path == file.path:

@@ -70,6 +70,8 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(SimpleHTTPRequestHandler):
+    extensions_map = {**SimpleHTTPRequestHandler.extensions_map, ".jsonl": "text/plain"}  # shown instead of saved
+
     def __init__(self, *args: Any, served: ResultsServer, **kwargs: Any) -> None:
         self._served = served
         super().__init__(*args, **kwargs)

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import os
 import pickle
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from functools import cache
+from glob import glob
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -98,10 +101,11 @@ def _compose_choices(*choices: str) -> bytes:
             if checksum == _checksum(pickled):
                 return pickled
     composed = _compose(*choices)
+    elsewhere = bool(composed.hydra.searchpath)  # are configs that the names of the files do not depend on
     with flag_override(composed, ["struct", "readonly"], False):
         composed["hydra"] = {"sweeper": {"params": composed.hydra.sweeper.params}}
     pickled = pickle.dumps(composed)
-    for file in files:
+    for file in [] if elsewhere else files:
         with suppress(OSError, UserError):
             with atomic(file) as temporary:
                 temporary.write_bytes(_checksum(pickled) + b"\n" + pickled)
@@ -111,13 +115,13 @@ def _compose_choices(*choices: str) -> bytes:
 
 def _cache_files(choices: tuple[str, ...]) -> Iterator[Path]:
     """Where the composed config may be, the preferred place first."""
-    sources = [Path(__file__), Path(__file__).with_name("config.py"), *sorted(CONF.rglob("*.yaml"))]
-    content = [
-        sys.version,
-        *(version(package) for package in ("hydra-core", "omegaconf")),
-        *((path.name, path.parent.name, path.read_text("utf8")) for path in sources),
-        choices,
-    ]
+    names = sorted(glob("**/*.yaml", root_dir=CONF, recursive=True))  # noqa: PTH207 (pathlib follows no links)
+    sources = {name: CONF / name for name in names}
+    sources |= {name: Path(__file__).with_name(name) for name in ("compose.py", "config.py")}
+    texts = {name: path.read_text("utf8", "surrogateescape") for name, path in sources.items() if path.is_file()}
+    variables = {name: os.environ.get(name) for text in texts.values() for name in re.findall(r"oc\.env:(\w+)", text)}
+    packages = [version(package) for package in ("hydra-core", "omegaconf")]
+    content = [sys.version, packages, texts, variables, choices]
     name = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     for folder in cache_directories():
         yield folder / "conf" / name

@@ -79,6 +79,7 @@ def test_composing_many_raises_what_composing_one_raises(override):
 def cache(tmp_path, monkeypatch):
     """The folder of composed configs, empty, as for a new process."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # that of the user may have the config
     module._compose_choices.cache_clear()
     yield tmp_path / "lawn" / "conf"
     module._compose_choices.cache_clear()
@@ -114,12 +115,56 @@ def test_a_cache_that_cannot_be_written_is_not_needed(cache, monkeypatch, tmp_pa
     assert compose_many("optim=sgd")[0].optim.name == "sgd"
 
 
-def test_other_configs_are_other_files(cache, monkeypatch, tmp_path):
-    conf = tmp_path / "conf"
-    shutil.copytree(module.CONF, conf)
-    monkeypatch.setattr(module, "CONF", conf)
+@pytest.fixture
+def conf(cache, tmp_path, monkeypatch):
+    """A copy of the configs; the next process composes from them anew."""
+    folder = tmp_path / "conf"
+    shutil.copytree(module.CONF, folder)
+    monkeypatch.setattr(module, "CONF", folder)
+    return folder
+
+
+def composed_anew(*overrides):
+    """As by another process."""
+    module._compose_choices.cache_clear()
+    return compose_many(*overrides)
+
+
+def test_other_configs_are_other_files(conf):
     before = compose_many("optim=sgd")[0].optim.momentum
     file = conf / "optim" / "sgd.yaml"
     file.write_text(re.sub(r"(?m)^momentum: .*$", "momentum: 0.123", file.read_text()))
-    module._compose_choices.cache_clear()
-    assert before != compose_many("optim=sgd")[0].optim.momentum == 0.123
+    assert before != composed_anew("optim=sgd")[0].optim.momentum == 0.123
+
+
+def test_a_variable_that_chooses_a_member_is_part_of_what_was_composed(conf, monkeypatch):
+    file = conf / "config.yaml"
+    file.write_text(file.read_text().replace("schedule: linear", "schedule: ${oc.env:LAWN_SCHEDULE,linear}"))
+    assert composed_anew("optim=sgd")[0].schedule.name == "linear"
+    monkeypatch.setenv("LAWN_SCHEDULE", "constant")
+    assert composed_anew("optim=sgd")[0].schedule.name == "constant"
+
+
+@pytest.mark.parametrize("where", ["a linked folder", "another search path"])
+def test_configs_that_lie_elsewhere_are_read_again(conf, tmp_path, where):
+    folder = tmp_path / "mine" / "sweep"
+    folder.mkdir(parents=True)
+    if where == "a linked folder":
+        (conf / "sweep" / "own").symlink_to(folder)
+        sweep = "own/rates"
+    else:
+        file = conf / "config.yaml"
+        file.write_text(file.read_text().replace("hydra:\n", f"hydra:\n  searchpath: ['file://{folder.parent}']\n"))
+        sweep = "rates"
+    for rates in ("1,2", "3,4"):
+        (folder / "rates.yaml").write_text(
+            f"# @package _global_\nhydra: {{sweeper: {{params: {{optim.lr: '{rates}'}}}}}}\n"
+        )
+        assert composed_anew("optim=sgd", f"sweep={sweep}")[1] == {"optim.lr": rates}
+
+
+def test_files_beside_the_configs_do_not_matter(conf):
+    (conf / "optim" / ".#sgd.yaml").symlink_to("user@host.1")  # of Emacs, while the file is edited
+    (conf / "optim" / "lost.yaml").symlink_to("nowhere")
+    (conf / "optim" / "old.yaml").write_bytes(b"# \xe4\n")
+    assert compose_many("optim=sgd")[0].optim.name == "sgd"

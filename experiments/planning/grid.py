@@ -127,9 +127,8 @@ class Grid:
             others = {} if key in self._independent else {k: v for k, v in self._interpolated.items() if k != key}
             try:
                 OmegaConf.update(composed, key, parse_override(override).value())
-                value = OmegaConf.select(composed, key)
-                value = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
-                changed = any(OmegaConf.select(composed, k) != v for k, v in others.items())
+                value = _select(composed, key)
+                changed = any(_select(composed, k) != v for k, v in others.items())
             finally:  # a copy of the composition for each value would take as long as all the rest
                 if key in self._raw:
                     OmegaConf.update(composed, key, self._raw[key])
@@ -150,7 +149,7 @@ class Grid:
     def _interpolated(self) -> dict[str, Any]:
         """The keys whose values come from other keys, with these values."""
         composed = self._composition[0]
-        return {key: OmegaConf.select(composed, key) for key, text in self._raw.items() if "${" in str(text)}
+        return {key: _select(composed, key) for key, text in self._raw.items() if "${" in str(text)}
 
     def job(self, point: Point, seed: int = 0) -> Job | None:
         """The run at a point of the grid, or one step beyond its ends; None if it cannot be run."""
@@ -171,6 +170,12 @@ class Grid:
         job = self.job(point, seed)
         record = None if job is None else store.read(job.name)
         return None if record is None else record.headline
+
+
+def _select(composed: DictConfig, key: str) -> Any:
+    """The value of a key, with every interpolation resolved."""
+    value = OmegaConf.select(composed, key)
+    return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
 
 
 def _with_value(config: Config, key: str, value: Any) -> Config:

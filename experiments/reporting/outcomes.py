@@ -95,7 +95,8 @@ def outcomes(experiment: Experiment, store: Store, selection: str = "val") -> li
 def _outcome(cell: Cell, store: Store, selection: str, seeds: int) -> Outcome:
     nothing = Outcome(cell, None, [], Tuning(), [])
     given = dict(override.split("=", 1) for override in cell.overrides)
-    kind = given["dataset"], given.get("optim"), given.get("train.batch_size")
+    size = given.get("train.batch_size", "")
+    kind = given["dataset"], given.get("optim"), size if size.isdecimal() else None  # not 10_000
     found = []
     for budgets in [cell.budgets(k) for k in range(len(cell.epochs))] or [()]:
         if not any(store.may_have(*kind, epochs) for epochs in (map(str, budgets) if budgets else [None])):

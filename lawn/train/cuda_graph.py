@@ -22,6 +22,7 @@ class GraphedFunction:
 
     def __init__(self, function: Callable[..., Tensors], enabled: bool) -> None:
         self._function, self._enabled = function, enabled
+        self._stream: torch.cuda.Stream | None = None  # one, because memory and workspaces of a stream stay with it
         self.reset()
 
     @property
@@ -55,7 +56,9 @@ class GraphedFunction:
 
     def _on_another_stream(self, inputs: Tensors) -> Tensors:
         """As the capture will be: libraries allocate their workspaces in the first call on a stream."""
-        here, there = torch.cuda.current_stream(), torch.cuda.Stream()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        here, there = torch.cuda.current_stream(), self._stream
         there.wait_stream(here)
         with torch.cuda.stream(there):
             results = self._function(*inputs)

@@ -20,7 +20,7 @@ from experiments.records import Record, Store
 from experiments.reporting import drawing, report
 from experiments.reporting.charts import CHARTS
 from experiments.reporting.layout import format_mean
-from experiments.reporting.outcomes import Outcome, comparisons
+from experiments.reporting.outcomes import Outcome, comparisons, outcomes
 from experiments.reporting.page import entry
 from experiments.reporting.sentences import summary
 from experiments.reporting.simulations import simulation_page
@@ -30,7 +30,7 @@ from lawn.errors import RunError
 from lawn.identity import run_name
 from lawn.plotting import Figure
 from lawn.train.run_directory import encode_outcomes
-from tests.experiments.helpers import ACCURACY, MINI, TUNED, records_in, run_experiment, unfolded, write_records
+from tests.experiments.helpers import ACCURACY, MINI, SHORT, TUNED, records_in, run_experiment, unfolded, write_records
 from tests.helpers import RECOMMENDERS, ROOT
 
 
@@ -342,6 +342,16 @@ def test_two_runners_record_into_one_file(tuned):
     assert all(store.has(job.name) for store in (first, second) for job in jobs)
 
 
+def test_a_run_that_two_experiments_need_is_recorded_once(tuned):
+    (study,) = studies(TUNED, extra=(f"runs_dir={tuned}/runs",))
+    first, second = Store(tuned / "new"), Store(tuned / "new")
+    job = study.tuning(Store(tuned / "results")).jobs[0]
+    for store, experiment in ((first, "one"), (second, "two")):
+        store.write(job.config, job.overrides, experiment, job.tunes)
+    assert list(records_in(tuned / "new" / "tuning" / "one.jsonl")) == [job.name]
+    assert not (tuned / "new" / "tuning" / "two.jsonl").exists()
+
+
 def test_a_line_without_an_end_does_not_stop_the_sorting(tuned):
     """Of another experiment, for example, which a killed command has left."""
     path = tuned / "results" / "tuning" / "tuned.jsonl"
@@ -474,6 +484,14 @@ def test_every_record_is_shown():
         assert {path.stem, path.name} & shown, path
     for path in (ROOT / "results").rglob("*.jsonl"):
         assert set(records_in(path)) <= shown, path
+
+
+def test_a_batch_size_may_be_spelled_otherwise(tmp_path):
+    cell = Cell("Adam", (*SHORT, "optim=adam", "train.batch_size=1_00"))
+    experiment = replace(MINI, cells=(cell,))
+    assert run_experiment(experiment, tmp_path) == []
+    (outcome,) = outcomes(experiment, Store(tmp_path / "results"))
+    assert len(outcome.records) == 2
 
 
 def test_a_large_standard_error_is_explained(committed):

@@ -66,6 +66,14 @@ def test_the_page_is_made_again_when_there_are_new_records(served):
         assert ask(port, "/runs/a.jsonl") == (200, "{}")
 
 
+def test_a_file_of_records_is_shown_by_a_browser(served):
+    (served.results / "runs" / "a.jsonl").write_text("{}")
+    with listening(served) as port:
+        connection = HTTPConnection(LOOPBACK, port, timeout=10)
+        connection.request("GET", "/runs/a.jsonl", headers={"Host": f"localhost:{port}"})
+        assert connection.getresponse().headers["Content-Type"] == "text/plain"
+
+
 def test_the_page_that_was_written_is_not_served(served):
     """It may be of fewer records."""
     (served.results / "index.html").write_text("written before")

@@ -153,3 +153,11 @@ def test_a_grid_over_a_key_that_others_depend_on_is_refused(monkeypatch):
     grid = Grid.__wrapped__(("dataset=digits", "optim=adam_lawn"), "cifar/adam_lawn", "val", (), "")
     monkeypatch.setattr(grid, "axes", {"train.epochs": ["10", "20"]})
     assert grid.problem == "train.epochs=10: other keys depend on it, so it cannot be an axis of a grid"
+
+
+def test_a_list_that_depends_on_an_axis_is_found(monkeypatch):
+    grid = Grid.__wrapped__(
+        ("dataset=digits", "optim=sgd", "model.widths=[${train.batch_size},4]"), "peak_lr", "val", (), ""
+    )
+    monkeypatch.setattr(grid, "axes", {"train.batch_size": ["16", "32"]})
+    assert grid.problem == "train.batch_size=16: other keys depend on it, so it cannot be an axis of a grid"

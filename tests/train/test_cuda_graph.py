@@ -15,19 +15,23 @@ class Counted:
 
     def __init__(self, monkeypatch) -> None:
         self.total = torch.zeros(2)
-        self.calls = self.captures = self.replays = 0
+        self.calls = self.captures = self.replays = self.streams = 0
         self.graphed = GraphedFunction(self, enabled=True)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=self.replay))
         monkeypatch.setattr(torch.cuda, "graph", self.capture)
-        stream = SimpleNamespace(wait_stream=lambda other: None)
-        for name in ("Stream", "current_stream"):
-            monkeypatch.setattr(torch.cuda, name, lambda: stream)
+        stream, self.streams = self.stream(), 0
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+        monkeypatch.setattr(torch.cuda, "Stream", self.stream)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
 
     def __call__(self, x: Tensor) -> tuple[Tensor]:
         self.calls += 1
         self.total = self.total + x.sum()
         return (self.total,)
+
+    def stream(self) -> SimpleNamespace:
+        self.streams += 1
+        return SimpleNamespace(wait_stream=lambda other: None)
 
     def capture(self, graph: SimpleNamespace):
         self.captures += 1
@@ -78,6 +82,15 @@ def test_after_a_reset_the_graph_is_captured_anew(counted):
     counted.graphed(torch.ones(2))
     assert counted.captures == 2
     assert counted.total[0] == 8
+
+
+def test_one_other_stream_is_used_again(counted):
+    """Each has its own memory and workspaces, which are never freed."""
+    for size in (2, 1, 2, 1, 2, 2, 1):
+        counted.graphed(torch.ones(size))
+    counted.graphed.reset()
+    counted.graphed(torch.ones(2))
+    assert counted.streams == 1
 
 
 def test_without_a_gpu_every_call_is_one_of_the_function():
