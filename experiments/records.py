@@ -114,13 +114,15 @@ class Store:
         self._files: dict[Path, JsonLines] = {}
         self._kinds: set[tuple[str, ...]] = set()  # dataset, optimizer, batch size and epochs of runs
 
-    def may_have(self, *kind: str | None) -> bool:
-        """False if no run with this dataset, optimizer, batch size and number of epochs (None: any) has been recorded.
-
-        Much faster than to compose the runs of a cell.
+    def may_have(
+        self, dataset: str, optim: str | None = None, batch_size: str | None = None, epochs: str | None = None
+    ) -> bool:
+        """False if no run on this dataset, with this optimizer, batch size and number of epochs (None: with any), has
+        been recorded. Much faster than to compose the runs of a cell.
         """
         self._refresh()
-        return any(all(a in (None, b) for a, b in zip(kind, each, strict=True)) for each in self._kinds)
+        asked = dataset, optim, batch_size, epochs
+        return any(all(a in (None, b) for a, b in zip(asked, kind, strict=True)) for kind in self._kinds)
 
     def has(self, name: str) -> bool:
         return self.read(name) is not None

@@ -130,8 +130,9 @@ class Grid:
                 value = _select(composed, key)
                 changed = any(_select(composed, k) != v for k, v in others.items())
             finally:  # a copy of the composition for each value would take as long as all the rest
-                if key in self._raw:
-                    OmegaConf.update(composed, key, self._raw[key])
+                for name, raw in self._raw.items():
+                    if name == key or name.startswith(f"{key}."):
+                        OmegaConf.update(composed, name, raw)
             if changed:
                 raise ConfigError(f"{override}: other keys depend on it, so it cannot be an axis of a grid")
             config = normalize(_with_value(self.config, key, value))

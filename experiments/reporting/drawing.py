@@ -37,7 +37,7 @@ class Drawing:
     def fingerprint(self) -> str:
         """A hash of the data, of the code that draws it, and of the version of matplotlib."""
         code = [sys.modules[name].__file__ or "" for name in (self.function.__module__, __name__)]
-        content = [version("matplotlib"), *(Path(file).read_text("utf8") for file in code), self.data]
+        content = [version("matplotlib"), str(STYLE), *(Path(file).read_text("utf8") for file in code), self.data]
         return hashlib.sha256(json.dumps(content, default=_plain).encode()).hexdigest()[:16]
 
 

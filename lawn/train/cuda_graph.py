@@ -55,7 +55,7 @@ class GraphedFunction:
         return self._results
 
     def _on_another_stream(self, inputs: Tensors) -> Tensors:
-        """As the capture will be: libraries allocate their workspaces in the first call on a stream."""
+        """Not on the default one, as the capture: libraries are then ready for other streams."""
         if self._stream is None:
             self._stream = torch.cuda.Stream()
         here, there = torch.cuda.current_stream(), self._stream

@@ -9,30 +9,30 @@ from torch import Tensor, nn
 from lawn.train.distributed import World
 
 
-class Numbers:
+class Buffer:
     """Numbers that are added without a new tensor for each batch, which would lie between the blocks of memory that the
     next batches could use again.
     """
 
     def __init__(self, given: Tensor) -> None:
-        self._room, self._count = given, len(given)
+        self._storage, self._count = given, len(given)
 
     def __len__(self) -> int:
         return self._count
 
     @property
-    def all(self) -> Tensor:
-        return self._room[: self._count]
+    def values(self) -> Tensor:
+        return self._storage[: self._count]
 
     def reserve(self, size: int) -> None:
         """Make room for `size` numbers in all."""
-        if size > len(self._room):
-            self._room = torch.cat([self.all, self._room.new_empty(size - self._count)])
+        if size > len(self._storage):
+            self._storage = torch.cat([self.values, self._storage.new_empty(size - self._count)])
 
     def add(self, numbers: Tensor) -> None:
         """Add numbers [n], or one. Reserve room for them before."""
         count = self._count + numbers.numel()
-        self._room[self._count : count] = numbers
+        self._storage[self._count : count] = numbers
         self._count = count
 
 
@@ -41,16 +41,16 @@ class EpochState:
     """Losses, margins and gradient norms of the updates so far, on one rank."""
 
     lr: float  # of the epoch's first update
-    losses: Numbers  # this rank's share of the mean loss of each update
-    margins: Numbers  # of this rank's samples
+    losses: Buffer  # this rank's share of the mean loss of each update
+    margins: Buffer  # of this rank's samples
     gradients: Tensor | None = None  # norm of each weight's gradient, at the last update where all were finite
     generator_states: list[Tensor] = field(default_factory=list)  # of torch's generators, after a resume
     total_losses: Tensor | None = None  # of each update, over all ranks, on the CPU; None before the end of the epoch
 
     @classmethod
     def begin(cls, lr: float, device: torch.device, gradients: Tensor | None) -> "EpochState":
-        losses = Numbers(torch.empty(0, dtype=torch.float64, device=device))
-        return cls(lr, losses, Numbers(torch.empty(0, device=device)), gradients)
+        losses = Buffer(torch.empty(0, dtype=torch.float64, device=device))
+        return cls(lr, losses, Buffer(torch.empty(0, device=device)), gradients)
 
     @property
     def updates(self) -> int:
@@ -88,8 +88,8 @@ class EpochState:
         cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
         return {
             "lr": self.lr,
-            "losses": self.losses.all.cpu(),
-            "margins": self.margins.all.cpu(),
+            "losses": self.losses.values.clone().cpu(),
+            "margins": self.margins.values.clone().cpu(),
             "gradients": self.gradients.cpu(),
             "buffers": {name: buffer.cpu() for name, buffer in model.named_buffers()},
             "random": [torch.get_rng_state(), *cuda],
@@ -123,8 +123,8 @@ def load_epoch_state(states: list[dict[str, Any]], model: nn.Module, world: Worl
         buffer.copy_(values.mean(0) if values.is_floating_point() else values[0])
     return EpochState(
         lr=own["lr"],
-        losses=Numbers(losses.to(world.device)),
-        margins=Numbers(torch.cat([own["margins"][:0], *(state["margins"] for state in taken)]).to(world.device)),
+        losses=Buffer(losses.to(world.device)),
+        margins=Buffer(torch.cat([own["margins"][:0], *(state["margins"] for state in taken)]).to(world.device)),
         gradients=own["gradients"].to(world.device),
         generator_states=own["random"] if same_size else [],
     )

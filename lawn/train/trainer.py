@@ -193,16 +193,16 @@ class Trainer:
                 mean = self._apply_outer(task.loss.outer, mean)
             state.add_update(mean, self._gradient_norms())
             try:
-                self._switch_at_onset(state.margins.all[before:])
+                self._switch_at_onset(state.margins.values[before:])
                 self.update()
             except NonFiniteError:
-                state.total_losses = self.world.all_reduce_sum(state.losses.all).cpu()
+                state.total_losses = self.world.all_reduce_sum(state.losses.values).cpu()
                 return math.nan, math.nan
             if micro_batch.update.stop < task.dataset.num_train and pause():
                 return None
-        margins = self.world.all_gather_rows(state.margins.all)
+        margins = self.world.all_gather_rows(state.margins.values)
         # The host waits for the device only here, at the end of the epoch (and in `_switch_at_onset`).
-        state.total_losses = self.world.all_reduce_sum(state.losses.all).cpu()
+        state.total_losses = self.world.all_reduce_sum(state.losses.values).cpu()
         if self.diagnostics:
             self.diagnostics.add_margins(margins)
         return self.mean_loss(), margins.median().item()

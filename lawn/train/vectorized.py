@@ -91,7 +91,7 @@ class VectorizedTrainer:
     @property
     def captured(self) -> bool:
         """Whether the updates are a CUDA graph now."""
-        return self._computation.captured
+        return bool(self._stacked) and self._computation.captured
 
     def train_epoch(self) -> list[Trainer]:
         """Train the next epoch of the runs that are furthest behind; returns them, none when all have ended."""

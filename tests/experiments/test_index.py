@@ -247,7 +247,7 @@ def test_data_cannot_end_its_script(results):
 def test_links_of_markdown_are_links_and_everything_else_is_text():
     linked = TEMPLATES.filters["linked"]
     assert linked('70 <sup>[0](runs/a.jsonl "b-s0")</sup>') == '70 <a href="runs/a.jsonl" title="b-s0">0</a>'
-    assert linked("[Every run](tuning/a.csv)") == '<a href="tuning/a.csv" title="">Every run</a>'
+    assert linked("[Every run](tuning/a.csv)") == '<a href="tuning/a.csv">Every run</a>'
     assert linked("<b>") == "&lt;b&gt;"
 
 
