@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import pickle
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -55,7 +54,7 @@ def compose_many(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
         parsed = [parse_override(override) for override in overrides]
         values = [override for override in parsed if _sets_value(override)]
         choices = (str(override.input_line) for override in parsed if override not in values)
-        composed = pickle.loads(_compose_choices(*choices))  # faster than a copy
+        composed = _compose_choices(*choices).copy()
         for value in values:
             OmegaConf.update(composed, value.key_or_group, value.value())
         return _without_hydra(composed)
@@ -88,8 +87,8 @@ def parse_override(override: str) -> Override:
 
 
 @cache
-def _compose_choices(*choices: str) -> bytes:
-    """The composed config, pickled, with nothing but the sweeper's values below `hydra`.
+def _compose_choices(*choices: str) -> DictConfig:
+    """The composed config with nothing but the sweeper's values below `hydra`; smaller configs are faster to copy.
 
     Hydra takes long, so it is kept in the user's cache, by a hash of everything that it comes from.
     """
@@ -97,20 +96,32 @@ def _compose_choices(*choices: str) -> bytes:
     files = list(_cache_files(choices))
     for file in files:
         with suppress(OSError):
-            checksum, _, pickled = file.read_bytes().partition(b"\n")
-            if checksum == _checksum(pickled):
-                return pickled
+            checksum, _, content = file.read_bytes().partition(b"\n")
+            if checksum == _checksum(content):
+                return _from_json(content)
     composed = _compose(*choices)
     elsewhere = bool(composed.hydra.searchpath)  # are configs that the names of the files do not depend on
     with flag_override(composed, ["struct", "readonly"], False):
         composed["hydra"] = {"sweeper": {"params": composed.hydra.sweeper.params}}
-    pickled = pickle.dumps(composed)
+    content = json.dumps(OmegaConf.to_container(composed, resolve=False)).encode()
     for file in [] if elsewhere else files:
         with suppress(OSError, UserError):
             with atomic(file) as temporary:
-                temporary.write_bytes(_checksum(pickled) + b"\n" + pickled)
+                temporary.write_bytes(_checksum(content) + b"\n" + content)
             break
-    return pickled
+    return composed
+
+
+def _from_json(content: bytes) -> DictConfig:
+    """The composed config as Hydra returns it: with the schema's types, and without room for other keys."""
+    values = json.loads(content)
+    below_hydra = values.pop("hydra")
+    composed = OmegaConf.merge(OmegaConf.structured(Config), values)
+    assert isinstance(composed, DictConfig)
+    OmegaConf.set_struct(composed, True)
+    with flag_override(composed, ["struct", "readonly"], False):
+        composed["hydra"] = below_hydra
+    return composed
 
 
 def _cache_files(choices: tuple[str, ...]) -> Iterator[Path]:

@@ -145,7 +145,7 @@ def test_a_damaged_file_of_a_finished_run_is_named_or_not_needed(stopped_run, tm
     needed = {"result.json", "timing.json"} | ({"config.yaml"} if damage is not cut else set())  # its hash comes first
     calls: list[Callable[[], object]] = [lambda: train(config)] if name in needed else []
     if name != "config.yaml" or damage is not cut:
-        calls.append(lambda: Store(tmp_path / "results").write(config, ()))
+        calls.append(lambda: Store(tmp_path / "results").write(config, (), "one"))
     for call in calls:
         with pytest.raises(RunError) as caught:
             call()
