@@ -111,7 +111,8 @@ def _over(experiment: Experiment, found: list[Outcome], xlabel: str, x: Callable
             ours = [mean_and_error(o.values(measure)) for o in line]
             means, bars = [mean for mean, _ in ours], [0.0 if np.isnan(error) else error for _, error in ours]
             low, high = ([m + sign * bar for m, bar in zip(means, bars, strict=True)] for sign in (-1, 1))
-            lines.append(Line(f"{row}, ours", i, at, means, low, high, points=True))
+            if not all(map(np.isnan, means)):
+                lines.append(Line(f"{row}, ours", i, at, means, low, high, points=True))
             theirs = [paper(o.cell) for o in line]
             if not all(map(np.isnan, theirs)):
                 lines.append(Line(f"{row}, paper", i, at, theirs, style="dotted", points=True))

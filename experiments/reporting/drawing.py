@@ -21,6 +21,7 @@ from lawn.plotting import Axes, Figure, rc_context
 STYLE: dict[Any, Any] = {**diagnostics.STYLE, "svg.hashsalt": "lawn"}
 DASHES = {"solid": "-", "dashed": "--", "dotted": ":"}
 MIN_WIDTH = 8.0  # inches
+LEGEND_WIDTH = 2.7  # inches for an entry of a legend
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def draw(chart: Chart) -> Figure:
         if chart.legends == "row" and (shown := _legend(axes)):
             axes[0].legend(*shown, frameon=False, fontsize="x-small", loc="lower right")
     if chart.legends == "chart" and (shown := _legend(figure.axes)):
-        figure.legend(*shown, frameon=False, ncols=4, loc="outside lower center")
+        figure.legend(*shown, frameon=False, ncols=int(size[0] / LEGEND_WIDTH), loc="outside lower center")
     return figure
 
 
