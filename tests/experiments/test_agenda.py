@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,7 @@ from experiments.execution.options import add_options, make_executor
 from experiments.execution.overview import status_rows
 from experiments.execution.pool import Pool
 from experiments.execution.runner import RETRIES, run
-from experiments.planning.estimate import RuntimeEstimate
+from experiments.planning.estimate import RuntimeEstimate, kind_of
 from experiments.planning.grid import Job
 from experiments.planning.study import Study, Tuning, studies
 from experiments.records import Store
@@ -244,3 +245,27 @@ def test_the_default_is_the_pool_of_this_machine(tmp_path):
     pool = executor_of(tmp_path, "--devices", "cpu", "--jobs", "3")
     assert isinstance(pool, Pool)
     assert pool.size == 3
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_times_are_those_of_this_kind_of_device(tmp_path, monkeypatch, gpu):
+    """If there are any; `hardware` chooses by name."""
+    (study,) = studies(MANY, extra=(f"runs_dir={tmp_path}/runs",), seeds=1)
+    (job,) = study.outstanding(Store(tmp_path / "results"))
+    train(replace(job.config, device="cpu"))
+    on_cpu = Store(tmp_path / "results").write(job.config, job.overrides, job.experiment)
+    paces = {"cpu": on_cpu.seconds_per_epoch, "NVIDIA H100": on_cpu.seconds_per_epoch / 8}
+    seconds = {name: pace * on_cpu.result["last"]["epoch"] for name, pace in paces.items()}
+    on_gpu = replace(
+        on_cpu,
+        environment={**on_cpu.environment, "device": "NVIDIA H100"},
+        result={**on_cpu.result, "seconds": {"train": seconds["NVIDIA H100"]}},
+    )
+    kind = kind_of(job.config)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    store = Store(tmp_path / "results")
+    assert RuntimeEstimate(store).seconds_per_epoch(kind) == paces["cpu"]  # all that there is
+    for hardware, expected in (("", "NVIDIA H100" if gpu else "cpu"), ("H100", "NVIDIA H100")):
+        estimate = RuntimeEstimate(store, hardware)
+        estimate.add(on_gpu)
+        assert estimate.seconds_per_epoch(kind) == pytest.approx(paces[expected])
