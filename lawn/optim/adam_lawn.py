@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from lawn.optim import cpu_kernels, dispatch, sharding, stages, update
 from lawn.optim.base import LAWNOptimizer, counter
 from lawn.optim.blocks import Blocks
-from lawn.optim.phase import GroupUpdate, check_shapes, gradients
+from lawn.optim.group_update import GroupUpdate, check_shapes, gradients
 from lawn.optim.rounding import in_float32, streams
 
 

@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from lawn.optim import keys, phase, rounding, slices, stages
 from lawn.optim.blocks import batch_elements
+from lawn.optim.group_update import GroupUpdate
 from lawn.optim.zero_check import ZeroCheck
 
 # Keys of torch's param groups that do not change an update, or hold here anyway.
@@ -190,7 +191,7 @@ class LAWNOptimizer(Optimizer, ABC):
         return loss
 
     @torch.no_grad()
-    def _traced_update(self, group_updates: list[phase.GroupUpdate]) -> None:
+    def _traced_update(self, group_updates: list[GroupUpdate]) -> None:
         for group_update in group_updates:
             self._update_group(group_update)
             if keys.is_due(group_update.group):
@@ -206,8 +207,8 @@ class LAWNOptimizer(Optimizer, ABC):
         phase.check_capture()
         for index, group in enumerate(self.param_groups):
             rounding.check(group.get(rounding.KEY, "nearest"), f"param group {index}: ")
-        results: list[tuple[phase.GroupUpdate, int, Tensor | None]] = []
-        pending: list[tuple[phase.GroupUpdate, int, stages.Pending]] = []
+        results: list[tuple[GroupUpdate, int, Tensor | None]] = []
+        pending: list[tuple[GroupUpdate, int, stages.Pending]] = []
         for index, group_update in enumerate(self._zero_check.begin(self)):
             updated, waiting = self._update_group(group_update)
             results += [(single, index, zero) for single, zero in updated]
@@ -220,8 +221,8 @@ class LAWNOptimizer(Optimizer, ABC):
         self._may_trace = all(isinstance(group["lr"], Tensor) for group in self.param_groups)
 
     def _update_group(
-        self, group_update: phase.GroupUpdate
-    ) -> tuple[list[tuple[phase.GroupUpdate, Tensor | None]], list[tuple[phase.GroupUpdate, stages.Pending]]]:
+        self, group_update: GroupUpdate
+    ) -> tuple[list[tuple[GroupUpdate, Tensor | None]], list[tuple[GroupUpdate, stages.Pending]]]:
         """Update a group.
 
         Returns the constrained parameters by device and dtype with the mask of their zero blocks, and the updates that
@@ -240,7 +241,7 @@ class LAWNOptimizer(Optimizer, ABC):
         pending += [(part, self._sharded_update(part)) for part in group_update.sharded if part.params]
         return updated, pending
 
-    def _traceable(self) -> list[phase.GroupUpdate] | None:
+    def _traceable(self) -> list[GroupUpdate] | None:
         """Collect what a step updates if torch.compile can trace the step; None otherwise.
 
         State is made and norms are fixed by steps that are not traced.
@@ -292,14 +293,14 @@ class LAWNOptimizer(Optimizer, ABC):
         """
 
     @abstractmethod
-    def _constrained_update(self, group_update: phase.GroupUpdate) -> Tensor | None:
+    def _constrained_update(self, group_update: GroupUpdate) -> Tensor | None:
         """Update constrained parameters of one device and dtype, each block on the sphere of its norm.
 
         Returns a mask [blocks] of the blocks that are zero, or None if no block is zero.
         """
 
     @abstractmethod
-    def _sharded_update(self, part: phase.GroupUpdate) -> stages.Pending:
+    def _sharded_update(self, part: GroupUpdate) -> stages.Pending:
         """Begin the update of constrained blocks that hold DTensors, of one device and dtype."""
 
 

@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from lawn.optim import keys, sharding, stages
 from lawn.optim.adam_lawn import AdamLAWN, check_adam, moments
 from lawn.optim.blocks import real
-from lawn.optim.phase import GroupUpdate, gradients
+from lawn.optim.group_update import GroupUpdate, gradients
 from lawn.optim.rounding import in_float32
 
 

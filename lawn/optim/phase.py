@@ -1,14 +1,13 @@
-"""The two phases of training: the parameters that a step updates, and the switch to fixed norms."""
+"""The two phases of training: which phase a parameter is in, and the switch to fixed norms."""
 
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lawn.optim import dispatch, sharding, slices, update
-from lawn.optim.blocks import Blocks
+from lawn.optim import sharding, slices, update
+from lawn.optim.group_update import GroupUpdate, sum_products
 from lawn.optim.keys import (
     NORM,
     Group,
@@ -40,137 +39,6 @@ class NonFiniteError(ValueError):
         ...     print(error)
         cannot constrain parameter 0 of param group 0 (shape (2, 2)): its norm is nan
     """
-
-
-@dataclass
-class GroupUpdate:
-    """The parameters of a param group that a step updates.
-
-    Attributes:
-        group: the param group.
-        free: free parameters.
-        idle: free trainable DTensors without a gradient on this rank. Another rank may have one.
-        params: constrained parameters, block after block.
-        sizes: number of parameters in each block.
-        norms: norm c of each block, or those of its slices; 0.0 where they are not fixed yet.
-        sharded: updates of the blocks that hold DTensors, of one device and dtype each; these are not in `params`.
-        sums: inner products w.w and w.g [blocks, 2] over whole weights, for such an update.
-    """
-
-    group: Group
-    free: list[Tensor]
-    params: list[Tensor]
-    sizes: list[int]
-    norms: list[Norm]
-    sharded: list["GroupUpdate"] = field(default_factory=list)
-    sums: Tensor | None = None
-    idle: list[Tensor] = field(default_factory=list)
-
-    @property
-    def slice_axes(self) -> list[tuple[int, ...]]:
-        """The slice axes of each constrained parameter; empty if they have a single norm."""
-        if self.group.get(slices.KEY) is None:
-            return []
-        return [slices.slice_axes(self.group[slices.KEY], p) for p in self.params]
-
-    def describe(self, index: int, block: int) -> tuple[str, float]:
-        """Describe a block, which may be a slice, of param group `index`; return its norm as well."""
-        for p, axes, c in zip(self.params, self.slice_axes, self.norms, strict=False):
-            if block < (count := slices.count(p, axes)):
-                name = f"slice {slices.describe(p, axes, block)} of {describe(self.group, index, p)}"
-                return name, float(c[block]) if isinstance(c, Tensor) else c
-            block -= count
-        return describe(self.group, index, self.params[sum(self.sizes[:block])]), float(self.norms[block])
-
-    def split_by_device_and_dtype(self) -> list["GroupUpdate"]:
-        """Split the constrained parameters into updates of one device and dtype each."""
-        if len({(p.device, p.dtype) for p in self.params}) < 2:
-            return [self] if self.params else []
-        updates: dict[tuple[torch.device, torch.dtype], GroupUpdate] = {}
-        for block, c in zip(self.blocks(), self.norms, strict=True):
-            key = block[0].device, block[0].dtype
-            updates.setdefault(key, GroupUpdate(self.group, [], [], [], []))._add(block, c)
-        return list(updates.values())
-
-    def separate_sharded(self) -> "GroupUpdate":
-        """Move the blocks that hold DTensors to `sharded`; return self."""
-        if not sharding.any_dtensor(self.params):
-            return self
-        blocks, norms = self.blocks(), self.norms
-        self.params, self.sizes, self.norms = [], [], []
-        rest = GroupUpdate(self.group, [], [], [], [])
-        for block, c in zip(blocks, norms, strict=True):
-            (rest if sharding.any_dtensor(block) else self)._add(block, c)
-        self.sharded = rest.split_by_device_and_dtype()
-        return self
-
-    @property
-    def has_dtensors(self) -> bool:
-        """Whether a DTensor is among the parameters."""
-        return bool(self.sharded) or any(map(sharding.is_dtensor, (*self.free, *self.idle)))
-
-    def parts(self) -> list["GroupUpdate"]:
-        """This update and those of its sharded blocks."""
-        return [self, *self.sharded]
-
-    def local_blocks(
-        self, first: list[Tensor] | None = None, second: list[Tensor] | None = None, *, weights_only: bool = False
-    ) -> Blocks:
-        """Return the shards of this rank with their gradients, or with themselves, each tensor a block of its own."""
-        weights = sharding.local(self.params)
-        grads = weights if weights_only else gradients(self.params)
-        return Blocks(weights, [1] * len(weights), [], grads, first or [], second or [])
-
-    def per_block(self, values: Tensor) -> Tensor:
-        """Add values [params, ...] of the parameters of each block: [blocks, ...]."""
-        if len(self.sizes) == len(self.params):
-            return values
-        return values.new_zeros(len(self.sizes), *values.shape[1:]).index_add_(0, self._owners(values.device), values)
-
-    def per_param(self, values: Tensor) -> Tensor:
-        """Repeat values [..., blocks] for the parameters of each block: [..., params]."""
-        if len(self.sizes) == len(self.params):
-            return values
-        return values[..., self._owners(values.device)]
-
-    def keep(self, needed: list[bool]) -> None:
-        """Remove the other blocks."""
-        blocks = [block for block, chosen in zip(self.blocks(), needed, strict=True) if chosen]
-        self.norms = [c for c, chosen in zip(self.norms, needed, strict=True) if chosen]
-        self.params, self.sizes = [p for block in blocks for p in block], [len(block) for block in blocks]
-        if self.sums is not None:
-            self.sums = self.sums[torch.tensor(needed, device=self.sums.device)]
-
-    def _add(self, block: list[Tensor], c: Norm) -> None:
-        self.params += block
-        self.sizes.append(len(block))
-        self.norms.append(c)
-
-    def _owners(self, device: torch.device) -> Tensor:
-        """The block of each parameter."""
-        return torch.tensor([block for block, size in enumerate(self.sizes) for _ in range(size)], device=device)
-
-    def blocks(self) -> list[list[Tensor]]:
-        """The constrained parameters of each block."""
-        ends = accumulate(self.sizes)
-        return [self.params[end - size : end] for size, end in zip(self.sizes, ends, strict=True)]
-
-    def param_norms(self) -> list[Norm]:
-        """The norm c of each constrained parameter's block."""
-        if len(self.sizes) == len(self.params):
-            return self.norms
-        return [c for c, size in zip(self.norms, self.sizes, strict=True) for _ in range(size)]
-
-    def record(self, state: State) -> None:
-        """Store the norms after the step, for parameters that have state, and count the step."""
-        for p in self.free:
-            if state.get(p) or not _has_state(state):
-                state[p].setdefault(NORM, free_norm(self.group, p))
-        for part in self.parts():
-            for p, c in zip(part.params, part.param_norms(), strict=True):
-                if state.get(p) or not _has_state(state):
-                    state[p][NORM] = c
-        self.group["steps"] += 1
 
 
 def is_dummy(optimizer: Optimizer) -> bool:
@@ -224,45 +92,6 @@ def begin_step(optimizer: Optimizer, known: set[tuple[Tensor, ...]], fused: bool
     return group_updates
 
 
-def sum_products(
-    updates: list[GroupUpdate], fused: bool | None = None, *, weights_only: bool = False, all_blocks: bool = False
-) -> None:
-    """Compute `sums` of updates of sharded blocks, with one collective for each mesh.
-
-    Which parameters have gradients may differ between ranks, for example where a shard is empty. Every rank therefore
-    contributes for every block. A block is updated if a rank has a gradient of it; the others take theirs to be zero.
-
-    Args:
-        updates: updates of sharded blocks; those without any gradient are removed.
-        fused: as for `dispatch.backend`; None takes it from the param group.
-        weights_only: whether to compute only w.w.
-        all_blocks: whether to keep blocks without gradients.
-    """
-    if not updates:
-        return
-    sums = []
-    for part in updates:
-        given = [p.grad is not None for p in part.params]
-        blocks = part.local_blocks(weights_only=weights_only)
-        backend = dispatch.backend(blocks, part.group.get("fused") if fused is None else fused)
-        products = backend.products(blocks)
-        flags = products.new_ones(len(given)) if all(given) else products.new_tensor(given)
-        sums.append(torch.column_stack([products, flags]))
-    for part, reduced in zip(updates, all_reduce([part.params for part in updates], sums), strict=True):
-        part.sums, given_anywhere = part.per_block(reduced[:, :2]), part.per_block(reduced[:, 2])
-        if not (weights_only or all_blocks) and not all(
-            any(p.grad is not None for p in block) for block in part.blocks()
-        ):
-            part.keep((given_anywhere > 0).tolist())
-
-
-def all_reduce(params: list[list[Tensor]], sums: list[Tensor]) -> list[Tensor]:
-    """Apply `sharding.all_reduce` to the parameters of several updates together."""
-    together = sums[0] if len(sums) == 1 else torch.cat([values.to(sums[0].device) for values in sums])
-    reduced = sharding.all_reduce([p for each in params for p in each], together).split(list(map(len, params)))
-    return [values.to(own) for values, own in zip(reduced, sums, strict=True)]
-
-
 def check_capture() -> None:
     """Raise RuntimeError during CUDA graph capture: a graph would replay phase and bias corrections of one step."""
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
@@ -311,42 +140,6 @@ def raise_zero(group_update: GroupUpdate, index: int, block: int) -> None:
         f"{name} is zero, but was constrained to the norm {c:.6g}: a weight of "
         "zero has no direction in which it could be rescaled; restore it, or set constrain=False for its param group"
     )
-
-
-def gradients(params: list[Tensor]) -> list[Tensor]:
-    """Return the gradients of parameters, zeros where a parameter has none, and local shards of DTensors.
-
-    Raises TypeError for sparse gradients.
-    """
-    if sharding.any_dtensor(params):
-        given = map(sharding.gradient, params)
-        found = [torch.zeros_like(p) if g is None else g for p, g in zip(sharding.local(params), given, strict=True)]
-    else:
-        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    if any(g.is_sparse for g in found):
-        raise TypeError("LAWN does not support sparse gradients")
-    if torch.compiler.is_compiling():
-        return found
-    return [g.resolve_neg() if g.is_neg() else g for g in found]
-
-
-def check_shapes(group: Group, params: list[Tensor], state: list[Tensor]) -> list[Tensor]:
-    """Return `state`, one tensor for each parameter, or its local shard. Raises RuntimeError where shapes differ."""
-    sharded = sharding.any_dtensor(params) or sharding.any_dtensor(state)
-    for p, t in zip(params, state, strict=True):
-        if t.shape != p.shape:
-            position = next(i for i, q in enumerate(group["params"]) if q is p)
-            name = (group.get("param_names") or {position: position})[position]
-            raise RuntimeError(
-                f"parameter {name!r} has the shape {tuple(p.shape)}, but its state {tuple(t.shape)}: the state is of "
-                "another parameter, or the parameter was replaced"
-            )
-        if sharded and not sharding.same_shards(p, t):
-            raise RuntimeError(
-                f"a parameter of shape {tuple(p.shape)} is not sharded as its state is; load the state with "
-                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
-            )
-    return sharding.local(state)
 
 
 def collect(group: Group, state: State) -> GroupUpdate:
@@ -468,8 +261,3 @@ def _check_loaded_norms(group_update: GroupUpdate, index: int, known: set[tuple[
                 "the current norms with constrain(again=True)"
             )
     known.update(blocks)
-
-
-def _has_state(state: State) -> bool:
-    """Whether the optimizer keeps state. If it does, it has not updated a parameter without state."""
-    return any(entry and set(entry) != {NORM} for entry in state.values())

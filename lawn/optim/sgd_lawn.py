@@ -10,7 +10,7 @@ from torch.optim.sgd import sgd
 from lawn.optim import dispatch, sharding, stages
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.blocks import Blocks
-from lawn.optim.phase import GroupUpdate, check_shapes, gradients
+from lawn.optim.group_update import GroupUpdate, check_shapes, gradients
 from lawn.optim.rounding import in_float32, streams
 
 

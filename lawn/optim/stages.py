@@ -1,8 +1,8 @@
 """Constrained updates of sharded weights, in stages between which inner products are added over ranks.
 
-`phase.sum_products` is the first stage; its inner products project the gradients. Here the second stage updates the
-moments and leaves inner products of the base optimizer's update, and the last one updates the weights. `finish` adds
-the inner products of all updates of a step together, so a step has two collectives for each mesh.
+`group_update.sum_products` is the first stage; its inner products project the gradients. Here the second stage updates
+the moments and leaves inner products of the base optimizer's update, and the last one updates the weights. `finish`
+adds the inner products of all updates of a step together, so a step has two collectives for each mesh.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lawn.optim import dispatch, phase, sharding, update
+from lawn.optim import dispatch, sharding, update
 from lawn.optim.blocks import Blocks
+from lawn.optim.group_update import GroupUpdate, all_reduce
 
 
 @dataclass
@@ -34,12 +35,12 @@ def finish(pending: list[Pending]) -> list[Tensor | None]:
     """Complete updates, with one collective for each mesh. Returns what their `complete` returns."""
     if not pending:
         return []
-    sums = phase.all_reduce([entry.params for entry in pending], [entry.sums for entry in pending])
+    sums = all_reduce([entry.params for entry in pending], [entry.sums for entry in pending])
     return [entry.complete(values) for entry, values in zip(pending, sums, strict=True)]
 
 
 def step(
-    part: phase.GroupUpdate,
+    part: GroupUpdate,
     blocks: Blocks,
     corrections: Tensor,
     *,
@@ -77,13 +78,13 @@ def step(
     return Pending(part.params, sums, complete)
 
 
-def project(part: phase.GroupUpdate, before: list[Tensor], projected: list[Tensor], fused: bool | None) -> None:
+def project(part: GroupUpdate, before: list[Tensor], projected: list[Tensor], fused: bool | None) -> None:
     """Prepare a step of any base optimizer: copy the weights to `before`, write projected gradients to `projected`."""
     blocks = part.local_blocks(sharding.local(before), sharding.local(projected))
     dispatch.backend(blocks, fused).tangents(blocks, part.per_param(_along(part)))
 
 
-def retract(part: phase.GroupUpdate, before: list[Tensor], fused: bool | None) -> Pending:
+def retract(part: GroupUpdate, before: list[Tensor], fused: bool | None) -> Pending:
     """Begin to complete a step of any base optimizer, whose update is before - weights."""
     weights = sharding.local(part.params)
     blocks = Blocks(weights, [1] * len(weights), [], first=sharding.local(before))
@@ -97,14 +98,14 @@ def retract(part: phase.GroupUpdate, before: list[Tensor], fused: bool | None) -
     return Pending(part.params, backend.differences(blocks), complete)
 
 
-def _along(part: phase.GroupUpdate) -> Tensor:
+def _along(part: GroupUpdate) -> Tensor:
     """Compute w.g / w.w of each block; 0 where w is zero."""
     ww, wg = _sums(part).unbind(1)
     return torch.where(ww == 0, 0, wg / ww)
 
 
 def _coefficients(
-    part: phase.GroupUpdate, reduced: Tensor, lr: float | Tensor, *, trust: bool
+    part: GroupUpdate, reduced: Tensor, lr: float | Tensor, *, trust: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the factors of w and r for each parameter, and the mask of zero blocks."""
     ww = _sums(part)[:, 0]
@@ -116,6 +117,6 @@ def _coefficients(
     return part.per_param(keep.masked_fill(zero, 0)), part.per_param(take.masked_fill(zero, 0)), zero
 
 
-def _sums(part: phase.GroupUpdate) -> Tensor:
-    assert part.sums is not None, "phase.sum_products comes first"
+def _sums(part: GroupUpdate) -> Tensor:
+    assert part.sums is not None, "sum_products comes first"
     return part.sums

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lawn.optim import dispatch, keys, phase, slices, stages
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.blocks import Blocks
+from lawn.optim.group_update import GroupUpdate, gradients, sum_products
 from lawn.optim.zero_check import ZeroCheck
 
 OPTIMIZER_FILE = sys.modules[Optimizer.__module__].__file__  # torch runs step hooks in this file
@@ -90,7 +91,7 @@ class LAWN:
         self._before: dict[Tensor, Tensor] = {}  # buffers of weights before the step
         self._projected: dict[Tensor, Tensor] = {}  # buffers of projected gradients
         self._gradients: dict[Tensor, Tensor | None] = {}  # the caller's, while projected ones are in their place
-        self._group_updates: list[phase.GroupUpdate] | None = None  # of the current step
+        self._group_updates: list[GroupUpdate] | None = None  # of the current step
         self._skipped = self._dummy = False  # whether the current step is no update
         self._step: FrameType | None = None  # frame of the current step
         self._nested_calls = 0  # number of steps of parent classes that run inside it
@@ -198,7 +199,7 @@ class LAWN:
         group_updates = self._group_updates or []
         for single in chain.from_iterable(group.split_by_device_and_dtype() for group in group_updates):
             params = single.params
-            grads = phase.gradients(params)
+            grads = gradients(params)
             before = self._buffers(self._before, params, params) if first else list(map(torch.empty_like, params))
             projected = self._buffers(self._projected, params, grads)
             lists = params, single.sizes, single.norms, grads, before, projected
@@ -208,7 +209,7 @@ class LAWN:
         parts = [part for group in group_updates for part in group.sharded if part.params]
         if not first:  # the closure may have moved the weights; `sums` stay those of the weights before the step
             now = [replace(part) for part in parts]
-            phase.sum_products(now, self._fused, all_blocks=True)
+            sum_products(now, self._fused, all_blocks=True)
             parts = now
         for part in parts:
             params = part.params
@@ -234,8 +235,8 @@ class LAWN:
             for group in self.optimizer.param_groups:
                 for p in filter(lambda p: p.grad is not None, group["params"]):
                     state[p].setdefault(keys.NORM, keys.free_norm(group, p))
-        results: list[tuple[phase.GroupUpdate, int, Tensor | None]] = []
-        pending: list[tuple[phase.GroupUpdate, int, stages.Pending]] = []
+        results: list[tuple[GroupUpdate, int, Tensor | None]] = []
+        pending: list[tuple[GroupUpdate, int, stages.Pending]] = []
         for index, group_update in enumerate(self._group_updates or []):
             for single in group_update.split_by_device_and_dtype():
                 before = [self._before[p] for p in single.params]

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 from lawn.optim import phase
+from lawn.optim.group_update import GroupUpdate
 
 
 class ZeroCheck:
@@ -19,9 +20,9 @@ class ZeroCheck:
 
     def __init__(self) -> None:
         self._known: set[tuple[Tensor, ...]] = set()  # see `phase.begin_step`
-        self._pending: list[tuple[phase.GroupUpdate, int, Tensor, torch.cuda.Event]] = []
+        self._pending: list[tuple[GroupUpdate, int, Tensor, torch.cuda.Event]] = []
 
-    def begin(self, optimizer: "Optimizer", fused: bool | None = None) -> list[phase.GroupUpdate]:
+    def begin(self, optimizer: "Optimizer", fused: bool | None = None) -> list[GroupUpdate]:
         """Begin a step as `phase.begin_step` does. Raises ValueError for a weight that an earlier step found zero."""
         for group_update, index, zero, copied in self._pending:
             if copied.query():
@@ -29,7 +30,7 @@ class ZeroCheck:
         self._pending = [entry for entry in self._pending if not entry[-1].query()]
         return phase.begin_step(optimizer, self._known, fused)
 
-    def check(self, group_update: phase.GroupUpdate, index: int, zero: Tensor | None) -> None:
+    def check(self, group_update: GroupUpdate, index: int, zero: Tensor | None) -> None:
         """Raise ValueError if a block is zero; on a GPU a later `begin` raises it.
 
         Args:
@@ -49,6 +50,6 @@ class ZeroCheck:
             _check_zero(group_update, index, zero)
 
 
-def _check_zero(group_update: phase.GroupUpdate, index: int, zero: Tensor) -> None:
+def _check_zero(group_update: GroupUpdate, index: int, zero: Tensor) -> None:
     if zero.any():
         phase.raise_zero(group_update, index, int(zero.nonzero()[0]))
