@@ -9,6 +9,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,18 @@ class Record:
     config: dict[str, Any]
     environment: dict[str, Any]
     result: dict[str, Any]
-    history: pd.DataFrame  # metrics.csv: a row for each epoch
+    columns: dict[str, list[Any]]  # of metrics.csv, with a value for each epoch
     command: str = ""  # that repeats the run
 
     @property
     def file(self) -> str:
         """Its file, from the folder of results."""
         return f"{self.path.parent.name}/{self.path.name}"
+
+    @cached_property
+    def history(self) -> pd.DataFrame:
+        """metrics.csv, a row for each epoch."""
+        return pd.DataFrame(self.columns)
 
     @property
     def link(self) -> str:
@@ -112,17 +118,12 @@ class Store:
         self.runs, self.tuning = results / "runs", results / "tuning"
         self._read: dict[str, Record] = {}
         self._files: dict[Path, JsonLines] = {}
-        self._kinds: set[tuple[str, ...]] = set()  # dataset, optimizer, batch size and epochs of runs
+        self._kinds: set[tuple[str, ...]] = set()
 
-    def may_have(
-        self, dataset: str, optim: str | None = None, batch_size: str | None = None, epochs: str | None = None
-    ) -> bool:
-        """False if no run on this dataset, with this optimizer, batch size and number of epochs (None: with any), has
-        been recorded. Much faster than to compose the runs of a cell.
-        """
+    def kinds(self) -> frozenset[tuple[str, ...]]:
+        """The dataset, optimizer, batch size and number of epochs of each recorded run, as texts."""
         self._refresh()
-        asked = dataset, optim, batch_size, epochs
-        return any(all(a in (None, b) for a, b in zip(asked, kind, strict=True)) for kind in self._kinds)
+        return frozenset(self._kinds)
 
     def has(self, name: str) -> bool:
         return self.read(name) is not None
@@ -249,6 +250,8 @@ def _record(path: Path, name: str, content: dict[str, Any], needed: tuple[str, .
     """Raises one of DAMAGE if the content does not match the name or lacks a `needed` property."""
     if not identity_hash(content["config"]) == content["hash"] == name.rpartition("-")[2]:
         raise ValueError("its config does not match its name")
+    if len(set(map(len, content.get("history", {}).values()))) > 1:
+        raise ValueError("its history has columns of several lengths")
     record = Record(
         path=path,
         name=name,
@@ -256,7 +259,7 @@ def _record(path: Path, name: str, content: dict[str, Any], needed: tuple[str, .
         config=content["config"],
         environment=content["environment"],
         result=content["result"],
-        history=pd.DataFrame(content.get("history", {})),
+        columns=content.get("history", {}),
         command=str(content["command"]),
     )
     for part in needed:

@@ -13,11 +13,13 @@ from experiments.planning import search
 from experiments.planning.search import Point
 from experiments.records import Store
 from lawn.compose import compose_many, parse_override
-from lawn.config import Config
+from lawn.config import Config, register
 from lawn.errors import ConfigError
 from lawn.explain import explain
 from lawn.identity import run_name
 from lawn.validation import check, normalize, validate
+
+_INDEPENDENT: set[tuple[Any, ...]] = set()  # keys, and the interpolations of a grid, of which none depends on the key
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,6 @@ class Grid:
         self._experiment = experiment
         self._jobs: dict[tuple[Point, int], Job | None] = {}
         self._values: dict[str, Any] = {}
-        self._independent: set[str] = set()  # keys on which no other key depends
 
     @cached_property
     def problem(self) -> str | None:
@@ -111,35 +112,38 @@ class Grid:
         chosen = (*setting, f"eval.split={self._selection}", f"seed={seed}")
         config = replace(self.config, eval=replace(self.config.eval, split=self._selection), seed=seed)
         for override in setting:
-            key = override.partition("=")[0]
-            config = _with_value(config, key, self._resolved(key, override))
+            config = _with_value(config, override.partition("=")[0], self._value(override))
         check(config)
         overrides = (*self.overrides, f"sweep={self._sweep}", *chosen)
         return Job(config, overrides, setting, self._experiment, tunes=True)
 
-    def _resolved(self, key: str, override: str) -> Any:
-        """The value that an override gives its key, resolved once for all points.
+    def _value(self, override: str) -> Any:
+        """The value that an override gives its key.
 
         Raises ConfigError if it changes other keys too: then a point would not be what its overrides say.
         """
         if override not in self._values:
-            composed = self._composition[0]
-            others = {} if key in self._independent else {k: v for k, v in self._interpolated.items() if k != key}
-            try:
-                OmegaConf.update(composed, key, parse_override(override).value())
-                value = _select(composed, key)
-                changed = any(_select(composed, k) != v for k, v in others.items())
-            finally:  # a copy of the composition for each value would take as long as all the rest
-                for name, raw in self._raw.items():
-                    if name == key or name.startswith(f"{key}."):
-                        OmegaConf.update(composed, name, raw)
-            if changed:
-                raise ConfigError(f"{override}: other keys depend on it, so it cannot be an axis of a grid")
-            config = normalize(_with_value(self.config, key, value))
-            self._values[override] = reduce(getattr, key.split("."), config)
-            if config != self.config:
-                self._independent.add(key)
+            key = override.partition("=")[0]
+            value = _typed(override)
+            config = _with_value(self.config, key, value)
+            texts = key, tuple(sorted((k, str(self._raw[k])) for k in self._interpolated if k != key))
+            if texts not in _INDEPENDENT and config != self.config:
+                if self._changes_others(key, value):
+                    raise ConfigError(f"{override}: other keys depend on it, so it cannot be an axis of a grid")
+                _INDEPENDENT.add(texts)
+            self._values[override] = reduce(getattr, key.split("."), normalize(config))
         return self._values[override]
+
+    def _changes_others(self, key: str, value: Any) -> bool:
+        """Whether other keys have other values if this one has `value`."""
+        composed = self._composition[0]
+        try:
+            OmegaConf.update(composed, key, value)
+            return any(_select(composed, k) != v for k, v in self._interpolated.items() if k != key)
+        finally:
+            for name, raw in self._raw.items():
+                if name == key or name.startswith(f"{key}."):
+                    OmegaConf.update(composed, name, raw)
 
     @cached_property
     def _raw(self) -> dict[str, Any]:
@@ -171,6 +175,22 @@ class Grid:
         job = self.job(point, seed)
         record = None if job is None else store.read(job.name)
         return None if record is None else record.headline
+
+
+@cache
+def _schema() -> DictConfig:
+    register()
+    schema = OmegaConf.structured(Config)
+    assert isinstance(schema, DictConfig)
+    return schema
+
+
+@cache
+def _typed(override: str) -> Any:
+    """The value that an override without interpolations gives its key, in the type of the schema."""
+    key = override.partition("=")[0]
+    OmegaConf.update(_schema(), key, parse_override(override).value())
+    return _select(_schema(), key)
 
 
 def _select(composed: DictConfig, key: str) -> Any:

@@ -367,7 +367,7 @@ def test_values_of_a_sweep_need_not_be_numbers(tuned):
 def test_a_curve_that_a_seed_lacks_is_left_out(results):
     (outcome, *_) = pages_of(results, [MINI])[0].outcomes
     first, second = outcome.records
-    without = replace(second, history=second.history.drop(columns="weight_norm"))
+    without = replace(second, columns={k: v for k, v in second.columns.items() if k != "weight_norm"})
     (row,) = detail(replace(outcome, records=[first, without]), MINI.measures, "", [], "")["curves"]["rows"]
     assert "norm of all weights" not in [subplot["ylabel"] for subplot in row]
 

@@ -43,7 +43,7 @@ def made_up(cell: Cell, *values: float, status: str = "done", epochs: int = 300)
             config={"seed": seed, "train": {"epochs": epochs}},
             environment={},
             result={"status": status, "split": "test", "headline": "accuracy", "last": {"test_accuracy": value}},
-            history=pd.DataFrame(),
+            columns={},
         )
         for seed, value in enumerate(values)
     ]
