@@ -19,7 +19,10 @@ def test_the_program_of_a_page_runs(page, tmp_path, monkeypatch):
 
 
 def test_the_readme_is_short():
-    assert len(README.encode()) <= 8000
+    """What is written by hand; the findings grow with the records."""
+    written = re.sub(r"<!-- (findings|summary-table \w+) -->.*?<!-- end -->", "", README, flags=re.DOTALL)
+    assert len(written.encode()) <= 6000
+    assert len(README.encode()) <= 10_000
 
 
 def test_links_lead_somewhere():

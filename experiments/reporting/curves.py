@@ -35,7 +35,8 @@ def curves_page(experiment: Experiment, store: Store, selection: str = "val") ->
         measured=(
             f"The best validation HR@10, %, that {K} random settings of a grid are expected to find, and in brackets "
             "the interval that holds it with 80 % probability, over the draw of settings: in closed form, from one run "
-            "with seed 0 of every setting of the grid. A setting that diverged counts as 0."
+            "with seed 0 of every setting of the grid. A setting that diverged counts as 0. Where a few settings are "
+            "far below all others, the mean may lie below the interval."
         ),
         provenance=provenance([record for outcome in found for _, record in outcome.tried]),
         summary=[*_easier(experiment, found, best), *_winners(found, best), *_filters(complete)],

@@ -36,10 +36,12 @@ class Drawing:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the data, of the code that draws it, and of the version of matplotlib."""
+        """A hash of the data to nine digits, of the code that draws it, and of the version of matplotlib."""
         code = [sys.modules[name].__file__ or "" for name in (self.function.__module__, __name__)]
         content = [version("matplotlib"), str(STYLE), *(Path(file).read_text("utf8") for file in code), self.data]
-        return hashlib.sha256(json.dumps(content, default=_plain).encode()).hexdigest()[:16]
+        exact = json.dumps(content, default=_plain)
+        rounded = json.loads(exact, parse_float=lambda digits: f"{float(digits):.9g}")  # machines differ in the last
+        return hashlib.sha256(json.dumps(rounded).encode()).hexdigest()[:16]
 
 
 def _plain(value: Any) -> Any:

@@ -76,15 +76,18 @@ class Pair:
     paired: bool  # over the same samples of the test split; else over seeds alone
     adjusted: float  # p after Holm's correction over the table; NaN where there is no p
     paper: float  # the paper's gain; NaN where it has none
+    epochs: int | None = None  # of the runs
+    paper_epochs: int | None = None
 
     @property
     def place(self) -> str:
         return place(self.panel, self.column)
 
     @property
-    def sign_differs(self) -> bool:
-        """Whether the paper has the opposite sign."""
-        return not isnan(self.paper) and (self.gain.difference > 0) != (self.paper > 0)
+    def sign(self) -> int:
+        """1 if the gain has the sign of the paper's, -1 if it has the opposite; 0 if one of them is 0 or missing."""
+        product = self.gain.difference * self.paper
+        return (product > 0) - (product < 0)
 
 
 def outcomes(experiment: Experiment, store: Store, selection: str = "val") -> list[Outcome]:
@@ -115,7 +118,10 @@ def _outcome(cell: Cell, store: Store, recorded: frozenset[tuple[str, ...]], sel
 
 
 def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Pair]:
-    """All pairs of rows with numbers in a column, after the same number of epochs."""
+    """All pairs of rows with numbers in a column, after the same number of epochs.
+
+    Holm's correction counts the comparison of the same runs under several names once.
+    """
     measure = experiment.measures[0]
     at = {(o.cell.panel, o.cell.column, o.cell.row): o for o in found if o.values(measure)}
     compared = []
@@ -130,10 +136,13 @@ def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Pair]:
             sign = -1 if measure.smaller_is_better else 1
             papers = sign * (paper(b.cell) - paper(a.cell))
             seeds = len(a.records), len(b.records)
-            compared.append(Pair(panel, column, base, rival, difference, seeds, paired, nan, papers))
-    tested = [pair for pair in compared if not isnan(pair.gain.p)]
-    corrected = iter(holm([pair.gain.p for pair in tested]))
-    return [replace(pair, adjusted=next(corrected)) if pair in tested else pair for pair in compared]
+            paper_epochs = b.cell.epochs[0] if b.cell.epochs else None
+            compared.append(
+                Pair(panel, column, base, rival, difference, seeds, paired, nan, papers, b.epochs, paper_epochs)
+            )
+    tested = list(dict.fromkeys(pair.gain for pair in compared if not isnan(pair.gain.p)))
+    adjusted = dict(zip(tested, holm([gain.p for gain in tested]), strict=True))
+    return [replace(pair, adjusted=adjusted.get(pair.gain, nan)) for pair in compared]
 
 
 def gain(base: Outcome, rival: Outcome, measure: Measure) -> tuple[Comparison, bool]:

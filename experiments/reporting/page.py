@@ -1,7 +1,7 @@
 """The content of a page, and the builder for tables and figures."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isnan
 
@@ -185,9 +185,9 @@ def _frame(experiment: Experiment, found: list[Outcome]) -> pd.DataFrame:
 
 def _compared_by(pairs: list[Pair]) -> str:
     return (
-        f"By {method(pairs)}. An interval holds the true difference with 95 % "
-        "probability, by itself; Holm's correction is over this table. The detectable difference is the true "
-        "difference that as many seeds detect with 80 % probability, without a correction."
+        f"By {method(pairs)}. Of such intervals 95 % hold the true difference, each by itself; Holm's correction is "
+        "over this table. The detectable difference is the true one that as many seeds, on as many test samples, find "
+        "with 80 % probability, without a correction."
     )
 
 
@@ -225,8 +225,9 @@ def _warnings(found: list[Outcome]) -> dict[str, list[str]]:
     return warned
 
 
-def provenance(records: list[Record], tuning: Sequence[Record] = ()) -> str:
-    """Code versions and hardware, in a line."""
+def provenance(shown: Iterable[Record], chosen_by: Iterable[Record] = ()) -> str:
+    """Code versions and hardware, in a line. A run that several cells show is counted once."""
+    records, tuning = ({record.name: record for record in given}.values() for given in (shown, chosen_by))
     found = [environment for record in records for environment in record.environments]
     if not found:
         return "No runs yet."
@@ -281,7 +282,7 @@ def _epochs(cells: list[Outcome], column: str) -> str:
     return f"; {' and '.join(map(str, run))} of {paper} epochs"
 
 
-def _code(records: Sequence[Record]) -> str:
+def _code(records: Iterable[Record]) -> str:
     """The versions of the code, the most frequent first, and how many of the runs are of each."""
     versions = Counter(record.code for record in records).most_common()
     if len(versions) == 1:

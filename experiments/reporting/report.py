@@ -110,14 +110,14 @@ def pages_with_blocks() -> list[Path]:
 
 def with_updated_blocks(path: Path, pages: Iterable[Page], said: Sequence[Finding] = ()) -> str:
     """The text of a page with its blocks renewed: what stands between `<!-- summary NAME -->`, `<!-- summary-table NAME
-    -->` (the first panel, without links), `<!-- output NAME -->` (as the terminal shows it) or `<!-- findings -->` and
-    `<!-- end -->`."""
+    -->` (the columns with numbers of ours), `<!-- output NAME -->` (as the terminal shows it) or `<!-- findings -->`
+    and `<!-- end -->`."""
     by_name = {page.name: page for page in pages}
 
     def renewed(found: re.Match[str]) -> str:
         head, kind, name, content = found.groups()
         if kind == "findings" and said:
-            content = "".join(f"- **{f.title}** {f.text} ([records](results/{f.page}.md))\n" for f in said)
+            content = "".join(f"- **{f.title}** {f.text} ({_links(f.pages)})\n" for f in said)
         elif name in by_name:
             content = f"{BLOCKS[kind](by_name[name])}\n"
         return head + content
@@ -126,17 +126,24 @@ def with_updated_blocks(path: Path, pages: Iterable[Page], said: Sequence[Findin
     return re.sub(rf"(<!-- ({kinds}) ?(\w*) -->\n)(.*?)(?=<!-- end -->)", renewed, path.read_text("utf8"), flags=re.S)
 
 
+def _links(pages: Iterable[str]) -> str:
+    return ", ".join(f"[{page}](results/{page}.md)" for page in pages)
+
+
 def summary_table(page: Page) -> str:
-    """The first panel as a Markdown table: our numbers, the paper's in square brackets, no rows without either."""
-    if not page.panels:
-        return ""
-    panel = page.panels[0]
-    table = _grid(panel, _with_paper)
+    """The columns that have numbers of ours as Markdown tables, one for each panel: the paper's numbers in square
+    brackets, no rows without either."""
+    return "\n\n".join(filter(None, map(_summary_panel, page.panels)))
+
+
+def _summary_panel(panel: Panel) -> str:
+    ours = [any(column) for column in zip(*([entry.ours for entry in row] for _, row in panel.rows), strict=True)]
+    table = _grid(panel, _with_paper).loc[:, ours]
     rows = [
         [str(name), *cells] for name, cells in zip(table.index, table.to_numpy().tolist(), strict=True) if any(cells)
     ]
-    head = [panel.title, *panel.columns]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+    head = [panel.title, *table.columns]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)) if any(ours) else ""
 
 
 BLOCKS: dict[str, Callable[[Page], str]] = {

@@ -1,6 +1,7 @@
 """Sentences about the outcomes of an experiment."""
 
 from collections.abc import Iterable
+from itertools import pairwise
 from math import inf, isnan
 
 from experiments.definitions.spec import Experiment
@@ -52,23 +53,27 @@ def summary(experiment: Experiment, found: list[Outcome]) -> list[str]:
             f"(95 % interval {low:+.3g} to {high:+.3g}, p = {c.gain.p:.2g}, {method([c])})."
         )
     elif pairs:
-        ahead = [c for c in pairs if c.gain.difference > 0]
-        behind = [c for c in pairs if c.gain.difference < 0]
+        distinct = list({c.gain: c for c in pairs}.values())
+        ahead = [c for c in distinct if c.gain.difference > 0]
+        behind = [c for c in distinct if c.gain.difference < 0]
+        equal = len(distinct) - len(ahead) - len(behind)
+        names = f" ({len(pairs)} by name: some are of the same runs)" if len(distinct) < len(pairs) else ""
         lines.append(
-            f"With LAWN the number is better in {len(ahead)} of {len(pairs)} comparisons "
-            f"(p < {LEVEL} in {sum(c.adjusted < LEVEL for c in ahead)}) and worse in {len(behind)} "
-            f"(p < {LEVEL} in {sum(c.adjusted < LEVEL for c in behind)}); "
-            f"{method(pairs)}, p after Holm's correction for {len(pairs)} comparisons."
+            f"With LAWN the number is better in {len(ahead)} of {len(distinct)} comparisons{names} "
+            f"(p < {LEVEL} in {sum(c.adjusted < LEVEL for c in ahead)}), "
+            + (f"equal in {equal}, " if equal else "")
+            + f"and worse in {len(behind)} (p < {LEVEL} in {sum(c.adjusted < LEVEL for c in behind)}); "
+            f"{method(pairs)}, p after Holm's correction for {len(distinct)} comparisons."
         )
-        printed = [c for c in pairs if not isnan(c.paper)]
+        printed = [c for c in distinct if not isnan(c.paper)]
         differing = "; ".join(
             f"{c.rival} against {c.base} at {c.place} "
             f"(here {c.gain.difference:+.3g}, p = {c.adjusted:.2g}, paper {c.paper:+.3g})"
             for c in printed
-            if c.sign_differs
+            if c.sign < 0
         )
         if printed:
-            agree = sum(not c.sign_differs for c in printed)
+            agree = sum(c.sign > 0 for c in printed)
             lines.append(
                 f"The sign agrees with the paper in {agree} of the {len(printed)} comparisons that the paper has"
                 + (f"; it differs for: {differing}." if differing else ".")
@@ -80,7 +85,7 @@ def summary(experiment: Experiment, found: list[Outcome]) -> list[str]:
 
 def method(pairs: list[Pair]) -> str:
     """What was compared over what."""
-    paired = "paired bootstrap over test samples and seeds"
+    paired = "t-test over test samples and seeds, both random"
     welch = "Welch's test over seeds"
     kinds = dict.fromkeys(paired if pair.paired else welch for pair in pairs)
     return " or, where records have no outcomes of samples, ".join(sorted(kinds, reverse=True))
@@ -106,14 +111,16 @@ def _shared(found: list[Outcome]) -> list[str]:
 def _over_horizons(experiment: Experiment, found: list[Outcome]) -> list[str]:
     """The order of the rows after each number of epochs, and what was chosen for each row."""
     measure = experiment.measures[0]
-    sign = 1 if measure.smaller_is_better else -1
+    direction = 1 if measure.smaller_is_better else -1
     lines = []
     for panel, column in places(found):
         here = [o for o in found if (o.cell.panel, o.cell.column) == (panel, column) and o.values(measure)]
         if len(here) > 1:
-            order = sorted(here, key=lambda o: sign * o.mean(measure))
-            means = (f"{o.cell.row} {o.mean(measure):.2f}" for o in order)
-            lines.append(f"After {column}: {' > '.join(means)}.")
+            order = sorted(here, key=lambda o: direction * o.mean(measure))
+            means = [f"{o.mean(measure):.2f}" for o in order]
+            signs = ["", *(" = " if a == b else " > " for a, b in pairwise(means))]
+            said = (f"{sign}{o.cell.row} {mean}" for sign, o, mean in zip(signs, order, means, strict=True))
+            lines.append(f"After {column}: {''.join(said)}.")
     for row in dict.fromkeys(o.cell.row for o in found):
         chosen = [f"{' '.join(o.setting)} for {o.cell.column}" for o in found if o.cell.row == row and o.setting]
         if len(chosen) > 1:

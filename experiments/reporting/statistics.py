@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isnan, nan, sqrt
+from math import inf, isnan, nan, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln, nctdtrinc, stdtr, stdtrit  # scipy.stats takes a second to import
 
 Array = NDArray[np.float64]
+MANY_SEEDS = 1000
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -32,6 +33,7 @@ class Comparison:
     difference: float
     error: float  # standard error
     df: float
+    floor: float = 0.0  # the standard error with any number of seeds, on the same test samples
 
     @property
     def p(self) -> float:
@@ -46,21 +48,32 @@ class Comparison:
 
     def detectable(self, power: float = 0.8, level: float = 0.95) -> float:
         """The smallest true difference that a test with this standard error finds with probability `power`."""
-        if isnan(self.error):
-            return nan
-        bound = stdtrit(self.df, (1 + level) / 2)
-        return self.error * float(nctdtrinc(self.df, 1 - power, bound))  # the other tail adds less than 1e-5
+        return nan if isnan(self.error) else _detectable(self.error, self.df, power, level)
+
+    def seeds_needed(self, difference: float, seeds: int, power: float = 0.8, level: float = 0.95) -> float:
+        """How many seeds in both arms find a true `difference` with probability `power`, from `seeds` that gave this
+        error; infinite where more than MANY_SEEDS do not."""
+        of_seeds = max(0.0, self.error**2 - self.floor**2) * seeds
+        for n in range(2, MANY_SEEDS + 1):
+            if _detectable(sqrt(self.floor**2 + of_seeds / n), 2 * (n - 1), power, level) <= abs(difference):
+                return n
+        return inf
+
+
+def _detectable(error: float, df: float, power: float, level: float) -> float:
+    bound = stdtrit(df, (1 + level) / 2)
+    return error * float(nctdtrinc(df, 1 - power, bound))  # the other tail adds less than 1e-5
 
 
 def compare_paired(ours: Array, theirs: Array) -> Comparison:
     """The mean of `ours` minus that of `theirs`, each [seeds, users], over the same users and seeds of their own.
 
-    The standard error is that of a bootstrap over users, who are the same in both arms, and over seeds, which are not,
-    in closed form: the mean of a resample has the variance of what is drawn, over its number. A user's mean over seeds
-    has some of the luck of a user in a run, and so has a seed's mean over users; to draw both as they are would count
-    it more than once. So users are drawn with their means, which have it, and seeds with theirs shrunk by as much of
-    their variance as it explains (Davison & Hinkley 1997, section 3.8). The degrees of freedom are Satterthwaite's, of
-    the variance between users and of what is left of that between seeds.
+    A score has a part of its user, which both arms share, one of its seed, and the luck of a user in a run. The
+    standard error is that over other users and other seeds. The variance of a user's mean difference has the luck in
+    it, and so has that of a seed's mean; the luck is counted once, so it is subtracted from the variance between seeds,
+    which is at least 0 (analysis of variance with two random factors, Searle et al. 1992, chapter 4). The degrees of
+    freedom are Satterthwaite's (1946), of the mean squares before the subtraction, and no fewer than those of the
+    seeds.
 
     Raises ValueError for fewer than two seeds or users, and for users that are not the same in number.
     """
@@ -71,8 +84,18 @@ def compare_paired(ours: Array, theirs: Array) -> Comparison:
     users = ours.shape[1]
     differences = ours.mean(0) - theirs.mean(0)  # [users]
     parts = [(float(differences.var(ddof=1)) / users, users - 1)]
-    parts += [(_between(arm) / len(arm), len(arm) - 1) for arm in (ours, theirs)]
-    return _comparison(float(differences.mean()), parts)
+    variance = of_users = parts[0][0]
+    for arm in (ours, theirs):
+        seeds, means = len(arm), arm.mean(1)
+        luck = arm - arm.mean(0) - means[:, None] + arm.mean()
+        of_seeds = float(means.var(ddof=1)) / seeds
+        of_luck = float((luck**2).sum()) / ((seeds - 1) * (users - 1)) / (seeds * users)
+        variance += max(0.0, of_seeds - of_luck)
+        of_users -= of_luck
+        parts += [(of_seeds, seeds - 1), (of_luck, (seeds - 1) * (users - 1))]
+    least = min(len(ours), len(theirs)) - 1
+    df = max(float(least), _df(variance, parts))
+    return Comparison(float(differences.mean()), sqrt(variance), df, sqrt(max(0.0, of_users)))
 
 
 def compare(ours: Array, theirs: Array) -> Comparison:
@@ -81,23 +104,15 @@ def compare(ours: Array, theirs: Array) -> Comparison:
     difference = float(ours.mean() - theirs.mean())
     if min(len(ours), len(theirs)) < 2 or (np.ptp(ours) == 0 and np.ptp(theirs) == 0):
         return Comparison(difference, nan, nan)
-    return _comparison(difference, [(float(arm.var(ddof=1)) / len(arm), len(arm) - 1) for arm in (ours, theirs)])
+    parts = [(float(arm.var(ddof=1)) / len(arm), len(arm) - 1) for arm in (ours, theirs)]
+    variance = sum(part for part, _ in parts)
+    return Comparison(difference, sqrt(variance), _df(variance, parts))
 
 
-def _comparison(difference: float, parts: list[tuple[float, int]]) -> Comparison:
-    """From independent estimates of variances, and the degrees of freedom of each."""
-    total = sum(part for part, _ in parts)
-    df = total**2 / sum(part**2 / free for part, free in parts) if total > 0 else float(max(free for _, free in parts))
-    return Comparison(difference, sqrt(total), df)
-
-
-def _between(arm: Array) -> float:
-    """The variance of runs that seeds alone explain."""
-    seeds, users = arm.shape
-    means = arm.mean(1) - arm.mean()
-    luck = arm - arm.mean(0) - means[:, None]
-    explained = (luck**2).sum() / ((seeds - 1) * (users - 1)) / users
-    return max(0.0, float(means.var(ddof=1) - explained))
+def _df(variance: float, parts: list[tuple[float, int]]) -> float:
+    """Satterthwaite's degrees of freedom of a variance that is the sum, with signs, of estimates with their own."""
+    spread = sum(part**2 / free for part, free in parts)
+    return variance**2 / spread if spread > 0 else float(max(free for _, free in parts))
 
 
 def holm(p: Sequence[float]) -> list[float]:

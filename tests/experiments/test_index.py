@@ -28,7 +28,7 @@ from experiments.reporting.layout import Entry, Panel
 from experiments.reporting.outcomes import Outcome, Pair
 from experiments.reporting.page import Page
 from experiments.reporting.simulations import simulation_page
-from experiments.reporting.statistics import Comparison, compare, mean_interval
+from experiments.reporting.statistics import Comparison, compare, compare_paired, mean_interval
 from experiments.reporting.tuning_tables import format_setting
 from experiments.reporting.web import findings
 from experiments.reporting.web.cells import detail
@@ -328,6 +328,7 @@ def test_what_is_said_of_the_comparisons():
     assert few.text.count("Adam-LAWN against") == 1  # the same runs, under two names
     assert few.text.startswith("Adam-LAWN against Adam, P, 1k: +2.00 (95 % interval +1.7")
     assert few.text.endswith("3 and 3 seeds; the paper +1.50): better.")
+    assert few.pages == ("table9",)
     many = [pair(gain, 0.5, column=f"{i}k") for i, gain in enumerate((3.0, 4.0, 0.1, -3.0))]
     (said,) = findings.findings([table_with(*many)])
     assert "Of 4 comparisons with LAWN and without, LAWN is better in 2, worse in 1, and 1 are not decided" in said.text
@@ -338,11 +339,38 @@ def test_what_is_said_of_the_comparisons():
 def test_what_is_said_of_the_number_of_epochs():
     pairs = [pair(2.0, 0.1, column="15 epochs"), pair(-2.0, 0.1, column="30 epochs")]
     (said,) = findings.findings([empty_page(replace(MINI, name="horizon"), [], pairs=pairs)])
-    first, second = said.text.removesuffix(".").split(". Adam-LAWN")
-    assert first.startswith("Adam-LAWN against Adam, P, 15 epochs: +2.00 (")
+    first, second = said.text.removesuffix(".").split("; 30 epochs -2.00 (")
+    assert first.startswith("Adam-LAWN against Adam, P: 15 epochs +2.00 (")
     assert first.endswith(": better")
     assert second.endswith(": worse")
     assert findings.findings([empty_page(replace(MINI, name="horizon"), [])]) == []
+
+
+def test_what_would_decide_a_comparison_that_is_not_decided():
+    """Two seeds and 400 users decide nothing; more seeds help as far as the users go."""
+    rng = np.random.default_rng(0)
+    users = rng.normal(size=400)
+    ours, theirs = (100.0 * (rng.normal(size=(2, 400)) < users + rng.normal(size=400)) for _ in range(2))
+    gain = compare_paired(ours, theirs)
+    assert 0 < gain.floor < gain.error
+    open_ = replace(pair(0.0, 1.0), gain=gain, seeds=(2, 2), epochs=60, paper_epochs=300)
+    for paper, words in (
+        (9.0, r"the paper's with \d+ seeds\.$"),
+        (0.01, "no number of seeds: the test users are too few"),
+    ):
+        (said,) = findings.findings([table_with(replace(open_, paper=paper))])
+        assert re.search(
+            rf"after 60 epochs: .*the paper .* after 300\): not decided; a true gain of .*{words}", said.text
+        )
+    assert gain.seeds_needed(9.0, 2) <= gain.seeds_needed(8.0, 2)
+    needed = gain.seeds_needed(8.0, 2)
+    enough = sqrt(gain.floor**2 + (gain.error**2 - gain.floor**2) * 2 / needed)
+    assert Comparison(0, enough, 2 * (needed - 1)).detectable() <= 8.0
+
+
+def test_a_small_p_may_be_large_after_holms_correction():
+    (said,) = findings.findings([table_with(replace(pair(2.0, 0.5), adjusted=0.06))])
+    assert ": not decided after Holm's correction; a true gain of " in said.text
 
 
 def test_a_comparison_in_several_tables_is_counted_once():

@@ -19,9 +19,9 @@ from experiments.planning.study import Tuning, studies
 from experiments.records import Record, Store
 from experiments.reporting import drawing, report
 from experiments.reporting.charts import CHARTS
-from experiments.reporting.layout import format_mean
+from experiments.reporting.layout import Entry, Panel, format_mean
 from experiments.reporting.outcomes import Outcome, comparisons, outcomes
-from experiments.reporting.page import entry
+from experiments.reporting.page import entry, provenance
 from experiments.reporting.sentences import summary
 from experiments.reporting.simulations import simulation_page
 from experiments.reporting.statistics import compare, compare_paired, holm, mean_and_error
@@ -200,11 +200,11 @@ def table(smaller_is_better: bool = False) -> tuple[Experiment, list[Outcome]]:
 def test_the_summary_names_what_differs_from_the_paper():
     experiment, found = table()
     first, second = comparisons(experiment, found)
-    assert (first.gain.difference, first.paper, first.sign_differs) == (-2.0, 2.0, True)
-    assert (second.gain.difference, second.paper, second.sign_differs) == (6.0, 2.0, False)
+    assert (first.gain.difference, first.paper, first.sign) == (-2.0, 2.0, -1)
+    assert (second.gain.difference, second.paper, second.sign) == (6.0, 2.0, 1)
     lines = summary(experiment, found)
     assert lines[0] == (
-        "With LAWN the number is better in 1 of 2 comparisons (p < 0.05 in 1) and worse in 1 (p < 0.05 in 0); "
+        "With LAWN the number is better in 1 of 2 comparisons (p < 0.05 in 1), and worse in 1 (p < 0.05 in 0); "
         "Welch's test over seeds, p after Holm's correction for 2 comparisons."
     )
     assert lines[1].startswith(
@@ -214,6 +214,36 @@ def test_the_summary_names_what_differs_from_the_paper():
     assert lines[2] == ("Order at 1k: Adam > Adam-LAWN > SGD; in the paper Adam-LAWN > Adam > SGD.")
     assert lines[3] == "Order at 100k: Adam-LAWN > Adam > SGD; as in the paper."
     assert summary(experiment, [made_up(o.cell) for o in found]) == []
+
+
+def test_the_comparison_of_the_same_runs_is_counted_once():
+    """Where the search chose the same setting for two rows."""
+    experiment, found = table()
+    again = Cell("Adam, eps tuned", (), column="1k")
+    pairs = (*experiment.pairs, ("Adam, eps tuned", "Adam-LAWN"))
+    experiment = replace(experiment, cells=(*experiment.cells, again), pairs=pairs)
+    found.append(replace(found[1], cell=again))
+    first, second, other = comparisons(experiment, found)
+    assert (first.gain, first.adjusted) == (second.gain, second.adjusted)
+    assert [first.adjusted, other.adjusted] == holm([first.gain.p, other.gain.p])
+    (line, *_) = summary(experiment, found)
+    assert line.startswith(
+        "With LAWN the number is better in 1 of 2 comparisons (3 by name: some are of the same runs) (p < 0.05 in 1), "
+        "and worse in 1 (p < 0.05 in 0);"
+    )
+    assert line.endswith("for 2 comparisons.")
+
+
+def test_equal_numbers_are_neither_better_nor_worse():
+    experiment, found = table()
+    found[2] = made_up(found[2].cell, 68.0, 67.0, 66.0)
+    first, _ = comparisons(experiment, found)
+    assert (first.gain.difference, first.sign) == (0, 0)
+    lines = summary(experiment, found)
+    assert "better in 1 of 2 comparisons (p < 0.05 in 1), equal in 1, and worse in 0 (p < 0.05 in 0);" in lines[0]
+    assert lines[1] == "The sign agrees with the paper in 1 of the 2 comparisons that the paper has."
+    horizon = replace(experiment, figure="horizon")
+    assert "After 1k: Adam 67.00 = Adam-LAWN 67.00 > SGD 61.00." in summary(horizon, found)
 
 
 def test_different_budgets_are_not_compared():
@@ -393,6 +423,7 @@ def test_dirty_and_different_versions_of_the_code_are_shown(results):
     write_records(path, records)
     page = report.experiment_page(replace(MINI, cells=MINI.cells[:2]), Store(results))
     a, b = "a" * 10, "b" * 10
+    assert provenance(page.records * 2) == provenance(page.records)  # shown in two cells
     assert page.provenance.startswith(
         f"4 runs, code {a} (1), {a} with uncommitted changes (1), no git (1), {a} then {b} (1); torch "
     )
@@ -579,12 +610,15 @@ def test_the_overview_lists_every_page():
         assert f"- [{experiment.title}]({name}.md)\n" in text
 
 
-def test_a_summary_is_the_first_panel_without_links():
+def test_a_summary_is_the_columns_with_numbers_of_ours():
     page = report.page_of(EXPERIMENTS["table4"], Store(ROOT / "results"))
-    head, _, *rows = report.summary_table(page).splitlines()
-    assert head.startswith("| MovieLens-100k | batch 1k; ")
-    assert len(rows) == sum(any(entry.ours or entry.paper for entry in entries) for _, entries in page.panels[0].rows)
-    assert "](" not in "".join(rows)
+    tables = [table.splitlines() for table in report.summary_table(page).split("\n\n")]
+    for (head, _, *rows), panel in zip(tables, page.panels, strict=False):
+        ours = [k for k in range(len(panel.columns)) if any(entries[k].ours for _, entries in panel.rows)]
+        assert head == f"| {' | '.join([panel.title, *(panel.columns[k] for k in ours)])} |"
+        assert len(rows) == sum(any(es[k].ours or es[k].paper for k in ours) for _, es in panel.rows)
+        assert "](" not in "".join(rows)
+    assert report.summary_table(replace(page, panels=[Panel("P", ["c"], [("row", [Entry("", "66.00")])])])) == ""
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isnan
+from math import inf, isnan
 
 import numpy as np
 
-from experiments.definitions.tuning_curves import SHORT
+from experiments.definitions.tuning_curves import FULL, SHORT
 from experiments.reporting.curves import K
 from experiments.reporting.layout import format_signed
 from experiments.reporting.outcomes import Pair, places
 from experiments.reporting.page import Page
+from experiments.reporting.sentences import LEVEL
 from experiments.reporting.statistics import Comparison, mean_interval
 from experiments.reporting.trials import best_of_curves
 
@@ -21,7 +22,7 @@ FEW = 3  # comparisons that are listed by themselves
 class Finding:
     title: str
     text: str
-    page: str  # name of the page that it is from
+    pages: Sequence[str]  # names of the pages that it is from
 
 
 def coverage(pages: Sequence[Page]) -> str:
@@ -54,46 +55,55 @@ def verdict(low: float, high: float) -> str:
     return "better" if low > 0 else "worse" if high < 0 else "not decided"
 
 
+def verdict_of(pair: Pair) -> str:
+    """What the interval of a comparison says, if its p-value is still small after Holm's correction over its table."""
+    said = verdict(*pair.gain.interval())
+    return "not decided after Holm's correction" if said != "not decided" and pair.adjusted >= LEVEL else said
+
+
 def _with_and_without(tables: Sequence[Page]) -> Finding | None:
     """The comparisons of the headline metric in all tables, in percent; those of the same runs, which have the same
-    numbers under the names of several tables, are counted once.
+    numbers under the names of several tables, are counted once, by the last name that the paper has a number for.
     """
     measured: dict[Comparison, tuple[Page, Pair]] = {}
     for page in tables:
         if page.experiment is None or page.experiment.measures[0].key != "headline":
             continue
         for pair in page.pairs:
-            if not isnan(pair.gain.p):
-                measured.setdefault(pair.gain, (page, pair))
+            if not isnan(pair.gain.p) and (pair.gain not in measured or not isnan(pair.paper)):
+                measured[pair.gain] = page, pair
     if not measured:
         return None
     pairs = [pair for _, pair in measured.values()]
-    intervals = [pair.gain.interval() for pair in pairs]
     if len(pairs) <= FEW:
         text = " ".join(f"{_sentence(pair)}." for pair in pairs)
     else:
-        said = [verdict(*interval) for interval in intervals]
+        said = [verdict_of(pair) for pair in pairs]
+        better, worse = said.count("better"), said.count("worse")
         text = (
-            f"Of {len(pairs)} comparisons with LAWN and without, LAWN is better in {said.count('better')}, worse in "
-            f"{said.count('worse')}, and {said.count('not decided')} are not decided: their 95 % intervals hold 0. "
+            f"Of {len(pairs)} comparisons with LAWN and without, LAWN is better in {better}, worse in {worse}, and "
+            f"{len(pairs) - better - worse} are not decided: their 95 % intervals hold 0, or would after Holm's "
+            "correction. "
             f"The gain is {format_signed(float(np.mean([p.gain.difference for p in pairs])))} on average "
             f"({_interval(*mean_interval([p.gain.difference for p in pairs]))}, over comparisons)."
         )
-    return Finding(
-        "Is LAWN better than what it is compared with, both tuned?", text, next(iter(measured.values()))[0].name
-    )
+    shown = tuple(dict.fromkeys(page.name for page, _ in measured.values()))
+    return Finding("Is LAWN better than what it is compared with, both tuned?", text, shown)
 
 
 def _horizon(page: Page) -> Finding | None:
     """The gain after each number of epochs."""
-    known = [pair for pair in page.pairs if not isnan(pair.gain.p)]
-    if not known:
+    gains: dict[str, list[str]] = {}
+    for pair in page.pairs:
+        if not isnan(pair.gain.p):
+            said = f"{pair.column} {_gain(pair)}: {verdict_of(pair)}"
+            gains.setdefault(", ".join(filter(None, (f"{pair.rival} against {pair.base}", pair.panel))), []).append(
+                said
+            )
+    if not gains:
         return None
-    return Finding(
-        "How does the gain change with the number of epochs?",
-        " ".join(f"{_sentence(pair)}." for pair in known),
-        page.name,
-    )
+    text = " ".join(f"{names}: {'; '.join(said)}." for names, said in gains.items())
+    return Finding("How does the gain change with the number of epochs?", text, (page.name,))
 
 
 def _tuning(page: Page) -> Finding | None:
@@ -101,38 +111,73 @@ def _tuning(page: Page) -> Finding | None:
     best = {(o.cell.panel, o.cell.column, o.cell.row): curve for o, curve in best_of_curves(list(page.outcomes))}
     parts = []
     for base, rival in page.experiment.pairs if page.experiment else ():
-        gains = [
-            float(best[(*place, rival)].mean[K - 1] - best[(*place, base)].mean[K - 1])
+        at = {
+            place: float(best[(*place, rival)].mean[K - 1] - best[(*place, base)].mean[K - 1])
             for place in places(page.outcomes)
-            if place[0] == SHORT and {(*place, base), (*place, rival)} <= set(best)
-        ]
+            if {(*place, base), (*place, rival)} <= set(best)
+        }
+        gains = [gain for place, gain in at.items() if place[0] == SHORT]
         if len(gains) > 1:
             interval = mean_interval(gains)
             parts.append(
                 f"{rival} against {base} {format_signed(float(np.mean(gains)))} points ({_interval(*interval)}, over "
-                f"{len(gains)} batch sizes, each a grid with one seed): {verdict(*interval)}"
+                f"{len(gains)} batch sizes): {verdict(*interval)}"
+                + "".join(
+                    f", but {format_signed(gain)} with the paper's schedule at {column}"
+                    for (panel, column), gain in at.items()
+                    if panel == FULL
+                )
             )
     if not parts:
         return None
-    text = f"Expected best of {K} random settings on the validation split: {'; '.join(parts)}."
-    return Finding("Is E_free easier to tune than weight decay?", text, page.name)
+    text = (
+        f"Expected best of {K} random settings of a grid with short schedules and one seed, on the validation split: "
+        f"{'; '.join(parts)}."
+    )
+    return Finding("Does tuning E_free give more than tuning weight decay, in as many trials?", text, (page.name,))
 
 
 def _attenuated(page: Page) -> Finding | None:
+    """The gain at the last epoch, beside the best epoch of the free run."""
     known = [pair for pair in page.pairs if not isnan(pair.gain.p)]
     if not known:
         return None
-    return Finding("Do attenuated logits keep a network adaptive?", f"{_sentence(known[0])}.", page.name)
+    free, fixed = (
+        next(outcome for outcome in page.outcomes if outcome.cell.row == row) for row in (known[0].base, known[0].rival)
+    )
+    best = np.mean([record.history["test_hr10"].max() for record in free.records])
+    last = [float(np.mean([record.headline for record in outcome.records])) for outcome in (free, fixed)]
+    what = page.title.partition(": ")[2]
+    text = (
+        f"{what[:1].upper()}{what[1:]}, test HR@10 in % at the last epoch: {_sentence(known[0])}. On average the "
+        f"best epoch of {free.cell.row} gave {best:.2f}, the last epochs of the two {last[0]:.2f} and {last[1]:.2f}."
+    )
+    return Finding("Do attenuated logits keep a network adaptive?", text, (page.name,))
 
 
 def _sentence(pair: Pair) -> str:
-    said = verdict(*pair.gain.interval())
+    """The comparison; of one that is not decided also what would decide it."""
+    gain = pair.gain
+    said = verdict_of(pair)
     where = f", {pair.place}" if pair.place else ""
+    epochs = pair.epochs if pair.epochs != pair.paper_epochs else None
+    ours = f" after {epochs} epochs" if epochs and not pair.column.endswith(" epochs") else ""
     printed = "" if isnan(pair.paper) else f"; the paper {format_signed(pair.paper)}"
-    return (
-        f"{pair.rival} against {pair.base}{where}: {format_signed(pair.gain.difference)} "
-        f"({_interval(*pair.gain.interval())}; {pair.seeds[1]} and {pair.seeds[0]} seeds{printed}): {said}"
-    )
+    printed += f" after {pair.paper_epochs}" if ours and printed else ""
+    if said.startswith("not decided"):
+        said += f"; a true gain of {gain.detectable():.2g} would be found with 80 % probability"
+        seeds = min(pair.seeds)
+        if not isnan(pair.paper) and pair.paper and seeds > 1:
+            needed = gain.seeds_needed(pair.paper, seeds)
+            said += ", the paper's with " + (
+                f"{needed} seeds" if needed < inf else "no number of seeds: the test users are too few"
+            )
+    return f"{pair.rival} against {pair.base}{where}{ours}: {_gain(pair, printed)}: {said}"
+
+
+def _gain(pair: Pair, printed: str = "") -> str:
+    seeds = f"{pair.seeds[1]} and {pair.seeds[0]} seeds"
+    return f"{format_signed(pair.gain.difference)} ({_interval(*pair.gain.interval())}; {seeds}{printed})"
 
 
 def _interval(low: float, high: float) -> str:
