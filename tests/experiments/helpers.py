@@ -7,9 +7,11 @@ import time
 from base64 import b64decode
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from experiments.__main__ import EXPERIMENTS, SIMULATIONS
 from experiments.definitions.spec import Cell, Experiment, Measure
 from experiments.execution import runner
 from experiments.execution.executor import Executor, JobResult
@@ -17,9 +19,12 @@ from experiments.execution.pool import Pool
 from experiments.planning.grid import Job
 from experiments.planning.study import studies
 from experiments.records import Store
+from experiments.reporting import report
+from experiments.reporting.page import Page
+from experiments.reporting.simulations import simulation_page
 from lawn.errors import UserError
 from lawn.train import train, train_vectorized
-from tests.helpers import FIXTURES
+from tests.helpers import FIXTURES, ROOT
 
 SHORT = ("dataset=digits", "train.epochs=3", "model.widths=[8]", "dataset.limit=100")
 ACCURACY = Measure("headline", "test accuracy, %")
@@ -41,6 +46,22 @@ MINI = Experiment(
 )
 
 TUNED = Experiment("tuned", "Tuned", (Cell("Adam", (*SHORT, "optim=adam"), sweep="peak_lr"),), (ACCURACY,), seeds=2)
+
+
+RESULTS = ROOT / "results"
+
+
+@cache
+def committed_store() -> Store:
+    return Store(RESULTS)
+
+
+@cache
+def committed_page(name: str) -> Page:
+    """The page of an experiment or a simulation from the committed records; no test changes it."""
+    if name in SIMULATIONS:
+        return simulation_page(SIMULATIONS[name], RESULTS)
+    return report.page_of(EXPERIMENTS[name], committed_store())
 
 
 class SerialPool(Pool):

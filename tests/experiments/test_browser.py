@@ -15,9 +15,8 @@ import pytest
 from experiments.__main__ import EXPERIMENTS, SIMULATIONS
 from experiments.records import Store
 from experiments.reporting import report
-from experiments.reporting.simulations import simulation_page
 from experiments.reporting.web.index import index_html
-from tests.experiments.helpers import MINI
+from tests.experiments.helpers import MINI, committed_page
 from tests.helpers import ROOT
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -384,9 +383,7 @@ def serious(axe, page) -> list[tuple[str, str, str]]:
 @pytest.mark.slow
 def test_ten_times_as_much_opens_fast(chromium, tmp_path):
     """In 1.5 s and with 200 MB of the page's process, on a quiet machine; here with room for a busy one."""
-    store = Store(ROOT / "results")
-    pages = [report.page_of(experiment, store) for experiment in EXPERIMENTS.values()]
-    pages += [simulation_page(simulation, ROOT / "results") for simulation in SIMULATIONS.values()]
+    pages = [committed_page(name) for name in (*EXPERIMENTS, *SIMULATIONS)]
     path = tmp_path / "index.html"
     drawn = [page.name for page in pages if page.chart is None and page.figure is not None]
     images = {f"{name}-{k}": (ROOT / "results" / f"{name}.svg").read_text() for name in drawn for k in range(10)}

@@ -35,11 +35,9 @@ from experiments.reporting.web.cells import detail
 from experiments.reporting.web.data import MAX_POINTS, chart_data
 from experiments.reporting.web.index import ASSETS, LIBRARIES, TEMPLATES, index_html
 from lawn.errors import ConfigError
-from tests.experiments.helpers import MINI, SHORT, TUNED, records_in, run_experiment, unfolded
+from tests.experiments.helpers import MINI, RESULTS, SHORT, TUNED, committed_page, records_in, run_experiment, unfolded
 from tests.experiments.test_report import made_up
 from tests.helpers import ROOT
-
-RESULTS = ROOT / "results"
 
 
 class Tables(HTMLParser):
@@ -90,9 +88,7 @@ def committed() -> Tables:
 
 
 def test_the_committed_page_is_that_of_the_records():
-    store = Store(RESULTS)
-    pages = [report.page_of(experiment, store) for experiment in EXPERIMENTS.values()]
-    pages += [simulation_page(simulation, RESULTS) for simulation in SIMULATIONS.values()]
+    pages = [committed_page(name) for name in (*EXPERIMENTS, *SIMULATIONS)]
     text, committed = report.index(pages, RESULTS), (RESULTS / "index.html").read_text()
     assert unpacked(text) == unpacked(committed)
     assert len(committed) < 1.5e6
@@ -177,7 +173,7 @@ def test_the_frame_in_a_short_grid_is_at_the_place_that_is_told(committed):
 
 
 def test_the_gains_of_the_committed_page_are_those_of_the_comparisons(committed):
-    pages = pages_of(RESULTS, list(EXPERIMENTS.values()))
+    pages = [committed_page(name) for name in EXPERIMENTS]
     gains = {f"{pair.gain.difference:.6g}": pair.gain.interval() for page in pages for pair in page.pairs}
     shown = [cell for cell in committed.cells if "gain" in cell]
     assert {cell["gain"] for cell in shown} == set(gains)

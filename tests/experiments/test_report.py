@@ -23,14 +23,24 @@ from experiments.reporting.layout import Entry, Panel, format_mean
 from experiments.reporting.outcomes import Outcome, comparisons, outcomes
 from experiments.reporting.page import entry, provenance
 from experiments.reporting.sentences import summary
-from experiments.reporting.simulations import simulation_page
 from experiments.reporting.statistics import compare, compare_paired, holm, mean_and_error
 from lawn.compose import compose
 from lawn.errors import RunError
 from lawn.identity import run_name
 from lawn.plotting import Figure
 from lawn.train.run_directory import encode_outcomes
-from tests.experiments.helpers import ACCURACY, MINI, SHORT, TUNED, records_in, run_experiment, unfolded, write_records
+from tests.experiments.helpers import (
+    ACCURACY,
+    MINI,
+    SHORT,
+    TUNED,
+    committed_page,
+    committed_store,
+    records_in,
+    run_experiment,
+    unfolded,
+    write_records,
+)
 from tests.helpers import RECOMMENDERS, ROOT
 
 
@@ -449,19 +459,10 @@ def test_a_record_that_is_not_what_it_says_is_refused(results, part):
         list(Store(results).all())
 
 
-@pytest.fixture(scope="module")
-def committed():
-    return Store(ROOT / "results")
-
-
 @pytest.mark.parametrize("name", [*EXPERIMENTS, *SIMULATIONS])
-def test_committed_results_are_those_of_the_records(name, committed, tmp_path):
+def test_committed_results_are_those_of_the_records(name, tmp_path):
     """Every number of a committed page, and of its blocks in other pages, is computed again; no figure is drawn."""
-    page = (
-        simulation_page(SIMULATIONS[name], ROOT / "results")
-        if name in SIMULATIONS
-        else report.page_of(EXPERIMENTS[name], committed)
-    )
+    page = committed_page(name)
     report.write(page, tmp_path)
     written = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.suffix in (".md", ".csv", ".tex")]
     assert len(written) == 3 + (ROOT / "results" / "tuning" / f"{name}.csv").exists()
@@ -476,10 +477,11 @@ FIGURES = [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "tuning")) for
 
 
 @pytest.mark.parametrize("kind", FIGURES)
-def test_every_kind_of_figure_is_drawn(kind, committed):
+def test_every_kind_of_figure_is_drawn(kind):
     experiments = [experiment for experiment in EXPERIMENTS.values() if experiment.figure == kind]
     experiments.append(replace(EXPERIMENTS["figure2"], figure=kind))  # where no run is recorded yet
-    page = next(page for page in (report.page_of(e, committed) for e in experiments) if page.figure_shown)
+    store = committed_store()
+    page = next(page for page in (report.page_of(e, store) for e in experiments) if page.figure_shown)
     with io.StringIO() as file:
         page.figure().savefig(file, format="svg")
         assert file.getvalue().count("<path") > 20
@@ -525,10 +527,10 @@ def test_a_batch_size_may_be_spelled_otherwise(tmp_path):
     assert len(outcome.records) == 2
 
 
-def test_a_large_standard_error_is_explained(committed):
+def test_a_large_standard_error_is_explained():
     """No mean of a committed page is uncertain by more than two points without a sentence that says why."""
-    for experiment in EXPERIMENTS.values():
-        page = report.page_of(experiment, committed)
+    for name, experiment in EXPERIMENTS.items():
+        page = committed_page(name)
         for outcome in page.outcomes:
             error = mean_and_error([record.value("headline") for record in outcome.records if not record.diverged])[1]
             if error > 2 and experiment.measures[0].key == "headline":
@@ -611,7 +613,7 @@ def test_the_overview_lists_every_page():
 
 
 def test_a_summary_is_the_columns_with_numbers_of_ours():
-    page = report.page_of(EXPERIMENTS["table4"], Store(ROOT / "results"))
+    page = committed_page("table4")
     tables = [table.splitlines() for table in report.summary_table(page).split("\n\n")]
     for (head, _, *rows), panel in zip(tables, page.panels, strict=False):
         ours = [k for k in range(len(panel.columns)) if any(entries[k].ours for _, entries in panel.rows)]
