@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import fields
 from functools import cache
 from glob import glob
 from importlib.metadata import version
@@ -17,10 +16,10 @@ from typing import Any
 import hydra
 from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, flag_override
 
-from lawn.config import GROUPS, Config, register
+from lawn.config import Config, register
 from lawn.errors import ConfigError, UserError
 from lawn.explain import explain, is_hydra_error
 from lawn.files import atomic
@@ -38,30 +37,11 @@ def compose(*overrides: str) -> Config:
 def compose_unchecked(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
     """The composed config before validation, and the values of each key that a multirun would sweep over."""
     try:
-        return _without_hydra(_compose(*overrides))
+        return without_hydra(_compose(*overrides))
     except Exception as error:
         if not is_hydra_error(error):
             raise
         raise ConfigError(explain(error)) from None  # a notebook would show the whole chain of errors
-
-
-def compose_many(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
-    """The same as compose_unchecked, much faster for many configs with the same members of groups.
-
-    Hydra composes each choice of members once on a machine, and the values of keys are set on a copy.
-    """
-    try:
-        parsed = [parse_override(override) for override in overrides]
-        values = [override for override in parsed if _sets_value(override)]
-        choices = (str(override.input_line) for override in parsed if override not in values)
-        composed = _compose_choices(*choices).copy()
-        for value in values:
-            OmegaConf.update(composed, value.key_or_group, value.value())
-        return _without_hydra(composed)
-    except Exception as error:
-        if not is_hydra_error(error):
-            raise
-        return compose_unchecked(*overrides)  # whose error names the override
 
 
 def _compose(*overrides: str) -> DictConfig:
@@ -72,7 +52,7 @@ def _compose(*overrides: str) -> DictConfig:
         return hydra.compose("config", list(overrides), return_hydra_config=True)
 
 
-def _without_hydra(composed: DictConfig) -> tuple[DictConfig, dict[str, str]]:
+def without_hydra(composed: DictConfig) -> tuple[DictConfig, dict[str, str]]:
     """Remove the node `hydra`, and return the values that its sweeper has."""
     axes = OmegaConf.to_container(composed.hydra.sweeper.params or OmegaConf.create(), resolve=True)
     assert isinstance(axes, dict)
@@ -87,8 +67,8 @@ def parse_override(override: str) -> Override:
 
 
 @cache
-def _compose_choices(*choices: str) -> DictConfig:
-    """The composed config with nothing but the sweeper's values below `hydra`; smaller configs are faster to copy.
+def compose_choices(*choices: str) -> DictConfig:
+    """The config that Hydra composes, with nothing but the sweeper's values below `hydra`.
 
     Hydra takes long, so it is kept in the user's cache, by a hash of everything that it comes from.
     """
@@ -140,13 +120,6 @@ def _cache_files(choices: tuple[str, ...]) -> Iterator[Path]:
 
 def _checksum(content: bytes) -> bytes:
     return hashlib.sha256(content).hexdigest().encode()
-
-
-def _sets_value(override: Override) -> bool:
-    """Whether the override sets one value of a key of the schema."""
-    section = override.key_or_group.partition(".")[0]
-    known = section in {field.name for field in fields(Config)} and override.key_or_group not in GROUPS
-    return known and override.type is OverrideType.CHANGE and not override.is_sweep_override()
 
 
 def refuse_sweeps(overrides: Iterable[str], swept: Mapping[str, Any]) -> None:

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lawn.compose import compose_many
+from lawn.composition import compose_many
 from lawn.config import Config
 from lawn.data.interactions import Interactions
 from lawn.data.movielens import movielens1m
 from lawn.data.ratings import Ratings, read_ratings, renumber
-from lawn.validation import validate
+from lawn.validation import check
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +35,9 @@ FIXTURES = {
 
 def compose(*overrides: str) -> Config:
     """The config of these overrides; Hydra composes each choice of members once."""
-    return validate(compose_many(*overrides)[0])
+    config = compose_many(*overrides).config
+    check(config)
+    return config
 
 
 def run(*arguments: str, script: str = "run.py", **environment: str) -> subprocess.CompletedProcess[str]:

@@ -2,10 +2,15 @@ import re
 import shutil
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lawn import compose as module
-from lawn.compose import compose, compose_many, compose_unchecked, refuse_sweeps
+from lawn import composition
+from lawn.compose import compose, compose_unchecked, refuse_sweeps
+from lawn.composition import compose_many
 from lawn.errors import ConfigError, UserError
+from lawn.validation import resolve
 
 
 @pytest.mark.parametrize(
@@ -56,11 +61,42 @@ def test_without_a_checkout_an_error_names_the_remedy(tmp_path, monkeypatch):
     ],
 )
 def test_composing_many_gives_what_composing_one_gives(overrides):
-    composed, swept = compose_many(*overrides)
-    again, _ = compose_many(*overrides)
-    assert (composed, swept) == compose_unchecked(*overrides)
-    assert again == composed
-    assert again is not composed
+    composed, swept = compose_unchecked(*overrides)
+    found = compose_many(*overrides)
+    assert (found.config, found.swept) == (resolve(composed), swept)
+    other = compose_many(*overrides, "train.epochs=90")
+    assert other.config == resolve(compose_unchecked(*overrides, "train.epochs=90")[0])
+    bare = [override for override in overrides if "." not in override.partition("=")[0]]
+    assert compose_many(*bare).config == resolve(compose_unchecked(*bare)[0])
+    again = compose_many(*overrides)
+    assert (again.config, again.swept) == (found.config, found.swept)
+    assert again.config.optim is not found.config.optim
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            (
+                "optim.lr=0.3",
+                "optim.betas=[0.5,0.6]",
+                "train.epochs=7",
+                "train.epochs=${seed}",
+                "optim.free_epochs=2",
+                "optim.free_epochs=${scaled:1,2}",
+                "seed=5",
+                "data_dir='a b'",
+                "schedule.warmup_epochs=${optim.free_epochs}",
+            )
+        ),
+        unique_by=lambda override: override.partition("=")[0],
+    ),
+    st.sampled_from((("optim=adam_lawn",), ("optim=adam_lawn", "dataset=cifar10", "sweep=cifar/adam_lawn"))),
+)
+@settings(deadline=None, max_examples=6)
+def test_what_is_set_does_not_stay_set(values, choices):
+    found = compose_many(*choices, *values)
+    composed, swept = compose_unchecked(*choices, *values)
+    assert (found.config, found.swept) == (resolve(composed), swept)
 
 
 @pytest.mark.parametrize(
@@ -80,39 +116,43 @@ def cache(tmp_path, monkeypatch):
     """The folder of composed configs, empty, as for a new process."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))  # that of the user may have the config
-    module._compose_choices.cache_clear()
+    forget()
     yield tmp_path / "lawn" / "conf"
-    module._compose_choices.cache_clear()
+    forget()
+
+
+def forget():
+    """What this process has composed."""
+    module.compose_choices.cache_clear()
+    composition._members.cache_clear()
 
 
 def test_a_choice_of_members_is_composed_once_on_a_machine(cache, monkeypatch):
-    composed, swept = compose_many("optim=sgd", "sweep=peak_lr", "train.epochs=3")
+    first = compose_many("optim=sgd", "sweep=peak_lr", "train.epochs=3")
     assert len(list(cache.iterdir())) == 1
-    module._compose_choices.cache_clear()
+    forget()
     monkeypatch.setattr(module, "_compose", lambda *_: pytest.fail("composed again"))
-    again, swept_again = compose_many("optim=sgd", "sweep=peak_lr", "train.epochs=4")
-    assert swept == swept_again
-    assert (composed.train.epochs, again.train.epochs) == (3, 4)
-    again.train.epochs = 3
-    assert composed == again
-    assert module.validate(again) == module.validate(composed)
+    again = compose_many("optim=sgd", "sweep=peak_lr", "train.epochs=4")
+    assert first.swept == again.swept
+    assert (first.config.train.epochs, again.config.train.epochs) == (3, 4)
+    assert first.with_value("train.epochs", 4).config == again.config
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff", b"0" * 64 + b"\n\x80"])
 def test_a_damaged_file_in_the_cache_is_replaced(cache, damage, monkeypatch):
-    expected = compose_many("optim=sgd")
+    expected = compose_many("optim=sgd").config
     (file,) = cache.iterdir()
     file.write_bytes(damage)
     for _ in range(2):
-        module._compose_choices.cache_clear()
-        assert compose_many("optim=sgd") == expected
+        forget()
+        assert compose_many("optim=sgd").config == expected
         monkeypatch.setattr(module, "_compose", lambda *_: pytest.fail("composed again"))
 
 
 def test_a_cache_that_cannot_be_written_is_not_needed(cache, monkeypatch, tmp_path):
     (tmp_path / "lawn").write_text("a file")
     monkeypatch.setenv("HOME", str(tmp_path / "lawn" / "nowhere"))
-    assert compose_many("optim=sgd")[0].optim.name == "sgd"
+    assert compose_many("optim=sgd").config.optim.name == "sgd"
 
 
 @pytest.fixture
@@ -126,23 +166,23 @@ def conf(cache, tmp_path, monkeypatch):
 
 def composed_anew(*overrides):
     """As by another process."""
-    module._compose_choices.cache_clear()
+    forget()
     return compose_many(*overrides)
 
 
 def test_other_configs_are_other_files(conf):
-    before = compose_many("optim=sgd")[0].optim.momentum
+    before = compose_many("optim=sgd").config.optim.momentum
     file = conf / "optim" / "sgd.yaml"
     file.write_text(re.sub(r"(?m)^momentum: .*$", "momentum: 0.123", file.read_text()))
-    assert before != composed_anew("optim=sgd")[0].optim.momentum == 0.123
+    assert before != composed_anew("optim=sgd").config.optim.momentum == 0.123
 
 
 def test_a_variable_that_chooses_a_member_is_part_of_what_was_composed(conf, monkeypatch):
     file = conf / "config.yaml"
     file.write_text(file.read_text().replace("schedule: linear", "schedule: ${oc.env:LAWN_SCHEDULE,linear}"))
-    assert composed_anew("optim=sgd")[0].schedule.name == "linear"
+    assert composed_anew("optim=sgd").config.schedule.name == "linear"
     monkeypatch.setenv("LAWN_SCHEDULE", "constant")
-    assert composed_anew("optim=sgd")[0].schedule.name == "constant"
+    assert composed_anew("optim=sgd").config.schedule.name == "constant"
 
 
 @pytest.mark.parametrize("where", ["a linked folder", "another search path"])
@@ -160,11 +200,11 @@ def test_configs_that_lie_elsewhere_are_read_again(conf, tmp_path, where):
         (folder / "rates.yaml").write_text(
             f"# @package _global_\nhydra: {{sweeper: {{params: {{optim.lr: '{rates}'}}}}}}\n"
         )
-        assert composed_anew("optim=sgd", f"sweep={sweep}")[1] == {"optim.lr": rates}
+        assert composed_anew("optim=sgd", f"sweep={sweep}").swept == {"optim.lr": rates}
 
 
 def test_files_beside_the_configs_do_not_matter(conf):
     (conf / "optim" / ".#sgd.yaml").symlink_to("user@host.1")  # of Emacs, while the file is edited
     (conf / "optim" / "lost.yaml").symlink_to("nowhere")
     (conf / "optim" / "old.yaml").write_bytes(b"# \xe4\n")
-    assert compose_many("optim=sgd")[0].optim.name == "sgd"
+    assert compose_many("optim=sgd").config.optim.name == "sgd"

@@ -20,6 +20,7 @@ LAYERS = """
     lawn.explain lawn.identity
     lawn.validation
     lawn.compose
+    lawn.composition
     lawn.data
     lawn.models lawn.losses lawn.metrics
     lawn.optimizers

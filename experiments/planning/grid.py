@@ -1,6 +1,6 @@
 """The runs of a sweep preset: one for each point of its grid, and for points one step beyond its ends."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, reduce
 from typing import Any
@@ -12,12 +12,13 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.planning import search
 from experiments.planning.search import Point
 from experiments.records import Store
-from lawn.compose import compose_many, parse_override
+from lawn.compose import parse_override
+from lawn.composition import Composition, compose_many, select, with_value
 from lawn.config import Config, register
 from lawn.errors import ConfigError
 from lawn.explain import explain
 from lawn.identity import run_name
-from lawn.validation import check, normalize, validate
+from lawn.validation import check, normalize
 
 _INDEPENDENT: set[tuple[Any, ...]] = set()  # keys, and the interpolations of a grid, of which none depends on the key
 
@@ -73,19 +74,21 @@ class Grid:
         return None
 
     @cached_property
-    def _composition(self) -> tuple[DictConfig, dict[str, str]]:
+    def _composition(self) -> Composition:
         sweep = () if self._sweep is None else (f"sweep={self._sweep}",)
         return compose_many(*self.overrides, *sweep, *self._extra)
 
     @cached_property
     def config(self) -> Config:
         """The config of the overrides, without a point of the grid."""
-        return validate(self._composition[0])
+        config = self._composition.config
+        check(config)
+        return config
 
     @cached_property
     def axes(self) -> dict[str, list[str]]:
         """The values of each hyperparameter of the sweep preset; empty without a preset."""
-        swept = self._composition[1].items() if self._sweep else ()
+        swept = self._composition.swept.items() if self._sweep else ()
         parsed = [parse_override(f"{key}={values}") for key, values in swept]
         return {axis.key_or_group: list(axis.sweep_string_iterator()) for axis in parsed}
 
@@ -112,7 +115,7 @@ class Grid:
         chosen = (*setting, f"eval.split={self._selection}", f"seed={seed}")
         config = replace(self.config, eval=replace(self.config.eval, split=self._selection), seed=seed)
         for override in setting:
-            config = _with_value(config, override.partition("=")[0], self._value(override))
+            config = with_value(config, override.partition("=")[0], self._value(override))
         check(config)
         overrides = (*self.overrides, f"sweep={self._sweep}", *chosen)
         return Job(config, overrides, setting, self._experiment, tunes=True)
@@ -125,36 +128,14 @@ class Grid:
         if override not in self._values:
             key = override.partition("=")[0]
             value = _typed(override)
-            config = _with_value(self.config, key, value)
-            texts = key, tuple(sorted((k, str(self._raw[k])) for k in self._interpolated if k != key))
-            if texts not in _INDEPENDENT and config != self.config:
-                if self._changes_others(key, value):
+            config = normalize(with_value(self.config, key, value))
+            checked = key, self._composition.interpolations
+            if checked not in _INDEPENDENT and config != self.config:
+                if self._composition.with_value(key, value).config != config:
                     raise ConfigError(f"{override}: other keys depend on it, so it cannot be an axis of a grid")
-                _INDEPENDENT.add(texts)
-            self._values[override] = reduce(getattr, key.split("."), normalize(config))
+                _INDEPENDENT.add(checked)
+            self._values[override] = reduce(getattr, key.split("."), config)
         return self._values[override]
-
-    def _changes_others(self, key: str, value: Any) -> bool:
-        """Whether other keys have other values if this one has `value`."""
-        composed = self._composition[0]
-        try:
-            OmegaConf.update(composed, key, value)
-            return any(_select(composed, k) != v for k, v in self._interpolated.items() if k != key)
-        finally:
-            for name, raw in self._raw.items():
-                if name == key or name.startswith(f"{key}."):
-                    OmegaConf.update(composed, name, raw)
-
-    @cached_property
-    def _raw(self) -> dict[str, Any]:
-        """The values before interpolation, by their keys."""
-        return dict(_leaves(OmegaConf.to_container(self._composition[0], resolve=False)))
-
-    @cached_property
-    def _interpolated(self) -> dict[str, Any]:
-        """The keys whose values come from other keys, with these values."""
-        composed = self._composition[0]
-        return {key: _select(composed, key) for key, text in self._raw.items() if "${" in str(text)}
 
     def job(self, point: Point, seed: int = 0) -> Job | None:
         """The run at a point of the grid, or one step beyond its ends; None if it cannot be run."""
@@ -190,26 +171,4 @@ def _typed(override: str) -> Any:
     """The value that an override without interpolations gives its key, in the type of the schema."""
     key = override.partition("=")[0]
     OmegaConf.update(_schema(), key, parse_override(override).value())
-    return _select(_schema(), key)
-
-
-def _select(composed: DictConfig, key: str) -> Any:
-    """The value of a key, with every interpolation resolved."""
-    value = OmegaConf.select(composed, key)
-    return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
-
-
-def _with_value(config: Config, key: str, value: Any) -> Config:
-    section, _, name = key.rpartition(".")
-    return replace(
-        config, **{section: replace(getattr(config, section), **{name: value})} if section else {name: value}
-    )
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of a tree of mappings, with their keys joined by points."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+    return select(_schema(), key)
