@@ -18,7 +18,7 @@ from lawn.errors import ConfigError
 from lawn.explain import explain, is_hydra_error
 from lawn.validation import normalize, resolve
 
-_LOCK = RLock()  # of what Hydra composed, while values are set on it
+_LOCK = RLock()  # of composed configs and the schema, while values are set on them
 
 
 class Composition:
@@ -97,7 +97,7 @@ class _Members:
                 return self._whole()
             try:
                 for key in dict.fromkeys((*values, *self._interpolated)):
-                    config = with_value(config, key, select(self._composed, key))
+                    config = with_value(config, key, _select(self._composed, key))
             except OmegaConfBaseException as error:
                 raise ConfigError(explain(error)) from error
         return normalize(config)
@@ -126,7 +126,23 @@ class _Members:
 _members = cache(_Members)
 
 
-def select(composed: DictConfig, key: str) -> Any:
+@cache
+def typed_value(override: str) -> Any:
+    """The value that an override without interpolations gives its key, in the type of the schema."""
+    key = override.partition("=")[0]
+    with _LOCK:
+        OmegaConf.update(_schema(), key, parse_override(override).value())
+        return _select(_schema(), key)
+
+
+@cache
+def _schema() -> DictConfig:
+    schema = OmegaConf.structured(Config)
+    assert isinstance(schema, DictConfig)
+    return schema
+
+
+def _select(composed: DictConfig, key: str) -> Any:
     """The value of a key, with every interpolation resolved."""
     value = OmegaConf.select(composed, key)
     return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value

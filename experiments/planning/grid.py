@@ -6,15 +6,14 @@ from functools import cache, cached_property, reduce
 from typing import Any
 
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.planning import search
 from experiments.planning.search import Point
 from experiments.records import Store
 from lawn.compose import parse_override
-from lawn.composition import Composition, compose_many, select, with_value
-from lawn.config import Config, register
+from lawn.composition import Composition, compose_many, typed_value, with_value
+from lawn.config import Config
 from lawn.errors import ConfigError
 from lawn.explain import explain
 from lawn.identity import run_name
@@ -127,7 +126,7 @@ class Grid:
         """
         if override not in self._values:
             key = override.partition("=")[0]
-            value = _typed(override)
+            value = typed_value(override)
             config = normalize(with_value(self.config, key, value))
             checked = key, self._composition.interpolations
             if checked not in _INDEPENDENT and config != self.config:
@@ -156,19 +155,3 @@ class Grid:
         job = self.job(point, seed)
         record = None if job is None else store.read(job.name)
         return None if record is None else record.headline
-
-
-@cache
-def _schema() -> DictConfig:
-    register()
-    schema = OmegaConf.structured(Config)
-    assert isinstance(schema, DictConfig)
-    return schema
-
-
-@cache
-def _typed(override: str) -> Any:
-    """The value that an override without interpolations gives its key, in the type of the schema."""
-    key = override.partition("=")[0]
-    OmegaConf.update(_schema(), key, parse_override(override).value())
-    return select(_schema(), key)

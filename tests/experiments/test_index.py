@@ -352,7 +352,7 @@ def test_what_would_decide_a_comparison_that_is_not_decided():
     open_ = replace(pair(0.0, 1.0), gain=gain, seeds=(2, 2), epochs=60, paper_epochs=300)
     for paper, words in (
         (9.0, r"the paper's with \d+ seeds\.$"),
-        (0.01, "no number of seeds: the test users are too few"),
+        (0.01, "more than 1,000 seeds: the test users are too few"),
     ):
         (said,) = findings.findings([table_with(replace(open_, paper=paper))])
         assert re.search(

@@ -12,7 +12,7 @@ from experiments.reporting.layout import format_signed
 from experiments.reporting.outcomes import Pair, places
 from experiments.reporting.page import Page
 from experiments.reporting.sentences import LEVEL
-from experiments.reporting.statistics import Comparison, mean_interval
+from experiments.reporting.statistics import MANY_SEEDS, Comparison, mean_interval
 from experiments.reporting.trials import best_of_curves
 
 FEW = 3  # comparisons that are listed by themselves
@@ -96,10 +96,8 @@ def _horizon(page: Page) -> Finding | None:
     gains: dict[str, list[str]] = {}
     for pair in page.pairs:
         if not isnan(pair.gain.p):
-            said = f"{pair.column} {_gain(pair)}: {verdict_of(pair)}"
-            gains.setdefault(", ".join(filter(None, (f"{pair.rival} against {pair.base}", pair.panel))), []).append(
-                said
-            )
+            names = ", ".join(filter(None, (f"{pair.rival} against {pair.base}", pair.panel)))
+            gains.setdefault(names, []).append(f"{pair.column} {_gain(pair)}: {verdict_of(pair)}")
     if not gains:
         return None
     text = " ".join(f"{names}: {'; '.join(said)}." for names, said in gains.items())
@@ -170,7 +168,7 @@ def _sentence(pair: Pair) -> str:
         if not isnan(pair.paper) and pair.paper and seeds > 1:
             needed = gain.seeds_needed(pair.paper, seeds)
             said += ", the paper's with " + (
-                f"{needed} seeds" if needed < inf else "no number of seeds: the test users are too few"
+                f"{needed} seeds" if needed < inf else f"more than {MANY_SEEDS:,} seeds: the test users are too few"
             )
     return f"{pair.rival} against {pair.base}{where}{ours}: {_gain(pair, printed)}: {said}"
 
