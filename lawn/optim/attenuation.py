@@ -40,7 +40,8 @@ def attenuate_logits(model: nn.Module, factor: float) -> None:
         factor: factor of the logits.
 
     Raises:
-        ValueError: if the model has no linear layer.
+        ValueError: if the model has no linear layer, or if its weight or bias is computed from others (a
+            parametrization) or shared with another module, which would change as well.
 
     References:
         Gupta et al. 2021, section 1 and Figure 1, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
@@ -58,6 +59,12 @@ def attenuate_logits(model: nn.Module, factor: float) -> None:
         tensor([1., 2.])
     """
     layer = output_layer(model)
-    layer.weight.mul_(factor)
-    if layer.bias is not None:
-        layer.bias.mul_(factor)
+    for name in ("weight", "bias"):
+        if name not in layer._parameters:
+            raise ValueError(f"the {name} of the output layer is computed from others (a parametrization); scale those")
+    own = [p for p in layer._parameters.values() if p is not None]
+    others = [p for module in model.modules() if module is not layer for p in module._parameters.values()]
+    if any(p is other for p in own for other in others):
+        raise ValueError("the output layer shares its weight or bias with another module, which would change as well")
+    for p in own:
+        p.mul_(factor)

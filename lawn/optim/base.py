@@ -110,7 +110,8 @@ class LAWNOptimizer(Optimizer, ABC):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group.
 
-        It starts in the phase of the other groups, unless it has its own `free_steps`, which are counted from then on.
+        It starts in the phase of the other groups, unless it has its own `free_steps`, another number than the default,
+        which are counted from then on.
 
         Args:
             param_group: the group, with `params` and any keys of its own.
@@ -119,7 +120,8 @@ class LAWNOptimizer(Optimizer, ABC):
             ValueError: if a key is not supported, or constrained parameters have weight decay.
             TypeError: if parameters cannot be updated, as in the constructor.
         """
-        given = "free_steps" in param_group
+        # ZeroRedundancyOptimizer fills in the default.
+        given = param_group.get("free_steps", self.defaults["free_steps"]) != self.defaults["free_steps"]
         index = len(self.param_groups)
         self._check_keys(param_group, index)
         super().add_param_group(param_group)

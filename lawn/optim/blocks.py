@@ -79,6 +79,10 @@ class Blocks:
         """For each slice its number of elements, the first of them in its tensor, and the tensor, on the host."""
         return _slice_places(tuple(w.numel() for w in self.weights), tuple(self.counts))
 
+    def count_as_changed(self) -> None:
+        """Count a change of the weights by compiled code, which autograd then sees as it sees those by torch."""
+        torch.autograd.graph.increment_version([w for w in self.weights if not w.is_inference()])
+
     def has_dense_slices(self) -> bool:
         """Whether each slice, if there are any, is a contiguous part of its dense tensor."""
         return all(

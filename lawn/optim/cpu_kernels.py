@@ -23,6 +23,8 @@ from lawn.optim.blocks import Blocks
 from lawn.optim.cache import cache_directories
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
+PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may have no memory of its own
+WRITES_WEIGHTS = ("adam", "sgd", "retract", "adam_move", "sgd_move", "combine")
 DTYPES = {torch.float32: ("float", "sqrtf"), torch.float64: ("double", "sqrt")}
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 TEMPORARY = ("/tmp", "/var/tmp", "/dev/shm")  # tried after TMPDIR where no cache can be written
@@ -138,6 +140,8 @@ class CPUKernels:
         kinds = function.argtypes[1:]
         pointers = [cast(v.data_ptr(), k) if isinstance(v, Tensor) else v for v, k in zip(values, kinds, strict=True)]
         function(count, *pointers)
+        if name in WRITES_WEIGHTS:
+            blocks.count_as_changed()
 
 
 def load(lists: Sequence[list[Tensor]], *, warn: bool = False) -> CPUKernels | None:
@@ -155,8 +159,10 @@ def load(lists: Sequence[list[Tensor]], *, warn: bool = False) -> CPUKernels | N
     dtype = lists[0][0].dtype
     if dtype not in DTYPES or any(t.dtype != dtype or not t.is_cpu for tensors in lists for t in tensors):
         return None
-    if not same_layout(*lists):
+    if not same_layout(*lists) or any(type(t) not in PLAIN for tensors in lists for t in tensors):
         return None
+    if torch.are_deterministic_algorithms_enabled() and torch.get_num_threads() > 2:
+        return None  # the threads add their sums in the order in which they end
     kernels, problem = build(dtype)
     if kernels is None and warn:
         warnings.warn(f"the fused update falls back to the plain one: {problem}", stacklevel=3)

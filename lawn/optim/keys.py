@@ -9,7 +9,8 @@ follows its parameter, whether a checkpoint is keyed by name, by owner or by par
 The key exists exactly when the rest of the parameter's state exists. A float is saved and loaded unchanged. torch would
 cast a tensor to the weight's dtype as it loads it, so it gets a list of floats instead. Each param group has the keys:
 
-    constrain     True constrains all parameters, False none, None those with two or more dimensions
+    constrain     True constrains all parameters, False none, None those with two or more dimensions and more than one
+                  element
     blocks        None, or an int per parameter: constrained parameters with the same int share one norm
     free_steps    number of updates before the switch; None waits for a call of `constrain`
     steps         number of updates of the group so far
@@ -75,7 +76,7 @@ def check_group(group: Group, index: int, label: str = "param group") -> None:
         for reason in filter(None, map(sharding.problem, group["params"])):
             raise TypeError(f"{label} {index} holds {reason}")
     flat = [p for p in group["params"] if getattr(p, "_fsdp_flattened", False)]
-    if flat and group.get("constrain") is not False and all(p.ndim < 2 for p in group["params"]):
+    if flat and group.get("constrain") is not False and all(p.ndim < 2 for p in flat):  # NO_SHARD keeps the shapes
         raise TypeError(
             f"{label} {index} holds flat parameters of FullyShardedDataParallel, each with parts of several weights, "
             "which have no norm of their own; use fully_shard (FSDP2)"
@@ -182,7 +183,9 @@ def describe(group: Group, index: int, p: Tensor) -> str:
 def constrains(group: Group, p: Tensor) -> bool:
     """Whether parameter `p` of the group is constrained in the second phase."""
     constrain = group.get("constrain")
-    return p.numel() > 0 and (p.ndim >= 2 if constrain is None else bool(constrain))
+    if constrain is None:  # a single number has no direction in which it could move
+        return p.ndim >= 2 and p.numel() > (1 if group.get("blocks") is None else 0)
+    return p.numel() > 0 and bool(constrain)
 
 
 def slice_axes(group: Group, p: Tensor) -> tuple[int, ...] | None:

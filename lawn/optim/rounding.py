@@ -62,6 +62,12 @@ def streams(optimizer: Optimizer, group: Group, params: list[Tensor]) -> Tensor 
     """
     if not params or not is_stochastic(group, params[0]):
         return None
+    other = next((p.dtype for p in params if p.dtype != params[0].dtype), None)
+    if other is not None:
+        raise ValueError(
+            f"rounding='stochastic' needs blocks of one dtype, but a weight of {params[0].dtype} shares its norm with "
+            f"a parameter of {other}; give them one dtype, or separate param groups"
+        )
     make_seeds(optimizer, group, params)
     seeds = torch.tensor([optimizer.state[p][SEED] for p in params], dtype=torch.int32, device="cpu")
     starts = torch.tensor([sharding.first_number(p) for p in params], dtype=torch.int32, device="cpu")

@@ -22,6 +22,7 @@ from lawn.optim.cache import ensure_triton_cache
 
 CHUNK = 4096
 TILE = 1024  # rows of sums that a program adds at a time
+WRITES_WEIGHTS = ("adam", "sgd", "retract", "move", "combine")
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 ensure_triton_cache()
@@ -277,7 +278,10 @@ def _on_device_of_blocks(function: Callable[..., Any]) -> Callable[..., Any]:
     def launched(blocks: Blocks, *arguments: Any, **keys: Any) -> Any:
         device = blocks.weights[0].device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            return function(blocks, *arguments, **keys)
+            result = function(blocks, *arguments, **keys)
+        if function.__name__ in WRITES_WEIGHTS:
+            blocks.count_as_changed()
+        return result
 
     return launched
 

@@ -90,7 +90,8 @@ class LAWN:
         self._zero_check = ZeroCheck()
         self._before: dict[Tensor, Tensor] = {}  # buffers of weights before the step
         self._projected: dict[Tensor, Tensor] = {}  # buffers of projected gradients
-        self._gradients: dict[Tensor, Tensor | None] = {}  # the caller's, while projected ones are in their place
+        # The caller's gradients, while projected ones are in their place, and the versions of those.
+        self._gradients: dict[Tensor, tuple[Tensor | None, int]] = {}
         self._group_updates: list[GroupUpdate] | None = None  # of the current step
         self._skipped = self._dummy = False  # whether the current step is no update
         self._step: FrameType | None = None  # frame of the current step
@@ -161,7 +162,8 @@ class LAWN:
         if self._is_nested():
             self._nested_calls += 1
             return None
-        self._restore_gradients()  # after a step that raised
+        self._drop_used_buffers()  # after a step that raised
+        self._restore_gradients()
         self._group_updates = None
         # GradScaler expects a fused optimizer to skip a step whose gradients overflowed.
         found_inf = getattr(self.optimizer, "found_inf", None)
@@ -220,7 +222,7 @@ class LAWN:
 
     def _replace_gradients(self, params: list[Tensor], projected: list[Tensor]) -> None:
         for p, tangent in zip(params, projected, strict=True):
-            self._gradients[p] = p.grad
+            self._gradients[p] = p.grad, tangent._version
             p.grad = tangent
 
     @torch._disable_dynamo
@@ -279,10 +281,17 @@ class LAWN:
 
     def _restore_gradients(self) -> None:
         """Put the caller's gradients back."""
-        for p, grad in self._gradients.items():
+        for p, (grad, _) in self._gradients.items():
             if p.grad is self._projected.get(p):  # unless the caller has replaced it
                 p.grad = grad
         self._gradients.clear()
+
+    def _drop_used_buffers(self) -> None:
+        """Leave a buffer to the caller who has written to it, as `zero_grad(set_to_none=False)` does."""
+        for p, (_, version) in self._gradients.items():
+            buffer = self._projected.get(p)
+            if p.grad is buffer and buffer is not None and buffer._version != version:
+                del self._projected[p]
 
 
 def _frame_of_step() -> FrameType | None:

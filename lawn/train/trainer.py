@@ -15,7 +15,7 @@ from lawn.config import Config
 from lawn.data.batching import Batching
 from lawn.diagnostics import FlatteningOnset, weight_norm
 from lawn.errors import ConfigError, RunError
-from lawn.optim import LAWNOptimizer, NonFiniteError, attenuate_logits, output_layer
+from lawn.optim import LAWNOptimizer, NonFiniteError, attenuate_logits
 from lawn.optimizers import IN_STEPS, OPTIMIZERS, SCHEDULES, optimizer_arguments
 from lawn.task import Batch, Recommendation, Task
 from lawn.train.batchnorm import refuse_single_values
@@ -62,7 +62,7 @@ class Trainer:
         self.scheduler = SCHEDULES[config.schedule.name](self.optimizer, warmup, total)
         self.logit_scale = config.train.logit_scale
         if self.logit_scale is not None:
-            _refuse_without_output_layer(self.model, self.logit_scale)
+            _refuse_if_logits_cannot_be_scaled(self.model, self.logit_scale)
         self.epoch = 0
         self.step = 0
         self.rows: list[Row] = []
@@ -313,9 +313,9 @@ class Trainer:
             self.epoch_state = load_epoch_state(state["left"], self.model, self.world)
 
 
-def _refuse_without_output_layer(model: nn.Module, factor: float) -> None:
+def _refuse_if_logits_cannot_be_scaled(model: nn.Module, factor: float) -> None:
     try:
-        output_layer(model)
+        attenuate_logits(model, 1.0)
     except ValueError as error:
         raise ConfigError(f"train.logit_scale={factor:g}: {error}") from error
 

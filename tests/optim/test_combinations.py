@@ -1,0 +1,202 @@
+"""What combines two of a practitioner's habits, and would be wrong without an error."""
+
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.utils import parametrizations
+from torch.optim import SGD, Adam
+
+from lawn import LAMBLAWN, LAWN, SGDLAWN, AdamLAWN
+from lawn.optim import attenuate_logits, bound_norms, cpu_kernels, dispatch
+from lawn.optim.blocks import Blocks
+from lawn.optim.keys import NORM
+from lawn.optim.param_groups import all_weights
+
+OWN = (AdamLAWN, SGDLAWN, LAMBLAWN)
+
+
+def with_gradients(*params: Tensor) -> None:
+    for p in params:
+        p.grad = torch.randn_like(p)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize("free_steps", [0, 2])
+def test_groups_of_which_one_has_no_state(wrapped, free_steps):
+    """SGD keeps state for the groups with momentum alone."""
+    torch.manual_seed(0)
+    without, with_momentum = (nn.Parameter(torch.randn(8, 8)) for _ in range(2))
+    groups = [{"params": [without], "momentum": 0.0}, {"params": [with_momentum], "momentum": 0.9}]
+    if wrapped:
+        optimizer = SGD(groups, lr=0.05)
+        LAWN(optimizer, free_steps)
+    else:
+        optimizer = SGDLAWN(groups, lr=0.05, free_steps=free_steps)
+    for _ in range(4):
+        with_gradients(without, with_momentum)
+        optimizer.step()
+    norm = optimizer.state[without][NORM]
+    assert norm == pytest.approx(without.detach().norm().item(), rel=1e-5)
+    with torch.no_grad():
+        without.mul_(3)
+    with_gradients(without, with_momentum)
+    with pytest.raises(ValueError, match="zero") if norm == 0 else torch.enable_grad():
+        optimizer.step()
+    assert without.detach().norm().item() == pytest.approx(norm, rel=1e-5)  # rescaled, not adopted
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, nn.utils.weight_norm, parametrizations.spectral_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_logits_of_a_computed_weight_are_not_attenuated(wrap):
+    model = nn.Sequential(nn.Linear(4, 4), wrap(nn.Linear(4, 3)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="the weight of the output layer is computed from others"):
+        attenuate_logits(model, 0.2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_logits_of_a_bound_or_a_tied_weight_are_not_attenuated():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    bound_norms(model)
+    with pytest.raises(ValueError, match="computed from others"):
+        attenuate_logits(model, 0.2)
+    tied = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "head": nn.Linear(4, 5)})
+    tied["head"].weight = tied["embedding"].weight
+    with pytest.raises(ValueError, match="the output layer shares its weight or bias with another module"):
+        attenuate_logits(tied, 0.2)
+
+
+@pytest.mark.parametrize("make", OWN)
+def test_flat_parameters_beside_a_matrix_are_refused(make):
+    flat, matrix = nn.Parameter(torch.randn(12)), nn.Parameter(torch.randn(3, 4))
+    flat._fsdp_flattened = True  # as FullyShardedDataParallel marks them
+    with pytest.raises(TypeError, match="flat parameters of FullyShardedDataParallel"):
+        make([flat, matrix], 1e-2)
+    whole = nn.Parameter(torch.randn(3, 4))
+    whole._fsdp_flattened = True  # NO_SHARD keeps the shapes
+    make([whole, matrix], 1e-2)
+
+
+def test_a_group_that_zero_fills_in_joins_the_phase(tmp_path):
+    """ZeroRedundancyOptimizer gives an added group every default."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        first, late = (nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+        optimizer = ZeroRedundancyOptimizer([first], AdamLAWN, lr=1e-2, free_steps=2)
+        for _ in range(4):
+            with_gradients(first)
+            optimizer.step()
+        optimizer.add_param_group({"params": [late]})
+        norm = late.detach().norm().item()
+        with_gradients(first, late)
+        optimizer.step()
+    finally:
+        dist.destroy_process_group()
+    assert [group["switched"] for group in optimizer.optim.param_groups] == [True, True]
+    assert late.detach().norm().item() == pytest.approx(norm, rel=1e-6)
+
+
+def test_a_group_with_a_count_of_its_own_is_free_for_as_long():
+    first, late = (nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+    optimizer = AdamLAWN([first], 1e-2, free_steps=2)
+    for _ in range(4):
+        with_gradients(first)
+        optimizer.step()
+    optimizer.add_param_group({"params": [late], "free_steps": 3})
+    assert [group["switched"] for group in optimizer.param_groups] == [True, False]
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("make", [*OWN, lambda params, lr, **keys: LAWN(Adam(params, lr), **keys).optimizer])
+def test_autograd_sees_that_a_step_changed_the_weights(make, fused):
+    """A second backward pass through the old graph would mix old and new weights."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 1, bias=False))
+    optimizer = make(model.parameters(), 1e-2, free_steps=0, fused=fused)
+    y = model(torch.randn(8, 4))
+    y.mean().backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (y**2).mean().backward()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_after_a_step_that_raised(monkeypatch, set_to_none):
+    """The next step takes the new gradients, not those of the step that raised."""
+    torch.manual_seed(0)
+    module = sys.modules["torch.optim.sgd"]
+    w = nn.Parameter(torch.randn(3, 4))
+    optimizer = SGD([w], lr=0.1)
+    LAWN(optimizer, 0)
+    w.grad = torch.full((3, 4), 7.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "sgd", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            optimizer.step()
+    optimizer.zero_grad(set_to_none=set_to_none)
+    x = torch.randn(3, 4)
+    before = w.detach().clone()
+    (w * x).sum().backward()
+    optimizer.step()
+    assert torch.equal(w.grad, x)
+    tangent = x - before * (before * x).sum() / before.square().sum()
+    moved = before - 0.1 * tangent
+    torch.testing.assert_close(w.detach(), moved * before.norm() / moved.norm())
+
+
+@pytest.mark.parametrize("make", OWN)
+def test_a_single_number_stays_free(make):
+    """A temperature [1, 1] would never move on its sphere, which has two points."""
+    temperature, weight = nn.Parameter(torch.ones(1, 1)), nn.Parameter(torch.randn(2, 2))
+    optimizer = make([temperature, weight], 0.1, free_steps=0)
+    for _ in range(3):
+        temperature.grad, weight.grad = torch.ones(1, 1), torch.randn(2, 2)
+        optimizer.step()
+    assert temperature.item() < 0.9
+    assert optimizer.state[temperature][NORM] == 0
+    assert optimizer.state[weight][NORM] > 0
+
+
+class Wrapper(Tensor):
+    """A tensor without memory of its own, as those of float8 training are."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "Wrapper":
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError(str(function))
+
+
+def test_tensors_without_memory_do_not_reach_compiled_code():
+    w = Wrapper(torch.randn(4, 4))
+    assert cpu_kernels.load([[w]]) is None
+    assert dispatch.backend(Blocks([w], [1], [1.0]), None) is not cpu_kernels.load([[torch.randn(4, 4)]])
+
+
+def test_deterministic_sums_with_many_threads(monkeypatch):
+    weights = [[torch.randn(4, 4)]]
+    if cpu_kernels.load(weights) is None:
+        pytest.skip("no compiler")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    for threads, compiled in ((2, True), (3, False)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+        assert (cpu_kernels.load(weights) is not None) == compiled
+
+
+def test_stochastic_rounding_of_a_block_of_two_dtypes_is_refused():
+    layer = nn.Linear(4, 3)
+    layer.weight.data = layer.weight.data.bfloat16()
+    optimizer = AdamLAWN(all_weights(layer, include_bias=True), 1e-2, free_steps=0, rounding="stochastic")
+    with_gradients(*layer.parameters())
+    before = [p.detach().clone() for p in layer.parameters()]
+    with pytest.raises(ValueError, match="needs blocks of one dtype"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(layer.parameters(), before, strict=True))
