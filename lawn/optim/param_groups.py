@@ -92,10 +92,11 @@ def final_homogeneous(model: nn.Module, *, include_bias: bool = False) -> list[d
     weights: list[Tensor] = []
     last = "the start of the model"
     for name, module in _leaves(model):
-        if type(module) in _LINEAR:
+        kind = _kind(module)
+        if kind in _LINEAR:
             weights += [w for w in [module._parameters["weight"]] if w is not None and w.requires_grad]
-        elif type(module) not in _HOMOGENEOUS:
-            weights, last = [], f"'{name}' ({type(module).__name__})"
+        elif kind not in _HOMOGENEOUS:
+            weights, last = [], f"'{name}' ({kind.__name__})"
     if not weights:
         raise ValueError(
             f"no final homogeneous sub-network: there is no trainable linear or convolutional layer after {last}"
@@ -230,10 +231,16 @@ def per_row(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return result
 
 
+def _kind(module: nn.Module) -> type:
+    """The type of a module, or the one that fully_shard (FSDP2) has derived its type from."""
+    kind = type(module)
+    return kind.__bases__[-1] if "FSDPModule" in (parent.__name__ for parent in kind.__mro__) else kind
+
+
 def _named_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights by name; a tied weight has several names."""
     named = model.named_parameters(remove_duplicate=False)
-    return {name: p for name, p in named if p.requires_grad and p.ndim >= 2}
+    return {name: p for name, p in named if p.requires_grad and p.ndim >= 2 and p.numel() > 1}
 
 
 def _groups(model: nn.Module, weights: Iterable[Tensor], include_bias: bool) -> list[dict[str, Any]]:
@@ -258,7 +265,7 @@ def _groups(model: nn.Module, weights: Iterable[Tensor], include_bias: bool) -> 
 def _leaves(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield modules without children or with own parameters, in order; `named_modules` would omit repeated ones."""
     children = [(key, child) for key, child in module._modules.items() if child is not None]
-    if module._parameters or (not children and type(module) not in _CONTAINERS):
+    if module._parameters or (not children and _kind(module) not in _CONTAINERS):
         yield name or "the model itself", module
     for key, child in children:
         yield from _leaves(child, f"{name}.{key}" if name else key)

@@ -50,7 +50,7 @@ class ReferenceLAWN:
             self.v = [torch.zeros_like(w) for w in self.weights]
             self.c = [None for _ in self.weights]
         if self.t == self.free_steps:
-            self.c = [w.norm() if w.ndim >= 2 else None for w in self.weights]
+            self.c = [w.norm() if w.ndim >= 2 and w.numel() > 1 else None for w in self.weights]
         self.t += 1
         for i, g in enumerate(grads):
             w, c = self.weights[i], self.c[i]

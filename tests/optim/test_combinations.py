@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.utils import parametrizations
 from torch.optim import SGD, Adam
@@ -14,7 +16,7 @@ from lawn import LAMBLAWN, LAWN, SGDLAWN, AdamLAWN
 from lawn.optim import attenuate_logits, bound_norms, cpu_kernels, dispatch
 from lawn.optim.blocks import Blocks
 from lawn.optim.keys import NORM
-from lawn.optim.param_groups import all_weights
+from lawn.optim.param_groups import all_weights, final_homogeneous
 
 OWN = (AdamLAWN, SGDLAWN, LAMBLAWN)
 
@@ -81,23 +83,41 @@ def test_flat_parameters_beside_a_matrix_are_refused(make):
     make([whole, matrix], 1e-2)
 
 
-def test_a_group_that_zero_fills_in_joins_the_phase(tmp_path):
-    """ZeroRedundancyOptimizer gives an added group every default."""
+@pytest.fixture
+def one_rank(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        first, late = (nn.Parameter(torch.randn(4, 4)) for _ in range(2))
-        optimizer = ZeroRedundancyOptimizer([first], AdamLAWN, lr=1e-2, free_steps=2)
-        for _ in range(4):
-            with_gradients(first)
-            optimizer.step()
-        optimizer.add_param_group({"params": [late]})
-        norm = late.detach().norm().item()
-        with_gradients(first, late)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_group_that_zero_fills_in_joins_the_phase():
+    """ZeroRedundancyOptimizer gives an added group every default."""
+    first, late = (nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+    optimizer = ZeroRedundancyOptimizer([first], AdamLAWN, lr=1e-2, free_steps=2)
+    for _ in range(4):
+        with_gradients(first)
         optimizer.step()
-    finally:
-        dist.destroy_process_group()
+    optimizer.add_param_group({"params": [late]})
+    norm = late.detach().norm().item()
+    with_gradients(first, late)
+    optimizer.step()
     assert [group["switched"] for group in optimizer.optim.param_groups] == [True, True]
     assert late.detach().norm().item() == pytest.approx(norm, rel=1e-6)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_the_final_homogeneous_part_of_a_sharded_model():
+    """fully_shard derives a type of its own from that of each layer."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    whole = final_homogeneous(model)
+    for part in (model[0], model[2], model):
+        fully_shard(part, mesh=init_device_mesh("cpu", (1,)))
+    sharded = final_homogeneous(model)
+    assert [[tuple(p.shape) for p in group["params"]] for group in sharded] == [
+        [tuple(p.shape) for p in group["params"]] for group in whole
+    ]
+    assert len(sharded[0]["params"]) == 3
 
 
 def test_a_group_with_a_count_of_its_own_is_free_for_as_long():
@@ -158,6 +178,15 @@ def test_a_single_number_stays_free(make):
     assert temperature.item() < 0.9
     assert optimizer.state[temperature][NORM] == 0
     assert optimizer.state[weight][NORM] > 0
+
+
+def test_a_single_number_is_no_weight():
+    layer, head = nn.Linear(1, 1), nn.Linear(2, 2)
+    model = nn.ModuleList([layer, head])
+    optimizer = AdamLAWN(all_weights(model), 0.1, free_steps=0)
+    with_gradients(*model.parameters())
+    optimizer.step()
+    assert [bool(optimizer.state[p][NORM]) for p in (layer.weight, head.weight)] == [False, True]
 
 
 class Wrapper(Tensor):
