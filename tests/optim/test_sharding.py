@@ -1,5 +1,6 @@
 """Sharded parameters (FSDP2, HSDP, tensor parallelism) against plain tensors in one process."""
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from lawn import LAMB, LAMBLAWN, LAWN, SGDLAWN, AdamLAWN
+from lawn.files import exclusively
 from lawn.optim import param_groups
 from tests.optim.helpers import fixed_norms
 
@@ -466,6 +468,11 @@ def spawn(
         run(0, world, folder, jobs)
     else:
         mp.start_processes(run, (world, folder, jobs), nprocs=world, start_method="forkserver")
+    (folder / "done").touch()
+    return results_in(folder, world)
+
+
+def results_in(folder: Path, world: int) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
@@ -483,7 +490,10 @@ FOUR = ("AdamLAWN", "SGDLAWN", "LAMBLAWN", "LAWN(AdamW)")
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
+    """Made once for all workers of pytest-xdist."""
+    run_id = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    folder = tmp_path_factory.getbasetemp().parent / f"two-{run_id}" if run_id else tmp_path_factory.mktemp("two")
+    folder.mkdir(exist_ok=True)
     jobs: list[Job] = [(f"fsdp, {kind}", compare, (fsdp, kind)) for kind in KINDS]
     jobs += [(f"with biases, {kind}", compare, (fsdp, kind, with_biases)) for kind in FOUR]
     jobs += [("two groups", compare, (fsdp, "AdamLAWN", two_groups))]
@@ -495,7 +505,8 @@ def two_ranks(tmp_path_factory):
     jobs += [(job.__name__, job, ()) for job in single]
     for phase, after in SAVED.items():
         jobs += [(f"saved {phase}, {kind}", save, (kind, after, folder / f"{phase} {kind}")) for kind in FOUR]
-    return folder, spawn(folder, 2, jobs)
+    with exclusively(folder):
+        return folder, results_in(folder, 2) if (folder / "done").exists() else spawn(folder, 2, jobs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
