@@ -34,7 +34,7 @@ from experiments.reporting.references import REFERENCES
 from experiments.reporting.simulations import Simulation, simulation_page
 from experiments.serve import LOOPBACK, ResultsServer
 from experiments.spherical_motion.page import SMD_RAYLEIGH
-from lawn.compose import compose
+from lawn.composition import compose_many
 from lawn.errors import ConfigError, UserError
 from lawn.task import dataset_reader
 from lawn.train import Stopped
@@ -103,7 +103,7 @@ def execute(given: argparse.Namespace) -> int:
     """Run the missing runs, then write the pages."""
     store = Store(given.results)
     chosen, simulations = _studies(given), _simulations(given)
-    executor = make_executor(given, Path(compose(*given.set).runs_dir))
+    executor = make_executor(given, Path(compose_many(*given.set).checked.runs_dir))
     unreadable = _unreadable_datasets(chosen, store)
     to_run = [study for study in chosen if study.cell.value("dataset") not in unreadable]
     unsuccessful = run(to_run, store, executor, given.budget, given.vectorize) if to_run else []

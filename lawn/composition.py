@@ -16,7 +16,7 @@ from lawn.compose import compose_choices, compose_unchecked, parse_override, wit
 from lawn.config import GROUPS, Config
 from lawn.errors import ConfigError
 from lawn.explain import explain, is_hydra_error
-from lawn.validation import normalize, resolve
+from lawn.validation import check, normalize, resolve
 
 _LOCK = RLock()  # of composed configs and the schema, while values are set on them
 
@@ -32,6 +32,12 @@ class Composition:
     def config(self) -> Config:
         """The resolved config; it is not checked. Raises ConfigError for a value of another type."""
         return self._members.config(self._values)
+
+    @property
+    def checked(self) -> Config:
+        """The resolved config. Raises ConfigError with its first problem."""
+        check(self.config)
+        return self.config
 
     @cached_property
     def swept(self) -> dict[str, str]:

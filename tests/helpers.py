@@ -15,7 +15,6 @@ from lawn.config import Config
 from lawn.data.interactions import Interactions
 from lawn.data.movielens import movielens1m
 from lawn.data.ratings import Ratings, read_ratings, renumber
-from lawn.validation import check
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,9 +34,7 @@ FIXTURES = {
 
 def compose(*overrides: str) -> Config:
     """The config of these overrides; Hydra composes each choice of members once."""
-    config = compose_many(*overrides).config
-    check(config)
-    return config
+    return compose_many(*overrides).checked
 
 
 def run(*arguments: str, script: str = "run.py", **environment: str) -> subprocess.CompletedProcess[str]:

@@ -80,9 +80,7 @@ class Grid:
     @cached_property
     def config(self) -> Config:
         """The config of the overrides, without a point of the grid."""
-        config = self._composition.config
-        check(config)
-        return config
+        return self._composition.checked
 
     @cached_property
     def axes(self) -> dict[str, list[str]]:

@@ -13,7 +13,7 @@ from experiments.planning import search
 from experiments.planning.grid import Grid, Job
 from experiments.planning.search import Point
 from experiments.records import Record, Store
-from lawn.compose import compose
+from lawn.composition import compose_many
 from lawn.config import EvalConfig
 from lawn.errors import ConfigError
 from lawn.identity import NOT_IDENTITY
@@ -176,7 +176,7 @@ def studies(
     `seeds` overrides the number of final runs. Raises ConfigError if `extra` sets a key that names another run.
     """
     check_settable(extra)
-    compose(*extra)  # so that an error in them is reported once, not for every cell
+    _ = compose_many(*extra).checked  # so that an error in them is reported once, not for every cell
     return [
         Study(
             cell,
