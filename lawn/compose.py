@@ -54,11 +54,17 @@ def _compose(*overrides: str) -> DictConfig:
 
 def without_hydra(composed: DictConfig) -> tuple[DictConfig, dict[str, str]]:
     """Remove the node `hydra`, and return the values that its sweeper has."""
-    axes = OmegaConf.to_container(composed.hydra.sweeper.params or OmegaConf.create(), resolve=True)
-    assert isinstance(axes, dict)
+    swept = swept_values(composed)
     with flag_override(composed, ["struct", "readonly"], False):
         del composed["hydra"]
-    return composed, {str(key): str(values) for key, values in axes.items()}
+    return composed, swept
+
+
+def swept_values(composed: DictConfig) -> dict[str, str]:
+    """The values that Hydra's sweeper has for each key."""
+    swept = OmegaConf.to_container(composed.hydra.sweeper.params or OmegaConf.create(), resolve=True)
+    assert isinstance(swept, dict)
+    return {str(key): str(values) for key, values in swept.items()}
 
 
 @cache

@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lawn.compose import compose_choices, compose_unchecked, parse_override, without_hydra
+from lawn.compose import compose_choices, compose_unchecked, parse_override, swept_values, without_hydra
 from lawn.config import GROUPS, Config
 from lawn.errors import ConfigError
 from lawn.explain import explain, is_hydra_error
@@ -110,9 +110,7 @@ class _Members:
 
     def swept(self, values: Mapping[str, Any]) -> dict[str, str]:
         with self._set(values):
-            swept = OmegaConf.to_container(self._composed.hydra.sweeper.params or OmegaConf.create(), resolve=True)
-        assert isinstance(swept, dict)
-        return {str(key): str(texts) for key, texts in swept.items()}
+            return swept_values(self._composed)
 
     @contextmanager
     def _set(self, values: Mapping[str, Any]) -> Iterator[None]:

@@ -315,7 +315,7 @@ class Trainer:
 
 def _refuse_if_logits_cannot_be_scaled(model: nn.Module, factor: float) -> None:
     try:
-        attenuate_logits(model, 1.0)
+        attenuate_logits(model, 1.0)  # changes nothing, but refuses what the later call would
     except ValueError as error:
         raise ConfigError(f"train.logit_scale={factor:g}: {error}") from error
 

@@ -24,7 +24,6 @@ INDEX = ROOT / "results" / "index.html"
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is found")
 WIDE, NARROW = (1280, 900), (400, 800)
-
 MANY_SEEDS = re.compile(r"n=\d\d")
 
 

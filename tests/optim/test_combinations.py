@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 from torch.optim import SGD, Adam
 
 from lawn import LAMBLAWN, LAWN, SGDLAWN, AdamLAWN
-from lawn.optim import attenuate_logits, bound_norms, cpu_kernels, dispatch
+from lawn.optim import attenuate_logits, bound_norms, cpu_kernels, dispatch, update
 from lawn.optim.blocks import Blocks
 from lawn.optim.keys import NORM
 from lawn.optim.param_groups import all_weights, final_homogeneous
@@ -46,8 +46,7 @@ def test_groups_of_which_one_has_no_state(wrapped, free_steps):
     with torch.no_grad():
         without.mul_(3)
     with_gradients(without, with_momentum)
-    with pytest.raises(ValueError, match="zero") if norm == 0 else torch.enable_grad():
-        optimizer.step()
+    optimizer.step()
     assert without.detach().norm().item() == pytest.approx(norm, rel=1e-5)  # rescaled, not adopted
 
 
@@ -201,13 +200,13 @@ class Wrapper(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        raise NotImplementedError(str(function))
+        raise NotImplementedError(str(function))  # no operation is needed to choose the code
 
 
 def test_tensors_without_memory_do_not_reach_compiled_code():
     w = Wrapper(torch.randn(4, 4))
     assert cpu_kernels.load([[w]]) is None
-    assert dispatch.backend(Blocks([w], [1], [1.0]), None) is not cpu_kernels.load([[torch.randn(4, 4)]])
+    assert dispatch.backend(Blocks([w], [1], [1.0]), None) is update
 
 
 def test_deterministic_sums_with_many_threads(monkeypatch):
