@@ -145,6 +145,18 @@ def train_in_ddp(rank: int) -> list[Tensor]:
     return weights_of(model)
 
 
+def train_locally(rank: int, free_steps: int) -> list[float]:
+    """The norms that a rank fixes. The ranks average their weights after updates 3, 6 and 9."""
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+    from torch.distributed.optim import PostLocalSGDOptimizer
+
+    model = make_model()
+    local = AdamLAWN(model.parameters(), lr=0.01, free_steps=free_steps)
+    optimizer = PostLocalSGDOptimizer(local, PeriodicModelAverager(period=3, warmup_steps=2))
+    train(model, optimizer, [(x[rank::2], y[rank::2]) for x, y in make_batches()])
+    return [local.state[p]["lawn_norm"] for p in model.parameters() if p.ndim > 1]
+
+
 def resume_zero(rank: int, kind: str) -> dict[str, object]:
     """Weights after an uninterrupted run, and after one that is saved at each owner, joined, and loaded anew."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -187,6 +199,7 @@ def work(rank: int, folder: Path) -> None:
     )
     left = {"ddp": train_in_ddp(rank)}
     left |= {kind: resume_zero(rank, kind) for kind in ZERO}
+    left |= {f"local, {free_steps} free steps": train_locally(rank, free_steps) for free_steps in (4, 6)}
     torch.save(left, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -208,6 +221,14 @@ def test_ddp_equals_one_process(two_processes):
     train(model, adam_lawn(model)[0], make_batches())
     assert_equal(first, second)
     assert_close(first, weights_of(model))
+
+
+def test_local_sgd_switches_on_averaged_weights(two_processes):
+    """Between two averages the ranks' weights differ, and so would the norms that they fix."""
+    after_average, between = ([left[f"local, {n} free steps"] for left in two_processes] for n in (6, 4))
+    assert min(after_average[0]) > 0
+    assert after_average[0] == after_average[1]
+    assert between[0] != between[1]
 
 
 @pytest.mark.parametrize("kind", ZERO)
