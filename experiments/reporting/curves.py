@@ -1,5 +1,7 @@
 """The page of the tuning curves: how good the best of k random settings is, for every optimizer and batch size."""
 
+from dataclasses import dataclass
+
 import pandas as pd
 
 from experiments.definitions.spec import Experiment, Measure
@@ -7,8 +9,8 @@ from experiments.definitions.tuning_curves import FULL, SHORT
 from experiments.planning import search
 from experiments.records import Store
 from experiments.reporting import tuning_tables
-from experiments.reporting.layout import Entry
-from experiments.reporting.outcomes import Outcome, outcomes, places
+from experiments.reporting.layout import Entry, Table
+from experiments.reporting.outcomes import Outcome, outcomes, place, places
 from experiments.reporting.page import Page, chart_of, figure_of, page_name, panels, provenance
 from experiments.reporting.statistics import BestOf
 from experiments.reporting.trials import best_of_curves, score
@@ -39,7 +41,12 @@ def curves_page(experiment: Experiment, store: Store, selection: str = "val") ->
             "far below all others, the mean may lie below the interval."
         ),
         provenance=provenance([record for outcome in found for _, record in outcome.tried]),
-        summary=[*_easier(experiment, found, best), *_winners(found, best), *_filters(complete)],
+        summary=[
+            *_easier(experiment, found, best),
+            *costs(experiment, found),
+            *_winners(found, best),
+            *_filters(complete),
+        ],
         frame=_frame(complete),
         records=[],
         chart=(chart := chart_of(experiment, found)),
@@ -49,10 +56,73 @@ def curves_page(experiment: Experiment, store: Store, selection: str = "val") ->
         source_title="Every run",
         tuned=tuning_tables.table(found),
         grids=tuning_tables.grids(found),
+        by_value=_values_table(complete),
         tuning=tuning_tables.frame(found),
         experiment=experiment,
         outcomes=found,
     )
+
+
+@dataclass(frozen=True)
+class ByValue:
+    """The best score at each value of a hyperparameter, all others at their best."""
+
+    hyperparameter: str
+    best: dict[str, float]
+
+    @property
+    def winner(self) -> float:
+        return float(max(self.best, key=lambda value: self.best[value]))
+
+    @property
+    def cost(self) -> float:
+        """The points that the worst value costs."""
+        return max(self.best.values()) - min(self.best.values())
+
+
+def by_value(outcome: Outcome) -> ByValue | None:
+    """Of a complete grid: by E_free in percent of the epochs, or else by weight decay; None of one without either."""
+    assert outcome.study is not None
+    axes, epochs = outcome.study.grid.axes, outcome.study.grid.config.train.epochs
+    scales = {"optim.free_epochs": 100 / epochs, "optim.weight_decay": 1.0}
+    key = next((key for key in scales if key in axes), None)
+    if key is None:
+        return None
+    axis = list(axes).index(key)
+    best: dict[str, float] = {}
+    for point, (_, record) in zip(outcome.study.grid.points, outcome.tried, strict=True):
+        value = f"{float(axes[key][point[axis]]) * scales[key]:.4g}"
+        best[value] = max(score(record), best.get(value, 0.0))
+    return ByValue("E_free, % of the epochs" if key == "optim.free_epochs" else "weight decay", best)
+
+
+def costs(experiment: Experiment, found: list[Outcome]) -> list[str]:
+    """Sentences on how much the choice of E_free matters, and that of the weight decay."""
+    complete = [(outcome.cell, by_value(outcome)) for outcome, _ in best_of_curves(found)]
+    at = {(cell.panel, cell.column, cell.row): tried for cell, tried in complete if tried is not None}
+    lines = []
+    for base, rival in experiment.pairs:
+        both = [(at[*p, base], at[*p, rival]) for p in places(found) if {(*p, base), (*p, rival)} <= set(at)]
+        if len(both) > 1:
+            winners = [ours.winner for _, ours in both]
+            decay, free = ([pair[k].cost for pair in both] for k in (0, 1))
+            lines.append(
+                f"{rival}: the best E_free is {min(winners):g} to {max(winners):g} % of the epochs, over {len(both)} "
+                f"grids. The worst value tried costs {sum(free) / len(both):.2f} points on average and at most "
+                f"{max(free):.2f}; the worst weight decay of {base} {sum(decay) / len(both):.2f} and {max(decay):.2f}."
+            )
+    return lines
+
+
+def _values_table(complete: list[tuple[Outcome, BestOf]]) -> Table | None:
+    head = ("", "", "hyperparameter", "best validation score at each value, %", "the worst costs")
+    rows = []
+    for outcome, _ in complete:
+        if (tried := by_value(outcome)) is not None:
+            scores = "; ".join(f"{value}: {best:.2f}" for value, best in tried.best.items())
+            where = place(outcome.cell.panel, outcome.cell.column)
+            rows.append([where, outcome.cell.row, tried.hyperparameter, scores, f"{tried.cost:.2f}"])
+    return Table(head, rows) if rows else None
 
 
 def _frame(complete: list[tuple[Outcome, BestOf]]) -> pd.DataFrame:

@@ -47,6 +47,7 @@ class Page:
     literature: Table | None = None  # the numbers of others
     tuned: Table | None = None  # the chosen hyperparameters
     grids: Sequence[str] = ()
+    by_value: Table | None = None  # the best score at each value of a hyperparameter
     tuning: pd.DataFrame = field(default_factory=pd.DataFrame)  # the runs that chose them
     experiment: Experiment | None = None  # None: a simulation
     outcomes: Sequence[Outcome] = ()

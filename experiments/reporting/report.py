@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiments.definitions.spec import Experiment
 from experiments.records import Store
-from experiments.reporting.curves import curves_page
+from experiments.reporting.curves import costs, curves_page
 from experiments.reporting.drawing import save
 from experiments.reporting.layout import Entry, Panel
 from experiments.reporting.literature import literature_table
@@ -110,8 +110,8 @@ def pages_with_blocks() -> list[Path]:
 
 def with_updated_blocks(path: Path, pages: Iterable[Page], said: Sequence[Finding] = ()) -> str:
     """The text of a page with its blocks renewed: what stands between `<!-- summary NAME -->`, `<!-- summary-table NAME
-    -->` (the columns with numbers of ours), `<!-- output NAME -->` (as the terminal shows it) or `<!-- findings -->`
-    and `<!-- end -->`."""
+    -->` (the columns with numbers of ours), `<!-- costs NAME -->` (how much E_free matters), `<!-- output NAME -->` (as
+    the terminal shows it) or `<!-- findings -->` and `<!-- end -->`."""
     by_name = {page.name: page for page in pages}
 
     def renewed(found: re.Match[str]) -> str:
@@ -146,8 +146,13 @@ def _summary_panel(panel: Panel) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)) if any(ours) else ""
 
 
+def _list(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
 BLOCKS: dict[str, Callable[[Page], str]] = {
     "summary-table": summary_table,
-    "summary": lambda page: "\n".join(f"- {line}" for line in page.summary),
+    "summary": lambda page: _list(page.summary),
+    "costs": lambda page: "" if page.experiment is None else _list(costs(page.experiment, list(page.outcomes))),
     "output": lambda page: f"```text\n{terminal(page)}\n```",
 }

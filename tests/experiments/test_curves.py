@@ -11,8 +11,9 @@ from experiments.definitions.tuning_curves import FULL, SHORT, TUNING_CURVES
 from experiments.planning.study import studies
 from experiments.records import Store
 from experiments.reporting import report
+from experiments.reporting.curves import by_value, costs
 from experiments.reporting.trials import best_of_curves
-from tests.experiments.helpers import ACCURACY, run_experiment
+from tests.experiments.helpers import ACCURACY, committed_page, run_experiment
 
 SMALL = ("dataset=digits", "model.widths=[8]", "dataset.limit=100", "optim=adam")
 
@@ -62,3 +63,38 @@ def test_a_grid_with_holes_has_no_curve(small, tmp_path):
     assert len(best_of_curves(list(page.outcomes))) == 1
     assert not any("has rank" in line for line in page.summary)
     assert report.page_of(experiment, Store(tmp_path / "nothing")).summary == []
+
+
+def test_the_best_score_at_each_value_is_that_of_the_listed_runs():
+    page = committed_page("tuning_curves")
+    runs = page.tuning.assign(score=page.tuning["val_hr10"].fillna(0))
+    runs["share"] = (100 * runs["optim.free_epochs"].astype(float) / runs["epochs"]).round(6)
+    for outcome, _ in best_of_curves(list(page.outcomes)):
+        cell, tried = outcome.cell, by_value(outcome)
+        here = runs[(runs["panel"] == cell.panel) & (runs["column"] == cell.column) & (runs["row"] == cell.row)]
+        values = here["share"] if "LAWN" in cell.row else here["optim.weight_decay"].astype(float)
+        best = here.groupby(values)["score"].max()
+        assert {float(value): score for value, score in tried.best.items()} == pytest.approx(best.to_dict())
+        assert tried.cost == pytest.approx(best.max() - best.min())
+        assert tried.winner in best[best == best.max()].index
+
+
+def test_the_costs_are_of_both_sides_of_a_pair():
+    page = committed_page("tuning_curves")
+    tried = {(o.cell.panel, o.cell.column, o.cell.row): by_value(o) for o, _ in best_of_curves(list(page.outcomes))}
+    for line in costs(page.experiment, list(page.outcomes)):
+        rival = line.partition(":")[0]
+        (base,) = (base for base, other in page.experiment.pairs if other == rival and f" decay of {base} " in line)
+        shared = [place for *place, row in tried if row == rival and (*place, base) in tried]
+        free, decay = ([tried[*place, row].cost for place in shared] for row in (rival, base))
+        assert f"over {len(shared)} grids" in line
+        assert f"costs {np.mean(free):.2f} points on average and at most {max(free):.2f};" in line
+        assert line.endswith(f" weight decay of {base} {np.mean(decay):.2f} and {max(decay):.2f}.")
+
+
+def test_a_grid_without_either_hyperparameter_is_left_out(small):
+    experiment, results = small
+    page = report.page_of(experiment, Store(results))
+    assert [by_value(outcome) for outcome in page.outcomes] == [None, None]
+    assert page.by_value is None
+    assert costs(replace(experiment, pairs=(("Adam-LAWN", "Adam-LAWN"),)), list(page.outcomes)) == []

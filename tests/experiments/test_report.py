@@ -598,6 +598,7 @@ def test_holm_is_over_the_table():
     [
         ("README.md", ("summary-table table4",)),
         ("docs/getting-started.md", ("output demo",)),
+        ("docs/optimizers.md", ("costs tuning_curves",)),
         ("results/README.md", ("summary table4", "summary figure1", "summary tuning_curves", "summary automatic")),
     ],
 )
