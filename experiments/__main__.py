@@ -22,7 +22,7 @@ from experiments.definitions.matrix_factorization import MATRIX_FACTORIZATION
 from experiments.definitions.tables import TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6
 from experiments.definitions.tuning_curves import TUNING_CURVES
 from experiments.execution.executor import JobResult
-from experiments.execution.options import add_options, make_executor, port, positive, seconds
+from experiments.execution.options import add_options, make_executor, port, positive, seconds, seed_count
 from experiments.execution.overview import Row, plan_rows, status_rows
 from experiments.execution.runner import MAX_VECTORIZED, run
 from experiments.planning.estimate import RuntimeEstimate, duration
@@ -233,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--short", action="store_true", help="the short budget of epochs, not the paper's; simulations: seconds"
         )
-        sub.add_argument("--seeds", type=positive, metavar="N", help="runs that fill a cell (default: the table's)")
+        sub.add_argument("--seeds", type=seed_count, metavar="N", help="runs that fill a cell (default: the table's)")
         sub.add_argument(
             "--set",
             nargs="+",

@@ -12,6 +12,7 @@ from experiments.execution.executor import Executor, Resources
 from experiments.execution.pool import Pool
 from lawn.errors import ConfigError
 
+MAX_SEEDS = 1_000  # of a cell
 LOCAL, SLURM, SUBMITIT_LOCAL, RAY = "local", "slurm", "submitit_local", "ray"
 CLUSTER = (SLURM, SUBMITIT_LOCAL, RAY)
 TAKEN_BY = {  # options that do not apply to every executor
@@ -107,6 +108,12 @@ def _slots(devices: str, jobs: int | None) -> list[str]:
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text}: must be a positive number")
+    return int(text)
+
+
+def seed_count(text: str) -> int:
+    if positive(text) > MAX_SEEDS:
+        raise argparse.ArgumentTypeError(f"{text}: must be at most {MAX_SEEDS}")
     return int(text)
 
 

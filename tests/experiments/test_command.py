@@ -146,6 +146,7 @@ def test_a_place_that_is_none(call, tmp_path):
         ["run", "mini", "--budget", "h"],
         ["run", "mini", "--jobs", "0"],
         ["run", "mini", "--seeds", "-1"],
+        ["plan", "mini", "--seeds", "1001"],
         ["run", "mini", "--selection", "train"],
         ["run"],
         ["plan", "mini", "--budget", "2h"],  # what does not apply is refused
