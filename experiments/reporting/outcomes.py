@@ -78,6 +78,7 @@ class Pair:
     paper: float  # the paper's gain; NaN where it has none
     epochs: int | None = None  # of the runs
     paper_epochs: int | None = None
+    base_difference: float = nan  # from the paper's number after as many epochs; NaN within either standard error
 
     @property
     def place(self) -> str:
@@ -137,8 +138,9 @@ def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Pair]:
             papers = sign * (paper(b.cell) - paper(a.cell))
             seeds = len(a.records), len(b.records)
             paper_epochs = b.cell.epochs[0] if b.cell.epochs else None
+            apart = a.difference(measure) if a.marked(measure) and a.epochs == a.cell.epochs[0] else nan
             compared.append(
-                Pair(panel, column, base, rival, difference, seeds, paired, nan, papers, b.epochs, paper_epochs)
+                Pair(panel, column, base, rival, difference, seeds, paired, nan, papers, b.epochs, paper_epochs, apart)
             )
     tested = list(dict.fromkeys(pair.gain for pair in compared if not isnan(pair.gain.p)))
     adjusted = dict(zip(tested, holm([gain.p for gain in tested]), strict=True))

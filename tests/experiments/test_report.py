@@ -6,7 +6,7 @@ import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from math import isnan, sqrt
+from math import isnan, nan, sqrt
 
 import numpy as np
 import pandas as pd
@@ -622,6 +622,16 @@ def test_a_summary_is_the_columns_with_numbers_of_ours():
         assert len(rows) == sum(any(es[k].ours or es[k].paper for k in ours) for _, es in panel.rows)
         assert "](" not in "".join(rows)
     assert report.summary_table(replace(page, panels=[Panel("P", ["c"], [("row", [Entry("", "66.00")])])])) == ""
+
+
+@pytest.mark.parametrize("name", ["table2", "table4"])
+def test_comparisons_tell_how_far_their_base_is_from_the_papers_number(name):
+    page = committed_page(name)
+    cells = page.frame.set_index(["panel", "column", "row"])
+    for pair in page.pairs:
+        cell = cells.loc[(pair.panel, pair.column, pair.base)]
+        told = cell["exceeds_both_errors"] and cell["epochs"] == cell["paper_epochs"]
+        assert pair.base_difference == pytest.approx(cell["difference"] if told else nan, nan_ok=True)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

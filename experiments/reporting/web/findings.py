@@ -87,6 +87,8 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
             f"The gain is {format_signed(float(np.mean([p.gain.difference for p in pairs])))} on average "
             f"({_interval(*mean_interval([p.gain.difference for p in pairs]))}, over comparisons)."
         )
+        weak = [f"{pair.base} at {pair.place}" for pair in pairs if pair.base_difference < 0]
+        text += f" Below the paper's number, so perhaps not as well tuned: {'; '.join(weak)}." if weak else ""
     shown = tuple(dict.fromkeys(page.name for page, _ in measured.values()))
     return Finding("Is LAWN better than what it is compared with, both tuned?", text, shown)
 
@@ -170,6 +172,8 @@ def _sentence(pair: Pair) -> str:
             said += ", the paper's with " + (
                 f"{needed} seeds" if needed < inf else f"more than {MANY_SEEDS:,} seeds: the test users are too few"
             )
+    if said == "better" and pair.base_difference < 0:
+        said += f", but our {pair.base} is {-pair.base_difference:.2f} below the paper's: it may not be tuned as well"
     return f"{pair.rival} against {pair.base}{where}{ours}: {_gain(pair, printed)}: {said}"
 
 
