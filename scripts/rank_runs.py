@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pandas as pd
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from lawn.errors import RunError
+from lawn.errors import UserError
 from lawn.files import write_text
 from lawn.train.run_directory import LAST_KEY, read_config, read_environment, read_result
 
@@ -61,24 +63,38 @@ def rank(runs: pd.DataFrame) -> pd.DataFrame:
     return ranked.sort_values("mean", ascending=False)
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be a positive number")
+    return int(text)
+
+
 def main() -> int:
+    try:
+        return rank_runs()
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+
+
+def rank_runs() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--split", choices=("val", "test"), default="val")
     parser.add_argument("--only", metavar="KEY=VALUE", help="runs whose config has this value, e.g. optim.name=adam")
-    parser.add_argument("--top", type=int, default=10)
+    parser.add_argument("--top", type=positive, default=10)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write a row for each run")
     given = parser.parse_args()
-    try:
-        runs = read(given.folder, given.split)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    runs = read(given.folder, given.split)
     if given.only and not runs.empty:
         key, _, value = given.only.partition("=")
         if key not in runs:
             parser.error(f"--only {given.only}: no such key in these runs")
-        runs = runs[runs[key].astype(str) == str(OmegaConf.from_dotlist([f"value={value}"])["value"])]
+        try:
+            wanted = OmegaConf.from_dotlist([f"value={value}"])["value"]
+        except (OmegaConfBaseException, YAMLError):
+            parser.error(f"--only {given.only}: {value} cannot be read as a value")
+        runs = runs[runs[key].astype(str) == str(wanted)]
         if runs.empty:
             parser.error(f"--only {given.only}: no finished run of eval.split={given.split} has this value")
     if not runs.empty and len(names := sorted(set(runs["dataset.name"]))) > 1:
@@ -91,7 +107,7 @@ def main() -> int:
         kept = runs[["hash", "git", *varied(runs), "seed", *metrics]].dropna(axis=1, how="all")
         write_text(given.csv, kept.to_csv(index=False, float_format="%.6g"))
     ranked = rank(runs).rename(columns={"mean": f"mean {given.split}_{runs['headline'].iloc[0]}"})
-    print(ranked.head(given.top).to_string(index=False))
+    print(ranked.head(given.top).to_string(index=False), flush=True)
     return 0
 
 

@@ -186,6 +186,16 @@ def test_rank_runs(tmp_path, monkeypatch, capsys):
     assert (best[0], best[-2:]) == ("0.01", ["2", "0"])  # setting, seeds, diverged
     with (tmp_path / "table.csv").open() as file:
         assert len(file.readlines()) == 5
+    for wrong in (["--only", "optim.lr=[1"], ["--only", "optim.lr=${oc.env:ABSENT}"], ["--top", "0"]):
+        monkeypatch.setattr(sys, "argv", ["rank_runs.py", f"{tmp_path}/runs", *wrong])
+        with pytest.raises(SystemExit, match="2"):
+            rank_runs.main()
+    capsys.readouterr()
+    for place in (tmp_path, "/proc/absent.csv"):
+        monkeypatch.setattr(sys, "argv", ["rank_runs.py", f"{tmp_path}/runs", "--csv", str(place)])
+        assert rank_runs.main() == 1
+        assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["rank_runs.py", f"{tmp_path}/runs", *only])
     other = tmp_path / "runs" / "of-another-dataset"
     shutil.copytree(next((tmp_path / "runs").glob("digits-*")), other)
     text = (other / "config.yaml").read_text()

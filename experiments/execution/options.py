@@ -62,7 +62,7 @@ def make_executor(given: argparse.Namespace, runs_dir: Path) -> Executor:
         if getattr(given, option) is not None and name not in takers:
             raise ConfigError(f"--{option.replace('_', '-')}: only with --executor {', '.join(takers)}")
     if name == LOCAL:
-        return Pool(_slots(given.devices or "auto", given.jobs))
+        return Pool(_slots("auto" if given.devices is None else given.devices, given.jobs))
     package, extra = PACKAGES[name]
     if find_spec(package) is None:
         raise ConfigError(f"--executor {name}: the package {package} is not installed; pip install '.[{extra}]'")

@@ -57,11 +57,16 @@ def cifar100(root: Path, split: str, *, seed: int, val_fraction: float, limit: i
 def _load(
     folder: Path, release: Release, classes: int, split: str, seed: int, val_fraction: float, limit: int | None
 ) -> InMemoryImages:
-    for part in PARTS:
-        if not (folder / f"{part}.npz").exists():
-            _cache(folder, release, part)
-    train, test = (_read(folder / f"{part}.npz", classes) for part in PARTS)
+    files = [folder / f"{part}.npz" for part in PARTS]
+    made = [file for file in files if not file.exists()]
+    for part, file in zip(PARTS, files, strict=True):
+        if file in made:
+            _cache(folder, release, part, classes)
+    train, test = (_read(file, classes) for file in files)
     found = {"training images": len(train[1]), "test images": len(test[1])}
+    if found != PUBLISHED and not (folder / release.archive).exists():
+        for file in made:  # of unpacked files, which may be put right later
+            file.unlink()
     return in_memory_images(
         train,
         test,
@@ -75,7 +80,7 @@ def _load(
     )
 
 
-def _cache(folder: Path, release: Release, part: str) -> None:
+def _cache(folder: Path, release: Release, part: str, classes: int) -> None:
     """Write a part as an npz file, from the archive or its unpacked files; downloads a missing archive."""
     archive, unpacked = folder / release.archive, [folder / name for name in release.members[part]]
     size = release.labels + 3 * 32 * 32
@@ -86,6 +91,9 @@ def _cache(folder: Path, release: Release, part: str) -> None:
                 raise DataError(
                     f"{path}: {len(content)} bytes are no records of {size}; delete it to download it again"
                 )
+            label = max(content[release.labels - 1 :: size])
+            if label >= classes:
+                raise DataError(f"{path}: damaged (a label of {label}); delete it to download it again")
     else:
         if not archive.exists():
             advice = (
@@ -121,5 +129,5 @@ def _read(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
             f"found {images.dtype} {list(images.shape)} and {labels.dtype} {list(labels.shape)}"
         )
     if not len(labels) or labels.min() < 0 or labels.max() >= classes:
-        raise DataError(f"{path}: labels must be 0 to {classes - 1}, and at least one")
+        raise DataError(f"{path}: labels must be 0 to {classes - 1}, and at least one; delete it to make it again")
     return images, labels

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lawn.data.batching import Batching, MicroBatch, shard
 from lawn.data.fingerprint import Fingerprint, checksum
-from lawn.errors import ConfigError
+from lawn.errors import ConfigError, DataError
 
 
 @dataclass
@@ -207,6 +207,8 @@ def _channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
         share = np.bincount(images[..., channel].ravel(), minlength=256) / images[..., channel].size
         mean.append(float(share @ values))
         std.append(float(np.sqrt(share @ (values - mean[-1]) ** 2)))
+        if not std[-1]:
+            raise DataError(f"the training images have the same value everywhere in channel {channel}: no images")
     return mean, std
 
 

@@ -37,6 +37,7 @@ REMEDY = "get the shard again, or make it again without the sample"
 
 
 class Shard(NamedTuple):
+    name: str  # in the index
     url: str
     size: int  # samples
     first: int  # index of its first sample, counted through all shards
@@ -104,8 +105,8 @@ class ShardImages(JPEGImages):
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """Of the names and sizes of the shards; they are not read."""
-        names = [f"{shard.url.rpartition('/')[2]} {shard.size}" for shard in [*self.train, *self.held_out]]
+        """Of the names and sizes of the shards, wherever they are; they are not read."""
+        names = [f"{shard.name.rpartition('/')[2]} {shard.size}" for shard in [*self.train, *self.held_out]]
         return {
             "training images": self.num_train,
             "evaluation images": sum(s.size for s in self.held_out),
@@ -260,7 +261,10 @@ def read_index(prefix: str) -> tuple[list[str], list[Shard], list[Shard]]:
 
 def _shards(prefix: str, counts: dict[str, int]) -> list[Shard]:
     firsts = accumulate(counts.values(), initial=0)
-    return [Shard(shard_url(prefix, name), counts[name], first) for name, first in zip(counts, firsts, strict=False)]
+    return [
+        Shard(name, shard_url(prefix, name), size, first)
+        for (name, size), first in zip(counts.items(), firsts, strict=False)
+    ]
 
 
 def shard_url(prefix: str, name: str) -> str:

@@ -117,7 +117,7 @@ class RunDirectory:
             except RunError as error:  # it was killed while it wrote the file
                 echo(f"warning: {str(error).partition(';')[0]}; the run's initial environment is unknown")
                 first = {**now, "git": None, "dirty": None}
-            now = {**first, "resumed": [*first.get("resumed", []), now]}
+            now = {**first, "resumed": [*(first.get("resumed") or []), now]}
         try:
             with self._writing():
                 write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(content)))

@@ -145,10 +145,17 @@ def test_unpacked_files_of_cifar_are_read(tmp_path, monkeypatch, name):
         (folder / cached).unlink()
     unpacked = getattr(cifar, name)(tmp_path, "test", seed=0, val_fraction=0.25)
     assert unpacked.fingerprint == packed.fingerprint
-    for part in ("train", "test"):
-        (folder / f"{part}.npz").unlink()
     cut = folder / release.members["train"][-1]
-    cut.write_bytes(cut.read_bytes()[:-1])
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[: len(whole) // 2])
+    shorter = getattr(cifar, name)(tmp_path, "test", seed=0, val_fraction=0.25)
+    assert len(shorter.train_labels) < len(packed.train_labels)
+    cut.write_bytes(whole)
+    assert getattr(cifar, name)(tmp_path, "test", seed=0, val_fraction=0.25).fingerprint == packed.fingerprint
+    cut.write_bytes(bytes([*whole[: release.labels - 1], 200, *whole[release.labels :]]))
+    with pytest.raises(DataError, match=rf"{cut}: damaged \(a label of 200\); delete it"):
+        getattr(cifar, name)(tmp_path, "test", seed=0, val_fraction=0.25)
+    cut.write_bytes(whole[:-1])
     with pytest.raises(DataError, match=rf"{cut}: \d+ bytes are no records of 307\d; delete it"):
         getattr(cifar, name)(tmp_path, "test", seed=0, val_fraction=0.25)
 
@@ -189,6 +196,7 @@ def test_another_archive_than_the_published_one_is_not_opened(tmp_path):
         ({"images": np.zeros((4, 32, 32, 3), np.uint8), "labels": np.full(4, 1.7)}, "integer labels"),
         ({"images": np.zeros((4, 32, 32, 3), np.uint8), "labels": np.array(["a"] * 4)}, "integer labels"),
         ({"images": np.zeros((0, 32, 32, 3), np.uint8), "labels": np.zeros(0, int)}, "at least one"),
+        ({"images": np.zeros((4, 32, 32, 3), np.uint8), "labels": np.zeros(4, int)}, "the same value everywhere"),
         (None, "damaged"),
     ],
 )

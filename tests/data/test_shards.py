@@ -110,6 +110,8 @@ def test_shards_behind_urls(root, tmp_path):
     expected = epoch(load(root / "shards"), 0, Batching(5))
     assert epoch(load(f"pipe:cat {root}/shards/{{}}"), 0, Batching(5)) == expected
     assert epoch(load(f"file:{root}/shards/"), 0, Batching(5)) == expected
+    for elsewhere in (f"pipe:cat {root}/shards/{{}}", f'pipe:cat "{root}/shards/{{}}" -', f"file:{root}/shards/{{}}"):
+        assert load(elsewhere).fingerprint == load(root / "shards").fingerprint
     list(load(f"pipe:cat {root}/shards/{{}}").eval_batches(0, 5))  # reads less than a shard
     with pytest.raises(
         DataError, match=r"^pipe:cat .*: the command that reads it ended with code 1; python -m scripts"
