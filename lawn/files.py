@@ -23,16 +23,14 @@ except ImportError:
 def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and move it into place.
 
-    An existing file is kept as `previous`, if given. Without it, a symbolic link is followed. On failure, folders made
-    for the file are removed. Raises UserError if `path` is a folder, or another thing that is no file.
+    An existing file is kept as `previous`, if given; a symbolic link is replaced. On failure, folders made for the file
+    are removed. Raises UserError if `path` is a folder, a device or a pipe.
     """
     for target in (path, previous):
         if target is not None and target.is_dir():
             raise UserError(f"{target}: is a folder, where a file is to be written; move it away")
-    if path.exists() and not path.is_file():
+    if path.exists() and not path.is_file() and not path.is_symlink():
         raise UserError(f"{path}: is a device or a pipe, which cannot be replaced by a file")
-    if previous is None and path.is_symlink():
-        path = path.resolve()
     made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)

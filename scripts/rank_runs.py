@@ -105,7 +105,7 @@ def rank_runs() -> int:
     if given.csv:
         metrics = runs.columns[runs.columns.get_loc("status") :].drop(["headline", "score"])
         kept = runs[["hash", "git", *varied(runs), "seed", *metrics]].dropna(axis=1, how="all")
-        write_text(given.csv, kept.to_csv(index=False, float_format="%.6g"))
+        write_text(given.csv.resolve(), kept.to_csv(index=False, float_format="%.6g"))
     ranked = rank(runs).rename(columns={"mean": f"mean {given.split}_{runs['headline'].iloc[0]}"})
     print(ranked.head(given.top).to_string(index=False), flush=True)
     return 0

@@ -182,6 +182,12 @@ def test_rank_runs(tmp_path, monkeypatch, capsys):
     only = ("--only", "optim.name=adam_lawn", "--csv", f"{tmp_path}/table.csv")
     monkeypatch.setattr(sys, "argv", ["rank_runs.py", f"{tmp_path}/runs", *only])
     assert rank_runs.main() == 0
+    (tmp_path / "link.csv").symlink_to(tmp_path / "table.csv")
+    monkeypatch.setattr(sys, "argv", ["rank_runs.py", f"{tmp_path}/runs", *only[:-1], f"{tmp_path}/link.csv"])
+    (tmp_path / "table.csv").write_text("old")
+    capsys.readouterr()
+    assert rank_runs.main() == 0
+    assert (tmp_path / "link.csv").is_symlink()
     best = capsys.readouterr().out.splitlines()[1].split()
     assert (best[0], best[-2:]) == ("0.01", ["2", "0"])  # setting, seeds, diverged
     with (tmp_path / "table.csv").open() as file:
@@ -191,7 +197,7 @@ def test_rank_runs(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit, match="2"):
             rank_runs.main()
     capsys.readouterr()
-    for place in (tmp_path, "/proc/absent.csv"):
+    for place in (tmp_path, "/proc/absent.csv", "/dev/null"):
         monkeypatch.setattr(sys, "argv", ["rank_runs.py", f"{tmp_path}/runs", "--csv", str(place)])
         assert rank_runs.main() == 1
         assert capsys.readouterr().err.count("\n") == 1

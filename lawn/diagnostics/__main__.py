@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
             if name in runs:
                 raise ConfigError(f"{text}: another run is called {name}; give names, as NAME=RUN_DIR")
             runs[name] = figure.read(Path(path))
-        with atomic(given.out) as temporary:
+        with atomic(given.out.resolve()) as temporary:
             figure.save(runs, temporary)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

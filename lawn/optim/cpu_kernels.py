@@ -112,7 +112,7 @@ class CPUKernels:
         zero = (c_uint8 * count)()
         norms = blocks.norm_of_each() if blocks.slice_axes else (c_double * count)(*map(float, blocks.norms))
         self._call(name, blocks, (norms, zero), *arguments)
-        return torch.tensor(list(zero), dtype=torch.bool) if 1 in bytes(zero) else None
+        return torch.tensor(list(zero), dtype=torch.bool, device="cpu") if 1 in bytes(zero) else None
 
     def _sums(self, name: str, blocks: Blocks, *arguments: object) -> Tensor:
         """Call a function that computes two sums for each block: [blocks, 2]."""
