@@ -63,12 +63,6 @@ def rank(runs: pd.DataFrame) -> pd.DataFrame:
     return ranked.sort_values("mean", ascending=False)
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be a positive number")
-    return int(text)
-
-
 def main() -> int:
     try:
         return rank_runs()
@@ -82,9 +76,11 @@ def rank_runs() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--split", choices=("val", "test"), default="val")
     parser.add_argument("--only", metavar="KEY=VALUE", help="runs whose config has this value, e.g. optim.name=adam")
-    parser.add_argument("--top", type=positive, default=10)
+    parser.add_argument("--top", type=int, default=10)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write a row for each run")
     given = parser.parse_args()
+    if given.top < 1:
+        parser.error(f"--top {given.top}: must be a positive number")
     runs = read(given.folder, given.split)
     if given.only and not runs.empty:
         key, _, value = given.only.partition("=")

@@ -58,10 +58,11 @@ def _load(
     folder: Path, release: Release, classes: int, split: str, seed: int, val_fraction: float, limit: int | None
 ) -> InMemoryImages:
     files = [folder / f"{part}.npz" for part in PARTS]
-    made = [file for file in files if not file.exists()]
+    made = []
     for part, file in zip(PARTS, files, strict=True):
-        if file in made:
+        if not file.exists():
             _cache(folder, release, part, classes)
+            made.append(file)
     train, test = (_read(file, classes) for file in files)
     found = {"training images": len(train[1]), "test images": len(test[1])}
     if found != PUBLISHED and not (folder / release.archive).exists():
