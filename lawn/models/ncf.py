@@ -91,22 +91,25 @@ class NCFMLP(nn.Module):
         """
 
         def linear(name: str, x: Tensor) -> Tensor:
-            weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
-            return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
+            return affine(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
         for_users, for_items = weights["hidden.0.weight"].chunk(2, dim=2)
-        by_user, by_item = weights["user.weight"], weights["item.weight"]
+        by_user, by_item, bias = weights["user.weight"], weights["item.weight"], weights.get("hidden.0.bias")
         if self._tables_are_smaller(users.shape[1]):
-            x = look_up(torch.bmm(by_user, for_users.mT), users) + look_up(torch.bmm(by_item, for_items.mT), items)
+            by_user, by_item = affine(by_user, for_users, None), affine(by_item, for_items, bias)
+            x = look_up(by_user, users).add_(look_up(by_item, items))
         else:
-            x = torch.bmm(look_up(by_user, users), for_users.mT)
+            x = affine(look_up(by_user, users), for_users, bias)
             x = torch.baddbmm(x, look_up(by_item, items), for_items.mT)
-        if "hidden.0.bias" in weights:
-            x = x.add_(weights["hidden.0.bias"][:, None])
         x = x.relu_()
         for k in range(2, len(self.hidden), 2):
             x = linear(f"hidden.{k}", x).relu_()
         return linear("score", x).squeeze(2)
+
+
+def affine(x: Tensor, weights: Tensor, biases: Tensor | None) -> Tensor:
+    """A linear layer of each run: x [R, B, n], weights [R, m, n] and biases [R, m] to [R, B, m]."""
+    return torch.bmm(x, weights.mT) if biases is None else torch.baddbmm(biases[:, None], x, weights.mT)
 
 
 def look_up(tables: Tensor, ids: Tensor) -> Tensor:
