@@ -28,6 +28,7 @@ class Cell:
     paper: PaperResult | None = None  # None: the paper has no such cell
     seeds: int | None = None  # number of final runs; None: that of the experiment
     grid_only: bool = False  # only run every point of the grid once
+    whole_grid: bool = False  # search on the whole grid for the whole schedule, without a shorter one
     all_items: bool = False  # final runs also rank all items
 
     @property

@@ -62,7 +62,7 @@ class Study:
         epochs = () if self.budget is None else (f"train.epochs={self.budget}",)
         self.grid = Grid((*cell.overrides, *epochs), cell.sweep, selection, extra, experiment)
         self.shorter: Grid | None = None
-        if len(budgets) > 1 and cell.sweep is not None and not cell.grid_only:
+        if len(budgets) > 1 and cell.sweep is not None and not (cell.grid_only or cell.whole_grid):
             overrides = (*cell.overrides, f"train.epochs={budgets[-1]}")
             self.shorter = Grid(overrides, cell.sweep, selection, extra, experiment)
 
