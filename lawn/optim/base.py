@@ -162,7 +162,7 @@ class LAWNOptimizer(Optimizer, ABC):
             >>> optimizer.constrained
             True
         """
-        phase.constrain(self, again=again)
+        self._zero_check.constrain(self, again=again)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have gradients.
@@ -246,12 +246,18 @@ class LAWNOptimizer(Optimizer, ABC):
     def _traceable(self) -> list[GroupUpdate] | None:
         """Collect what a step updates if torch.compile can trace the step; None otherwise.
 
-        State is made and norms are fixed by steps that are not traced.
+        State is made, norms are fixed and errors are raised by steps that are not traced.
         """
+        try:
+            for index, group in enumerate(self.param_groups):
+                keys.check_group(group, index)
+                rounding.check(group.get(rounding.KEY, "nearest"))
+        except (TypeError, ValueError):
+            return None
         group_updates = [phase.collect(group, self.state) for group in self.param_groups]
         for group_update in group_updates:
             params = [*group_update.free, *group_update.params]
-            if group_update.has_dtensors or group_update.slice_axes:
+            if group_update.has_dtensors or group_update.slice_axes or not self._zero_check.knows(group_update):
                 return None
             if not all(self.state.get(p) for p in params) or 0.0 in group_update.norms:
                 return None

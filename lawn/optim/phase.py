@@ -22,6 +22,7 @@ from lawn.optim.keys import (
     is_fixed,
 )
 
+KnownBlocks = dict[Tensor, list[Tensor]]  # by their first parameter
 REMEDY = "leave it free with a param group that has constrain=False, or give it more free steps"
 
 
@@ -59,7 +60,7 @@ def is_dummy(optimizer: Optimizer) -> bool:
     return given > 0 and nonzero == 0
 
 
-def begin_step(optimizer: Optimizer, known: set[tuple[Tensor, ...]], fused: bool | None = None) -> list[GroupUpdate]:
+def begin_step(optimizer: Optimizer, known: KnownBlocks, fused: bool | None = None) -> list[GroupUpdate]:
     """Collect what a step updates, and fix the norms of weights that it constrains for the first time.
 
     Args:
@@ -92,6 +93,12 @@ def begin_step(optimizer: Optimizer, known: set[tuple[Tensor, ...]], fused: bool
     return group_updates
 
 
+def is_known(known: KnownBlocks, block: list[Tensor]) -> bool:
+    """Whether the norm of a block is known to be that of exactly these parameters, see `begin_step`."""
+    other = known.get(block[0], [])
+    return len(other) == len(block) and all(p is q for p, q in zip(other, block, strict=True))
+
+
 def check_capture() -> None:
     """Raise RuntimeError during CUDA graph capture: a graph would replay phase and bias corrections of one step."""
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
@@ -99,20 +106,23 @@ def check_capture() -> None:
 
 
 @torch.no_grad()
-def constrain(optimizer: Optimizer, *, again: bool) -> None:
-    """Fix the norms at their present values (equation 1); see `LAWNOptimizer.constrain`."""
+def constrain(optimizer: Optimizer, *, again: bool) -> list[GroupUpdate]:
+    """Fix the norms at their present values (equation 1) and return them; see `LAWNOptimizer.constrain`."""
     groups = optimizer.param_groups
     chosen = [index for index, group in enumerate(groups) if again or not group["switched"]]
     if not chosen:
         raise ValueError("the weights are constrained already; constrain(again=True) adopts their current norms")
     if not any(p.requires_grad and constrains(groups[index], p) for index in chosen for p in groups[index]["params"]):
         raise ValueError("nothing to constrain: no trainable parameter with two or more dimensions")
-    switch(optimizer, chosen)
+    return switch(optimizer, chosen)
 
 
 @torch.no_grad()
-def switch(optimizer: Optimizer, chosen: list[int]) -> None:
-    """Begin the second phase of the `chosen` param groups. Raises ValueError, and then changes nothing."""
+def switch(optimizer: Optimizer, chosen: list[int]) -> list[GroupUpdate]:
+    """Begin the second phase of the `chosen` param groups; return their parameters and norms.
+
+    Raises ValueError, and then changes nothing.
+    """
     group_updates = []
     for index in chosen:
         group = optimizer.param_groups[index]
@@ -131,6 +141,7 @@ def switch(optimizer: Optimizer, chosen: list[int]) -> None:
         for p in group_update.group["params"]:
             if optimizer.state.get(p):  # the norms of other parameters are fixed at their first update
                 optimizer.state[p][NORM] = norms[p] if p in norms else free_norm(group_update.group, p)
+    return group_updates
 
 
 def raise_zero(group_update: GroupUpdate, index: int, block: int) -> None:
@@ -243,21 +254,22 @@ def _check_counts(group_update: GroupUpdate, index: int) -> None:
             )
 
 
-def _check_loaded_norms(group_update: GroupUpdate, index: int, known: set[tuple[Tensor, ...]]) -> None:
+def _check_loaded_norms(group_update: GroupUpdate, index: int, known: KnownBlocks) -> None:
     """Raise ValueError for a loaded norm that belongs to another weight or block."""
-    blocks = list(map(tuple, group_update.blocks()))
-    if known.issuperset(blocks):
+    blocks = group_update.blocks()
+    unknown = [not is_known(known, block) for block in blocks]
+    if not any(unknown):
         return
     present = _present_norms(group_update)
-    owners = [block for block, c in zip(blocks, present, strict=True) for _ in _flatten([c])]
+    owners = [(b, new) for b, new, c in zip(blocks, unknown, present, strict=True) for _ in _flatten([c])]
     pairs = zip(owners, _flatten(group_update.norms), _flatten(present), strict=True)
-    for number, (block, c, now) in enumerate(pairs):
+    for number, ((block, new), c, now) in enumerate(pairs):
         tolerance = 0.02 if block[0].dtype.itemsize < 4 else 1e-3
-        if block not in known and now > 0 and abs(now / c - 1) > tolerance:
+        if new and now > 0 and abs(now / c - 1) > tolerance:
             name, _ = group_update.describe(index, number)
             raise ValueError(
                 f"{name} has the norm {now:.6g}, but its state says {c:.6g}: parameters may be in another order "
                 "than when it was saved, in other blocks, or the weights were replaced; load by name, or adopt "
                 "the current norms with constrain(again=True)"
             )
-    known.update(blocks)
+    known.update((block[0], block) for block in blocks)

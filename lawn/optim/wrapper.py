@@ -134,7 +134,7 @@ class LAWN:
         if not self._hooks:
             raise ValueError("LAWN was detached from the optimizer")
         self._prepare_added()
-        phase.constrain(self.optimizer, again=again)
+        self._zero_check.constrain(self.optimizer, again=again)
 
     def detach(self) -> None:
         """Remove LAWN's hooks and keys from the optimizer, which then trains without constraints."""

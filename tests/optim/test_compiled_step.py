@@ -136,6 +136,38 @@ def test_norms_that_change_later_are_followed():
         advance(ours, compiled, 12, 13)
 
 
+def test_what_the_eager_step_refuses_is_refused():
+    """A block that has lost a member, options of a group, and the norm of a weight whose gradient comes late."""
+    (ours, _) = make_pair(SGDLAWN, [(6, 4), (4, 4), (3, 6), (3,)], free_steps=0)
+    compiled = torch.compile(ours.step, backend="eager")
+    advance(ours, compiled, 0, 3)
+    first, second = (group["params"] for group in ours.param_groups)
+    before = [p.detach().clone() for p in (*first, *second)]
+
+    def attempt(message: str) -> None:
+        for p in (*first, *second):
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+        with pytest.raises(ValueError, match=message):
+            compiled()
+        assert all(torch.equal(p, q) for p, q in zip((*first, *second), before, strict=True))
+
+    second[1].requires_grad_(False)
+    attempt("in other blocks")
+    second[1].requires_grad_(True)
+    for index, key, wrong, right in ((0, "weight_decay", 0.1, 0.0), (1, "rounding", "up", "nearest")):
+        ours.param_groups[index][key] = wrong
+        attempt(f"param group {index}: {key}")
+        ours.param_groups[index][key] = right
+    saved = copy.deepcopy(ours.state_dict())
+    saved["state"][1]["lawn_norm"] *= 2
+    ours.load_state_dict(saved)
+    first[1].grad = None
+    for _ in range(2):
+        compiled()
+    before = [p.detach().clone() for p in (*first, *second)]
+    attempt("its state says")
+
+
 @pytest.mark.slow
 def test_stochastic_rounding_draws_the_same_numbers():
     ours, theirs = make_pair(SGDLAWN, SIZES[:1], torch.bfloat16, free_steps=3, rounding="stochastic")
