@@ -131,18 +131,12 @@ class GroupUpdate:
         return [c for c, size in zip(self.norms, self.sizes, strict=True) for _ in range(size)]
 
     def record(self, state: State) -> None:
-        """Store the norms after the step, for parameters that have state, and count the step.
-
-        The optimizer may keep state in another group alone, as SGD does for the groups that have momentum.
-        """
-        stateless = not _has_state(state, self.group["params"])
+        """Store the norms after the step, and count the step."""
         for p in self.free:
-            if state.get(p) or stateless:
-                state[p].setdefault(NORM, free_norm(self.group, p))
+            state[p].setdefault(NORM, free_norm(self.group, p))
         for part in self.parts():
             for p, c in zip(part.params, part.param_norms(), strict=True):
-                if state.get(p) or stateless:
-                    state[p][NORM] = c
+                state[p][NORM] = c
         self.group["steps"] += 1
 
 
@@ -219,8 +213,3 @@ def check_shapes(group: Group, params: list[Tensor], state: list[Tensor]) -> lis
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
     return sharding.local(state)
-
-
-def _has_state(state: State, params: list[Tensor]) -> bool:
-    """Whether the optimizer keeps state of these parameters. If it does, it has not updated one without state."""
-    return any(set(entry) != {NORM} for entry in filter(None, map(state.get, params)))

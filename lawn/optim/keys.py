@@ -6,8 +6,10 @@ follows its parameter, whether a checkpoint is keyed by name, by owner or by par
     state[p]["lawn_norm"]   the norm c of the weight or of its block, as a float; 0.0 while the weight is free. With
                             `norm_axes` the norms of its slices, as a float64 tensor on the CPU
 
-The key exists exactly when the rest of the parameter's state exists. A float is saved and loaded unchanged. torch would
-cast a tensor to the weight's dtype as it loads it, so it gets a list of floats instead. Each param group has the keys:
+The key exists from the parameter's first update on, even if the optimizer keeps no state of that parameter. During a
+step of a wrapped optimizer it does not exist, so that the optimizer finds the state as it left it. A float is saved and
+loaded unchanged. torch would cast a tensor to the weight's dtype as it loads it, so it gets a list of floats instead.
+Each param group has the keys:
 
     constrain     True constrains all parameters, False none, None those with two or more dimensions and more than one
                   element

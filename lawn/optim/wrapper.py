@@ -14,6 +14,7 @@ from lawn.optim import dispatch, keys, phase, slices, stages
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.blocks import Blocks
 from lawn.optim.group_update import GroupUpdate, gradients, sum_products
+from lawn.optim.keys import Norm
 from lawn.optim.zero_check import ZeroCheck
 
 OPTIMIZER_FILE = sys.modules[Optimizer.__module__].__file__  # torch runs step hooks in this file
@@ -92,6 +93,7 @@ class LAWN:
         self._projected: dict[Tensor, Tensor] = {}  # buffers of projected gradients
         # The caller's gradients, while projected ones are in their place, and the versions of those.
         self._gradients: dict[Tensor, tuple[Tensor | None, int]] = {}
+        self._hidden: dict[Tensor, Norm] = {}  # norms, while they are not in the state
         self._group_updates: list[GroupUpdate] | None = None  # of the current step
         self._skipped = self._dummy = False  # whether the current step is no update
         self._step: FrameType | None = None  # frame of the current step
@@ -109,6 +111,7 @@ class LAWN:
         keys.restore_norms(optimizer.state)  # the optimizer may have state already
 
     def __getstate__(self) -> dict[str, Any]:
+        self._show_norms()
         return {"optimizer": self.optimizer, "free_steps": self._free_steps, "fused": self._fused}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -141,6 +144,7 @@ class LAWN:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._hidden.clear()
         keys.remove_keys(self.optimizer)
 
     def _complete_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -152,6 +156,7 @@ class LAWN:
         keys.restore_norms(optimizer.state)
 
     def _prepare_added(self) -> None:
+        self._show_norms()  # after a step that raised
         groups = self.optimizer.param_groups
         for index, group in enumerate(groups):
             if "switched" not in group:
@@ -165,18 +170,20 @@ class LAWN:
         self._drop_used_buffers()  # after a step that raised
         self._restore_gradients()
         self._group_updates = None
+        self._prepare_added()
         # GradScaler expects a fused optimizer to skip a step whose gradients overflowed.
         found_inf = getattr(self.optimizer, "found_inf", None)
         self._skipped = found_inf is not None and bool(found_inf.item())
         self._dummy = phase.is_dummy(self.optimizer)
         phase.check_capture()
-        self._prepare_added()
-        if self._skipped or self._dummy:
-            return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if self._skipped or self._dummy:
+            self._hide_norms()
+            return None
         if closure is None:
             self._project()
             return None
+        self._hide_norms()
 
         def projecting() -> Any:  # the closure computes the gradients inside the step
             self._restore_gradients()
@@ -195,6 +202,7 @@ class LAWN:
 
         A closure may run several times in a step. The first call stores the weights before the step.
         """
+        self._show_norms()
         first = self._group_updates is None
         if first:
             self._group_updates = self._zero_check.begin(self.optimizer, self._fused)
@@ -219,6 +227,7 @@ class LAWN:
             projected = self._buffers(self._projected, params, params)
             stages.project(part, before, projected, self._fused)
             self._replace_gradients(params, projected)
+        self._hide_norms()
 
     def _replace_gradients(self, params: list[Tensor], projected: list[Tensor]) -> None:
         for p, tangent in zip(params, projected, strict=True):
@@ -232,6 +241,7 @@ class LAWN:
             self._nested_calls -= 1
             return
         self._step = None
+        self._show_norms()
         state = self.optimizer.state
         if self._dummy:
             for group in self.optimizer.param_groups:
@@ -255,6 +265,18 @@ class LAWN:
         self._restore_gradients()
         for single, index, zero in results:
             self._zero_check.check(single, index, zero)
+
+    def _hide_norms(self) -> None:
+        """Take the norms out of the state during a step: optimizers ask whether the state of a parameter is empty."""
+        for p, entry in self.optimizer.state.items():
+            if keys.NORM in entry:
+                self._hidden[p] = entry.pop(keys.NORM)
+
+    def _show_norms(self) -> None:
+        """Put the norms back."""
+        for p, norm in self._hidden.items():
+            self.optimizer.state[p][keys.NORM] = norm
+        self._hidden.clear()
 
     def _is_nested(self) -> bool:
         """Whether the current step calls the `step` of a parent class, for which torch runs hooks as well.

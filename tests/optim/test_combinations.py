@@ -1,6 +1,7 @@
 """What combines two of a practitioner's habits, and would be wrong without an error."""
 
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.utils import parametrizations
-from torch.optim import SGD, Adam
+from torch.optim import LBFGS, SGD, Adam, Optimizer
 
 from lawn import LAMBLAWN, LAWN, SGDLAWN, AdamLAWN
 from lawn.optim import attenuate_logits, bound_norms, cpu_kernels, dispatch, update
@@ -48,6 +49,79 @@ def test_groups_of_which_one_has_no_state(wrapped, free_steps):
     with_gradients(without, with_momentum)
     optimizer.step()
     assert without.detach().norm().item() == pytest.approx(norm, rel=1e-5)  # rescaled, not adopted
+
+
+def test_every_weight_of_an_optimizer_with_one_state_keeps_its_norm():
+    """LBFGS keeps its state with the first parameter; the norms of the others are stored and saved, too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    optimizer = LBFGS(model.parameters(), max_iter=4)
+    LAWN(optimizer, free_steps=0)
+    x = torch.randn(8, 4)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (model(x) - 1).pow(2).mean()
+        loss.backward()
+        return loss
+
+    before = model[2].weight.detach().norm().item()
+    optimizer.step(closure)
+    assert optimizer.state_dict()["state"][2][NORM] == pytest.approx(before)
+    with torch.no_grad():
+        model[2].weight.mul_(3)
+    optimizer.step(closure)
+    assert model[2].weight.detach().norm().item() == pytest.approx(before)  # rescaled, not adopted
+
+
+class LateAdam(Adam):
+    """An optimizer that makes no update in its first steps, but may look at the gradients."""
+
+    skipped = 2
+
+    def step(self, closure: Any = None) -> Any:
+        self.skipped -= 1
+        return None if self.skipped >= 0 else super().step(closure)
+
+
+class StateOfOneKey(Optimizer):
+    """SGD with momentum that makes its buffer where the state holds only a count, as timm's Adahessian."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["count"] = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            if len(self.state[p]) == 1:
+                self.state[p]["buffer"] = torch.zeros_like(p)
+            self.state[p]["count"] += 1
+            p.sub_(self.state[p]["buffer"].mul_(0.9).add_(p.grad), alpha=self.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("kind", [LateAdam, StateOfOneKey])
+def test_an_optimizer_finds_its_state_as_it_left_it(kind, raises):
+    """It may ask whether a state is empty. Norms are there before and after a step, also one that raised."""
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(4, 4))
+    optimizer = kind([w], lr=0.1)
+    LAWN(optimizer, free_steps=1)
+    for _ in range(4):
+        with_gradients(w)
+        optimizer.step()
+    norm = optimizer.state[w][NORM]
+    if raises:
+        failing = optimizer.register_step_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            optimizer.step()
+        failing.remove()
+    assert optimizer.state_dict()["state"][0][NORM] == norm
+    with_gradients(w)
+    optimizer.step()
+    assert optimizer.state[w][NORM] == norm == pytest.approx(w.detach().norm().item())
 
 
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, nn.utils.weight_norm, parametrizations.spectral_norm])
