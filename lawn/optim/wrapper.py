@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lawn.optim import dispatch, keys, phase, slices, stages
+from lawn.optim import dispatch, keys, phase, sharding, slices, stages
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.blocks import Blocks
 from lawn.optim.group_update import GroupUpdate, gradients, sum_products
@@ -262,7 +262,7 @@ class LAWN:
             group_update.record(state)
         zeros = stages.finish([waiting for _, _, waiting in pending])
         results += [(part, index, zero) for (part, index, _), zero in zip(pending, zeros, strict=True)]
-        self._restore_gradients()
+        self._restore_gradients(getattr(self.optimizer, "grad_scale", None))  # which GradScaler sets
         for single, index, zero in results:
             self._zero_check.check(single, index, zero)
 
@@ -301,11 +301,13 @@ class LAWN:
                 buffers[p] = torch.empty_like(t)
         return [buffers[p] for p in params]
 
-    def _restore_gradients(self) -> None:
-        """Put the caller's gradients back."""
+    def _restore_gradients(self, scale: Tensor | None = None) -> None:
+        """Put the caller's gradients back, divided by the `scale` by which the optimizer has divided the others."""
         for p, (grad, _) in self._gradients.items():
             if p.grad is self._projected.get(p):  # unless the caller has replaced it
                 p.grad = grad
+                if scale is not None and grad is not None:
+                    sharding.local([grad])[0].div_(scale.to(grad.device))
         self._gradients.clear()
 
     def _drop_used_buffers(self) -> None:

@@ -124,6 +124,25 @@ def test_an_optimizer_finds_its_state_as_it_left_it(kind, raises):
     assert optimizer.state[w][NORM] == norm == pytest.approx(w.detach().norm().item())
 
 
+@pytest.mark.parametrize("kind", [Adam, SGD])
+def test_a_fused_optimizer_leaves_every_gradient_unscaled(kind):
+    """GradScaler lets a fused optimizer divide the gradients by the scale itself, in place."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(4, 4), torch.randn(8, 4)
+    optimizer = kind(layer.parameters(), lr=0.1, fused=True)
+    LAWN(optimizer, free_steps=1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = layer(x).square().mean()
+        expected = torch.autograd.grad(loss, tuple(layer.parameters()), retain_graph=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        for p, g in zip(layer.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.grad, g)
+
+
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, nn.utils.weight_norm, parametrizations.spectral_norm])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
 def test_logits_of_a_computed_weight_are_not_attenuated(wrap):
