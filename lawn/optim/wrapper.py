@@ -184,8 +184,15 @@ class LAWN:
             self._project()
             return None
         self._hide_norms()
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        versions = [p._version for p in params]
 
         def projecting() -> Any:  # the closure computes the gradients inside the step
+            if self._group_updates is None and versions != [p._version for p in params]:
+                raise RuntimeError(
+                    f"{type(self.optimizer).__name__} changes the weights before it calls the closure, as sharpness-"
+                    "aware optimizers do, but LAWN measures them there; put LAWN on its base optimizer"
+                )
             self._restore_gradients()
             loss = closure()
             self._project()

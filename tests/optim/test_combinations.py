@@ -143,6 +143,54 @@ def test_a_fused_optimizer_leaves_every_gradient_unscaled(kind):
             torch.testing.assert_close(p.grad, g)
 
 
+class SharpnessAware(Optimizer):
+    """Sharpness-aware minimization with a base optimizer, as https://github.com/davda54/sam writes it."""
+
+    def __init__(self, params: Any, base: Any, rho: float = 0.05, **keys: Any) -> None:
+        super().__init__(params, {"rho": rho, **keys})
+        self.base_optimizer = base(self.param_groups, **keys)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        norm = torch.stack([p.grad.norm() for p in params]).norm()
+        before = [p.clone() for p in params]
+        for p in params:
+            p.add_(p.grad, alpha=self.param_groups[0]["rho"] / norm.item())
+        with torch.enable_grad():
+            closure()
+        for p, w in zip(params, before, strict=True):
+            p.data = w
+        self.base_optimizer.step()
+
+
+def test_lawn_belongs_on_the_base_of_a_sharpness_aware_optimizer():
+    """Around it, LAWN would take norms and tangent spaces of the perturbed weights."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(4, 4), torch.randn(8, 4)
+    optimizer = SharpnessAware(layer.parameters(), SGD, lr=0.1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = layer(x).square().mean()
+        loss.backward()
+        return loss
+
+    outer = LAWN(optimizer, free_steps=None)
+    closure()
+    with pytest.raises(RuntimeError, match="put LAWN on its base optimizer"):
+        optimizer.step(closure)
+    outer.detach()
+    LAWN(optimizer.base_optimizer, free_steps=0)
+    norm = layer.weight.detach().norm().item()
+    for _ in range(3):
+        closure()
+        optimizer.step(closure)
+    assert optimizer.base_optimizer.state[layer.weight][NORM] == pytest.approx(norm)
+    assert layer.weight.detach().norm().item() == pytest.approx(norm)
+
+
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, nn.utils.weight_norm, parametrizations.spectral_norm])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
 def test_logits_of_a_computed_weight_are_not_attenuated(wrap):
