@@ -9,11 +9,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lawn.optim import keys, sharding, stages
+from lawn.optim import keys, rounding, sharding, stages
 from lawn.optim.adam_lawn import AdamLAWN, check_adam, moments
-from lawn.optim.blocks import real
+from lawn.optim.blocks import batch_elements, real
 from lawn.optim.group_update import GroupUpdate, gradients
-from lawn.optim.rounding import in_float32
 
 
 class LAMB(Optimizer):
@@ -196,10 +195,10 @@ def lamb(
     """
     sharded = [p for p in params if sharding.is_dtensor(p)] if sharding.any_dtensor(params) else []
     plain = [p for p in params if not sharding.is_dtensor(p)] if sharded else params
-    if plain:
-        trusted = [trust_vectors or p.ndim >= 2 for p in plain]
-        with _moved(optimizer, group, plain) as (weights, updates):
-            norms = _norms(group, plain, weights), _norms(group, plain, updates)
+    for part in rounding.batches(plain, batch_elements(plain[0].device) if plain else 0):
+        trusted = [trust_vectors or p.ndim >= 2 for p in part]
+        with _moved(optimizer, group, part) as (weights, updates):
+            norms = _norms(group, part, weights), _norms(group, part, updates)
             _apply(weights, updates, *norms, trusted, group["lr"], max_trust)
     if not sharded and not idle:
         return None
@@ -226,11 +225,12 @@ def _moved(
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Update the moments; yield real views of the weights, local shards of DTensors, and LAMB's updates of them.
 
-    At the end the weights are rounded, if they are copies.
+    Those in half precision are float32 copies, which are rounded at the end: squares and norms would leave the range of
+    float16.
     """
     first, second, steps = moments(optimizer, params, group)
     lists = sharding.local(params), gradients(params), first, second
-    with in_float32(optimizer, group, params, *lists) as (weights, grads, first, second):
+    with rounding.in_float32(optimizer, group, params, *lists, always=True) as (weights, grads, first, second):
         yield _updates(group, weights, grads, first, second, steps)
 
 
@@ -272,6 +272,7 @@ def _apply(
     max_trust: float,
 ) -> None:
     """Apply updates, multiplied by their trust ratios where these are `trusted`."""
+    lr = lr.reshape(()) if isinstance(lr, Tensor) else lr  # one of shape [1] would add an axis to a single number
     for w, r, w_norm, r_norm, trust in zip(weights, updates, weight_norms, update_norms, trusted, strict=True):
         if trust:
             ratio = torch.where((w_norm > 0) & (r_norm > 0), w_norm / r_norm, 1.0).clamp(max=max_trust)

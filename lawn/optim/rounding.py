@@ -123,16 +123,22 @@ def parts(
         for dtype in sorted({p.dtype for p in (*params, *idle)}, key=str):
             yield [p for p in params if p.dtype == dtype], [p for p in idle if p.dtype == dtype]
         return
+    for part in batches(params, limit):
+        yield part, []
+
+
+def batches(params: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    """Divide parameters into batches of one dtype and at most `limit` elements, which a single one may exceed."""
     part: list[Tensor] = []
     elements = 0
     for p in sorted(params, key=lambda p: str(p.dtype)):
         if part and (p.dtype != part[0].dtype or elements + p.numel() > limit):
-            yield part, []
+            yield part
             part, elements = [], 0
         part.append(p)
         elements += p.numel()
     if part:
-        yield part, []
+        yield part
 
 
 @contextmanager
@@ -143,6 +149,7 @@ def in_float32(
     weights: list[Tensor],
     grads: list[Tensor],
     *state: list[Tensor],
+    always: bool = False,
 ) -> Iterator[tuple[list[Tensor], ...]]:
     """Let a free update that rounds stochastically work on float32 copies, and round them at the end.
 
@@ -153,21 +160,35 @@ def in_float32(
         weights: the parameters, or the local shards of DTensors.
         grads: gradients of the weights.
         *state: lists of the state, which is always rounded to nearest.
+        always: whether an update that rounds to nearest works on copies, too, of the tensors in half precision.
 
     Yields:
-        Weights, gradients and lists of the state: the given lists if the parameters are rounded to nearest.
+        Weights, gradients and lists of the state: the given lists if the parameters are rounded to nearest and
+        `always` is False.
     """
     own = streams(optimizer, group, params)
-    if own is None:
+    if own is None and not always:
         yield weights, grads, *state
         return
-    copies = tuple([t.float() for t in tensors] for tensors in (weights, grads, *state))
+    copies = tuple(
+        [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors] for tensors in (weights, grads, *state)
+    )
     yield copies
     for tensors, updated in zip(state, copies[2:], strict=True):
-        torch._foreach_copy_(tensors, updated)
+        _write(tensors, updated)
+    if own is None:
+        _write(weights, copies[0])
+        return
     numels = [w.numel() for w in weights]
     rounded = stochastic(torch.cat([t.reshape(-1) for t in copies[0]]), weights[0].dtype, own, numels)
     torch._foreach_copy_(weights, [t.view(w.shape) for t, w in zip(rounded.split(numels), weights, strict=True)])
+
+
+def _write(tensors: list[Tensor], updated: list[Tensor]) -> None:
+    """Copy updated tensors to those that they are copies of."""
+    pairs = [(t, new) for t, new in zip(tensors, updated, strict=True) if new is not t]
+    if pairs:
+        torch._foreach_copy_([t for t, _ in pairs], [new for _, new in pairs])
 
 
 def _hash(x: Tensor) -> Tensor:

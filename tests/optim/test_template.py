@@ -508,6 +508,28 @@ def test_lamb_with_a_weight_of_zero_moves():
     torch.testing.assert_close(w.detach(), torch.full((2, 2), -0.1), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("kind", [LAMB, LAMBPlus, LAMBLAWN])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_lamb_in_half_precision(kind, dtype):
+    """Squares of gradients are below the range of float16, and norms of large updates above it."""
+    generator = torch.Generator().manual_seed(0)
+    start, gradient = torch.randn(64, 64, generator=generator), 1e-3 * torch.randn(64, 64, generator=generator)
+    ours, theirs = nn.Parameter(start.to(dtype)), nn.Parameter(start.clone())
+    for p in (ours, theirs):
+        p.grad = gradient.to(p.dtype)
+        kind([p], lr=0.1).step()
+    assert (ours.float() - theirs).norm() <= 0.03 * (theirs - start).norm()
+
+
+@pytest.mark.parametrize("kind", [LAMB, LAMBPlus, LAMBLAWN])
+def test_lamb_of_a_single_number_with_a_learning_rate_in_a_tensor(kind):
+    ours, theirs = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(2.0))
+    for p, lr in ((ours, torch.tensor([0.1])), (theirs, 0.1)):
+        p.grad = torch.tensor(1.0)
+        kind([p], lr=lr).step()
+    torch.testing.assert_close(ours, theirs)
+
+
 # Without compiled code
 
 
