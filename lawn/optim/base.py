@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lawn.optim import keys, phase, rounding, slices, stages
@@ -99,13 +99,22 @@ class LAWNOptimizer(Optimizer, ABC):
         Raises:
             ValueError: if a group sets an option that this optimizer does not support.
         """
+        hook = self.register_load_state_dict_pre_hook(self._complete_state_dict)  # comes after those of the user
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+
+    def _complete_state_dict(self, _: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         groups = []
         for index, group in enumerate(state_dict["param_groups"]):
             known = {key: value for key, value in group.items() if key not in IGNORED_KEYS}
-            self._check_keys(known, index)
-            groups.append({key: value for key, value in known.items() if key not in self._unsupported_keys()})
+            own = self.param_groups[index] if index < len(self.param_groups) else {}
+            unsupported = self._unsupported_keys() | (torch_keys() - {*own, *self._supported_keys()})
+            self._check_keys(known, index, unsupported)
+            groups.append({key: value for key, value in known.items() if key not in unsupported})
         state_dict = {**state_dict, "param_groups": groups}
-        super().load_state_dict(keys.complete_state_dict(state_dict, self.param_groups, self._supported_keys()))
+        return keys.complete_state_dict(state_dict, self.param_groups, self._supported_keys())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group.
@@ -123,7 +132,7 @@ class LAWNOptimizer(Optimizer, ABC):
         # ZeroRedundancyOptimizer fills in the default.
         given = param_group.get("free_steps", self.defaults["free_steps"]) != self.defaults["free_steps"]
         index = len(self.param_groups)
-        self._check_keys(param_group, index)
+        self._check_keys(param_group, index, self._unsupported_keys())
         super().add_param_group(param_group)
         added = self.param_groups[-1]
         if not given:
@@ -272,11 +281,11 @@ class LAWNOptimizer(Optimizer, ABC):
             for p in params:
                 self.state[p].setdefault(keys.NORM, keys.free_norm(group, p))
 
-    def _check_keys(self, group: dict[str, Any], index: int) -> None:
-        """Raise ValueError for a key of a param group that is set but not supported."""
+    def _check_keys(self, group: dict[str, Any], index: int, unsupported: set[str]) -> None:
+        """Raise ValueError for a key of a param group that is set but `unsupported`."""
         rounding.check(group.get(rounding.KEY, "nearest"), f"param group {index}: ")
         for key, value in group.items():
-            if key in self._unsupported_keys() and value:
+            if key in unsupported and value:
                 raise ValueError(f"param group {index}: {type(self).__name__} has no {key}, got {key}={value!r}")
             close = get_close_matches(key, ("constrain", "free_steps", slices.KEY), n=1, cutoff=0.85)
             if close and key not in close:
@@ -286,7 +295,8 @@ class LAWNOptimizer(Optimizer, ABC):
         return [*dict.fromkeys((*self.defaults, rounding.KEY, slices.KEY, *keys.DEFAULTS))]
 
     def _unsupported_keys(self) -> set[str]:
-        return torch_keys() - set(self._supported_keys())
+        """Options of Adam and SGD that this optimizer lacks. Other keys may be those of the user or of a wrapper."""
+        return torch_keys(Adam, SGD) - set(self._supported_keys())
 
     @abstractmethod
     def _state_of(self, group: dict[str, Any], params: list[Tensor]) -> Any:
@@ -319,7 +329,7 @@ def counter(steps: float) -> Tensor:
 
 
 @cache
-def torch_keys() -> set[str]:
-    """Return the param group keys of all torch optimizers."""
-    classes = [c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, Optimizer)]
+def torch_keys(*kinds: type[Optimizer]) -> set[str]:
+    """Return the param group keys of these torch optimizers, of all by default."""
+    classes = kinds or [c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, Optimizer)]
     return {name for c in classes for name in signature(c).parameters} - {"params", "defaults"}

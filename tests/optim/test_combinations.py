@@ -191,6 +191,28 @@ def test_lawn_belongs_on_the_base_of_a_sharpness_aware_optimizer():
     assert layer.weight.detach().norm().item() == pytest.approx(norm)
 
 
+@pytest.mark.parametrize("make", OWN)
+def test_a_lawn_optimizer_as_base_of_a_sharpness_aware_one(make):
+    """The param groups, which both share, have the key rho."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(4, 4), torch.randn(8, 4)
+    optimizer = SharpnessAware(layer.parameters(), make, lr=0.1, free_steps=1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = layer(x).square().mean()
+        loss.backward()
+        return loss
+
+    norms = []
+    for _ in range(4):
+        closure()
+        optimizer.step(closure)
+        norms.append(layer.weight.detach().norm().item())
+    assert norms[1:] == pytest.approx([norms[0]] * 3)
+    optimizer.base_optimizer.load_state_dict(optimizer.base_optimizer.state_dict())
+
+
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, nn.utils.weight_norm, parametrizations.spectral_norm])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
 def test_logits_of_a_computed_weight_are_not_attenuated(wrap):

@@ -578,13 +578,51 @@ def test_a_free_group_decays_as_the_class_says(kind):
 @pytest.mark.parametrize("kind", NEW)
 @pytest.mark.parametrize(
     "keys",
-    [{"maximize": True}, {"amsgrad": True}, {"nesterov": True}, {"dampening": 0.1}, {"foreach": True}, {"rho": 0.9}],
+    [{"maximize": True}, {"amsgrad": True}, {"nesterov": True}, {"dampening": 0.1}, {"foreach": True}],
 )
 def test_keys_of_other_optimizers_are_refused_by_name(kind, keys):
     (name,) = keys
     with pytest.raises(ValueError, match=f"param group 0: {kind.__name__} has no {name}"):
         kind([{"params": [nn.Parameter(torch.ones(2, 2))], **keys}])
     kind([{"params": [nn.Parameter(torch.ones(2, 2))], name: False, "name": "trunk", "lr_scale": 0.5}])
+
+
+@pytest.mark.parametrize("kind", NEW)
+def test_keys_of_the_user_are_kept(kind):
+    """A wrapper such as SAM has keys of its own in the param groups, `rho` among them; so has Adadelta."""
+    own = {"rho": 0.05, "lr_decay": 0.9, "alpha": 1, "d": 2.0}
+    optimizer = kind([{"params": [nn.Parameter(torch.ones(2, 2))], **own}])
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert own.items() <= optimizer.param_groups[0].items()
+
+
+@pytest.mark.parametrize("kind", NEW)
+@pytest.mark.parametrize("other", ["Adadelta", "RMSprop", "NAdam"])
+def test_a_checkpoint_of_another_optimizer_is_refused(kind, other):
+    network = model()
+    plain = getattr(torch.optim, other)(network.parameters())
+    train(network, plain, 0, 1)
+    with pytest.raises(ValueError, match=f"{kind.__name__} has no "):
+        kind(network.parameters()).load_state_dict(plain.state_dict())
+
+
+@own_form
+def test_a_hook_mends_a_checkpoint_before_it_is_checked(form):
+    network = model()
+    optimizer, _ = make(form, network.parameters())
+    train(network, optimizer, 0, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["maximize"] = True
+
+    def mend(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        groups = [{k: v for k, v in group.items() if k != "maximize"} for group in state_dict["param_groups"]]
+        return {**state_dict, "param_groups": groups}
+
+    with pytest.raises(ValueError, match="has no maximize"):
+        optimizer.load_state_dict(saved)
+    optimizer.register_load_state_dict_pre_hook(mend)
+    optimizer.load_state_dict(saved)
+    train(network, optimizer, 1, 2)
 
 
 @pytest.mark.parametrize("kind", NEW)
