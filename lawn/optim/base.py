@@ -133,6 +133,8 @@ class LAWNOptimizer(Optimizer, ABC):
         given = param_group.get("free_steps", self.defaults["free_steps"]) != self.defaults["free_steps"]
         index = len(self.param_groups)
         self._check_keys(param_group, index, self._unsupported_keys())
+        for key in keys.RUN:
+            param_group.pop(key, None)
         super().add_param_group(param_group)
         added = self.param_groups[-1]
         if not given:

@@ -41,6 +41,8 @@ Norm = float | Tensor  # of a parameter, 0.0 if it is not fixed; or one for each
 NORM = "lawn_norm"
 DEFAULTS: Group = {"constrain": None, "blocks": None, "free_steps": None, "steps": 0, "switched": False}
 
+RUN = ("steps", "switched")  # what a group has done, which a group dict that was used for another optimizer still has
+
 
 def check_free_steps(free_steps: Any) -> int | None:
     """Convert `free_steps` to an int or None. Raises ValueError for anything else and for negative numbers."""

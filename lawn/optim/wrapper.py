@@ -74,6 +74,11 @@ class LAWN:
         if isinstance(optimizer, LAWNOptimizer) or any(isinstance(getattr(h, "__self__", None), LAWN) for h in hooks):
             raise ValueError("the optimizer is a LAWN optimizer already")
         before = [dict(group) for group in optimizer.param_groups]
+        loaded = any(keys.NORM in entry for entry in optimizer.state.values())
+        for group in optimizer.param_groups:
+            if group["params"] and "switched" in group and group["steps"] and not loaded:
+                for key in keys.RUN:
+                    del group[key]
         try:
             for index in range(len(before)):
                 keys.add_defaults(optimizer.param_groups, index, free_steps)

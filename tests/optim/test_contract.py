@@ -513,6 +513,19 @@ def test_other_weights_take_their_norms_anew(form):
 
 
 @every_form
+def test_groups_that_are_used_again_begin_anew(form):
+    """torch's optimizers write to the dicts that they are given."""
+    network = model()
+    groups = [{"params": [p]} for p in network.parameters()]
+    for _ in range(2):
+        optimizer, lawn = make(form, groups, free_steps=2)
+        for t in range(3):
+            assert not lawn.constrained
+            train(network, optimizer, t, t + 1)
+        assert lawn.constrained
+
+
+@every_form
 def test_a_group_that_is_released_and_bound_again(form):
     network = model()
     optimizer, _ = make(form, network.parameters(), free_steps=0)
