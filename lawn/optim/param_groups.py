@@ -32,7 +32,7 @@ def all_weights(model: nn.Module, *, include_bias: bool = False) -> list[dict[st
         A group of constrained parameters and, if there are any, a group of free ones.
 
     Raises:
-        ValueError: if the model has no weights.
+        ValueError: if the model has no weights, or a bias cannot join a weight because one of them is computed.
 
     References:
         Gupta et al. 2021, section 3, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
@@ -60,8 +60,9 @@ def final_homogeneous(model: nn.Module, *, include_bias: bool = False) -> list[d
 
     The sub-network is the longest sequence of positively homogeneous modules at the end of the model: linear and
     convolutional layers, ReLU, LeakyReLU and PReLU, max and average pooling, flattening, zero padding and dropout. All
-    other modules end it: normalization, embeddings, other activations, attention, modules with parametrized weights,
-    and custom modules without children (also subclasses of the known ones, which may compute something else).
+    other modules end it: normalization, embeddings, other activations, attention, modules whose weights are computed
+    (parametrized, pruned), and custom modules without children (also subclasses of the known ones, which may compute
+    something else).
 
     The modules are found in the order of registration; containers are opened. Function calls in `forward` (`F.gelu`, a
     skip connection) and another order of calls are not detected; use `matching` for such models. Parameters of a
@@ -76,7 +77,7 @@ def final_homogeneous(model: nn.Module, *, include_bias: bool = False) -> list[d
         A group of constrained parameters and, if there are any, a group of free ones.
 
     Raises:
-        ValueError: if the sub-network has no trainable linear or convolutional layer.
+        ValueError: if the sub-network has no trainable linear or convolutional layer, or as `all_weights` for biases.
 
     References:
         Gupta et al. 2021, section 3 ("fhsn"), [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
@@ -93,10 +94,11 @@ def final_homogeneous(model: nn.Module, *, include_bias: bool = False) -> list[d
     last = "the start of the model"
     for name, module in _leaves(model):
         kind = _kind(module)
-        if kind in _LINEAR:
+        if kind in _LINEAR and "weight" in module._parameters:
             weights += [w for w in [module._parameters["weight"]] if w is not None and w.requires_grad]
         elif kind not in _HOMOGENEOUS:
-            weights, last = [], f"'{name}' ({kind.__name__})"
+            computed = ", whose weight is computed" if kind in _LINEAR else ""
+            weights, last = [], f"'{name}' ({kind.__name__}{computed})"
     if not weights:
         raise ValueError(
             f"no final homogeneous sub-network: there is no trainable linear or convolutional layer after {last}"
@@ -120,7 +122,7 @@ def matching(
         A group of constrained parameters and, if there are any, a group of free ones.
 
     Raises:
-        ValueError: if a pattern matches no weight, or there is no pattern.
+        ValueError: if a pattern matches no weight, there is no pattern, or as `all_weights` for biases.
 
     Examples:
         >>> from torch import nn
@@ -249,8 +251,9 @@ def _groups(model: nn.Module, weights: Iterable[Tensor], include_bias: bool) -> 
     for w in weights:
         blocks.setdefault(w, len(blocks))
     if include_bias:
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+                _check_bias(name, module, blocks)
                 weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
                 if weight in blocks and bias is not None and bias.requires_grad:
                     blocks.setdefault(bias, blocks[weight])
@@ -260,6 +263,18 @@ def _groups(model: nn.Module, weights: Iterable[Tensor], include_bias: bool) -> 
         constrained["blocks"] = [blocks[p] for p in constrained["params"]]
     free = {"params": [p for p in trainable if p not in blocks], "constrain": False}
     return [constrained, free] if free["params"] else [constrained]
+
+
+def _check_bias(name: str, module: nn.Module, blocks: Iterable[Tensor | None]) -> None:
+    """Raise ValueError if a constrained layer has a bias that cannot join its weight."""
+    own = module._parameters
+    bias = own.get("bias")
+    may_join = "bias" not in own or (bias is not None and bias.requires_grad)
+    if may_join and not {"weight", "bias"} <= own.keys() and not {*module.parameters()}.isdisjoint(blocks):
+        raise ValueError(
+            f"the bias of '{name or 'the model itself'}' cannot share the norm of its weight, because one of them is "
+            "computed from other parameters (parametrized or pruned); leave out include_bias"
+        )
 
 
 def _leaves(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:

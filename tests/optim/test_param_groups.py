@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrize import register_parametrization as parametrize
 
 from lawn.models.mlp import mlp
 from lawn.models.ncf import NCFMLP
@@ -153,6 +155,8 @@ class Skip(nn.Module):
         (nn.MultiheadAttention(3, 1), {"2.weight"}),  # its out_proj, of a subclass of Linear, is not counted either
         (nn.Softmax(dim=1), {"2.weight"}),
         (nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), {"2.weight"}),
+        (prune.identity(nn.Linear(3, 3), "weight"), {"2.weight"}),
+        (prune.identity(nn.Linear(3, 3), "bias"), {"0.weight", "1.weight", "2.weight"}),
         (Tokens(), {"1.head.weight", "2.weight"}),
         (Skip(), {"0.weight", "1.branch.weight", "2.weight"}),  # opened, and homogeneous
         (nn.Sequential(), {"0.weight", "2.weight"}),
@@ -163,6 +167,23 @@ def test_what_ends_the_final_network(offender, after):
     groups = final_homogeneous(model)
     check_complete(model, groups, include_bias=False)
     assert bound_names(model, groups) == after
+
+
+def test_a_layer_of_computed_weight_has_a_name():
+    with pytest.raises(ValueError, match=r"after '0' \(Linear, whose weight is computed\)"):
+        final_homogeneous(nn.Sequential(prune.identity(nn.Linear(3, 3), "weight"), nn.ReLU()))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_bias_of_a_computed_weight_cannot_join_it(name):
+    for layer in (prune.identity(nn.Linear(3, 3), name), parametrize(nn.Linear(3, 3), name, nn.Identity())):
+        model = nn.Sequential(nn.Linear(3, 3), layer)
+        assert len(all_weights(model)[0]["params"]) == 2
+        with pytest.raises(ValueError, match="the bias of '1' cannot share the norm of its weight"):
+            all_weights(model, include_bias=True)
+        assert len(matching(model, "^0", include_bias=True)[0]["params"]) == 2
+    model = nn.Sequential(nn.Linear(3, 3), prune.identity(nn.Linear(3, 3, bias=False), "weight"))
+    assert len(all_weights(model, include_bias=True)[0]["params"]) == 3
 
 
 def test_an_offender_used_twice_counts_twice():
