@@ -122,6 +122,9 @@ class LAWN:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._attach(**state)
 
+    def __copy__(self) -> Any:
+        raise TypeError("a shallow copy would put LAWN on the same optimizer twice; use copy.deepcopy")
+
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"LAWN has no {name!r}: it wraps an optimizer; use the wrapped optimizer instead")
 

@@ -948,6 +948,17 @@ def test_it_says_that_it_is_no_optimizer(form):
 
 
 @wrapped_form
+def test_lawn_is_not_copied_onto_the_same_optimizer(form):
+    network = model()
+    optimizer, lawn = make(form, network.parameters(), free_steps=1)
+    train(network, optimizer, 0, 1)
+    with pytest.raises(TypeError, match=r"use copy\.deepcopy"):
+        copy.copy(lawn)
+    train(network, optimizer, 1, 2)
+    assert optimizer.param_groups[0]["steps"] == 2
+
+
+@wrapped_form
 def test_detached_it_says_so(form):
     _, lawn = make(form, model().parameters())
     lawn.detach()
