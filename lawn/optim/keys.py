@@ -122,15 +122,21 @@ def complete_state_dict(saved: dict[str, Any], groups: list[Group], keys: list[s
         check_group({**merged, "params": group["params"]}, index, "the loaded param group")
         merged_groups.append({**merged, "free_steps": check_free_steps(merged["free_steps"])})
     state = {
-        key: {**entry, NORM: entry[NORM].tolist()} if isinstance(entry.get(NORM), Tensor) else entry
-        for key, entry in saved["state"].items()
+        key: {**entry, NORM: entry[NORM].tolist()}
+        for key, entry in entries(saved["state"])
+        if isinstance(entry.get(NORM), Tensor)
     }
-    return {**saved, "state": state, "param_groups": merged_groups}
+    return {**saved, "state": {**saved["state"], **state}, "param_groups": merged_groups}
+
+
+def entries(state: Mapping[Any, Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """Return the states of parameters. An optimizer may keep other values beside them, as MADGRAD does."""
+    return [(p, entry) for p, entry in state.items() if isinstance(entry, dict)]
 
 
 def restore_norms(state: State) -> None:
     """Store the norms as floats, and those of slices as float64 tensors, after loading, in each state that exists."""
-    for entry in state.values():
+    for _, entry in entries(state):
         if entry:
             norm = entry.get(NORM, 0.0)
             if isinstance(norm, list | tuple):
@@ -171,7 +177,7 @@ def remove_keys(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for key in (*DEFAULTS, slices.KEY):
             group.pop(key, None)
-    for entry in optimizer.state.values():
+    for _, entry in entries(optimizer.state):
         entry.pop(NORM, None)
 
 

@@ -74,7 +74,7 @@ class LAWN:
         if isinstance(optimizer, LAWNOptimizer) or any(isinstance(getattr(h, "__self__", None), LAWN) for h in hooks):
             raise ValueError("the optimizer is a LAWN optimizer already")
         before = [dict(group) for group in optimizer.param_groups]
-        loaded = any(keys.NORM in entry for entry in optimizer.state.values())
+        loaded = any(keys.NORM in entry for _, entry in keys.entries(optimizer.state))
         for group in optimizer.param_groups:
             if group["params"] and "switched" in group and group["steps"] and not loaded:
                 for key in keys.RUN:
@@ -283,7 +283,7 @@ class LAWN:
 
     def _hide_norms(self) -> None:
         """Take the norms out of the state during a step: optimizers ask whether the state of a parameter is empty."""
-        for p, entry in self.optimizer.state.items():
+        for p, entry in keys.entries(self.optimizer.state):
             if keys.NORM in entry:
                 self._hidden[p] = entry.pop(keys.NORM)
 

@@ -101,8 +101,37 @@ class StateOfOneKey(Optimizer):
             p.sub_(self.state[p]["buffer"].mul_(0.9).add_(p.grad), alpha=self.param_groups[0]["lr"])
 
 
+class CountInState(StateOfOneKey):
+    """An optimizer with a value of its own beside the states of parameters, as MADGRAD has it."""
+
+    def step(self, closure: Any = None) -> None:
+        self.state["k"] = self.state.get("k", torch.tensor([0])) + 1
+        super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [LateAdam, StateOfOneKey, CountInState])
+def test_lawn_on_an_optimizer_that_has_trained(kind):
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(4, 4))
+    optimizer = kind([w], lr=0.1)
+
+    def train() -> None:
+        for _ in range(3):
+            with_gradients(w)
+            optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+
+    train()
+    lawn = LAWN(optimizer, 1)
+    train()
+    assert optimizer.state[w][NORM] == pytest.approx(w.detach().norm().item())
+    lawn.detach()
+    assert NORM not in optimizer.state[w]
+    train()
+
+
 @pytest.mark.parametrize("raises", [False, True])
-@pytest.mark.parametrize("kind", [LateAdam, StateOfOneKey])
+@pytest.mark.parametrize("kind", [LateAdam, StateOfOneKey, CountInState])
 def test_an_optimizer_finds_its_state_as_it_left_it(kind, raises):
     """It may ask whether a state is empty. Norms are there before and after a step, also one that raised."""
     torch.manual_seed(0)
