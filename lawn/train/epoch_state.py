@@ -128,11 +128,3 @@ def load_epoch_state(states: list[dict[str, Any]], model: nn.Module, world: Worl
         gradients=own["gradients"].to(world.device),
         generator_states=own["random"] if same_size else [],
     )
-
-
-def median(values: Tensor) -> Tensor:
-    """The median of values [n], the lower of two; NaN if one is. torch's own occupies a single core of a GPU."""
-    if not values.is_cuda:
-        return values.median()
-    ascending = values.sort().values
-    return torch.where(ascending[-1].isnan(), ascending[-1], ascending[(len(values) - 1) // 2])

@@ -21,7 +21,7 @@ from lawn.task import Batch, Recommendation, Task
 from lawn.train.batchnorm import refuse_single_values
 from lawn.train.diagnostics import RunDiagnostics
 from lawn.train.distributed import World, sync_gradients
-from lawn.train.epoch_state import EpochState, load_epoch_state, median
+from lawn.train.epoch_state import EpochState, load_epoch_state
 from lawn.train.execution import Execution
 from lawn.train.run_directory import Row
 from lawn.train.throughput import flops_per_sample, synchronize
@@ -205,7 +205,7 @@ class Trainer:
         state.total_losses = self.world.all_reduce_sum(state.losses.values).cpu()
         if self.diagnostics:
             self.diagnostics.add_margins(margins)
-        return self.mean_loss(), median(margins).item()
+        return self.mean_loss(), margins.median().item()
 
     def mean_loss(self) -> float:
         """The mean over the samples of the epoch that has just been trained, from the losses of its updates."""

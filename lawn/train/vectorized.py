@@ -21,8 +21,7 @@ from lawn.optim import NonFiniteError
 from lawn.task import Task
 from lawn.train.cuda_graph import GraphedFunction
 from lawn.train.distributed import launched_by_torchrun
-from lawn.train.epoch_state import last_finite, median
-from lawn.train.execution import WORTH_COMPILING
+from lawn.train.epoch_state import last_finite
 from lawn.train.throughput import flops_per_sample, synchronize, to_meta
 from lawn.train.trainer import Trainer
 from lawn.train.vectorized_step import VectorizedStep
@@ -122,24 +121,20 @@ class VectorizedTrainer:
             for weight, row in zip(self._slices[name], stack, strict=True):
                 weight.data = row
             stack.requires_grad_()
-        parts = []
+        self._groups = []
         for _, group in groupby(range(len(trainers)), key=lambda k: type(trainers[k].optimizer)):
             members = list(group)
-            parts.append(slice(members[0], members[-1] + 1))
-        optimizers = [[trainer.optimizer for trainer in trainers[part]] for part in parts]
-        first = trainers[0]
-        graphed = first.device.type == "cuda" and not first.execution.deterministic
-        graphed = graphed and all(map(VectorizedStep.is_supported, optimizers))
-        updates = first.config.train.epochs * first.batching.updates(first.task.dataset.num_train)
-        self._groups = []
-        for part, own in zip(parts, optimizers, strict=True):
+            part = slice(members[0], members[-1] + 1)
+            optimizers = [trainer.optimizer for trainer in trainers[part]]
             step = None
-            if VectorizedStep.is_supported(own):
+            if VectorizedStep.is_supported(optimizers):
                 stacks = [stack.detach()[part] for stack in self._stacks.values()]
-                slices = [each[part] for each in self._slices.values()]
-                step = VectorizedStep(own, stacks, slices, compiled=graphed and updates >= WORTH_COMPILING)
+                step = VectorizedStep(optimizers, stacks, [own[part] for own in self._slices.values()])
             self._groups.append((part, step))
-        self._computation = GraphedFunction(self._compute, graphed)
+
+        steps = [step for _, step in self._groups]
+        enabled = trainers[0].device.type == "cuda" and None not in steps and not trainers[0].execution.deterministic
+        self._computation = GraphedFunction(self._compute, enabled)
 
     def _prepare(self, failed: dict[int, int], updates: int) -> None:
         """Prepare the update of the runs that have not failed.
@@ -223,7 +218,8 @@ class VectorizedTrainer:
             rows = batches[0][0]
             margins[:, rows.start : rows.stop] = margin
             self._finish(failed, update + 1)
-        medians = torch.stack([median(own) for own in margins]).tolist()
+        # One by one: the median along a dimension has no deterministic form on GPUs.
+        medians = torch.stack([own.median() for own in margins]).tolist()
         each = losses.cpu()
         assert gradients is not None
         for k, trainer in enumerate(trainers):

@@ -19,7 +19,6 @@ from lawn.optim.adam_lawn import AdamLAWN
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.lamb import LAMB, LAMBLAWN, LAMBPlus
 from lawn.optim.sgd_lawn import SGDLAWN
-from lawn.train.progress import echo
 
 
 @dataclass(frozen=True)
@@ -101,16 +100,10 @@ class VectorizedStep:
         optimizers: K optimizers for which `is_supported` holds.
         weights: tensors [K, ...], without gradients: all parameters, stacked.
         slices: for each of them the K parameters that its slices are.
-        compiled: whether `apply` is compiled: a few kernels instead of dozens for each weight.
     """
 
     def __init__(
-        self,
-        optimizers: Sequence[Optimizer],
-        weights: Sequence[Tensor],
-        slices: Sequence[Sequence[Tensor]],
-        *,
-        compiled: bool = False,
+        self, optimizers: Sequence[Optimizer], weights: Sequence[Tensor], slices: Sequence[Sequence[Tensor]]
     ) -> None:
         self._optimizers = list(optimizers)
         self._rule = RULES[type(optimizers[0])]
@@ -119,8 +112,6 @@ class VectorizedStep:
         self._counts = self._weights[0].steps.tolist() if self._rule.adaptive else []
         rows = len(self._weights) + 2 * self._rule.adaptive
         self._numbers = weights[0].new_empty(rows, len(optimizers))  # rates of each weight, scales of the moments
-        self._compiled = compiled
-        self._update_all = torch.compile(_update_all) if compiled else _update_all
 
     @staticmethod
     def is_supported(optimizers: Sequence[Optimizer]) -> bool:
@@ -160,18 +151,10 @@ class VectorizedStep:
     @torch.no_grad()
     def apply(self, gradients: Sequence[Tensor]) -> None:
         """The update that `prepare` has prepared: operations of the device alone."""
-        if self._compiled:  # for any number of runs
-            tensors = [t for weight in self._weights for t in vars(weight).values() if isinstance(t, Tensor)]
-            for t in (*tensors, *gradients):
-                torch._dynamo.maybe_mark_dynamic(t, 0)
-            torch._dynamo.maybe_mark_dynamic(self._numbers, 1)
-        try:
-            self._update_all(self._rule, self._weights, self._numbers, gradients)
-        except torch._dynamo.exc.TorchDynamoException as error:  # before anything is computed
-            cause = str(getattr(error, "inner_exception", error)).partition("\n")[0]
-            echo(f"warning: the steps are not compiled, so they are slower: {cause}")
-            self._update_all = _update_all
-            self._update_all(self._rule, self._weights, self._numbers, gradients)
+        rates, scales = self._numbers[: len(self._weights)], self._numbers[len(self._weights) :]
+        for weight, gradient, lr in zip(self._weights, gradients, rates, strict=True):
+            each = [expand_runs(x, weight.w) for x in scales]
+            self._update(weight, gradient, expand_runs(lr, weight.w), each)
 
     def _switch(self) -> tuple[set[int], bool]:
         failed, switched = set(), False
@@ -193,55 +176,45 @@ class VectorizedStep:
                 weight.read_norms()
         return failed, switched
 
+    def _update(self, weight: _Weight, g: Tensor, lr: Tensor, scales: list[Tensor]) -> None:
+        """`lawn.optim.update` explains the constrained part."""
+        rule, w, c = self._rule, weight.w, weight.norm
+        dot = partial(_dot, over=weight.over)
+        trust = rule.max_trust is not None and (rule.trust_vectors or w.ndim > 2)
+        ww = dot(w, w) if trust or c is not None else lr
+        if c is not None:
+            g = torch.addcmul(g, w, torch.where(c.isfinite(), dot(w, g) / ww, 0), value=-1)
+        if weight.decays and rule.decay == "gradient":
+            g = torch.addcmul(g, w, weight.decay)
+        r = self._direction(weight, g, scales)
+        if weight.decays and rule.decay == "update":
+            r = torch.addcmul(r, w, weight.decay)
+        keep = 1 - lr * weight.decay if weight.decays and rule.decay == "weight" else None
+        take = lr
+        rr = dot(r, r) if trust or c is not None else lr
+        if trust:
+            ratio = torch.where((ww > 0) & (rr > 0), (ww / rr).sqrt(), 1).clamp(max=rule.max_trust)
+            take = lr * ratio
+        if c is not None:
+            on_sphere = update.coefficients(ww, dot(w, r), rr, c, lr, trust=trust)
+            keep = torch.where(c.isfinite(), on_sphere[0], 1)
+            take = torch.where(c.isfinite(), on_sphere[1], take)
+        if keep is not None:
+            w.mul_(keep)
+        w.addcmul_(r, take, value=-1)
 
-def _update_all(rule: _Rule, weights: list[_Weight], numbers: Tensor, gradients: Sequence[Tensor]) -> None:
-    """Update all weights. `numbers` has a row for the rate of each weight, then one for each scale of the moments."""
-    rates, scales = numbers[: len(weights)], numbers[len(weights) :]
-    for weight, gradient, lr in zip(weights, gradients, rates, strict=True):
-        each = [expand_runs(x, weight.w) for x in scales]
-        _update(rule, weight, gradient, expand_runs(lr, weight.w), each)
-
-
-def _update(rule: _Rule, weight: _Weight, g: Tensor, lr: Tensor, scales: list[Tensor]) -> None:
-    """`lawn.optim.update` explains the constrained part."""
-    w, c = weight.w, weight.norm
-    dot = partial(_dot, over=weight.over)
-    trust = rule.max_trust is not None and (rule.trust_vectors or w.ndim > 2)
-    ww = dot(w, w) if trust or c is not None else lr
-    if c is not None:
-        g = torch.addcmul(g, w, torch.where(c.isfinite(), dot(w, g) / ww, 0), value=-1)
-    if weight.decays and rule.decay == "gradient":
-        g = torch.addcmul(g, w, weight.decay)
-    r = _direction(rule, weight, g, scales)
-    if weight.decays and rule.decay == "update":
-        r = torch.addcmul(r, w, weight.decay)
-    keep = 1 - lr * weight.decay if weight.decays and rule.decay == "weight" else None
-    take = lr
-    rr = dot(r, r) if trust or c is not None else lr
-    if trust:
-        ratio = torch.where((ww > 0) & (rr > 0), (ww / rr).sqrt(), 1).clamp(max=rule.max_trust)
-        take = lr * ratio
-    if c is not None:
-        on_sphere = update.coefficients(ww, dot(w, r), rr, c, lr, trust=trust)
-        keep = torch.where(c.isfinite(), on_sphere[0], 1)
-        take = torch.where(c.isfinite(), on_sphere[1], take)
-    if keep is not None:
-        w.mul_(keep)
-    w.addcmul_(r, take, value=-1)
-
-
-def _direction(rule: _Rule, weight: _Weight, g: Tensor, scales: list[Tensor]) -> Tensor:
-    """What Adam or SGD would subtract from the weight, at a rate of 1."""
-    if rule.adaptive:
-        weight.first.lerp_(g, 1 - weight.beta1)
-        weight.second.lerp_(g * g, 1 - weight.beta2)
-        first_scale, second_scale = scales  # m_hat / (sqrt(v_hat) + eps), both divided by the scale of m_hat
-        roots = weight.second.sqrt().mul_(second_scale / first_scale).add_(weight.eps / first_scale)
-        return weight.first / roots
-    weight.first.mul_(weight.momentum).add_(g)
-    if not weight.uses_nesterov:
-        return weight.first
-    return torch.where(weight.nesterov, torch.addcmul(g, weight.first, weight.momentum), weight.first)
+    def _direction(self, weight: _Weight, g: Tensor, scales: list[Tensor]) -> Tensor:
+        """What Adam or SGD would subtract from the weight, at a rate of 1."""
+        if self._rule.adaptive:
+            weight.first.lerp_(g, 1 - weight.beta1)
+            weight.second.lerp_(g * g, 1 - weight.beta2)
+            first_scale, second_scale = scales  # m_hat / (sqrt(v_hat) + eps), both divided by the scale of m_hat
+            roots = weight.second.sqrt().mul_(second_scale / first_scale).add_(weight.eps / first_scale)
+            return weight.first / roots
+        weight.first.mul_(weight.momentum).add_(g)
+        if not weight.uses_nesterov:
+            return weight.first
+        return torch.where(weight.nesterov, torch.addcmul(g, weight.first, weight.momentum), weight.first)
 
 
 def _holder(optimizer: Optimizer, own: Tensor) -> dict[str, Any]:

@@ -26,13 +26,13 @@ def make(tiny_data, kind: str, *keys: str) -> Trainer:
 
 def synchronizations(run: Trainer) -> int:
     """Of one epoch of training."""
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            torch.cuda.set_sync_debug_mode("warn")  # warns that it is a prototype
             run.train_epoch()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 

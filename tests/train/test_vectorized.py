@@ -46,8 +46,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 @pytest.mark.parametrize("kind", ["digits", "ratings", "ratings, tables larger than a batch"])
-def test_each_is_what_it_is_alone(kind, device, tiny_data, monkeypatch):
-    monkeypatch.setattr("lawn.train.vectorized.WORTH_COMPILING", 0)
+def test_each_is_what_it_is_alone(kind, device, tiny_data):
     common = {
         "digits": DIGITS,
         "ratings": RATINGS,

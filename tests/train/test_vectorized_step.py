@@ -1,7 +1,6 @@
 """The vectorized step of several optimizers equals the steps that each takes by itself."""
 
 import copy
-from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lawn.optim import LAMB, LAMBLAWN, SGDLAWN, AdamLAWN, LAMBPlus
@@ -122,41 +120,6 @@ def test_norms_hold_over_many_steps_in_float32(kind):
     for own, shape, norm in zip(members.slices, SHAPES, norms, strict=True):
         if len(shape) > 1:
             assert own[1].norm().item() == pytest.approx(norm, rel=1e-6)
-
-
-@pytest.mark.parametrize("kind", [AdamW, LAMBLAWN])
-def test_the_compiled_step_is_the_same_for_any_number_of_runs(kind, monkeypatch):
-    """One graph in the free phase, one from the first switch. It is traced only: compiling takes a minute."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    torch._dynamo.reset()
-    counters["stats"].clear()
-    for size in (2, 3):
-        joint, alone = Members(kind, 0), Members(kind, 0)
-        parts = [[own[:size] for own in lists] for lists in (joint.stacks, joint.slices)]
-        vectorized = VectorizedStep(joint.optimizers[:size], *parts, compiled=True)
-        for step in range(5):
-            gradients = gradient_of(0, step + 1)
-            vectorized.step([g[:size].clone() for g in gradients])
-            alone.alone(gradients)
-        for a, b in zip(joint.stacks, alone.stacks, strict=True):
-            torch.testing.assert_close(a[:size], b[:size], rtol=1e-9, atol=1e-12)
-    assert 1 <= counters["stats"]["unique_graphs"] <= 2
-
-
-def test_a_step_that_cannot_be_compiled_is_taken_by_plain_operations(monkeypatch, capsys):
-    def broken(*_):
-        raise RuntimeError("no compiler\nin this test")
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
-    joint, alone = Members(AdamLAWN, 0), Members(AdamLAWN, 0)
-    vectorized = VectorizedStep(joint.optimizers, joint.stacks, joint.slices, compiled=True)
-    for step in range(5):
-        vectorized.step(gradient_of(0, step + 1))
-        alone.alone(gradient_of(0, step + 1))
-    check(joint, alone)
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("warning: the steps are not compiled")
-    assert "no compiler" in line
 
 
 @pytest.mark.parametrize("kind", RULES)
