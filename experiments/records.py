@@ -1,8 +1,8 @@
 """Records of finished runs: the lines of results/runs/EXPERIMENT.jsonl, named like their run directories.
 
 A record has the run's identity and hash, the command that repeats it, its environment, its result (with the outcome
-of each evaluation sample) and its metrics.csv as columns. Records of tuning runs are in results/tuning/, without
-outcomes and metrics. Lines are appended while runs end, and sorted by name at the end.
+of each evaluation sample) and the columns of metrics.csv, thinned to about EPOCHS epochs. Records of tuning runs are
+in results/tuning/, without outcomes and metrics. Lines are appended while runs end, and sorted by name at the end.
 """
 
 import json
@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from math import nan
+from math import ceil, nan
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from lawn.identity import identity, identity_hash, run_name
 from lawn.train.run_directory import RunDirectory, decode_outcomes, read_environment
 
 DAMAGE = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)  # raised by reading a damaged record
+EPOCHS = 100  # in a record, about, if every epoch measures the same
 OF_ALL = ("code",)  # properties that every record must have
 OF_A_RUN = (*OF_ALL, "headline", "seconds_per_epoch")
 
@@ -39,7 +40,7 @@ class Record:
     config: dict[str, Any]
     environment: dict[str, Any]
     result: dict[str, Any]
-    columns: dict[str, list[Any]]  # of metrics.csv, with a value for each epoch
+    columns: dict[str, list[Any]]  # of metrics.csv, with a value for each recorded epoch
     command: str = ""  # that repeats the run
 
     @property
@@ -49,7 +50,7 @@ class Record:
 
     @cached_property
     def history(self) -> pd.DataFrame:
-        """metrics.csv, a row for each epoch."""
+        """metrics.csv, a row for each recorded epoch."""
         return pd.DataFrame(self.columns)
 
     @property
@@ -162,7 +163,7 @@ class Store:
         if tunes:
             result.pop("outcomes", None)
         else:
-            content["history"] = _history(directory.path, result["last"]["epoch"])
+            content["history"] = _history(directory.path, _recorded(config, result["last"]["epoch"]))
         folder, known = self.tuning if tunes else self.runs, self.read(name)
         path = folder / f"{experiment}.jsonl"
         if known is not None and known.path.parent == folder:  # by the command of another experiment, meanwhile
@@ -231,12 +232,21 @@ class Store:
             file.read_new(self._taker(file))
 
 
-def _history(run: Path, epochs: int) -> dict[str, list[float | int | None]]:
-    """The columns of metrics.csv. Raises RunError if they do not have a row for each epoch."""
+def _history(run: Path, epochs: list[int]) -> dict[str, list[float | int | None]]:
+    """The columns of metrics.csv for these epochs. Raises RunError if it does not have a row for each to the last."""
     history = read_metrics(run)
-    if len(history) != epochs:
-        raise RunError(f"{run / 'metrics.csv'}: has {len(history)} of {epochs} epochs; {WRITTEN_AGAIN}")
-    return {str(column): [_short(v) for v in history[column]] for column in history}
+    if len(history) != epochs[-1]:
+        raise RunError(f"{run / 'metrics.csv'}: has {len(history)} of {epochs[-1]} epochs; {WRITTEN_AGAIN}")
+    return {str(column): [_short(history[column][epoch - 1]) for epoch in epochs] for column in history}
+
+
+def _recorded(config: Config, epochs: int) -> list[int]:
+    """The epochs that the record of a run of so many has.
+
+    Of more than EPOCHS it is every second, third, ... and the last, unless some epochs measure what others do not.
+    """
+    alike = config.eval.every == 1 and config.diagnostics.name == "off"
+    return sorted({*range(1, epochs + 1, ceil(epochs / EPOCHS) if alike else 1), epochs})
 
 
 def save(path: Path, content: dict[str, Any]) -> Record:

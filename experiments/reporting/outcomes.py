@@ -78,7 +78,10 @@ class Pair:
     paper: float  # the paper's gain; NaN where it has none
     epochs: int | None = None  # of the runs
     paper_epochs: int | None = None
-    base_difference: float = nan  # from the paper's number after as many epochs; NaN within either standard error
+    differences: tuple[float, float] = (
+        nan,
+        nan,
+    )  # of both from the paper's; NaN within a standard error or after other epochs
 
     @property
     def place(self) -> str:
@@ -138,13 +141,18 @@ def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Pair]:
             papers = sign * (paper(b.cell) - paper(a.cell))
             seeds = len(a.records), len(b.records)
             paper_epochs = b.cell.epochs[0] if b.cell.epochs else None
-            apart = a.difference(measure) if a.marked(measure) and a.epochs == a.cell.epochs[0] else nan
+            apart = _marked_difference(a, measure), _marked_difference(b, measure)
             compared.append(
                 Pair(panel, column, base, rival, difference, seeds, paired, nan, papers, b.epochs, paper_epochs, apart)
             )
     tested = list(dict.fromkeys(pair.gain for pair in compared if not isnan(pair.gain.p)))
     adjusted = dict(zip(tested, holm([gain.p for gain in tested]), strict=True))
     return [replace(pair, adjusted=adjusted.get(pair.gain, nan)) for pair in compared]
+
+
+def _marked_difference(outcome: Outcome, measure: Measure) -> float:
+    alike = outcome.marked(measure) and outcome.epochs == outcome.cell.epochs[0]
+    return outcome.difference(measure) if alike else nan
 
 
 def gain(base: Outcome, rival: Outcome, measure: Measure) -> tuple[Comparison, bool]:

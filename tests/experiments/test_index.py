@@ -325,17 +325,21 @@ def test_what_is_said_of_the_comparisons():
     assert few.text.startswith("Adam-LAWN against Adam, P, 1k: +2.00 (95 % interval +1.7")
     assert few.text.endswith("3 and 3 seeds; the paper +1.50): better.")
     assert few.pages == ("table9",)
-    weak = replace(pair(2.0, 0.1), base_difference=-7.4)
+    weak = replace(pair(2.0, 0.1), differences=(-7.4, -1.0))
     (said,) = findings.findings([table_with(weak)])
     assert said.text.endswith(": better, but our Adam is 7.40 below the paper's: it may not be tuned as well.")
-    (said,) = findings.findings([table_with(replace(weak, base_difference=0.5))])
+    (said,) = findings.findings([table_with(replace(weak, differences=(0.5, -1.0)))])
     assert said.text.endswith(": better.")
+    (said,) = findings.findings([table_with(replace(pair(-2.0, 0.1), differences=(-1.0, -7.4)))])
+    assert said.text.endswith(": worse, but our Adam-LAWN is 7.40 below the paper's: it may not be tuned as well.")
     many = [pair(gain, 0.5, column=f"{i}k") for i, gain in enumerate((3.0, 4.0, 0.1, -3.0))]
     (said,) = findings.findings([table_with(*many)])
     assert "Of 4 comparisons with LAWN and without, LAWN is better in 2, worse in 1, and 1 are not decided" in said.text
     assert "tuned" not in said.text
-    (said,) = findings.findings([table_with(*many[1:], replace(many[0], base_difference=-1.0))])
-    assert said.text.endswith(" Below the paper's number, so perhaps not as well tuned: Adam at P, 0k.")
+    (said,) = findings.findings([table_with(*many[1:], replace(many[0], differences=(-1.0, -2.0)))])
+    assert said.text.endswith(
+        " Below the paper's number, so perhaps not as well tuned: Adam at P, 0k; Adam-LAWN at P, 0k."
+    )
     mean, half = np.mean([3, 4, 0.1, -3]), 3.182446 * np.std([3, 4, 0.1, -3], ddof=1) / 2
     assert f"{mean:+#.3g} on average (95 % interval {mean - half:+#.3g} to {mean + half:+#.3g}, over" in said.text
 

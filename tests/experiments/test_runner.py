@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from experiments.__main__ import EXPERIMENTS
@@ -24,6 +25,8 @@ from experiments.records import Record, Store
 from experiments.reporting import report
 from lawn.compose import compose
 from lawn.identity import config_hash
+from lawn.train import train
+from lawn.train.run_directory import RunDirectory
 from tests.experiments.helpers import ACCURACY, MINI, SHORT, TUNED, miniature, run_experiment
 from tests.helpers import FIXTURES, ROOT
 
@@ -59,6 +62,20 @@ def test_diverged_runs_are_results(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("diverged") == 2
     assert "4 of 4 done, 0 running, 0 failed, 0:00:00 left" in out
+
+
+@pytest.mark.parametrize(("keys", "epochs"), [((), [1, 4, 7, 8]), (("eval.every=2",), [1, 2, 3, 4, 5, 6, 7, 8])])
+def test_the_record_of_a_long_run_is_thinned(tmp_path, monkeypatch, keys, epochs):
+    """Unless some epochs measure what others do not."""
+    monkeypatch.setattr("experiments.records.EPOCHS", 3)
+    overrides = (*SHORT, "train.epochs=8", *keys, f"runs_dir={tmp_path}")
+    config = compose(*overrides)
+    train(config)
+    history = Store(tmp_path / "results").write(config, overrides, "long").history
+    assert history["epoch"].tolist() == epochs
+    table = pd.read_csv(RunDirectory(config).path / "metrics.csv").set_index("epoch")
+    for column in ("train_loss", "test_accuracy"):
+        assert history[column].to_numpy() == pytest.approx(table[column][epochs].to_numpy(), rel=1e-5, nan_ok=True)
 
 
 def test_a_run_on_imagenet_takes_all_devices(tmp_path, tiny_data):

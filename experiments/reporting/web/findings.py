@@ -87,7 +87,8 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
             f"The gain is {format_signed(float(np.mean([p.gain.difference for p in pairs])))} on average "
             f"({_interval(*mean_interval([p.gain.difference for p in pairs]))}, over comparisons)."
         )
-        weak = [f"{pair.base} at {pair.place}" for pair in pairs if pair.base_difference < 0]
+        each = [(row, pair.place, apart) for pair in pairs for row, apart in _apart(pair)]
+        weak = dict.fromkeys(f"{row} at {place}" for row, place, apart in each if apart < 0)
         text += f" Below the paper's number, so perhaps not as well tuned: {'; '.join(weak)}." if weak else ""
     shown = tuple(dict.fromkeys(page.name for page, _ in measured.values()))
     return Finding("Is LAWN better than what it is compared with, both tuned?", text, shown)
@@ -145,7 +146,7 @@ def _attenuated(page: Page) -> Finding | None:
     free, fixed = (
         next(outcome for outcome in page.outcomes if outcome.cell.row == row) for row in (known[0].base, known[0].rival)
     )
-    best = np.mean([record.history["test_hr10"].max() for record in free.records])
+    best = np.mean([record.result["best"]["hr10"] for record in free.records])
     last = [float(np.mean([record.headline for record in outcome.records])) for outcome in (free, fixed)]
     what = page.title.partition(": ")[2]
     text = (
@@ -172,9 +173,15 @@ def _sentence(pair: Pair) -> str:
             said += ", the paper's with " + (
                 f"{needed} seeds" if needed < inf else f"more than {MANY_SEEDS:,} seeds: the test users are too few"
             )
-    if said == "better" and pair.base_difference < 0:
-        said += f", but our {pair.base} is {-pair.base_difference:.2f} below the paper's: it may not be tuned as well"
+    row, apart = _apart(pair)[said == "worse"]  # the one that loses
+    if said in ("better", "worse") and apart < 0:
+        said += f", but our {row} is {-apart:.2f} below the paper's: it may not be tuned as well"
     return f"{pair.rival} against {pair.base}{where}{ours}: {_gain(pair, printed)}: {said}"
+
+
+def _apart(pair: Pair) -> list[tuple[str, float]]:
+    """Base and rival, each with its difference from the paper's number."""
+    return list(zip((pair.base, pair.rival), pair.differences, strict=True))
 
 
 def _gain(pair: Pair, printed: str = "") -> str:
