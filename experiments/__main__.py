@@ -92,9 +92,13 @@ def plan(given: argparse.Namespace) -> int:
 
 
 def status(given: argparse.Namespace) -> int:
-    """Print the runs of each cell that are done, running and failed."""
+    """Print the runs of each cell that are done, running and failed; of a simulation, which is not known to run."""
     store = Store(given.results)
     rows = status_rows(_studies(given), store, RuntimeEstimate(store))
+    for simulation in _simulations(given):
+        done = simulation.record(given.results, given.short) is not None
+        left = duration(0.0 if done else simulation.seconds[given.short])
+        rows.append({"cell": simulation.name, "done": f"{int(done)}/1", "time left": left})
     print(pd.DataFrame(rows).fillna("").to_string(index=False))
     return 0
 

@@ -104,12 +104,13 @@ def costs(experiment: Experiment, found: list[Outcome]) -> list[str]:
     for base, rival in experiment.pairs:
         both = [(at[*p, base], at[*p, rival]) for p in places(found) if {(*p, base), (*p, rival)} <= set(at)]
         if len(both) > 1:
-            winners = [ours.winner for _, ours in both]
+            winners = sorted({ours.winner for _, ours in both})
+            best = " to ".join(f"{winner:g}" for winner in dict.fromkeys((winners[0], winners[-1])))
             decay, free = ([pair[k].cost for pair in both] for k in (0, 1))
             lines.append(
-                f"{rival}: the best E_free is {min(winners):g} to {max(winners):g} % of the epochs, over {len(both)} "
-                f"grids. The worst value tried costs {sum(free) / len(both):.2f} points on average and at most "
-                f"{max(free):.2f}; the worst weight decay of {base} {sum(decay) / len(both):.2f} and {max(decay):.2f}."
+                f"{rival}: the best E_free is {best} % of the epochs, over {len(both)} grids. The worst value tried "
+                f"costs {sum(free) / len(both):.2f} points on average and at most {max(free):.2f}; the worst weight "
+                f"decay of {base} {sum(decay) / len(both):.2f} and {max(decay):.2f}."
             )
     return lines
 

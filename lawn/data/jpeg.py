@@ -60,7 +60,7 @@ class JPEGImages:
                 yield normalized(images), labels
             return
         except DataError as error:  # a worker's error comes with its traceback as text
-            line = str(error).splitlines()[-1].partition("DataError: ")[2] or str(error)
+            line = " ".join(str(error).rpartition("DataError: ")[2].splitlines())  # names may have line breaks
             error.__traceback__ = None  # its frames would keep the loader alive, whose collection waits 5 s
         raise DataError(line)
 

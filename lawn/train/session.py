@@ -79,7 +79,11 @@ def start_or_resume(
         execution = {"ranks": world.size, "execution": asdict(trainer.execution), **step}
         directory.begin({**environment(world.device), "data": data, **execution, **details})
     if state is not None:
-        trainer.load_state_dict(state)
+        try:
+            trainer.load_state_dict(state)
+        except KeyError as error:
+            where = directory.path if directory else run_name(run.config)
+            raise RunError(f"{where}: its checkpoint lacks {error}; delete it to start over") from error
     if not directory:
         return trainer, None
     if state is not None:

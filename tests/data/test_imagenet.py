@@ -102,6 +102,16 @@ def test_damaged_images_are_named(tmp_path, damage, workers, loader):
     assert line.startswith(str(path))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_with_a_line_break_in_its_name_is_one_line(tmp_path, workers):
+    write_folders(tmp_path)
+    path = tmp_path / "imagenet" / "train" / "n00000001" / "2.JPEG"
+    path.write_bytes(b"")
+    path.rename(path.with_name("2\n3.JPEG"))
+    with pytest.raises(DataError, match=r"^/.*/2 3.JPEG: cannot be decoded"):
+        list(load(tmp_path, workers=workers).train_batches(Batching(5), torch.Generator().manual_seed(0)))
+
+
 def test_imagenet_absent(tmp_path):
     with pytest.raises(DataError, match=r"put its images into .*train/<wnid>/\*.JPEG yourself"):
         imagenet(tmp_path, "test", seed=0, val_fraction=0.1, image_size=32, workers=0)

@@ -70,6 +70,11 @@ def test_status_and_node_hours(call, tmp_path):
     assert "hours" not in out
 
 
+def test_the_status_of_a_simulation(call):
+    name = next(iter(command.SIMULATIONS))
+    assert re.search(rf"{name} +0/1 +\d+:\d\d:\d\d\n", call("status", name)[1])
+
+
 def to_seconds(text: str) -> int:
     hours, minutes, seconds = map(int, text.split(":"))
     return 3600 * hours + 60 * minutes + seconds

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments.records import Store
 from lawn.errors import RunError, UserError
@@ -133,6 +134,16 @@ def test_a_damaged_file_of_a_stopped_run_is_named_or_has_no_effect(stopped_run, 
     lost = name == "env.json"
     assert env["git"] == (None if lost else now["git"])
     assert ("the run's initial environment is unknown" in capsys.readouterr().out) == lost
+
+
+def test_a_checkpoint_without_a_part_is_one_line(stopped_run, tmp_path):
+    config = copied(stopped_run[0], tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    del state["scheduler"]
+    torch.save(state, path)
+    with pytest.raises(RunError, match=r"^/.*/run: its checkpoint lacks 'scheduler'; delete it to start over$"):
+        train(config)
 
 
 @pytest.mark.parametrize("damage", [emptied, cut, a_folder, unreadable])
