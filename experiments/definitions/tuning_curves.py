@@ -7,7 +7,7 @@ from experiments.definitions.tables import PANELS, TABLE4
 
 SHORT, FULL = (f"{PANELS['movielens100k']}, {schedule}" for schedule in ("short schedules", "the paper's schedules"))
 # Cells whose grid is run for the whole schedule, too.
-CHECKED = ("SGD", "SGD-LAWN", "Adam, eps 1e-8", "Adam-LAWN"), "batch 10k"
+CHECKED = ("SGD", "SGD-LAWN", "Adam, eps 1e-8", "Adam-LAWN", "LAMB", "LAMB-LAWN"), "batch 10k"
 
 
 def _whole(cell: Cell, panel: str, epochs: int) -> Cell:
