@@ -19,9 +19,10 @@ def protocol(selection: str) -> str:
     split = "the validation split" if selection == "val" else "the TEST split, as the paper most likely did"
     biased = "" if selection == "val" else "; the numbers are biased upwards"
     return (
-        f"Hyperparameters are chosen on {split}, in the same way for every row: the whole grid for the shorter "
-        f"schedule, if there is one; then, for the whole schedule, {2 * search.BEST} runs for each hyperparameter, of "
-        f"the best and their neighbours; then the best {search.BEST} with {len(search.CONFIRMING_SEEDS)} more seeds. "
+        f"Hyperparameters are chosen on {split}, in the same way for both sides of a comparison: the whole grid for "
+        f"the shorter schedule; then, for the whole schedule, {2 * search.BEST} runs for each hyperparameter, of the "
+        "best and their neighbours, or the whole grid where there is no shorter schedule; then the best "
+        f"{search.BEST} with {len(search.CONFIRMING_SEEDS)} more seeds. "
         f"The best mean wins; a setting that diverges or collapses for a seed loses{biased}."
     )
 
