@@ -2,9 +2,9 @@
 
 1. Every point of the grid for a short budget, a complete schedule each.
 2. As many trials for the whole budget as the BEST have neighbours, 6 for each axis: first the BEST of the short ones,
-   then again and again the neighbours of the BEST so far. They may lie one value beyond an end of the grid. Where no
-   neighbour is left, the next best of the short ones follow. Without a shorter budget all points are tried, then the
-   neighbours beyond the ends.
+   then again and again the neighbours of the BEST so far, without those that diverged. They may lie one value beyond
+   an end of the grid. Where no neighbour is left, the next best of the short ones follow. Without a shorter budget all
+   points are tried, then the neighbours beyond the ends.
 3. The BEST of these once more with other seeds. A point that diverges or collapses for one of them loses, and the next
    best takes its place; of those that remain the best mean wins.
 
@@ -59,7 +59,8 @@ def points_to_try(
         tried += new
         if any(score(point) is None for point in tried):
             break
-        near = [near for point in ranked(tried, score)[:BEST] for near in neighbours(point, shape)]
+        best = [point for point in ranked(tried, score)[:BEST] if _finite(score(point)) > -inf]
+        near = [near for point in best for near in neighbours(point, shape)]
         new = [point for point in dict.fromkeys(near) if point not in tried and possible(point)]
         if limit:
             new = (new or [point for point in start if point not in tried][:BEST])[: limit - len(tried)]

@@ -68,9 +68,12 @@ def test_without_a_shorter_budget_the_whole_grid_is_tried_and_what_lies_beyond()
     assert search.points_to_try((3,), search.grid((3,)), None, lambda _: 1.0, lambda point: point[0] < 3)[-1] == (-1,)
 
 
-def test_a_diverged_point_is_worse_than_any():
+def test_a_diverged_point_is_worse_than_any_and_its_neighbours_are_not_tried():
     scores = {(0,): nan, (1,): 0.0, (2,): 5.0}
     assert search.ranked(list(scores), scores.get) == [(2,), (1,), (0,)]
+    start = [(8,), (4,), (0,), *((k,) for k in range(9) if k % 4)]
+    tried = search.points_to_try((9,), start, 7, lambda point: nan if point == (8,) else -float(point[0]))
+    assert set(tried) == {(8,), (4,), (0,), (-1,), (1,), (3,), (5,)}
 
 
 def test_who_loses_a_seed_makes_room_for_the_next():
