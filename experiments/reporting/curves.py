@@ -213,6 +213,7 @@ def _filtered(full: Outcome, short: Outcome) -> str:
         f"{full.cell.row} at {full.cell.column}: of {len(points)} settings the best after {full.epochs} epochs "
         f"({ours[by_full[0]]:.2f}) has rank {by_short.index(by_full[0]) + 1} after {short.epochs}, and the best "
         f"after {short.epochs} gets {ours[by_short[0]]:.2f} after {full.epochs} (rank "
-        f"{by_full.index(by_short[0]) + 1}; rank correlation {correlation:.2f}). The search that starts from the short "
-        f"ranking finds rank {by_full.index(found) + 1} ({ours[found]:.2f}) with {len(tried)} runs."
+        f"{by_full.index(by_short[0]) + 1}; rank correlation {correlation:.2f}). Within the grid, the search "
+        f"that starts from the short ranking finds rank {by_full.index(found) + 1} ({ours[found]:.2f}) with "
+        f"{len(tried)} runs."
     )

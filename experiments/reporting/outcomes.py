@@ -78,14 +78,17 @@ class Pair:
     paper: float  # the paper's gain; NaN where it has none
     epochs: int | None = None  # of the runs
     paper_epochs: int | None = None
-    differences: tuple[float, float] = (
-        nan,
-        nan,
-    )  # of both from the paper's; NaN within a standard error or after other epochs
+    differences: tuple[float, float] = (nan, nan)  # of both from the paper's, signed as `gain`; NaN within the errors
 
     @property
     def place(self) -> str:
         return place(self.panel, self.column)
+
+    @property
+    def loser(self) -> tuple[str, float]:
+        """The row that is worse, and its difference from the paper's number."""
+        worse = int(self.gain.difference < 0)
+        return (self.base, self.rival)[worse], self.differences[worse]
 
     @property
     def sign(self) -> int:
@@ -141,7 +144,7 @@ def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Pair]:
             papers = sign * (paper(b.cell) - paper(a.cell))
             seeds = len(a.records), len(b.records)
             paper_epochs = b.cell.epochs[0] if b.cell.epochs else None
-            apart = _marked_difference(a, measure), _marked_difference(b, measure)
+            apart = sign * _marked_difference(a, measure), sign * _marked_difference(b, measure)
             compared.append(
                 Pair(panel, column, base, rival, difference, seeds, paired, nan, papers, b.epochs, paper_epochs, apart)
             )

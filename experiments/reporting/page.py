@@ -215,7 +215,10 @@ def _marks(found: list[Outcome]) -> str:
             "The line below gives the paper's number and the difference. The paper gives no standard errors here, so "
             "no difference is marked."
         )
-    return "The line below gives the paper's number and the difference, with * where it exceeds both standard errors."
+    return (
+        "The line below gives the paper's number and the difference, with * where it exceeds each of the two standard "
+        "errors, which is no test."
+    )
 
 
 def _warnings(found: list[Outcome]) -> dict[str, list[str]]:

@@ -53,7 +53,7 @@ def summary(experiment: Experiment, found: list[Outcome]) -> list[str]:
             f"(95 % interval {low:+.3g} to {high:+.3g}, p = {c.gain.p:.2g}, {method([c])})."
         )
     elif pairs:
-        distinct = list({c.gain: c for c in pairs}.values())
+        distinct = list({c.gain: c for c in sorted(pairs, key=lambda c: not isnan(c.paper))}.values())
         ahead = [c for c in distinct if c.gain.difference > 0]
         behind = [c for c in distinct if c.gain.difference < 0]
         equal = len(distinct) - len(ahead) - len(behind)
@@ -61,7 +61,7 @@ def summary(experiment: Experiment, found: list[Outcome]) -> list[str]:
         lines.append(
             f"With LAWN the number is better in {len(ahead)} of {len(distinct)} comparisons{names} "
             f"(p < {LEVEL} in {sum(c.adjusted < LEVEL for c in ahead)}), "
-            + (f"equal in {equal}, " if equal else "")
+            + (f"exactly equal in {equal}, " if equal else "")
             + f"and worse in {len(behind)} (p < {LEVEL} in {sum(c.adjusted < LEVEL for c in behind)}); "
             f"{method(pairs)}, p after Holm's correction for {len(distinct)} comparisons."
         )
@@ -78,9 +78,24 @@ def summary(experiment: Experiment, found: list[Outcome]) -> list[str]:
                 f"The sign agrees with the paper in {agree} of the {len(printed)} comparisons that the paper has"
                 + (f"; it differs for: {differing}." if differing else ".")
             )
+        decided = [c for c in distinct if c.adjusted < LEVEL]
+        if below := below_paper(decided):
+            lines.append(f"{below[:1].upper()}{below[1:]}.")
     if experiment.figure == "horizon":
         lines += _over_horizons(experiment, found)
     return lines + _shared(found) + _rankings(experiment, found) + _spread(experiment, found)
+
+
+def below_paper(decided: list[Pair]) -> str:
+    """Where the side that loses does not reach the paper's number; empty where it does."""
+    losers = [(*pair.loser, pair.place) for pair in decided]
+    below = [f"{row} at {place} by {-difference:.3g}" for row, difference, place in losers if difference < 0]
+    if not below:
+        return ""
+    return (
+        f"in {len(below)} of the {len(decided)} decided comparisons the side that loses does not reach the paper's "
+        f"number, so it may not be tuned as well: {'; '.join(below)}"
+    )
 
 
 def method(pairs: list[Pair]) -> str:
@@ -157,7 +172,7 @@ def _rankings(experiment: Experiment, found: list[Outcome]) -> list[str]:
         ours = _order((o.cell.row, sign * o.mean(measure)) for o in here)
         theirs = _order((o.cell.row, sign * paper(o.cell)) for o in here)
         same = "as in the paper" if ours == theirs else f"in the paper {theirs}"
-        lines.append(f"Order at {place(panel, column)}: {ours}; {same}.")
+        lines.append(f"Order of the paper's rows at {place(panel, column)}, by the mean: {ours}; {same}.")
     return lines
 
 

@@ -64,13 +64,14 @@ def _row(outcome: Outcome) -> list[str]:
     others = [search.mean(values) for values in scores.values() if search.is_stable(values)]
     counts = " + ".join(str(len(jobs)) for jobs in (tuning.short, tuning.full, tuning.confirming) if jobs)
     diverged = sum(record.diverged for record in recorded.values())
+    at_zero = sum(record.headline == 0 for record in recorded.values())
     return [
         place(outcome.cell.panel, outcome.cell.column),
         outcome.cell.row,
         format_setting(outcome.setting),
         f"{best:.2f}" + (f"; {max(others):.2f}" if others else ""),
         _standing(outcome) if tuning.short else "",
-        counts + (f", {diverged} diverged" if diverged else ""),
+        counts + (f", {diverged} diverged" if diverged else "") + (f", {at_zero} at 0 %" if at_zero else ""),
         f"{sum(record.config['train']['epochs'] for record in recorded.values()):,}",
         ", ".join(_ends(study.grid.axes, tuning.chosen)),
     ]

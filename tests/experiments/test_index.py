@@ -338,10 +338,9 @@ def test_what_is_said_of_the_comparisons():
     assert "tuned" not in said.text
     (said,) = findings.findings([table_with(*many[1:], replace(many[0], differences=(-1.0, -2.0)))])
     assert said.text.endswith(
-        " Below the paper's number, so perhaps not as well tuned: Adam at P, 0k; Adam-LAWN at P, 0k."
+        " But in 1 of the 3 decided comparisons the side that loses does not reach the paper's number, so it may not "
+        "be tuned as well: Adam at P, 0k by 1."
     )
-    mean, half = np.mean([3, 4, 0.1, -3]), 3.182446 * np.std([3, 4, 0.1, -3], ddof=1) / 2
-    assert f"{mean:+#.3g} on average (95 % interval {mean - half:+#.3g} to {mean + half:+#.3g}, over" in said.text
 
 
 def test_what_is_said_of_the_number_of_epochs():

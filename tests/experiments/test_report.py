@@ -221,8 +221,10 @@ def test_the_summary_names_what_differs_from_the_paper():
         "The sign agrees with the paper in 1 of the 2 comparisons that the paper has; it differs for: "
     )
     assert "Adam-LAWN against Adam at 1k (here -2, p = 0.07, paper +2)." in lines[1]
-    assert lines[2] == ("Order at 1k: Adam > Adam-LAWN > SGD; in the paper Adam-LAWN > Adam > SGD.")
-    assert lines[3] == "Order at 100k: Adam-LAWN > Adam > SGD; as in the paper."
+    assert lines[2] == (
+        "Order of the paper's rows at 1k, by the mean: Adam > Adam-LAWN > SGD; in the paper Adam-LAWN > Adam > SGD."
+    )
+    assert lines[3] == "Order of the paper's rows at 100k, by the mean: Adam-LAWN > Adam > SGD; as in the paper."
     assert summary(experiment, [made_up(o.cell) for o in found]) == []
 
 
@@ -250,7 +252,9 @@ def test_equal_numbers_are_neither_better_nor_worse():
     first, _ = comparisons(experiment, found)
     assert (first.gain.difference, first.sign) == (0, 0)
     lines = summary(experiment, found)
-    assert "better in 1 of 2 comparisons (p < 0.05 in 1), equal in 1, and worse in 0 (p < 0.05 in 0);" in lines[0]
+    assert (
+        "better in 1 of 2 comparisons (p < 0.05 in 1), exactly equal in 1, and worse in 0 (p < 0.05 in 0);" in lines[0]
+    )
     assert lines[1] == "The sign agrees with the paper in 1 of the 2 comparisons that the paper has."
     horizon = replace(experiment, figure="horizon")
     assert "After 1k: Adam 67.00 = Adam-LAWN 67.00 > SGD 61.00." in summary(horizon, found)
@@ -260,13 +264,14 @@ def test_different_budgets_are_not_compared():
     experiment, found = table()
     found[2] = made_up(found[2].cell, 64.0, 65.0, 66.0, epochs=30)
     assert [c.column for c in comparisons(experiment, found)] == ["100k"]
-    assert not any("Order at 1k" in line for line in summary(experiment, found))
+    assert not any(" at 1k, by the mean" in line for line in summary(experiment, found))
 
 
 def test_an_error_is_better_when_it_is_smaller():
     experiment, found = table(smaller_is_better=True)
     assert [c.gain.difference for c in comparisons(experiment, found)] == [2.0, -6.0]
-    assert "Order at 1k: SGD > Adam-LAWN > Adam; in the paper SGD > Adam > Adam-LAWN." in summary(experiment, found)
+    (order,) = (line for line in summary(experiment, found) if " at 1k, by the mean" in line)
+    assert order.endswith(": SGD > Adam-LAWN > Adam; in the paper SGD > Adam > Adam-LAWN.")
 
 
 def test_the_longest_budget_that_is_filled_is_shown(tmp_path):

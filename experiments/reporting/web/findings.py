@@ -11,7 +11,7 @@ from experiments.reporting.curves import K
 from experiments.reporting.layout import format_signed
 from experiments.reporting.outcomes import Pair, places
 from experiments.reporting.page import Page
-from experiments.reporting.sentences import LEVEL
+from experiments.reporting.sentences import LEVEL, below_paper
 from experiments.reporting.statistics import MANY_SEEDS, Comparison, mean_interval
 from experiments.reporting.trials import best_of_curves
 
@@ -83,13 +83,10 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
         text = (
             f"Of {len(pairs)} comparisons with LAWN and without, LAWN is better in {better}, worse in {worse}, and "
             f"{len(pairs) - better - worse} are not decided: their 95 % intervals hold 0, or would after Holm's "
-            "correction. "
-            f"The gain is {format_signed(float(np.mean([p.gain.difference for p in pairs])))} on average "
-            f"({_interval(*mean_interval([p.gain.difference for p in pairs]))}, over comparisons)."
+            "correction."
         )
-        each = [(row, pair.place, apart) for pair in pairs for row, apart in _apart(pair)]
-        weak = dict.fromkeys(f"{row} at {place}" for row, place, apart in each if apart < 0)
-        text += f" Below the paper's number, so perhaps not as well tuned: {'; '.join(weak)}." if weak else ""
+        below = below_paper([pair for pair, verdict in zip(pairs, said, strict=True) if verdict in ("better", "worse")])
+        text += f" But {below}." if below else ""
     shown = tuple(dict.fromkeys(page.name for page, _ in measured.values()))
     return Finding("Is LAWN better than what it is compared with, both tuned?", text, shown)
 
@@ -173,15 +170,10 @@ def _sentence(pair: Pair) -> str:
             said += ", the paper's with " + (
                 f"{needed} seeds" if needed < inf else f"more than {MANY_SEEDS:,} seeds: the test users are too few"
             )
-    row, apart = _apart(pair)[said == "worse"]  # the one that loses
+    row, apart = pair.loser
     if said in ("better", "worse") and apart < 0:
         said += f", but our {row} is {-apart:.2f} below the paper's: it may not be tuned as well"
     return f"{pair.rival} against {pair.base}{where}{ours}: {_gain(pair, printed)}: {said}"
-
-
-def _apart(pair: Pair) -> list[tuple[str, float]]:
-    """Base and rival, each with its difference from the paper's number."""
-    return list(zip((pair.base, pair.rival), pair.differences, strict=True))
 
 
 def _gain(pair: Pair, printed: str = "") -> str:
