@@ -83,7 +83,7 @@ class LAWNOptimizer(Optimizer, ABC):
         self._zero_check = ZeroCheck()
         self._may_trace = False
         keys.restore_norms(self.state)
-        for entry in self.state.values():
+        for _, entry in keys.entries(self.state):
             if "step" in entry:  # on the host, so that reading it does not wait for the device
                 step = entry["step"]
                 entry["step"] = step.cpu() if isinstance(step, Tensor) else counter(float(step))
@@ -133,8 +133,8 @@ class LAWNOptimizer(Optimizer, ABC):
         given = param_group.get("free_steps", self.defaults["free_steps"]) != self.defaults["free_steps"]
         index = len(self.param_groups)
         self._check_keys(param_group, index, self._unsupported_keys())
-        for key in keys.RUN:
-            param_group.pop(key, None)
+        if keys.RUN & param_group.keys():  # another optimizer may have the dict
+            param_group = keys.without_run(param_group)
         super().add_param_group(param_group)
         added = self.param_groups[-1]
         if not given:
@@ -270,7 +270,8 @@ class LAWNOptimizer(Optimizer, ABC):
             params = [*group_update.free, *group_update.params]
             if group_update.has_dtensors or group_update.slice_axes or not self._zero_check.knows(group_update):
                 return None
-            if not all(self.state.get(p) for p in params) or 0.0 in group_update.norms:
+            norms = group_update.norms
+            if not all(self.state.get(p) for p in params) or any(isinstance(c, Tensor) for c in norms) or 0.0 in norms:
                 return None
         return group_updates
 

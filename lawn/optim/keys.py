@@ -41,7 +41,7 @@ Norm = float | Tensor  # of a parameter, 0.0 if it is not fixed; or one for each
 NORM = "lawn_norm"
 DEFAULTS: Group = {"constrain": None, "blocks": None, "free_steps": None, "steps": 0, "switched": False}
 
-RUN = ("steps", "switched")  # what a group has done, which a group dict that was used for another optimizer still has
+RUN = {"steps", "switched"}  # what a group has done, which a group dict that was used for another optimizer still has
 
 
 def check_free_steps(free_steps: Any) -> int | None:
@@ -123,15 +123,20 @@ def complete_state_dict(saved: dict[str, Any], groups: list[Group], keys: list[s
         merged_groups.append({**merged, "free_steps": check_free_steps(merged["free_steps"])})
     state = {
         key: {**entry, NORM: entry[NORM].tolist()}
-        for key, entry in entries(saved["state"])
-        if isinstance(entry.get(NORM), Tensor)
+        for key, entry in saved["state"].items()
+        if isinstance(entry, dict) and isinstance(entry.get(NORM), Tensor)
     }
     return {**saved, "state": {**saved["state"], **state}, "param_groups": merged_groups}
 
 
-def entries(state: Mapping[Any, Any]) -> list[tuple[Any, dict[str, Any]]]:
+def entries(state: Mapping[Any, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
     """Return the states of parameters. An optimizer may keep other values beside them, as MADGRAD does."""
-    return [(p, entry) for p, entry in state.items() if isinstance(entry, dict)]
+    return [(p, entry) for p, entry in state.items() if isinstance(p, Tensor)]
+
+
+def without_run(group: Group) -> Group:
+    """Return a copy of a param group that begins with the free phase."""
+    return {key: value for key, value in group.items() if key not in RUN}
 
 
 def restore_norms(state: State) -> None:

@@ -95,7 +95,8 @@ def final_homogeneous(model: nn.Module, *, include_bias: bool = False) -> list[d
     for name, module in _leaves(model):
         kind = _kind(module)
         if kind in _LINEAR and "weight" in module._parameters:
-            weights += [w for w in [module._parameters["weight"]] if w is not None and w.requires_grad]
+            w = module._parameters["weight"]
+            weights += [w] if w is not None and w.requires_grad and w.numel() > 1 else []
         elif kind not in _HOMOGENEOUS:
             computed = ", whose weight is computed" if kind in _LINEAR else ""
             weights, last = [], f"'{name}' ({kind.__name__}{computed})"

@@ -16,6 +16,7 @@ from lawn.optim.keys import (
     check_group,
     constrains,
     describe,
+    entries,
     fixed_norm,
     free_norm,
     is_due,
@@ -49,7 +50,9 @@ def is_dummy(optimizer: Optimizer) -> bool:
     is no state and all learning rates are zero, so an update does not wait for the device.
     """
     rates = [group.get("lr", 1.0) for group in optimizer.param_groups]
-    if any(map(bool, optimizer.state.values())) or any(isinstance(r, Tensor) and not r.is_cpu for r in rates):
+    if any(entry for _, entry in entries(optimizer.state)) or any(
+        isinstance(r, Tensor) and not r.is_cpu for r in rates
+    ):
         return False
     if any(rate != 0 for rate in rates):
         return False

@@ -14,7 +14,6 @@ from lawn.optim import dispatch, keys, phase, sharding, slices, stages
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.blocks import Blocks
 from lawn.optim.group_update import GroupUpdate, gradients, sum_products
-from lawn.optim.keys import Norm
 from lawn.optim.zero_check import ZeroCheck
 
 OPTIMIZER_FILE = sys.modules[Optimizer.__module__].__file__  # torch runs step hooks in this file
@@ -74,11 +73,10 @@ class LAWN:
         if isinstance(optimizer, LAWNOptimizer) or any(isinstance(getattr(h, "__self__", None), LAWN) for h in hooks):
             raise ValueError("the optimizer is a LAWN optimizer already")
         before = [dict(group) for group in optimizer.param_groups]
-        loaded = any(keys.NORM in entry for _, entry in keys.entries(optimizer.state))
-        for group in optimizer.param_groups:
-            if group["params"] and "switched" in group and group["steps"] and not loaded:
-                for key in keys.RUN:
-                    del group[key]
+        trained = any(entry for _, entry in keys.entries(optimizer.state))
+        for index, group in enumerate(before):
+            if group["params"] and "switched" in group and group["steps"] and not trained:
+                optimizer.param_groups[index] = keys.without_run(group)  # another optimizer may have the dict
         try:
             for index in range(len(before)):
                 keys.add_defaults(optimizer.param_groups, index, free_steps)
@@ -98,9 +96,9 @@ class LAWN:
         self._projected: dict[Tensor, Tensor] = {}  # buffers of projected gradients
         # The caller's gradients, while projected ones are in their place, and the versions of those.
         self._gradients: dict[Tensor, tuple[Tensor | None, int]] = {}
-        self._hidden: dict[Tensor, Norm] = {}  # norms, while they are not in the state
+        self._hidden: dict[Tensor, dict[str, Any]] = {}  # states with norms, while others are in their place
         self._group_updates: list[GroupUpdate] | None = None  # of the current step
-        self._skipped = self._dummy = False  # whether the current step is no update
+        self._skipped = self._dummy = self._waits = False  # of the current step: no update; waits for its closure
         self._step: FrameType | None = None  # frame of the current step
         self._nested_calls = 0  # number of steps of parent classes that run inside it
         self._hooks = [
@@ -177,7 +175,7 @@ class LAWN:
             return None
         self._drop_used_buffers()  # after a step that raised
         self._restore_gradients()
-        self._group_updates = None
+        self._group_updates, self._waits = None, False
         self._prepare_added()
         # GradScaler expects a fused optimizer to skip a step whose gradients overflowed.
         found_inf = getattr(self.optimizer, "found_inf", None)
@@ -192,6 +190,7 @@ class LAWN:
             self._project()
             return None
         self._hide_norms()
+        self._waits = True
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         versions = [p._version for p in params]
 
@@ -201,6 +200,7 @@ class LAWN:
                     f"{type(self.optimizer).__name__} changes the weights before it calls the closure, as sharpness-"
                     "aware optimizers do, but LAWN measures them there; put LAWN on its base optimizer"
                 )
+            self._waits = False
             self._restore_gradients()
             loss = closure()
             self._project()
@@ -257,6 +257,11 @@ class LAWN:
             return
         self._step = None
         self._show_norms()
+        if self._waits:
+            raise RuntimeError(
+                f"{type(self.optimizer).__name__} does not call the closure of a step, so LAWN has projected no "
+                "gradients; compute them before the step, and call it without a closure"
+            )
         state = self.optimizer.state
         if self._dummy:
             for group in self.optimizer.param_groups:
@@ -282,16 +287,28 @@ class LAWN:
             self._zero_check.check(single, index, zero)
 
     def _hide_norms(self) -> None:
-        """Take the norms out of the state during a step: optimizers ask whether the state of a parameter is empty."""
-        for p, entry in keys.entries(self.optimizer.state):
+        """Let the optimizer find its states without norms during a step: it may ask whether a state is empty.
+
+        States are replaced by copies, not changed, since a state dict may share them.
+        """
+        state = self.optimizer.state
+        for p, entry in keys.entries(state):
             if keys.NORM in entry:
-                self._hidden[p] = entry.pop(keys.NORM)
+                self._hidden[p] = entry
+                if others := {key: value for key, value in entry.items() if key != keys.NORM}:
+                    state[p] = others
+                else:
+                    del state[p]
 
     def _show_norms(self) -> None:
-        """Put the norms back."""
-        for p, norm in self._hidden.items():
-            self.optimizer.state[p][keys.NORM] = norm
-        self._hidden.clear()
+        """Put the norms back, but those of parameters and states that have been removed."""
+        if self._hidden:
+            state, groups = self.optimizer.state, self.optimizer.param_groups
+            present = {p for group in groups for p in group["params"]}
+            for p, entry in self._hidden.items():
+                if p in present and (p in state or len(entry) == 1):
+                    state[p][keys.NORM] = entry[keys.NORM]
+            self._hidden.clear()
 
     def _is_nested(self) -> bool:
         """Whether the current step calls the `step` of a parent class, for which torch runs hooks as well.

@@ -1,5 +1,6 @@
 """What combines two of a practitioner's habits, and would be wrong without an error."""
 
+import copy
 import sys
 from typing import Any
 
@@ -128,6 +129,69 @@ def test_lawn_on_an_optimizer_that_has_trained(kind):
     lawn.detach()
     assert NORM not in optimizer.state[w]
     train()
+
+
+class Raising(Adam):
+    """Out of memory in a step, or whatever else."""
+
+    raises = False
+
+    def step(self, closure: Any = None) -> Any:
+        if self.raises:
+            raise RuntimeError("out of memory")
+        return super().step(closure)
+
+
+def test_what_a_step_that_raises_does_not_change():
+    """A state dict of before, which shares the states; the phase of a copy; a state that is removed."""
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(4, 4))
+    optimizer = Raising([w], lr=0.1)
+    LAWN(optimizer, free_steps=1)
+    for _ in range(3):
+        with_gradients(w)
+        optimizer.step()
+    norm, saved = optimizer.state[w][NORM], optimizer.state_dict()
+    optimizer.raises = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    assert saved["state"][0][NORM] == norm
+    assert LAWN(copy.deepcopy(optimizer), free_steps=1).constrained
+    optimizer.state.clear()
+    assert optimizer.state_dict()["state"] == {}
+
+
+def test_values_beside_the_states_of_parameters_are_left_alone():
+    w = nn.Parameter(torch.randn(4, 4))
+    for optimizer in (AdamLAWN([w], free_steps=1), Adam([w])):
+        if not isinstance(optimizer, AdamLAWN):
+            LAWN(optimizer, free_steps=1)
+        values = {"history": torch.zeros(3), "counts": {"k": 3}, "number": 5, "text": "steps"}
+        optimizer.state.update(values)
+        for _ in range(3):
+            with_gradients(w)
+            optimizer.step()
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert {key: optimizer.state[key] for key in list(values)[1:]} == {
+            "counts": {"k": 3},
+            "number": 5,
+            "text": "steps",
+        }
+
+
+class IgnoresClosures(SGD):
+    def step(self, closure: Any = None) -> None:
+        super().step()
+
+
+def test_a_closure_that_is_not_called_is_an_error():
+    w = nn.Parameter(torch.randn(4, 4))
+    optimizer = IgnoresClosures([w], lr=0.1)
+    LAWN(optimizer, free_steps=0)
+    with_gradients(w)
+    with pytest.raises(RuntimeError, match="IgnoresClosures does not call the closure of a step"):
+        optimizer.step(lambda: torch.zeros(()))
+    optimizer.step()
 
 
 @pytest.mark.parametrize("raises", [False, True])

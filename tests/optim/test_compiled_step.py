@@ -136,6 +136,19 @@ def test_norms_that_change_later_are_followed():
         advance(ours, compiled, 12, 13)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_norms_of_slices_without_slices_are_refused(rows):
+    w = nn.Parameter(torch.randn(rows, 5))
+    optimizer = AdamLAWN([{"params": [w], "norm_axes": 1}], lr=torch.tensor(0.01), free_steps=1)
+    compiled = torch.compile(optimizer.step, backend="eager")
+    for _ in range(3):
+        w.grad = torch.randn(rows, 5)
+        compiled()
+    optimizer.param_groups[0]["norm_axes"] = None
+    with pytest.raises(ValueError, match="has a single norm, but its state"):
+        compiled()
+
+
 def test_what_the_eager_step_refuses_is_refused():
     """A block that has lost a member, options of a group, and the norm of a weight whose gradient comes late."""
     (ours, _) = make_pair(SGDLAWN, [(6, 4), (4, 4), (3, 6), (3,)], free_steps=0)

@@ -526,6 +526,21 @@ def test_groups_that_are_used_again_begin_anew(form):
 
 
 @every_form
+def test_an_optimizer_whose_groups_another_gets_stays_in_its_phase(form):
+    """The other may be refused, or be a probe such as a search for the learning rate."""
+    network = model()
+    optimizer, lawn = make(form, network.parameters(), free_steps=6)
+    train(network, optimizer, 0, 4)
+    with pytest.raises(ValueError, match="appear in more than one"):
+        optimizer.add_param_group(optimizer.param_groups[0])
+    make(form, optimizer.param_groups, free_steps=6)
+    train(network, optimizer, 4, 6)
+    assert not lawn.constrained
+    train(network, optimizer, 6, 7)
+    assert lawn.constrained
+
+
+@every_form
 def test_a_group_that_is_released_and_bound_again(form):
     network = model()
     optimizer, _ = make(form, network.parameters(), free_steps=0)

@@ -169,6 +169,11 @@ def test_what_ends_the_final_network(offender, after):
     assert bound_names(model, groups) == after
 
 
+def test_a_weight_of_one_element_is_free_in_the_final_network():
+    model = nn.Sequential(nn.Linear(3, 1), nn.ReLU(), nn.Linear(1, 1))
+    assert bound_names(model, final_homogeneous(model)) == {"0.weight"}
+
+
 def test_a_layer_of_computed_weight_has_a_name():
     with pytest.raises(ValueError, match=r"after '0' \(Linear, whose weight is computed\)"):
         final_homogeneous(nn.Sequential(prune.identity(nn.Linear(3, 3), "weight"), nn.ReLU()))
