@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lawn.optim import dispatch, keys, phase, sharding, slices, stages
+from lawn.optim import dispatch, keys, phase, slices, stages
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.blocks import Blocks
 from lawn.optim.group_update import GroupUpdate, gradients, sum_products
+from lawn.optim.substitutes import HiddenNorms, ProjectedGradients, buffers
 from lawn.optim.zero_check import ZeroCheck
 
 OPTIMIZER_FILE = sys.modules[Optimizer.__module__].__file__  # torch runs step hooks in this file
@@ -93,10 +94,8 @@ class LAWN:
         self._fused = fused
         self._zero_check = ZeroCheck()
         self._before: dict[Tensor, Tensor] = {}  # buffers of weights before the step
-        self._projected: dict[Tensor, Tensor] = {}  # buffers of projected gradients
-        # The caller's gradients, while projected ones are in their place, and the versions of those.
-        self._gradients: dict[Tensor, tuple[Tensor | None, int]] = {}
-        self._hidden: dict[Tensor, dict[str, Any]] = {}  # states with norms, while others are in their place
+        self._gradients = ProjectedGradients()
+        self._norms = HiddenNorms(optimizer)
         self._group_updates: list[GroupUpdate] | None = None  # of the current step
         self._skipped = self._dummy = self._waits = False  # of the current step: no update; waits for its closure
         self._step: FrameType | None = None  # frame of the current step
@@ -114,7 +113,7 @@ class LAWN:
         keys.restore_norms(optimizer.state)  # the optimizer may have state already
 
     def __getstate__(self) -> dict[str, Any]:
-        self._show_norms()
+        self._norms.show()
         return {"optimizer": self.optimizer, "free_steps": self._free_steps, "fused": self._fused}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -150,7 +149,7 @@ class LAWN:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._hidden.clear()
+        self._norms.forget()
         keys.remove_keys(self.optimizer)
 
     def _complete_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +161,7 @@ class LAWN:
         keys.restore_norms(optimizer.state)
 
     def _prepare_added(self) -> None:
-        self._show_norms()  # after a step that raised
+        self._norms.show()  # after a step that raised
         groups = self.optimizer.param_groups
         for index, group in enumerate(groups):
             if "switched" not in group:
@@ -173,8 +172,8 @@ class LAWN:
         if self._is_nested():
             self._nested_calls += 1
             return None
-        self._drop_used_buffers()  # after a step that raised
-        self._restore_gradients()
+        self._gradients.drop_used()  # after a step that raised
+        self._gradients.restore()
         self._group_updates, self._waits = None, False
         self._prepare_added()
         # GradScaler expects a fused optimizer to skip a step whose gradients overflowed.
@@ -184,12 +183,12 @@ class LAWN:
         phase.check_capture()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if self._skipped or self._dummy:
-            self._hide_norms()
+            self._norms.hide()
             return None
         if closure is None:
             self._project()
             return None
-        self._hide_norms()
+        self._norms.hide()
         self._waits = True
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         versions = [p._version for p in params]
@@ -201,7 +200,7 @@ class LAWN:
                     "aware optimizers do, but LAWN measures them there; put LAWN on its base optimizer"
                 )
             self._waits = False
-            self._restore_gradients()
+            self._gradients.restore()
             loss = closure()
             self._project()
             return loss
@@ -217,7 +216,7 @@ class LAWN:
 
         A closure may run several times in a step. The first call stores the weights before the step.
         """
-        self._show_norms()
+        self._norms.show()
         first = self._group_updates is None
         if first:
             self._group_updates = self._zero_check.begin(self.optimizer, self._fused)
@@ -225,12 +224,12 @@ class LAWN:
         for single in chain.from_iterable(group.split_by_device_and_dtype() for group in group_updates):
             params = single.params
             grads = gradients(params)
-            before = self._buffers(self._before, params, params) if first else list(map(torch.empty_like, params))
-            projected = self._buffers(self._projected, params, grads)
+            before = buffers(self._before, params, params) if first else list(map(torch.empty_like, params))
+            projected = self._gradients.buffers(params, grads)
             lists = params, single.sizes, single.norms, grads, before, projected
             blocks = Blocks(*lists, slice_axes=single.slice_axes)
             dispatch.backend(blocks, self._fused).project(blocks)
-            self._replace_gradients(params, projected)
+            self._gradients.replace(params, projected)
         parts = [part for group in group_updates for part in group.sharded if part.params]
         if not first:  # the closure may have moved the weights; `sums` stay those of the weights before the step
             now = [replace(part) for part in parts]
@@ -238,16 +237,11 @@ class LAWN:
             parts = now
         for part in parts:
             params = part.params
-            before = self._buffers(self._before, params, params) if first else list(map(torch.empty_like, params))
-            projected = self._buffers(self._projected, params, params)
+            before = buffers(self._before, params, params) if first else list(map(torch.empty_like, params))
+            projected = self._gradients.buffers(params, params)
             stages.project(part, before, projected, self._fused)
-            self._replace_gradients(params, projected)
-        self._hide_norms()
-
-    def _replace_gradients(self, params: list[Tensor], projected: list[Tensor]) -> None:
-        for p, tangent in zip(params, projected, strict=True):
-            self._gradients[p] = p.grad, tangent._version
-            p.grad = tangent
+            self._gradients.replace(params, projected)
+        self._norms.hide()
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -256,7 +250,7 @@ class LAWN:
             self._nested_calls -= 1
             return
         self._step = None
-        self._show_norms()
+        self._norms.show()
         if self._waits:
             raise RuntimeError(
                 f"{type(self.optimizer).__name__} does not call the closure of a step, so LAWN has projected no "
@@ -282,33 +276,9 @@ class LAWN:
             group_update.record(state)
         zeros = stages.finish([waiting for _, _, waiting in pending])
         results += [(part, index, zero) for (part, index, _), zero in zip(pending, zeros, strict=True)]
-        self._restore_gradients(getattr(self.optimizer, "grad_scale", None))  # which GradScaler sets
+        self._gradients.restore(getattr(self.optimizer, "grad_scale", None))  # which GradScaler sets
         for single, index, zero in results:
             self._zero_check.check(single, index, zero)
-
-    def _hide_norms(self) -> None:
-        """Let the optimizer find its states without norms during a step: it may ask whether a state is empty.
-
-        States are replaced by copies, not changed, since a state dict may share them.
-        """
-        state = self.optimizer.state
-        for p, entry in keys.entries(state):
-            if keys.NORM in entry:
-                self._hidden[p] = entry
-                if others := {key: value for key, value in entry.items() if key != keys.NORM}:
-                    state[p] = others
-                else:
-                    del state[p]
-
-    def _show_norms(self) -> None:
-        """Put the norms back, but those of parameters and states that have been removed."""
-        if self._hidden:
-            state, groups = self.optimizer.state, self.optimizer.param_groups
-            present = {p for group in groups for p in group["params"]}
-            for p, entry in self._hidden.items():
-                if p in present and (p in state or len(entry) == 1):
-                    state[p][keys.NORM] = entry[keys.NORM]
-            self._hidden.clear()
 
     def _is_nested(self) -> bool:
         """Whether the current step calls the `step` of a parent class, for which torch runs hooks as well.
@@ -323,31 +293,6 @@ class LAWN:
             frame = frame.f_back
         self._step, self._nested_calls = call, 0
         return False
-
-    @staticmethod
-    def _buffers(buffers: dict[Tensor, Tensor], params: list[Tensor], like: list[Tensor]) -> list[Tensor]:
-        """Return a buffer for each parameter with the format of `like`; allocate those that are missing or differ."""
-        for p, t in zip(params, like, strict=True):
-            old = buffers.get(p)
-            if old is None or old.shape != t.shape or old.dtype != t.dtype or old.device != t.device:
-                buffers[p] = torch.empty_like(t)
-        return [buffers[p] for p in params]
-
-    def _restore_gradients(self, scale: Tensor | None = None) -> None:
-        """Put the caller's gradients back, divided by the `scale` by which the optimizer has divided the others."""
-        for p, (grad, _) in self._gradients.items():
-            if p.grad is self._projected.get(p):  # unless the caller has replaced it
-                p.grad = grad
-                if scale is not None and grad is not None:
-                    sharding.local([grad])[0].div_(scale.to(grad.device))
-        self._gradients.clear()
-
-    def _drop_used_buffers(self) -> None:
-        """Leave a buffer to the caller who has written to it, as `zero_grad(set_to_none=False)` does."""
-        for p, (_, version) in self._gradients.items():
-            buffer = self._projected.get(p)
-            if p.grad is buffer and buffer is not None and buffer._version != version:
-                del self._projected[p]
 
 
 def _frame_of_step() -> FrameType | None:

@@ -1,0 +1,84 @@
+"""What takes the place of gradients and states while a wrapped optimizer takes its step."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lawn.optim import keys, sharding
+
+
+class ProjectedGradients:
+    """Buffers of projected gradients, and the caller's gradients while they are in place of them."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[Tensor, Tensor] = {}
+        self._replaced: dict[Tensor, tuple[Tensor | None, int]] = {}  # gradient, and version of its substitute
+
+    def buffers(self, params: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+        return buffers(self._buffers, params, like)
+
+    def replace(self, params: list[Tensor], projected: list[Tensor]) -> None:
+        for p, tangent in zip(params, projected, strict=True):
+            self._replaced[p] = p.grad, tangent._version
+            p.grad = tangent
+
+    def restore(self, scale: Tensor | None = None) -> None:
+        """Put the caller's gradients back, divided by the `scale` by which the optimizer has divided the others."""
+        for p, (grad, _) in self._replaced.items():
+            if p.grad is self._buffers.get(p):  # unless the caller has replaced it
+                p.grad = grad
+                if scale is not None and grad is not None:
+                    sharding.local([grad])[0].div_(scale.to(grad.device))
+        self._replaced.clear()
+
+    def drop_used(self) -> None:
+        """Leave a buffer to the caller who has written to it, as `zero_grad(set_to_none=False)` does."""
+        for p, (_, version) in self._replaced.items():
+            buffer = self._buffers.get(p)
+            if p.grad is buffer and buffer is not None and buffer._version != version:
+                del self._buffers[p]
+
+
+class HiddenNorms:
+    """States with norms, while the optimizer finds states without them: it may ask whether a state is empty.
+
+    States are replaced, not changed, since a state dict may share them.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._hidden: dict[Tensor, dict[str, Any]] = {}
+
+    def hide(self) -> None:
+        state = self._optimizer.state
+        for p, entry in keys.entries(state):
+            if keys.NORM in entry:
+                self._hidden[p] = entry
+                if others := {key: value for key, value in entry.items() if key != keys.NORM}:
+                    state[p] = others
+                else:
+                    del state[p]
+
+    def show(self) -> None:
+        """Put the norms back, but those of parameters and states that have been removed."""
+        if self._hidden:
+            state, groups = self._optimizer.state, self._optimizer.param_groups
+            present = {p for group in groups for p in group["params"]}
+            for p, entry in self._hidden.items():
+                if p in present and (p in state or len(entry) == 1):
+                    state[p][keys.NORM] = entry[keys.NORM]
+            self.forget()
+
+    def forget(self) -> None:
+        self._hidden.clear()
+
+
+def buffers(given: dict[Tensor, Tensor], params: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+    """Return a buffer for each parameter with the format of `like`; allocate those that are missing or differ."""
+    for p, t in zip(params, like, strict=True):
+        old = given.get(p)
+        if old is None or old.shape != t.shape or old.dtype != t.dtype or old.device != t.device:
+            given[p] = torch.empty_like(t)
+    return [given[p] for p in params]
