@@ -17,7 +17,7 @@ from lawn.optim.blocks import Blocks
 from lawn.optim.keys import NORM
 from lawn.optim.param_groups import all_weights, per_row, stacked
 from tests.optim.helpers import Maker, fixed_norms, wrapped
-from tests.optim.test_contract import CARRIES, one_process  # noqa: F401
+from tests.optim.test_contract import CARRIES, one_process  # noqa: F401 (a fixture of this module, too)
 
 KINDS: dict[str, Maker] = {
     "AdamLAWN": AdamLAWN,
