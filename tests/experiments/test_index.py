@@ -332,9 +332,10 @@ def test_what_is_said_of_the_comparisons():
     assert said.text.endswith(": better.")
     (said,) = findings.findings([table_with(replace(pair(-2.0, 0.1), differences=(-1.0, -7.4)))])
     assert said.text.endswith(": worse, but our Adam-LAWN is 7.40 below the paper's: it may not be tuned as well.")
-    many = [pair(gain, 0.5, column=f"{i}k") for i, gain in enumerate((3.0, 4.0, 0.1, -3.0))]
+    gains = 3.0, 4.0, 0.1, -3.0, 0.2, 0.3, 0.4
+    many = [pair(gain, 0.5, column=f"{i}k") for i, gain in enumerate(gains)]
     (said,) = findings.findings([table_with(*many)])
-    assert "Of 4 comparisons with LAWN and without, LAWN is better in 2, worse in 1, and 1 are not decided" in said.text
+    assert "Of 7 comparisons with LAWN and without, LAWN is better in 2, worse in 1, and 4 are not decided" in said.text
     assert "tuned" not in said.text
     (said,) = findings.findings([table_with(*many[1:], replace(many[0], differences=(-1.0, -2.0)))])
     assert said.text.endswith(

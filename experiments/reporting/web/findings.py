@@ -15,7 +15,7 @@ from experiments.reporting.sentences import LEVEL, below_paper
 from experiments.reporting.statistics import MANY_SEEDS, Comparison, mean_interval
 from experiments.reporting.trials import best_of_curves
 
-FEW = 3  # comparisons that are listed by themselves
+FEW = 6  # comparisons that are listed by themselves
 
 
 @dataclass(frozen=True)
