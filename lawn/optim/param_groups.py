@@ -7,7 +7,7 @@ parameters with two or more dimensions.
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -95,8 +95,7 @@ def final_homogeneous(model: nn.Module, *, include_bias: bool = False) -> list[d
     for name, module in _leaves(model):
         kind = _kind(module)
         if kind in _LINEAR and "weight" in module._parameters:
-            w = module._parameters["weight"]
-            weights += [w] if w is not None and w.requires_grad and w.numel() > 1 else []
+            weights += filter(_is_weight, [module._parameters["weight"]])
         elif kind not in _HOMOGENEOUS:
             computed = ", whose weight is computed" if kind in _LINEAR else ""
             weights, last = [], f"'{name}' ({kind.__name__}{computed})"
@@ -243,7 +242,7 @@ def _kind(module: nn.Module) -> type:
 def _named_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights by name; a tied weight has several names."""
     named = model.named_parameters(remove_duplicate=False)
-    return {name: p for name, p in named if p.requires_grad and p.ndim >= 2 and p.numel() > 1}
+    return {name: p for name, p in named if _is_weight(p)}
 
 
 def _groups(model: nn.Module, weights: Iterable[Tensor], include_bias: bool) -> list[dict[str, Any]]:
@@ -264,6 +263,11 @@ def _groups(model: nn.Module, weights: Iterable[Tensor], include_bias: bool) -> 
         constrained["blocks"] = [blocks[p] for p in constrained["params"]]
     free = {"params": [p for p in trainable if p not in blocks], "constrain": False}
     return [constrained, free] if free["params"] else [constrained]
+
+
+def _is_weight(p: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether this can be constrained by default: trainable, with two or more dimensions and more than one element."""
+    return p is not None and p.requires_grad and p.ndim >= 2 and p.numel() > 1
 
 
 def _check_bias(name: str, module: nn.Module, blocks: Iterable[Tensor | None]) -> None:

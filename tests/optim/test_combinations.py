@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,6 +27,22 @@ OWN = (AdamLAWN, SGDLAWN, LAMBLAWN)
 def with_gradients(*params: Tensor) -> None:
     for p in params:
         p.grad = torch.randn_like(p)
+
+
+def take_steps(optimizer: Optimizer, w: Tensor, number: int) -> None:
+    for _ in range(number):
+        with_gradients(w)
+        optimizer.step()
+
+
+def loss_closure(optimizer: Optimizer, model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (model(x) - 1).square().mean()
+        loss.backward()
+        return loss
+
+    return closure
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
@@ -60,12 +77,7 @@ def test_every_weight_of_an_optimizer_with_one_state_keeps_its_norm():
     LAWN(optimizer, free_steps=0)
     x = torch.randn(8, 4)
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = (model(x) - 1).pow(2).mean()
-        loss.backward()
-        return loss
-
+    closure = loss_closure(optimizer, model, x)
     before = model[2].weight.detach().norm().item()
     optimizer.step(closure)
     assert optimizer.state_dict()["state"][2][NORM] == pytest.approx(before)
@@ -148,9 +160,7 @@ def test_what_a_step_that_raises_does_not_change():
     w = nn.Parameter(torch.randn(4, 4))
     optimizer = Raising([w], lr=0.1)
     LAWN(optimizer, free_steps=1)
-    for _ in range(3):
-        with_gradients(w)
-        optimizer.step()
+    take_steps(optimizer, w, 3)
     norm, saved = optimizer.state[w][NORM], optimizer.state_dict()
     optimizer.raises = True
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -202,9 +212,7 @@ def test_an_optimizer_finds_its_state_as_it_left_it(kind, raises):
     w = nn.Parameter(torch.randn(4, 4))
     optimizer = kind([w], lr=0.1)
     LAWN(optimizer, free_steps=1)
-    for _ in range(4):
-        with_gradients(w)
-        optimizer.step()
+    take_steps(optimizer, w, 4)
     norm = optimizer.state[w][NORM]
     if raises:
         failing = optimizer.register_step_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError))
@@ -264,12 +272,7 @@ def test_lawn_belongs_on_the_base_of_a_sharpness_aware_optimizer():
     layer, x = nn.Linear(4, 4), torch.randn(8, 4)
     optimizer = SharpnessAware(layer.parameters(), SGD, lr=0.1)
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = layer(x).square().mean()
-        loss.backward()
-        return loss
-
+    closure = loss_closure(optimizer, layer, x)
     outer = LAWN(optimizer, free_steps=None)
     closure()
     with pytest.raises(RuntimeError, match="put LAWN on its base optimizer"):
@@ -291,12 +294,7 @@ def test_a_lawn_optimizer_as_base_of_a_sharpness_aware_one(make):
     layer, x = nn.Linear(4, 4), torch.randn(8, 4)
     optimizer = SharpnessAware(layer.parameters(), make, lr=0.1, free_steps=1)
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = layer(x).square().mean()
-        loss.backward()
-        return loss
-
+    closure = loss_closure(optimizer, layer, x)
     norms = []
     for _ in range(4):
         closure()
