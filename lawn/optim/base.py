@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import cache
 from inspect import signature
 from typing import Any
@@ -140,7 +139,7 @@ class LAWNOptimizer(Optimizer, ABC):
         if not given:
             del added["free_steps"]
         try:
-            keys.add_defaults(self.param_groups, index, self.defaults["free_steps"])
+            keys.add_defaults(self.param_groups, index, self.defaults)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -290,9 +289,6 @@ class LAWNOptimizer(Optimizer, ABC):
         for key, value in group.items():
             if key in unsupported and value:
                 raise ValueError(f"param group {index}: {type(self).__name__} has no {key}, got {key}={value!r}")
-            close = get_close_matches(key, ("constrain", "free_steps", slices.KEY), n=1, cutoff=0.85)
-            if close and key not in close:
-                raise ValueError(f"param group {index}: unknown key {key!r}; did you mean {close[0]!r}?")
 
     def _supported_keys(self) -> list[str]:
         return [*dict.fromkeys((*self.defaults, rounding.KEY, slices.KEY, *keys.DEFAULTS))]

@@ -42,8 +42,8 @@ class LAWN:
     Raises:
         TypeError: if `optimizer` has no hooks (it is not a torch optimizer), is a ZeroRedundancyOptimizer, or has flat
             parameters of FullyShardedDataParallel or DTensors with a Partial placement.
-        ValueError: if `optimizer` is a LAWN optimizer already, `free_steps` is invalid, or constrained parameters have
-            weight decay. The optimizer does not change then.
+        ValueError: if `optimizer` is a LAWN optimizer already, `free_steps` is invalid, constrained parameters have
+            weight decay, or a key of a param group is nearly one of LAWN's. The optimizer does not change then.
 
     References:
         Gupta et al. 2021, section 3, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
@@ -80,7 +80,7 @@ class LAWN:
                 optimizer.param_groups[index] = keys.without_run(group)  # another optimizer may have the dict
         try:
             for index in range(len(before)):
-                keys.add_defaults(optimizer.param_groups, index, free_steps)
+                keys.add_defaults(optimizer.param_groups, index, {**optimizer.defaults, "free_steps": free_steps})
         except (TypeError, ValueError):
             for group, old in zip(optimizer.param_groups, before, strict=True):
                 group.clear()
@@ -162,10 +162,10 @@ class LAWN:
 
     def _prepare_added(self) -> None:
         self._norms.show()  # after a step that raised
-        groups = self.optimizer.param_groups
+        groups, defaults = self.optimizer.param_groups, {**self.optimizer.defaults, "free_steps": self._free_steps}
         for index, group in enumerate(groups):
             if "switched" not in group:
-                keys.add_defaults(groups, index, self._free_steps)
+                keys.add_defaults(groups, index, defaults)
 
     @torch._disable_dynamo  # torch.compiler.disable would import the compiler at once
     def _begin(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:

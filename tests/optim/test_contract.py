@@ -653,11 +653,21 @@ def test_a_hook_mends_a_checkpoint_before_it_is_checked(form):
     train(network, optimizer, 1, 2)
 
 
-@pytest.mark.parametrize("kind", NEW)
+@every_form
 @pytest.mark.parametrize(("typed", "meant"), [("constrained", "constrain"), ("free_step", "free_steps")])
-def test_a_key_that_is_nearly_one_is_refused(kind, typed, meant):
+def test_a_key_that_is_nearly_one_is_refused(form, typed, meant):
     with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
-        kind([{"params": [nn.Parameter(torch.ones(2, 2))], typed: 1}])
+        make(form, [{"params": [nn.Parameter(torch.ones(2, 2))], typed: 1}])
+
+
+def test_a_key_of_the_wrapped_optimizer_is_its_own():
+    class Constrained(SGD):
+        def __init__(self, params):
+            super().__init__(params, lr=0.1)
+            self.defaults["constrained"] = True
+            self.param_groups[0]["constrained"] = True
+
+    assert LAWN(Constrained([nn.Parameter(torch.ones(2, 2))])).optimizer.param_groups[0]["constrained"]
 
 
 @pytest.mark.parametrize("kind", NEW)
