@@ -26,7 +26,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from lawn.compose import CONF, refuse_sweeps
+from lawn.compose import CONF, refuse_sweeps, refuse_unknown_preset
 from lawn.config import Config, register
 from lawn.errors import ConfigError, UserError
 from lawn.explain import explain, is_hydra_error
@@ -49,6 +49,7 @@ def run(composed: DictConfig) -> dict[str, Any] | None:
     jobs.append(" ".join(job.overrides.task))
     of = f"in the job {jobs[-1]}: " if job.mode == RunMode.MULTIRUN else ""
     try:
+        refuse_unknown_preset(job)
         if job.mode == RunMode.RUN:
             refuse_sweeps(job.overrides.task, job.sweeper.params or {})
         config = validate(composed)

@@ -165,6 +165,8 @@ def write(given: argparse.Namespace) -> int:
     the blocks of README.md, results/README.md and docs/."""
     for name in given.names:
         _known(name)
+    if given.action is write and not given.results.is_dir():
+        raise ConfigError(f"--results {given.results}: no such folder")
     own = given.results.resolve() == report.RESULTS and given.selection == "val"
     names = [*EXPERIMENTS, *SIMULATIONS] if own or not given.names else given.names
     pages = _pages(names, Store(given.results), given)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from lawn.errors import RunError
 from lawn.files import exclusively, write_text
+from lawn.train.progress import echo
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,13 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._seen = _Seen()
+        self._cut = 0  # size of the file at the last warning
 
     def read_new(self, take: Callable[[int, str], None]) -> None:
         """Call `take` with the number and the text of each line that was appended, or of all of another file in its
         place. If it raises, the lines are read again the next time.
 
-        A line without an end is still being written, or its writer was killed.
+        A line without an end is still being written, or its writer was killed, or the file was cut: a warning says so.
         """
         try:
             stat = self.path.stat()
@@ -47,8 +50,13 @@ class JsonLines:
         if not content.startswith(seen.last):  # another file; the system gives its inode to the next one
             seen, content = _Seen(), read_bytes(self.path)
         text = decode(self.path, content[len(seen.last) :])
-        if not _is_json(text[text.rfind("\n") + 1 :]):
-            text = text[: text.rfind("\n") + 1]
+        end = text.rfind("\n") + 1
+        if not _is_json(text[end:]):
+            if end < len(text) and stat.st_size != self._cut:
+                what = "the last line has no end; its record is being written, or lost"
+                echo(f"warning: {self.path}: {what}", sys.stderr)
+                self._cut = stat.st_size
+            text = text[:end]
         for number, line in enumerate(text.split("\n"), start=seen.lines + 1):
             if line:
                 take(number, line)

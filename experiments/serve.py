@@ -58,8 +58,11 @@ class ResultsServer:
         return json.dumps(answer)
 
     def listen(self, port: int) -> ThreadingHTTPServer:
-        """An HTTP server on the loopback interface; port 0: a free one. Raises OSError if the port is taken."""
-        return _Server((LOOPBACK, port), partial(_Handler, served=self, directory=str(self.results)))
+        """An HTTP server on the loopback interface; port 0: a free one. Raises UserError if the port is taken."""
+        try:
+            return _Server((LOOPBACK, port), partial(_Handler, served=self, directory=str(self.results)))
+        except OSError as error:
+            raise UserError(f"--port {port}: {error.strerror}; choose another, or 0 for any that is free") from error
 
 
 class _Server(ThreadingHTTPServer):

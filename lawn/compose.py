@@ -15,6 +15,7 @@ from typing import Any
 
 import hydra
 from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, flag_override
@@ -49,7 +50,21 @@ def _compose(*overrides: str) -> DictConfig:
     if not CONF.is_dir():
         raise UserError(f"{CONF}: not there; configs are in a checkout: pip install -e '.[harness]' in one")
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("config", list(overrides), return_hydra_config=True)
+        composed = hydra.compose("config", list(overrides), return_hydra_config=True)
+        refuse_unknown_preset(composed.hydra)
+    return composed
+
+
+def refuse_unknown_preset(composed: DictConfig) -> None:
+    """Raises ConfigError if a preset was chosen that does not exist: most pairs have none, so Hydra does not mind.
+
+    `composed` is the node `hydra`.
+    """
+    name = composed.runtime.choices.get("preset")
+    given = any(override.lstrip("+").startswith("preset=") for override in composed.overrides.task)
+    known = GlobalHydra.instance().config_loader().get_group_options("preset")
+    if given and name not in (None, *known):
+        raise ConfigError(f"preset={name}: no such preset; choose from {', '.join(sorted(known))}")
 
 
 def without_hydra(composed: DictConfig) -> tuple[DictConfig, dict[str, str]]:

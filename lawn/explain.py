@@ -37,7 +37,11 @@ def explain(error: BaseException) -> str:
         return f"{_override(error)}: must be the name of a member of the group"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, member = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={member}: no such {group}; choose from {', '.join(sorted(error.options))}"
+        folder = ""
+        if "/" in group and not group.startswith("hydra/"):  # a member in a folder, such as sweep=ncf/adam
+            group, _, folder = group.partition("/")
+            member, folder = f"{folder}/{member}", f" or from conf/{group}/{folder}"
+        return f"{group}={member}: no such {group}; choose from {', '.join(sorted(error.options))}{folder}"
     if isinstance(error.__cause__, OmegaConfBaseException) and not isinstance(error, UserError):
         error = error.__cause__
     key = str(getattr(error, "full_key", None) or "")

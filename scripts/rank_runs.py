@@ -81,6 +81,8 @@ def rank_runs() -> int:
     given = parser.parse_args()
     if given.top < 1:
         parser.error(f"--top {given.top}: must be a positive number")
+    if not given.folder.is_dir():
+        parser.error(f"{given.folder}: no such folder")
     runs = read(given.folder, given.split)
     if given.only and not runs.empty:
         key, _, value = given.only.partition("=")

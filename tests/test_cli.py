@@ -40,6 +40,16 @@ def test_sweep_runs_then_skips(tmp_path, main):
     assert "done after" not in out
 
 
+@pytest.mark.parametrize("wrong", ["sweep=e_fre", "preset=digits-adm"])
+@pytest.mark.parametrize("multirun", [(), ("-m",)])
+def test_an_optional_member_that_does_not_exist(tmp_path, main, multirun, wrong):
+    """Hydra itself takes it for none."""
+    code, _, err = main(*multirun, *SHORT, wrong, f"runs_dir={tmp_path}/runs")
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{wrong}: no such {wrong.partition('=')[0]}; choose from" in err
+    assert not list(tmp_path.glob("runs/digits-*"))
+
+
 def test_a_failing_job_does_not_keep_the_others(tmp_path, main):
     code, out, err = main("-m", *SHORT, "optim.lr=-1,0.01", f"runs_dir={tmp_path}/runs")
     assert code == 2
@@ -99,7 +109,7 @@ def test_bad_input_is_one_line(tmp_path, main, arguments, code, words):
     assert (got, out, err.count("\n")) == (code, "", 1)
     assert err.startswith("error: ")
     assert words in err
-    assert not (tmp_path / "runs").exists()
+    assert not list(tmp_path.glob("runs/digits-*"))
 
 
 @pytest.mark.parametrize("nothing", ["seed=range(0)", "optim=glob(zzz*)"])
@@ -196,7 +206,10 @@ def test_rank_runs(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["rank_runs.py", f"{tmp_path}/runs", *wrong])
         with pytest.raises(SystemExit, match="2"):
             rank_runs.main()
-    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["rank_runs.py", f"{tmp_path}/absent"])
+    with pytest.raises(SystemExit, match="2"):
+        rank_runs.main()
+    assert capsys.readouterr().err.endswith(f"error: {tmp_path}/absent: no such folder\n")
     for place in (tmp_path, "/proc/absent.csv", "/dev/null"):
         monkeypatch.setattr(sys, "argv", ["rank_runs.py", f"{tmp_path}/runs", "--csv", str(place)])
         assert rank_runs.main() == 1

@@ -17,6 +17,9 @@ from lawn.validation import resolve
     ("override", "words"),
     [
         ("optim=adm", "optim=adm: no such optim; choose from adam"),
+        ("sweep=e_fre", "sweep=e_fre: no such sweep; choose from e_free, peak_lr"),
+        ("sweep=ncf/adm", "sweep=ncf/adm: no such sweep; choose from e_free, peak_lr, warmup or from conf/sweep/ncf"),
+        ("preset=digits-adm", "preset=digits-adm: no such preset; choose from cifar10-adam_lawn"),
         ("optim.lrr=1", "optim.lrr: no such key; optim takes name, lr"),
         ("optim=adam,sgd", "Ambiguous value for argument 'optim=adam,sgd'"),
         ("optim.lr=a=b", "cannot be read; quote the value"),

@@ -108,9 +108,9 @@ def costs(experiment: Experiment, found: list[Outcome]) -> list[str]:
             best = " to ".join(f"{winner:g}" for winner in dict.fromkeys((winners[0], winners[-1])))
             decay, free = ([pair[k].cost for pair in both] for k in (0, 1))
             lines.append(
-                f"{rival}: the best E_free is {best} % of the epochs, over {len(both)} grids. The worst value tried "
-                f"costs {sum(free) / len(both):.2f} points on average and at most {max(free):.2f}; the worst weight "
-                f"decay of {base} {sum(decay) / len(both):.2f} and {max(decay):.2f}."
+                f"{rival} beside {base}, {len(both)} grids: the best E_free is {best} % of the epochs. The worst value "
+                f"tried costs {sum(free) / len(both):.2f} points on average and at most {max(free):.2f}; the worst "
+                f"weight decay {sum(decay) / len(both):.2f} and {max(decay):.2f}."
             )
     return lines
 

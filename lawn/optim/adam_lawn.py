@@ -150,7 +150,7 @@ def check_adam(betas: tuple[float, float], eps: float) -> None:
     """Raise ValueError for hyperparameters of Adam that are out of range."""
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
-    if eps < 0:
+    if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
 
 

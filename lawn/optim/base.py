@@ -68,7 +68,7 @@ class LAWNOptimizer(Optimizer, ABC):
         fused: bool | None,
         mode: str = "nearest",
     ) -> None:
-        if defaults["lr"] < 0:
+        if not defaults["lr"] >= 0:
             raise ValueError(f"lr must not be negative, got {defaults['lr']}")
         rounding.check(mode)
         free_steps = keys.check_free_steps(free_steps)

@@ -61,7 +61,7 @@ class LAMB(Optimizer):
     ) -> None:
         check_adam(betas, eps)
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            if value < 0:
+            if not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 

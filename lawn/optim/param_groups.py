@@ -122,7 +122,7 @@ def matching(
         A group of constrained parameters and, if there are any, a group of free ones.
 
     Raises:
-        ValueError: if a pattern matches no weight, there is no pattern, or as `all_weights` for biases.
+        ValueError: if a pattern cannot be read or matches no weight, there is none, or as `all_weights` for biases.
 
     Examples:
         >>> from torch import nn
@@ -137,10 +137,10 @@ def matching(
         raise ValueError("nothing to constrain: no pattern is given")
     weights: list[Tensor] = []
     for regex in patterns:
-        found = [weight for name, weight in _named_weights(model).items() if re.search(regex, name)]
+        compiled = _compiled(regex)
+        found = [weight for name, weight in _named_weights(model).items() if compiled.search(name)]
         if not found:
-            text = regex.pattern if isinstance(regex, re.Pattern) else regex
-            raise ValueError(f"pattern {text!r} matches no trainable parameter with two or more dimensions")
+            raise ValueError(f"pattern {compiled.pattern!r} matches no trainable parameter with two or more dimensions")
         weights += found
     return _groups(model, weights, include_bias)
 
@@ -160,7 +160,7 @@ def stacked(model: nn.Module, pattern: str | re.Pattern[str]) -> list[dict[str, 
         Groups of constrained parameters and, if there are any, a group of free ones.
 
     Raises:
-        ValueError: if the pattern matches no trainable parameter with three or more dimensions.
+        ValueError: if the pattern cannot be read or matches no trainable parameter with three or more dimensions.
 
     Examples:
         >>> import torch
@@ -179,10 +179,10 @@ def stacked(model: nn.Module, pattern: str | re.Pattern[str]) -> list[dict[str, 
         False None [(3,), (3, 4)]
     """
     named = model.named_parameters(remove_duplicate=False)
-    matched = {p for name, p in named if p.requires_grad and re.search(pattern, name)}
+    compiled = _compiled(pattern)
+    matched = {p for name, p in named if p.requires_grad and compiled.search(name)}
     if all(p.ndim < 3 for p in matched):
-        text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
-        raise ValueError(f"pattern {text!r} matches no trainable parameter with three or more dimensions")
+        raise ValueError(f"pattern {compiled.pattern!r} matches no trainable parameter with three or more dimensions")
     stacks: list[Tensor] = []
     weights: list[Tensor] = []
     free: list[Tensor] = []
@@ -237,6 +237,13 @@ def _kind(module: nn.Module) -> type:
     """The type of a module, or the one that fully_shard (FSDP2) has derived its type from."""
     kind = type(module)
     return kind.__bases__[-1] if "FSDPModule" in (parent.__name__ for parent in kind.__mro__) else kind
+
+
+def _compiled(pattern: str | re.Pattern[str]) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"pattern {pattern!r} cannot be read: {error}") from error
 
 
 def _named_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -127,6 +127,7 @@ def test_failed_runs_are_named_and_fail_the_command(call, tmp_path, monkeypatch)
         (["run", "mini", "--set", "device=cpu"], "device=cpu: only where and how to run can be set"),
         (["run", "mini", "--set", "logger=wand"], "logger=wand: no such logger; choose from csv, wandb"),
         (["report", "table9"], "table9: no such experiment"),
+        (["report", "mini"], "--results "),  # is not there
         (["run", "mini", "--devices", "warp"], "--devices warp: not on this machine, which has cpu"),
     ],
 )

@@ -83,13 +83,14 @@ def test_the_costs_are_of_both_sides_of_a_pair():
     page = committed_page("tuning_curves")
     tried = {(o.cell.panel, o.cell.column, o.cell.row): by_value(o) for o, _ in best_of_curves(list(page.outcomes))}
     for line in costs(page.experiment, list(page.outcomes)):
-        rival = line.partition(":")[0]
-        (base,) = (base for base, other in page.experiment.pairs if other == rival and f" decay of {base} " in line)
+        rival, base = next(
+            pair[::-1] for pair in page.experiment.pairs if line.startswith("{1} beside {0}, ".format(*pair))
+        )
         shared = [place for *place, row in tried if row == rival and (*place, base) in tried]
         free, decay = ([tried[*place, row].cost for place in shared] for row in (rival, base))
-        assert f"over {len(shared)} grids" in line
+        assert f"{base}, {len(shared)} grids: " in line
         assert f"costs {np.mean(free):.2f} points on average and at most {max(free):.2f};" in line
-        assert line.endswith(f" weight decay of {base} {np.mean(decay):.2f} and {max(decay):.2f}.")
+        assert line.endswith(f" weight decay {np.mean(decay):.2f} and {max(decay):.2f}.")
 
 
 def test_a_grid_without_either_hyperparameter_is_left_out(small):

@@ -355,8 +355,8 @@ def test_a_tuning_file_that_is_damaged_while_runs_go_on_is_named(tuned):
 
 
 @pytest.mark.parametrize("cut", [1, 2, 500])
-def test_a_line_that_a_killed_writer_has_left_is_written_again(tuned, cut):
-    """A whole line without its end is kept."""
+def test_a_line_that_a_killed_writer_has_left_is_written_again(tuned, cut, capsys):
+    """A whole line without its end is kept; a part of one is named once."""
     (study,) = studies(TUNED, extra=(f"runs_dir={tuned}/runs",))
     whole = tuned / "results" / "tuning" / "tuned.jsonl"
     jobs = sorted(study.tuning(Store(tuned / "results")).jobs, key=lambda job: job.name)
@@ -367,6 +367,9 @@ def test_a_line_that_a_killed_writer_has_left_is_written_again(tuned, cut):
     path.write_text(text[: len(text) - len(last)] + last[:-cut])
     store = Store(tuned / "new")
     assert store.has(jobs[-1].name) == (cut == 1)
+    assert not store.has("another")
+    warning = f"warning: {path}: the last line has no end; its record is being written, or lost\n"
+    assert capsys.readouterr().err == ("" if cut == 1 else warning)
     store.write(jobs[-1].config, jobs[-1].overrides, jobs[-1].experiment, jobs[-1].tunes)
     assert path.read_text() == text
     assert Store(tuned / "new").read(jobs[-1].name).headline == store.read(jobs[-1].name).headline

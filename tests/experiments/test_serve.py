@@ -172,7 +172,7 @@ def test_the_command_serves_a_checkout_until_it_is_interrupted(tmp_path):
             [*command[:-3], str(port)], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
         )
         assert taken.returncode != 0
-        assert taken.stderr.startswith("error: ")
+        assert taken.stderr.startswith(f"error: --port {port}: ")
         assert taken.stderr.count("\n") == 1
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0

@@ -14,7 +14,7 @@ from lawn.models.mlp import mlp
 from lawn.models.ncf import NCFMLP
 from lawn.models.vgg import VGG19
 from lawn.optim import SGDLAWN
-from lawn.optim.param_groups import all_weights, final_homogeneous, matching
+from lawn.optim.param_groups import all_weights, final_homogeneous, matching, stacked
 
 LAYERS = {
     "linear": lambda: nn.Linear(3, 3),
@@ -242,6 +242,9 @@ def test_matching():
             matching(model, nothing)
     with pytest.raises(ValueError, match="matches no"):
         matching(model, "bias")
+    for search in (matching, stacked):
+        with pytest.raises(ValueError, match=r"pattern '\[' cannot be read: "):
+            search(model, "[")
     with pytest.raises(ValueError, match="no pattern"):
         matching(model, [])
 

@@ -368,6 +368,7 @@ def test_channels_last_and_strided_weights(make):
     ("make", "keys"),
     [
         *((make, {"lr": -1}) for make in (*OWN.values(), *PLAIN.values())),
+        *((make, {"lr": float("nan")}) for make in (*OWN.values(), *PLAIN.values())),
         (AdamLAWN, {"betas": (0.9, 1.0)}),
         (AdamLAWN, {"eps": -1e-8}),
         (LAMBLAWN, {"betas": (0.9, 0.99, 0.999)}),
