@@ -55,13 +55,13 @@ def _compose(*overrides: str) -> DictConfig:
     return composed
 
 
-def refuse_unknown_preset(composed: DictConfig) -> None:
+def refuse_unknown_preset(job: Any) -> None:
     """Raises ConfigError if a preset was chosen that does not exist: most pairs have none, so Hydra does not mind.
 
-    `composed` is the node `hydra`.
+    `job` is the composed node `hydra`.
     """
-    name = composed.runtime.choices.get("preset")
-    given = any(override.lstrip("+").startswith("preset=") for override in composed.overrides.task)
+    name = job.runtime.choices.get("preset")
+    given = any(override.lstrip("+").startswith("preset=") for override in job.overrides.task)
     known = GlobalHydra.instance().config_loader().get_group_options("preset")
     if given and name not in (None, *known):
         raise ConfigError(f"preset={name}: no such preset; choose from {', '.join(sorted(known))}")

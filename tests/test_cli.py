@@ -109,7 +109,7 @@ def test_bad_input_is_one_line(tmp_path, main, arguments, code, words):
     assert (got, out, err.count("\n")) == (code, "", 1)
     assert err.startswith("error: ")
     assert words in err
-    assert not list(tmp_path.glob("runs/digits-*"))
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("nothing", ["seed=range(0)", "optim=glob(zzz*)"])
