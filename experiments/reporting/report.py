@@ -117,13 +117,18 @@ def with_updated_blocks(path: Path, pages: Iterable[Page], said: Sequence[Findin
     def renewed(found: re.Match[str]) -> str:
         head, kind, name, content = found.groups()
         if kind == "findings" and said:
-            content = "".join(f"- **{f.title}** {f.text} ({_links(f.pages)})\n" for f in said)
+            content = "".join(map(_finding, said))
         elif name in by_name:
             content = f"{BLOCKS[kind](by_name[name])}\n"
         return head + content
 
     kinds = "|".join((*BLOCKS, "findings"))
     return re.sub(rf"(<!-- ({kinds}) ?(\w*) -->\n)(.*?)(?=<!-- end -->)", renewed, path.read_text("utf8"), flags=re.S)
+
+
+def _finding(said: Finding) -> str:
+    head = " ".join(filter(None, (f"**{said.title}**", said.text, f"({_links(said.pages)})")))
+    return "".join(f"{line}\n" for line in (f"- {head}", *(f"  - {each}" for each in said.comparisons)))
 
 
 def _links(pages: Iterable[str]) -> str:

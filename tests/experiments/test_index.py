@@ -321,17 +321,19 @@ def table_with(*pairs: Pair) -> Page:
 def test_what_is_said_of_the_comparisons():
     assert findings.findings([table_with()]) == []
     (few,) = findings.findings([table_with(pair(2.0, 0.1, paper=1.5), pair(2.0, 0.1, base="Adam, eps tuned"))])
-    assert few.text.count("Adam-LAWN against") == 1  # the same runs, under two names
-    assert few.text.startswith("Adam-LAWN against Adam, P, 1k: +2.00 (95 % interval +1.7")
-    assert few.text.endswith("3 and 3 seeds; the paper +1.50): better.")
+    (sentence,) = few.comparisons  # of the same runs, under two names
+    assert sentence.startswith("Better: Adam-LAWN against Adam, P, 1k: +2.00 (95 % interval +1.7")
+    assert sentence.endswith("3 and 3 seeds; the paper +1.50).")
+    assert few.text == ""
     assert few.pages == ("table9",)
     weak = replace(pair(2.0, 0.1), differences=(-7.4, -1.0))
     (said,) = findings.findings([table_with(weak)])
-    assert said.text.endswith(": better, but our Adam is 7.40 below the paper's: it may not be tuned as well.")
+    assert said.comparisons[0].endswith(" seeds). But our Adam is 7.40 below the paper's: it may not be tuned as well.")
     (said,) = findings.findings([table_with(replace(weak, differences=(0.5, -1.0)))])
-    assert said.text.endswith(": better.")
+    assert said.comparisons[0].endswith(" seeds).")
     (said,) = findings.findings([table_with(replace(pair(-2.0, 0.1), differences=(-1.0, -7.4)))])
-    assert said.text.endswith(": worse, but our Adam-LAWN is 7.40 below the paper's: it may not be tuned as well.")
+    assert said.comparisons[0].startswith("Worse: ")
+    assert said.comparisons[0].endswith(" But our Adam-LAWN is 7.40 below the paper's: it may not be tuned as well.")
     gains = 3.0, 4.0, 0.1, -3.0, 0.2, 0.3, 0.4
     many = [pair(gain, 0.5, column=f"{i}k") for i, gain in enumerate(gains)]
     (said,) = findings.findings([table_with(*many)])
@@ -347,7 +349,7 @@ def test_what_is_said_of_the_comparisons():
 def test_what_is_said_of_the_number_of_epochs():
     pairs = [pair(2.0, 0.1, column="15 epochs"), pair(-2.0, 0.1, column="30 epochs")]
     (said,) = findings.findings([empty_page(replace(MINI, name="horizon"), [], pairs=pairs)])
-    first, second = said.text.removesuffix(".").split("; 30 epochs -2.00 (")
+    first, second = said.comparisons[0].removesuffix(".").split("; 30 epochs -2.00 (")
     assert first.startswith("Adam-LAWN against Adam, P: 15 epochs +2.00 (")
     assert first.endswith(": better")
     assert second.endswith(": worse")
@@ -367,9 +369,8 @@ def test_what_would_decide_a_comparison_that_is_not_decided():
         (0.01, "more than 1,000 seeds: the test users are too few"),
     ):
         (said,) = findings.findings([table_with(replace(open_, paper=paper))])
-        assert re.search(
-            rf"after 60 epochs: .*the paper .* after 300\): not decided; a true gain of .*{words}", said.text
-        )
+        told = rf"^Not decided: .* after 60 epochs: .*the paper .* after 300\)\. A true gain of .*{words}"
+        assert re.search(told, said.comparisons[0])
     assert gain.seeds_needed(9.0, 2) <= gain.seeds_needed(8.0, 2)
     needed = gain.seeds_needed(8.0, 2)
     enough = sqrt(gain.floor**2 + (gain.error**2 - gain.floor**2) * 2 / needed)
@@ -378,14 +379,15 @@ def test_what_would_decide_a_comparison_that_is_not_decided():
 
 def test_a_small_p_may_be_large_after_holms_correction():
     (said,) = findings.findings([table_with(replace(pair(2.0, 0.5), adjusted=0.06))])
-    assert ": not decided after Holm's correction; a true gain of " in said.text
+    assert said.comparisons[0].startswith("Not decided after Holm's correction: ")
+    assert ". A true gain of " in said.comparisons[0]
 
 
 def test_a_comparison_in_several_tables_is_counted_once():
     """Table 5 has cells of tables 3 and 4, under other names."""
     again = replace(pair(2.0, 0.1), column="cross entropy", rival="Adam-LAWN, batch smaller")
     (said,) = findings.findings([table_with(pair(2.0, 0.1)), table_with(again)])
-    assert said.text.count(" against ") == 1
+    assert len(said.comparisons) == 1
     assert findings.findings([empty_page(EXPERIMENTS["table6"], [], pairs=[pair(2.0, 0.1)])]) == []  # other units
 
 

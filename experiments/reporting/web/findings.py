@@ -21,7 +21,8 @@ FEW = 6  # comparisons that are listed by themselves
 @dataclass(frozen=True)
 class Finding:
     title: str
-    text: str
+    text: str  # may be empty
+    comparisons: Sequence[str]  # sentences
     pages: Sequence[str]  # names of the pages that it is from
 
 
@@ -75,9 +76,8 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
     if not measured:
         return None
     pairs = [pair for _, pair in measured.values()]
-    if len(pairs) <= FEW:
-        text = " ".join(f"{_sentence(pair)}." for pair in pairs)
-    else:
+    text = ""
+    if len(pairs) > FEW:
         said = [verdict_of(pair) for pair in pairs]
         better, worse = said.count("better"), said.count("worse")
         text = (
@@ -88,7 +88,8 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
         below = below_paper([pair for pair, verdict in zip(pairs, said, strict=True) if verdict in ("better", "worse")])
         text += f" But {below}." if below else ""
     shown = tuple(dict.fromkeys(page.name for page, _ in measured.values()))
-    return Finding("Is LAWN better than what it is compared with, both tuned?", text, shown)
+    listed = [] if text else [_sentence(pair) for pair in pairs]
+    return Finding("Is LAWN better than what it is compared with, both tuned?", text, listed, shown)
 
 
 def _horizon(page: Page) -> Finding | None:
@@ -100,14 +101,14 @@ def _horizon(page: Page) -> Finding | None:
             gains.setdefault(names, []).append(f"{pair.column} {_gain(pair)}: {verdict_of(pair)}")
     if not gains:
         return None
-    text = " ".join(f"{names}: {'; '.join(said)}." for names, said in gains.items())
-    return Finding("How does the gain change with the number of epochs?", text, (page.name,))
+    said = [f"{names}: {'; '.join(after)}." for names, after in gains.items()]
+    return Finding("How does the gain change with the number of epochs?", "", said, (page.name,))
 
 
 def _tuning(page: Page) -> Finding | None:
     """How much more the best of K random settings is expected to give with LAWN, over the grids of short schedules."""
     best = {(o.cell.panel, o.cell.column, o.cell.row): curve for o, curve in best_of_curves(list(page.outcomes))}
-    parts = []
+    said = []
     for base, rival in page.experiment.pairs if page.experiment else ():
         at = {
             place: float(best[(*place, rival)].mean[K - 1] - best[(*place, base)].mean[K - 1])
@@ -117,22 +118,22 @@ def _tuning(page: Page) -> Finding | None:
         gains = [gain for place, gain in at.items() if place[0] == SHORT]
         if len(gains) > 1:
             interval = mean_interval(gains)
-            parts.append(
-                f"{rival} against {base} {format_signed(float(np.mean(gains)))} points ({_interval(*interval)}, over "
-                f"{len(gains)} batch sizes): {verdict(*interval)}"
+            said.append(
+                f"{_capitalized(verdict(*interval))}: {rival} against {base}: "
+                f"{format_signed(float(np.mean(gains)))} points ({_interval(*interval)}, over {len(gains)} batch sizes)"
                 + "".join(
                     f", but {format_signed(gain)} with the paper's schedule at {column}"
                     for (panel, column), gain in at.items()
                     if panel == FULL
                 )
+                + "."
             )
-    if not parts:
+    if not said:
         return None
-    text = (
-        f"Expected best of {K} random settings of a grid with short schedules and one seed, on the validation split: "
-        f"{'; '.join(parts)}."
+    text = f"Expected best of {K} random settings of a grid with short schedules and one seed, on the validation split."
+    return Finding(
+        "Does tuning E_free give more than tuning weight decay, in as many trials?", text, said, (page.name,)
     )
-    return Finding("Does tuning E_free give more than tuning weight decay, in as many trials?", text, (page.name,))
 
 
 def _attenuated(page: Page) -> Finding | None:
@@ -147,14 +148,14 @@ def _attenuated(page: Page) -> Finding | None:
     last = [float(np.mean([record.headline for record in outcome.records])) for outcome in (free, fixed)]
     what = page.title.partition(": ")[2]
     text = (
-        f"{what[:1].upper()}{what[1:]}, test HR@10 in % at the last epoch: {_sentence(known[0])}. On average the "
-        f"best epoch of {free.cell.row} gave {best:.2f}, the last epochs of the two {last[0]:.2f} and {last[1]:.2f}."
+        f"{_capitalized(what)}, test HR@10 in %. On average the best epoch of {free.cell.row} gave {best:.2f}, "
+        f"its last epoch {last[0]:.2f}, and that of {fixed.cell.row} {last[1]:.2f}."
     )
-    return Finding("Do attenuated logits keep a network adaptive?", text, (page.name,))
+    return Finding("Do attenuated logits keep a network adaptive?", text, [_sentence(known[0])], (page.name,))
 
 
 def _sentence(pair: Pair) -> str:
-    """The comparison; of one that is not decided also what would decide it."""
+    """The verdict and the comparison; of one that is not decided also what would decide it."""
     gain = pair.gain
     said = verdict_of(pair)
     where = f", {pair.place}" if pair.place else ""
@@ -162,18 +163,23 @@ def _sentence(pair: Pair) -> str:
     ours = f" after {epochs} epochs" if epochs and not pair.column.endswith(" epochs") else ""
     printed = "" if isnan(pair.paper) else f"; the paper {format_signed(pair.paper)}"
     printed += f" after {pair.paper_epochs}" if ours and printed else ""
-    if said.startswith("not decided"):
-        said += f"; a true gain of {gain.detectable():.2g} would be found with 80 % probability"
+    row, apart = pair.loser
+    if said in ("better", "worse"):
+        more = f" But our {row} is {-apart:.2f} below the paper's: it may not be tuned as well." if apart < 0 else ""
+    else:
+        more = f" A true gain of {gain.detectable():.2g} would be found with 80 % probability"
         seeds = min(pair.seeds)
         if not isnan(pair.paper) and pair.paper and seeds > 1:
             needed = gain.seeds_needed(pair.paper, seeds)
-            said += ", the paper's with " + (
+            more += ", the paper's with " + (
                 f"{needed} seeds" if needed < inf else f"more than {MANY_SEEDS:,} seeds: the test users are too few"
             )
-    row, apart = pair.loser
-    if said in ("better", "worse") and apart < 0:
-        said += f", but our {row} is {-apart:.2f} below the paper's: it may not be tuned as well"
-    return f"{pair.rival} against {pair.base}{where}{ours}: {_gain(pair, printed)}: {said}"
+        more += "."
+    return f"{_capitalized(said)}: {pair.rival} against {pair.base}{where}{ours}: {_gain(pair, printed)}.{more}"
+
+
+def _capitalized(said: str) -> str:
+    return said[:1].upper() + said[1:]
 
 
 def _gain(pair: Pair, printed: str = "") -> str:
