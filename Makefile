@@ -30,7 +30,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY) ## train Adam, Adam with decay and Adam-LAWN on real digits; table and figure in demo/
-	$(PYTHON) -m experiments run demo --results demo --jobs 2
+	$(PYTHON) -m experiments run demo --results demo --jobs 2 $(ARGS)
 
 $(TABLES): $(READY)
 	$(PYTHON) -m experiments run $@ --set data_dir=$(DATA_DIR) $(ARGS)
@@ -39,16 +39,16 @@ $(SIMULATIONS): $(READY)
 	$(PYTHON) -m experiments run $@ $(ARGS)
 
 report: $(READY) ## write results/ anew from its records: pages, tables, figures, index.html
-	$(PYTHON) -m experiments report
+	$(PYTHON) -m experiments report $(ARGS)
 
 data: $(READY) ## download MovieLens, Pinterest, CIFAR-10 and CIFAR-100 into DATA_DIR (default: data)
-	$(PYTHON) -m lawn.data movielens100k movielens1m pinterest cifar10 cifar100 --data-dir $(DATA_DIR)
+	$(PYTHON) -m lawn.data movielens100k movielens1m pinterest cifar10 cifar100 --data-dir $(DATA_DIR) $(ARGS)
 
 test: $(READY) ## the fast test suite, under 3 minutes on 2 cores
-	$(PYTHON) -m pytest -n 2 --dist worksteal
+	$(PYTHON) -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-all: $(READY) ## every test, the slow ones too
-	$(PYTHON) -m pytest -n 2 --dist worksteal -m ''
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m '' $(ARGS)
 
 lint: $(READY) ## ruff, mypy, and the documentation with warnings as errors
 	$(PYTHON) -m ruff check .

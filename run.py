@@ -50,8 +50,7 @@ def run(composed: DictConfig) -> dict[str, Any] | None:
     of = f"in the job {jobs[-1]}: " if job.mode == RunMode.MULTIRUN else ""
     try:
         refuse_unknown_preset(job)
-        if job.mode == RunMode.RUN:
-            refuse_sweeps(job.overrides.task, job.sweeper.params or {})
+        refuse_sweeps(job.overrides.task, job.sweeper.params or {}, multirun=job.mode == RunMode.MULTIRUN)
         config = validate(composed)
         if not config.train.vectorize or elsewhere:
             return train(config)

@@ -44,6 +44,7 @@ _TABLES = (TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6, FIGURE1, FIGURE2)
 _BEYOND = (HORIZON, MATRIX_FACTORIZATION, TUNING_CURVES, AUTOMATIC, FLATTENING_DIGITS, FLATTENING_MOVIELENS100K)
 EXPERIMENTS = {e.name: e for e in (*_TABLES, DEMO, *_BEYOND)}
 SIMULATIONS = {s.name: s for s in (SMD_RAYLEIGH, REFERENCES)}
+OF_SIMULATIONS = {"action", "parser", "names", "results", "short", "port"}  # arguments that simulations have
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -193,8 +194,11 @@ def _pages(names: list[str], store: Store, given: argparse.Namespace) -> list[Pa
 
 def serve(given: argparse.Namespace) -> int:
     """Serve the results page until it is interrupted."""
-    if (given.only or given.set) and not given.names:
-        raise ConfigError("--only and --set choose runs whose state is shown: name their experiments, too")
+    if (given.only or given.set or given.short or given.seeds) and not given.names:
+        raise ConfigError(
+            "--only, --set, --short and --seeds choose runs whose state is shown: name their experiments, too"
+        )
+    _ = _simulations(given)
     chosen = _studies(given) if given.names else []
     shown, asked = Store(given.results), Store(given.results)  # of two threads
 
@@ -227,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
         ("serve", serve, "*", "show the results page in a browser on this machine, with the state of the named runs"),
     ):
         sub = actions.add_parser(name, help=text, description=text)
-        sub.set_defaults(action=action)
+        sub.set_defaults(action=action, parser=sub)
         sub.add_argument("names", nargs=names, metavar="NAME", help=known)
         sub.add_argument("--results", type=Path, default=report.RESULTS, help="where pages and runs/ are")
         sub.add_argument("--selection", choices=SELECTIONS, default="val", help="split to choose hyperparameters on")
@@ -273,6 +277,11 @@ def _studies(given: argparse.Namespace) -> list[Study]:
     for name in given.names:
         _known(name)
     chosen = [EXPERIMENTS[name].only(given.only) for name in given.names if name in EXPERIMENTS]
+    for experiment in chosen:
+        if given.short and all(len(cell.epochs) < 2 for cell in experiment.cells):
+            raise ConfigError(f"--short: {experiment.name} has one budget of epochs; leave it out")
+        if given.seeds and all(cell.grid_only for cell in experiment.cells):
+            raise ConfigError(f"--seeds: {experiment.name} runs every setting once; leave it out")
     how = (-1 if given.short else 0, given.selection, tuple(given.set), given.seeds)
     found = [study for experiment in chosen for study in studies(experiment, *how)]
     kept: dict[tuple[Any, ...], Study] = {}
@@ -284,12 +293,19 @@ def _studies(given: argparse.Namespace) -> list[Study]:
 
 
 def _simulations(given: argparse.Namespace) -> list[Simulation]:
-    """The named simulations. Raises ConfigError for options about runs, which a simulation does not have."""
+    """The named simulations. Raises ConfigError for options about runs, which a simulation does not have.
+
+    Beside an experiment most options are about its runs.
+    """
     named = [SIMULATIONS[name] for name in dict.fromkeys(given.names) if name in SIMULATIONS]
-    for option in ("only", "set"):
-        refused = [simulation.name for simulation in named if option == "only" or not simulation.needs_data]
-        if refused and getattr(given, option):
-            raise ConfigError(f"--{option}: {refused[0]} is a simulation, without runs of run.py; leave it out")
+    alone = len(named) == len({*given.names})
+    options = {"only", "set"} if not alone else vars(given).keys() - OF_SIMULATIONS
+    for option in sorted(options):
+        refused = [simulation.name for simulation in named if option != "set" or not simulation.needs_data]
+        if refused and getattr(given, option) != given.parser.get_default(option):
+            raise ConfigError(
+                f"--{option.replace('_', '-')}: {refused[0]} is a simulation, without runs of run.py; leave it out"
+            )
     if named:
         check_settable(given.set)
     return named

@@ -12,7 +12,7 @@ NOT_IDENTITY = tuple(key for key, rule in rules() if not rule.identity)
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The config without the keys that do not change the result of the run.
+    """The config without the keys that do not change the result of the run, and what else it depends on.
 
     Fields that are None are omitted, so that a field added later does not rename existing runs.
     """
@@ -22,6 +22,8 @@ def identity(config: Config) -> dict[str, Any]:
         del (tree[group] if group else tree)[name]
     if config.diagnostics.name == "off":
         del tree["diagnostics"]
+    if config.dataset.shards is not None and config.eval.split == "val":
+        tree["dataset"]["held_out"] = "last shards"  # of folders, it is a part of each class
     return {
         key: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
         for key, value in tree.items()

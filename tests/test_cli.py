@@ -50,6 +50,14 @@ def test_an_optional_member_that_does_not_exist(tmp_path, main, multirun, wrong)
     assert not list(tmp_path.glob("runs/digits-*"))
 
 
+def test_a_choice_of_sweeps_is_refused(tmp_path, main):
+    """Hydra expands neither: it takes the values of a sweep from the command as a whole."""
+    code, _, err = main("-m", *SHORT, "sweep=peak_lr,warmup", f"runs_dir={tmp_path}/runs")
+    assert code == 2
+    assert "sweep=peak_lr: optim.lr has no value in this job, as a multirun takes one sweep; start one for each" in err
+    assert not list(tmp_path.glob("runs/digits-*"))
+
+
 def test_a_failing_job_does_not_keep_the_others(tmp_path, main):
     code, out, err = main("-m", *SHORT, "optim.lr=-1,0.01", f"runs_dir={tmp_path}/runs")
     assert code == 2

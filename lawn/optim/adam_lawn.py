@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 from lawn.optim import cpu_kernels, dispatch, sharding, stages, update
 from lawn.optim.base import LAWNOptimizer, counter
 from lawn.optim.blocks import Blocks
+from lawn.optim.checks import check_adam
 from lawn.optim.group_update import GroupUpdate, check_shapes, gradients
 from lawn.optim.rounding import in_float32, streams
 
@@ -76,8 +77,11 @@ class AdamLAWN(LAWNOptimizer):
         fused: bool | None = None,
         rounding: str = "nearest",
     ) -> None:
-        check_adam(betas, eps)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, free_steps, fused, rounding)
+
+    def _check_values(self, group: dict[str, Any]) -> None:
+        super()._check_values(group)
+        check_adam(group)
 
     def _state_of(self, group: dict[str, Any], params: list[Tensor]) -> Any:
         return moments(self, params, group)
@@ -144,14 +148,6 @@ class AdamLAWN(LAWNOptimizer):
         if group["fused"] is False or torch.compiler.is_compiling():
             return False
         return all(p.is_cpu and p.is_floating_point() for p in lists[0]) and cpu_kernels.same_layout(*lists)
-
-
-def check_adam(betas: tuple[float, float], eps: float) -> None:
-    """Raise ValueError for hyperparameters of Adam that are out of range."""
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
-    if not eps >= 0:
-        raise ValueError(f"eps must not be negative, got {eps}")
 
 
 def moments(

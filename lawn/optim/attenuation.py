@@ -1,5 +1,7 @@
 """Attenuation of the logits before the norms are fixed (paper section 1, Figure 1)."""
 
+from math import inf
+
 import torch
 from torch import nn
 
@@ -40,8 +42,8 @@ def attenuate_logits(model: nn.Module, factor: float) -> None:
         factor: factor of the logits.
 
     Raises:
-        ValueError: if the model has no linear layer, or if its weight or bias is computed from others (a
-            parametrization) or shared with another module, which would change as well.
+        ValueError: if `factor` is not positive, the model has no linear layer, or its weight or bias is computed from
+            others (a parametrization) or shared with another module, which would change as well.
 
     References:
         Gupta et al. 2021, section 1 and Figure 1, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
@@ -58,6 +60,8 @@ def attenuate_logits(model: nn.Module, factor: float) -> None:
         >>> model(torch.tensor([5.0, 10.0])).detach()
         tensor([1., 2.])
     """
+    if not 0 < factor < inf:
+        raise ValueError(f"factor must be positive and finite, got {factor}")
     layer = output_layer(model)
     for name in ("weight", "bias"):
         if name not in layer._parameters:

@@ -2,8 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cache
-from inspect import signature
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from lawn.optim import keys, phase, rounding, slices, stages
 from lawn.optim.blocks import batch_elements
+from lawn.optim.checks import check_not_negative, check_options, check_spelling, torch_keys
 from lawn.optim.group_update import GroupUpdate
 from lawn.optim.zero_check import ZeroCheck
 
@@ -40,8 +39,8 @@ class LAWNOptimizer(Optimizer, ABC):
         mode: "nearest" or "stochastic" rounding of updated weights to half precision, the group key `rounding`.
 
     Raises:
-        ValueError: if `lr` is negative, `free_steps` is not a non-negative integer or None, `mode` is unknown, or a
-            param group has an unsupported key or weight decay on constrained parameters.
+        ValueError: if a hyperparameter is out of range, `free_steps` is not a non-negative integer or None, `mode` is
+            unknown, or a param group has an unsupported key or weight decay on constrained parameters.
         TypeError: if parameters are flat parameters of FullyShardedDataParallel, or DTensors with a Partial placement.
 
     References:
@@ -68,8 +67,6 @@ class LAWNOptimizer(Optimizer, ABC):
         fused: bool | None,
         mode: str = "nearest",
     ) -> None:
-        if not defaults["lr"] >= 0:
-            raise ValueError(f"lr must not be negative, got {defaults['lr']}")
         rounding.check(mode)
         free_steps = keys.check_free_steps(free_steps)
         self._zero_check = ZeroCheck()
@@ -125,13 +122,15 @@ class LAWNOptimizer(Optimizer, ABC):
             param_group: the group, with `params` and any keys of its own.
 
         Raises:
-            ValueError: if a key is not supported, or constrained parameters have weight decay.
+            ValueError: if a key is not supported or a hyperparameter is out of range, or constrained parameters have
+                weight decay.
             TypeError: if parameters cannot be updated, as in the constructor.
         """
         # ZeroRedundancyOptimizer fills in the default.
         given = param_group.get("free_steps", self.defaults["free_steps"]) != self.defaults["free_steps"]
         index = len(self.param_groups)
         self._check_keys(param_group, index, self._unsupported_keys())
+        check_spelling(param_group, index, {*self._supported_keys()} - keys.RUN)
         if keys.RUN & param_group.keys():  # another optimizer may have the dict
             param_group = keys.without_run(param_group)
         super().add_param_group(param_group)
@@ -139,7 +138,8 @@ class LAWNOptimizer(Optimizer, ABC):
         if not given:
             del added["free_steps"]
         try:
-            keys.add_defaults(self.param_groups, index, self.defaults)
+            self._check_values(added)
+            keys.add_defaults(self.param_groups, index, self.defaults["free_steps"])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -286,9 +286,11 @@ class LAWNOptimizer(Optimizer, ABC):
     def _check_keys(self, group: dict[str, Any], index: int, unsupported: set[str]) -> None:
         """Raise ValueError for a key of a param group that is set but `unsupported`."""
         rounding.check(group.get(rounding.KEY, "nearest"), f"param group {index}: ")
-        for key, value in group.items():
-            if key in unsupported and value:
-                raise ValueError(f"param group {index}: {type(self).__name__} has no {key}, got {key}={value!r}")
+        check_options(self, group, index, unsupported)
+
+    def _check_values(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for a hyperparameter of a param group that is out of range."""
+        check_not_negative(group, "lr", "weight_decay")
 
     def _supported_keys(self) -> list[str]:
         return [*dict.fromkeys((*self.defaults, rounding.KEY, slices.KEY, *keys.DEFAULTS))]
@@ -325,10 +327,3 @@ def counter(steps: float) -> Tensor:
     """Create a step counter as torch's Adam does; half precision as the default dtype would stop it from counting."""
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     return torch.tensor(steps, dtype=dtype, device="cpu")
-
-
-@cache
-def torch_keys(*kinds: type[Optimizer]) -> set[str]:
-    """Return the param group keys of these torch optimizers, of all by default."""
-    classes = kinds or [c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, Optimizer)]
-    return {name for c in classes for name in signature(c).parameters} - {"params", "defaults"}

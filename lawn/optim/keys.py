@@ -26,7 +26,6 @@ stochastic rounding the state of each half-precision parameter has `lawn_seed`, 
 
 import operator
 from collections.abc import Mapping
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -42,6 +41,7 @@ Norm = float | Tensor  # of a parameter, 0.0 if it is not fixed; or one for each
 NORM = "lawn_norm"
 DEFAULTS: Group = {"constrain": None, "blocks": None, "free_steps": None, "steps": 0, "switched": False}
 
+GIVEN = ("constrain", "blocks", "free_steps", slices.KEY)  # by users
 RUN = {"steps", "switched"}  # what a group has done, which a group dict that was used for another optimizer still has
 
 
@@ -56,20 +56,15 @@ def check_free_steps(free_steps: Any) -> int | None:
     return steps
 
 
-def add_defaults(groups: list[Group], index: int, defaults: Group) -> None:
+def add_defaults(groups: list[Group], index: int, free_steps: int | None) -> None:
     """Add missing keys to param group `index`. Raises ValueError or TypeError as `check_group` does.
 
     A group that is added later starts in the phase of the other groups, unless it has its own `free_steps`, which are
-    counted from then on. `defaults` are those of the optimizer, `free_steps` among them. Other keys are the user's own;
-    one that is nearly a key of LAWN is a ValueError, too.
+    counted from then on.
     """
     group, others = groups[index], groups[:index]
-    for key in group.keys() - defaults.keys():
-        close = get_close_matches(key, ("constrain", "free_steps", slices.KEY), n=1, cutoff=0.85)
-        if close and key not in close:
-            raise ValueError(f"param group {index}: unknown key {key!r}; did you mean {close[0]!r}?")
     check_group(group, index)
-    known: Group = {"free_steps": defaults["free_steps"]}
+    known: Group = {"free_steps": free_steps}
     if "free_steps" not in group and others:
         known["steps"] = max(other["steps"] for other in others)
         known["switched"] = all(other["switched"] for other in others)

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lawn.optim import keys, rounding, sharding, stages
-from lawn.optim.adam_lawn import AdamLAWN, check_adam, moments
+from lawn.optim.adam_lawn import AdamLAWN, moments
 from lawn.optim.blocks import batch_elements, real
+from lawn.optim.checks import check_adam, check_not_negative, check_options, torch_keys
 from lawn.optim.group_update import GroupUpdate, gradients
 
 
@@ -59,11 +60,26 @@ class LAMB(Optimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
     ) -> None:
-        check_adam(betas, eps)
-        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group.
+
+        Args:
+            param_group: the group, with `params` and any keys of its own.
+
+        Raises:
+            ValueError: if a hyperparameter is out of range, or an option of torch's Adam or SGD that LAMB lacks is set.
+        """
+        index = len(self.param_groups)
+        check_options(self, param_group, index, torch_keys(Adam, SGD) - {*self.defaults})
+        super().add_param_group(param_group)
+        try:
+            check_not_negative(self.param_groups[-1], "lr", "weight_decay")
+            check_adam(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -1,5 +1,7 @@
 """Learning rate schedules with linear warmup."""
 
+from math import inf
+
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -33,7 +35,7 @@ class LinearWarmup(LRScheduler):
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int) -> None:
-        if warmup_steps < 0:
+        if not 0 <= warmup_steps < inf:
             raise ValueError(f"need 0 <= warmup_steps, got {warmup_steps}")
         self.warmup_steps = warmup_steps
         super().__init__(optimizer)

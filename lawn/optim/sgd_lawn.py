@@ -71,9 +71,12 @@ class SGDLAWN(LAWNOptimizer):
         fused: bool | None = None,
         rounding: str = "nearest",
     ) -> None:
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         super().__init__(params, {"lr": lr, "momentum": momentum}, free_steps, fused, rounding)
+
+    def _check_values(self, group: dict[str, Any]) -> None:
+        super()._check_values(group)
+        if not 0 <= group["momentum"] < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
 
     def _state_of(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
         """Return the momentum buffers, local shards of DTensors; initialize what is missing."""

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lawn.optim import dispatch, keys, phase, slices, stages
+from lawn.optim import dispatch, keys, phase, rounding, slices, stages
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.blocks import Blocks
+from lawn.optim.checks import check_spelling
 from lawn.optim.group_update import GroupUpdate, gradients, sum_products
 from lawn.optim.substitutes import HiddenNorms, ProjectedGradients, buffers
 from lawn.optim.zero_check import ZeroCheck
@@ -43,7 +44,8 @@ class LAWN:
         TypeError: if `optimizer` has no hooks (it is not a torch optimizer), is a ZeroRedundancyOptimizer, or has flat
             parameters of FullyShardedDataParallel or DTensors with a Partial placement.
         ValueError: if `optimizer` is a LAWN optimizer already, `free_steps` is invalid, constrained parameters have
-            weight decay, or a key of a param group is nearly one of LAWN's. The optimizer does not change then.
+            weight decay, or a key of a param group is nearly one of LAWN's or is `rounding`. The optimizer does not
+            change then.
 
     References:
         Gupta et al. 2021, section 3, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
@@ -80,7 +82,7 @@ class LAWN:
                 optimizer.param_groups[index] = keys.without_run(group)  # another optimizer may have the dict
         try:
             for index in range(len(before)):
-                keys.add_defaults(optimizer.param_groups, index, {**optimizer.defaults, "free_steps": free_steps})
+                _add_defaults(optimizer, index, free_steps)
         except (TypeError, ValueError):
             for group, old in zip(optimizer.param_groups, before, strict=True):
                 group.clear()
@@ -162,10 +164,9 @@ class LAWN:
 
     def _prepare_added(self) -> None:
         self._norms.show()  # after a step that raised
-        groups, defaults = self.optimizer.param_groups, {**self.optimizer.defaults, "free_steps": self._free_steps}
-        for index, group in enumerate(groups):
+        for index, group in enumerate(self.optimizer.param_groups):
             if "switched" not in group:
-                keys.add_defaults(groups, index, defaults)
+                _add_defaults(self.optimizer, index, self._free_steps)
 
     @torch._disable_dynamo  # torch.compiler.disable would import the compiler at once
     def _begin(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -301,3 +302,16 @@ def _frame_of_step() -> FrameType | None:
     while frame is not None and frame.f_code.co_filename != OPTIMIZER_FILE:
         frame = frame.f_back
     return frame
+
+
+def _add_defaults(optimizer: Optimizer, index: int, free_steps: int | None) -> None:
+    """Check a param group of a wrapped optimizer, and add LAWN's keys."""
+    group = optimizer.param_groups[index]
+    others = [key for key in group if key not in optimizer.defaults]
+    check_spelling(others, index, keys.GIVEN)
+    if rounding.KEY in others and group[rounding.KEY] != "nearest":
+        raise ValueError(
+            f"param group {index}: rounding={group[rounding.KEY]!r}, but the wrapped optimizer rounds the weights "
+            "itself; use AdamLAWN, SGDLAWN or LAMBLAWN"
+        )
+    keys.add_defaults(optimizer.param_groups, index, free_steps)

@@ -299,7 +299,7 @@ class Trainer:
         self.rows, self.seconds, self.divergence = state["rows"], state["seconds"], state["divergence"]
         self.outcomes = state["outcomes"]
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(self._as_now(state["optimizer"]))
         for p, moments in self.optimizer.state.items():  # fused steps rely on the memory layout of the weights
             for name, value in moments.items():
                 if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
@@ -311,6 +311,12 @@ class Trainer:
             self.diagnostics.load_state_dict(state["observer"])
         if state["left"] is not None:
             self.epoch_state = load_epoch_state(state["left"], self.model, self.world)
+
+    def _as_now(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """A state dict of the optimizer with `fused` as the command has it, which no result depends on."""
+        now = [{key: group[key] for key in group if key == "fused"} for group in self.optimizer.param_groups]
+        groups = [{**group, **fused} for group, fused in zip(saved["param_groups"], now, strict=True)]
+        return {**saved, "param_groups": groups}
 
 
 def _refuse_if_logits_cannot_be_scaled(model: nn.Module, factor: float) -> None:

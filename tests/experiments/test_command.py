@@ -128,6 +128,14 @@ def test_failed_runs_are_named_and_fail_the_command(call, tmp_path, monkeypatch)
         (["run", "mini", "--set", "logger=wand"], "logger=wand: no such logger; choose from csv, wandb"),
         (["report", "table9"], "table9: no such experiment"),
         (["report", "mini"], "--results "),  # is not there
+        (["plan", "mini", "--short"], "--short: mini has one budget of epochs; leave it out"),
+        (["plan", "tuning_curves", "--seeds", "5"], "--seeds: tuning_curves runs every setting once; leave it out"),
+        (["run", "smd_rayleigh", "--budget", "0s"], "--budget: smd_rayleigh is a simulation, without runs"),
+        (["run", "smd_rayleigh", "--executor", "ray"], "--executor: smd_rayleigh is a simulation, without runs"),
+        (["plan", "smd_rayleigh", "--hardware", "h100"], "--hardware: smd_rayleigh is a simulation, without runs"),
+        (["plan", "mini", "smd_rayleigh", "--only", "optim=adam"], "--only: smd_rayleigh is a simulation"),
+        (["serve", "smd_rayleigh", "--set", "data_dir=x"], "--set: smd_rayleigh is a simulation, without runs"),
+        (["serve", "--seeds", "5"], "--only, --set, --short and --seeds choose runs whose state is shown"),
         (["run", "mini", "--devices", "warp"], "--devices warp: not on this machine, which has cpu"),
     ],
 )

@@ -323,6 +323,9 @@ def test_logits_of_a_bound_or_a_tied_weight_are_not_attenuated():
     tied["head"].weight = tied["embedding"].weight
     with pytest.raises(ValueError, match="the output layer shares its weight or bias with another module"):
         attenuate_logits(tied, 0.2)
+    for factor in (-1.0, 0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="factor must be positive and finite"):
+            attenuate_logits(nn.Linear(2, 2), factor)
 
 
 @pytest.mark.parametrize("make", OWN)

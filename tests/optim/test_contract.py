@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from lawn import LAMBLAWN, LAWN, SGDLAWN, AdamLAWN
+from lawn import LAMB, LAMBLAWN, LAWN, SGDLAWN, AdamLAWN
 from lawn.optim.keys import NORM
 
 NEW = (AdamLAWN, SGDLAWN, LAMBLAWN)
@@ -603,7 +603,7 @@ def test_a_free_group_decays_as_the_class_says(kind):
     assert torch.equal(free, theirs)
 
 
-@pytest.mark.parametrize("kind", NEW)
+@pytest.mark.parametrize("kind", [*NEW, LAMB])
 @pytest.mark.parametrize(
     "keys",
     [{"maximize": True}, {"amsgrad": True}, {"nesterov": True}, {"dampening": 0.1}, {"foreach": True}],
@@ -654,10 +654,25 @@ def test_a_hook_mends_a_checkpoint_before_it_is_checked(form):
 
 
 @every_form
-@pytest.mark.parametrize(("typed", "meant"), [("constrained", "constrain"), ("free_step", "free_steps")])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("constrained", "constrain"), ("free_step", "free_steps"), ("block", "blocks")]
+)
 def test_a_key_that_is_nearly_one_is_refused(form, typed, meant):
     with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
         make(form, [{"params": [nn.Parameter(torch.ones(2, 2))], typed: 1}])
+
+
+@pytest.mark.parametrize("kind", NEW)
+def test_a_hyperparameter_that_is_nearly_one_is_refused(kind):
+    for typed, meant in (("wieght_decay", "weight_decay"), ("roundng", "rounding")):
+        with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
+            kind([{"params": [nn.Parameter(torch.ones(2, 2))], typed: 1}])
+
+
+def test_rounding_is_not_the_wrappers():
+    group = {"params": [nn.Parameter(torch.ones(2, 2))], "rounding": "stochastic"}
+    with pytest.raises(ValueError, match="rounding='stochastic', but the wrapped optimizer rounds the weights itself"):
+        LAWN(AdamW([group], weight_decay=0.0))
 
 
 def test_a_key_of_the_wrapped_optimizer_is_its_own():

@@ -28,8 +28,9 @@ def test_warmup_alone_is_the_first_part():
         optimizer.step()
         schedule.step()
     assert seen == [*rates(3, 50)[:4], 0.5, 0.5]
-    with pytest.raises(ValueError, match="warmup_steps"):
-        LinearWarmup(optimizer, -1)
+    for wrong in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="warmup_steps"):
+            LinearWarmup(optimizer, wrong)
 
 
 def test_by_hand():

@@ -379,8 +379,13 @@ def test_channels_last_and_strided_weights(make):
     ],
 )
 def test_bad_hyperparameters(make, keys):
+    """As a default, and in a group, which is then not added."""
     with pytest.raises(ValueError, match=next(iter(keys))):
         make([layer()[0]], **keys)
+    optimizer = make([layer()[0]])
+    with pytest.raises(ValueError, match=next(iter(keys))):
+        optimizer.add_param_group({"params": [layer()[0]], **keys})
+    assert len(optimizer.param_groups) == 1
 
 
 @every_optimizer

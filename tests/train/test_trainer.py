@@ -273,6 +273,23 @@ def test_a_resumed_run_lists_its_environments(tiny):
     assert json.loads((directory(config) / "env.json").read_text()) == {**first, "resumed": [first]}
 
 
+@pytest.mark.parametrize("optim", ["adam_lawn", "adam"])
+def test_a_resumed_run_is_fused_as_the_command_says(tiny, monkeypatch, optim):
+    train(tiny(f"optim={optim}"))
+    config = tiny(f"optim={optim}", "optim.fused=false")
+    (directory(config) / "DONE").unlink()
+    loaded = []
+    load = Trainer.load_state_dict
+    monkeypatch.setattr(Trainer, "load_state_dict", lambda self, state: (load(self, state), loaded.append(self))[0])
+    train(config)
+    assert [group["fused"] for group in loaded[0].optimizer.param_groups] == [False] * len(
+        loaded[0].optimizer.param_groups
+    )
+    if optim == "adam_lawn":
+        environment = json.loads((directory(config) / "env.json").read_text())
+        assert environment["resumed"][-1]["constrained_step"] == "torch"
+
+
 def test_another_runs_directory_is_refused(tiny, tmp_path):
     train(tiny(f"run_dir={tmp_path}/here"))
     with pytest.raises(RunError, match="holds run"):
