@@ -13,6 +13,7 @@ from lawn.identity import config_hash, run_name
 from lawn.train.distributed import World, local_device, set_device
 from lawn.train.launch import train
 from lawn.train.prepare import PreparedRun, prepare
+from lawn.train.progress import echo
 from lawn.train.recorder import RunRecorder
 from lawn.train.session import report_done, start_or_resume, stopped
 from lawn.train.signals import deferred_signals
@@ -29,6 +30,8 @@ def train_many(configs: Sequence[Config]) -> list[Exception]:
     """
     failures: list[Exception] = []
     waiting = list({config_hash(config): (config, vectorization_key(config)) for config in configs}.values())
+    if alone := sum(key is None for _, key in waiting):
+        echo(f"warning: train.vectorize: {alone} of {len(waiting)} runs cannot be vectorized and train alone")
     while waiting:
         first, key = waiting[0]
         group = [entry for entry in waiting if key is not None and entry[1] == key] or waiting[:1]

@@ -132,9 +132,10 @@ def test_micro_batches_and_ranks_switch_at_the_same_epoch(tiny, tmp_path, how):
             assert float(same[name]) == pytest.approx(float(row[name]), rel=1e-3, abs=1e-4), name
 
 
-def test_watched_runs_are_trained_alone(tiny):
+def test_watched_runs_are_trained_alone(tiny, capsys):
     configs = [tiny(*AUTO, f"seed={seed}", "train.vectorize=4") for seed in range(2)]
     assert train_many(configs) == []
+    assert "warning: train.vectorize: 2 of 2 runs cannot be vectorized and train alone\n" in capsys.readouterr().out
     for config in configs:
         assert "free_epochs" in rows(config)[-1]
 
