@@ -10,41 +10,26 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from experiments.definitions.automatic import AUTOMATIC
-from experiments.definitions.demo import DEMO
-from experiments.definitions.figures import FIGURE1, FIGURE2, FLATTENING_DIGITS, FLATTENING_MOVIELENS100K
-from experiments.definitions.horizon import HORIZON
-from experiments.definitions.matrix_factorization import MATRIX_FACTORIZATION
-from experiments.definitions.tables import TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6
-from experiments.definitions.tuning_curves import TUNING_CURVES
 from experiments.execution.executor import JobResult
 from experiments.execution.options import add_options, make_executor, port, positive, seconds, seed_count
 from experiments.execution.overview import Row, plan_rows, status_rows
 from experiments.execution.runner import MAX_VECTORIZED, run
 from experiments.planning.estimate import RuntimeEstimate, duration
-from experiments.planning.study import SELECTIONS, SETTABLE, Study, check_settable, studies
+from experiments.planning.study import SELECTIONS, SETTABLE, Study
 from experiments.records import Record, Store
 from experiments.reporting import report
 from experiments.reporting.page import Page
-from experiments.reporting.references import REFERENCES
-from experiments.reporting.simulations import Simulation, simulation_page
+from experiments.reporting.simulations import simulation_page
+from experiments.selection import EXPERIMENTS, SIMULATIONS, check_name, chosen_simulations, chosen_studies
 from experiments.serve import LOOPBACK, ResultsServer
-from experiments.spherical_motion.page import SMD_RAYLEIGH
 from lawn.composition import compose_many
 from lawn.errors import ConfigError, UserError
 from lawn.task import dataset_reader
 from lawn.train import Stopped
 from lawn.train.signals import raise_on_signal
-
-_TABLES = (TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6, FIGURE1, FIGURE2)
-_BEYOND = (HORIZON, MATRIX_FACTORIZATION, TUNING_CURVES, AUTOMATIC, FLATTENING_DIGITS, FLATTENING_MOVIELENS100K)
-EXPERIMENTS = {e.name: e for e in (*_TABLES, DEMO, *_BEYOND)}
-SIMULATIONS = {s.name: s for s in (SMD_RAYLEIGH, REFERENCES)}
-OF_SIMULATIONS = {"action", "parser", "names", "results", "short", "port"}  # arguments that simulations have
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,8 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
 def plan(given: argparse.Namespace) -> int:
     """Print the cells, the state of their runs and the estimated time."""
     store = Store(given.results)
-    rows, total, each = plan_rows(_studies(given), store, RuntimeEstimate(store, given.hardware))
-    for simulation in _simulations(given):
+    rows, total, each = plan_rows(chosen_studies(given), store, RuntimeEstimate(store, given.hardware))
+    for simulation in chosen_simulations(given):
         done = simulation.record(given.results, given.short) is not None
         seconds = 0.0 if done else simulation.seconds[given.short]
         each += [] if done else [seconds]
@@ -95,8 +80,8 @@ def plan(given: argparse.Namespace) -> int:
 def status(given: argparse.Namespace) -> int:
     """Print the runs of each cell that are done, running and failed; of a simulation, which is not known to run."""
     store = Store(given.results)
-    rows = status_rows(_studies(given), store, RuntimeEstimate(store))
-    for simulation in _simulations(given):
+    rows = status_rows(chosen_studies(given), store, RuntimeEstimate(store))
+    for simulation in chosen_simulations(given):
         done = simulation.record(given.results, given.short) is not None
         left = duration(0.0 if done else simulation.seconds[given.short])
         rows.append({"cell": simulation.name, "done": f"{int(done)}/1", "time left": left})
@@ -107,7 +92,7 @@ def status(given: argparse.Namespace) -> int:
 def execute(given: argparse.Namespace) -> int:
     """Run the missing runs, then write the pages."""
     store = Store(given.results)
-    chosen, simulations = _studies(given), _simulations(given)
+    chosen, simulations = chosen_studies(given), chosen_simulations(given)
     executor = make_executor(given, Path(compose_many(*given.set).checked.runs_dir))
     unreadable = _unreadable_datasets(chosen, store)
     to_run = [study for study in chosen if study.cell.value("dataset") not in unreadable]
@@ -165,7 +150,7 @@ def write(given: argparse.Namespace) -> int:
     """Write the pages of the experiments named, or of all with the index. The project's own are renewed together, with
     the blocks of README.md, results/README.md and docs/."""
     for name in given.names:
-        _known(name)
+        check_name(name)
     if given.action is write and not given.results.is_dir():
         raise ConfigError(f"--results {given.results}: no such folder")
     own = given.results.resolve() == report.RESULTS and given.selection == "val"
@@ -198,8 +183,8 @@ def serve(given: argparse.Namespace) -> int:
         raise ConfigError(
             "--only, --set, --short and --seeds choose runs whose state is shown: name their experiments, too"
         )
-    _ = _simulations(given)
-    chosen = _studies(given) if given.names else []
+    _ = chosen_simulations(given)
+    chosen = chosen_studies(given) if given.names else []
     shown, asked = Store(given.results), Store(given.results)  # of two threads
 
     def page(version: str) -> str:
@@ -270,51 +255,6 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--budget", type=seconds, metavar="TIME", help="stop after this time, e.g. 2h, 90m, 1h30m")
     return parser
-
-
-def _studies(given: argparse.Namespace) -> list[Study]:
-    """The studies of the experiments named; a cell in several experiments is listed once, with most of its seeds."""
-    for name in given.names:
-        _known(name)
-    chosen = [EXPERIMENTS[name].only(given.only) for name in given.names if name in EXPERIMENTS]
-    for experiment in chosen:
-        if given.short and all(len(cell.epochs) < 2 for cell in experiment.cells):
-            raise ConfigError(f"--short: {experiment.name} has one budget of epochs; leave it out")
-        if given.seeds and all(cell.grid_only for cell in experiment.cells):
-            raise ConfigError(f"--seeds: {experiment.name} runs every setting once; leave it out")
-    how = (-1 if given.short else 0, given.selection, tuple(given.set), given.seeds)
-    found = [study for experiment in chosen for study in studies(experiment, *how)]
-    kept: dict[tuple[Any, ...], Study] = {}
-    for study in found:
-        key = study.cell.overrides, study.cell.sweep, study.cell.grid_only, study.budget
-        if key not in kept or study.seeds >= kept[key].seeds:
-            kept[key] = study
-    return list(kept.values())
-
-
-def _simulations(given: argparse.Namespace) -> list[Simulation]:
-    """The named simulations. Raises ConfigError for options about runs, which a simulation does not have.
-
-    Beside an experiment most options are about its runs.
-    """
-    named = [SIMULATIONS[name] for name in dict.fromkeys(given.names) if name in SIMULATIONS]
-    alone = len(named) == len({*given.names})
-    options = {"only", "set"} if not alone else vars(given).keys() - OF_SIMULATIONS
-    for option in sorted(options):
-        refused = [simulation.name for simulation in named if option != "set" or not simulation.needs_data]
-        if refused and getattr(given, option) != given.parser.get_default(option):
-            raise ConfigError(
-                f"--{option.replace('_', '-')}: {refused[0]} is a simulation, without runs of run.py; leave it out"
-            )
-    if named:
-        check_settable(given.set)
-    return named
-
-
-def _known(name: str) -> None:
-    known = [*EXPERIMENTS, *SIMULATIONS]
-    if name not in known:
-        raise ConfigError(f"{name}: no such experiment; choose from {', '.join(known)}")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ LAYERS = """
     experiments.references
     experiments.reporting
     experiments.spherical_motion
+    experiments.selection
     experiments.serve
     experiments.__main__
     scripts run tests

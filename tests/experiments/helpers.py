@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from experiments.__main__ import EXPERIMENTS, SIMULATIONS
 from experiments.definitions.spec import Cell, Experiment, Measure
 from experiments.execution import runner
 from experiments.execution.executor import Executor, JobResult
@@ -22,6 +21,7 @@ from experiments.records import Store
 from experiments.reporting import report
 from experiments.reporting.page import Page
 from experiments.reporting.simulations import simulation_page
+from experiments.selection import EXPERIMENTS, SIMULATIONS
 from lawn.errors import UserError
 from lawn.train import train, train_vectorized
 from tests.helpers import FIXTURES, ROOT

@@ -12,10 +12,10 @@ from xml.etree import ElementTree
 import psutil
 import pytest
 
-from experiments.__main__ import EXPERIMENTS, SIMULATIONS
 from experiments.records import Store
 from experiments.reporting import report
 from experiments.reporting.web.index import index_html
+from experiments.selection import EXPERIMENTS, SIMULATIONS
 from tests.experiments.helpers import MINI, committed_page
 from tests.helpers import ROOT
 

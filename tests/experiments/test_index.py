@@ -18,7 +18,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import t as student
 
-from experiments.__main__ import EXPERIMENTS, SIMULATIONS
 from experiments.definitions.spec import Cell, Experiment, PaperResult
 from experiments.planning.study import Tuning
 from experiments.records import Store
@@ -34,6 +33,7 @@ from experiments.reporting.web import findings
 from experiments.reporting.web.cells import detail
 from experiments.reporting.web.data import MAX_POINTS, chart_data
 from experiments.reporting.web.index import ASSETS, LIBRARIES, TEMPLATES, index_html
+from experiments.selection import EXPERIMENTS, SIMULATIONS
 from lawn.errors import ConfigError
 from tests.experiments.helpers import MINI, RESULTS, SHORT, TUNED, committed_page, records_in, run_experiment, unfolded
 from tests.experiments.test_report import made_up

@@ -123,7 +123,7 @@ def test_only_the_place_of_the_data_can_be_set(tmp_path, capsys):
 @pytest.mark.parametrize("names", [("table4", "horizon"), ("horizon", "table4")])
 def test_a_cell_of_several_experiments_keeps_most_seeds(names):
     given = Namespace(names=names, only=[], set=[], short=False, selection="val", seeds=None)
-    of = {s.cell.value("optim"): s.seeds for s in command._studies(given) if s.budget == 300 and s.cell.all_items}
+    of = {s.cell.value("optim"): s.seeds for s in command.chosen_studies(given) if s.budget == 300 and s.cell.all_items}
     assert of["adam_lawn"] == 16
 
 

@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments.__main__ import EXPERIMENTS, SIMULATIONS
 from experiments.definitions.spec import Cell, Experiment, Measure, PaperResult
 from experiments.planning.study import Tuning, studies
 from experiments.records import Record, Store
@@ -24,6 +23,7 @@ from experiments.reporting.outcomes import Outcome, comparisons, outcomes
 from experiments.reporting.page import entry, provenance
 from experiments.reporting.sentences import summary
 from experiments.reporting.statistics import compare, compare_paired, holm, mean_and_error
+from experiments.selection import EXPERIMENTS, SIMULATIONS
 from lawn.compose import compose
 from lawn.errors import RunError
 from lawn.identity import run_name

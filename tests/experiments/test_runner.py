@@ -14,7 +14,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments.__main__ import EXPERIMENTS
 from experiments.definitions.spec import Cell, Experiment
 from experiments.execution.executor import failure
 from experiments.execution.pool import Pool, visible_gpus
@@ -23,6 +22,7 @@ from experiments.planning.estimate import RuntimeEstimate, duration
 from experiments.planning.study import Study, studies
 from experiments.records import Record, Store
 from experiments.reporting import report
+from experiments.selection import EXPERIMENTS
 from lawn.compose import compose
 from lawn.identity import config_hash
 from lawn.train import train

@@ -7,9 +7,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from experiments.__main__ import EXPERIMENTS
 from experiments.planning.grid import Grid
 from experiments.planning.study import Study, studies
+from experiments.selection import EXPERIMENTS
 from lawn.arguments import arguments
 from lawn.compose import compose
 from lawn.identity import run_name
