@@ -183,7 +183,7 @@ def serve(given: argparse.Namespace) -> int:
         raise ConfigError(
             "--only, --set, --short and --seeds choose runs whose state is shown: name their experiments, too"
         )
-    _ = chosen_simulations(given)
+    chosen_simulations(given)  # refuses options that they do not have
     chosen = chosen_studies(given) if given.names else []
     shown, asked = Store(given.results), Store(given.results)  # of two threads
 

@@ -24,7 +24,10 @@ OF_SIMULATIONS = {"action", "parser", "names", "results", "short", "port"}  # ar
 
 
 def chosen_studies(given: argparse.Namespace) -> list[Study]:
-    """The studies of the experiments named; a cell in several experiments is listed once, with most of its seeds."""
+    """The studies of the experiments named; a cell in several experiments is listed once, with most of its seeds.
+
+    Raises ConfigError for an unknown name, and for options that change nothing.
+    """
     for name in given.names:
         check_name(name)
     chosen = [EXPERIMENTS[name].only(given.only) for name in given.names if name in EXPERIMENTS]
@@ -50,7 +53,7 @@ def chosen_simulations(given: argparse.Namespace) -> list[Simulation]:
     """
     named = [SIMULATIONS[name] for name in dict.fromkeys(given.names) if name in SIMULATIONS]
     alone = len(named) == len({*given.names})
-    options = {"only", "set"} if not alone else vars(given).keys() - OF_SIMULATIONS
+    options = vars(given).keys() - OF_SIMULATIONS if alone else {"only", "set"}
     for option in sorted(options):
         refused = [simulation.name for simulation in named if option != "set" or not simulation.needs_data]
         if refused and getattr(given, option) != given.parser.get_default(option):
@@ -63,6 +66,7 @@ def chosen_simulations(given: argparse.Namespace) -> list[Simulation]:
 
 
 def check_name(name: str) -> None:
+    """Raises ConfigError for a name that is neither an experiment nor a simulation."""
     known = [*EXPERIMENTS, *SIMULATIONS]
     if name not in known:
         raise ConfigError(f"{name}: no such experiment; choose from {', '.join(known)}")

@@ -147,13 +147,8 @@ def refuse_sweeps(overrides: Iterable[str], swept: Mapping[str, Any], *, multiru
     """Raises ConfigError unless the overrides of a run, or of a job of a multirun, choose a value of each swept key."""
     given = {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in overrides)}
     for key, values in swept.items():
-        if key not in given and multirun:  # Hydra expands the sweep of the whole command alone
-            raise ConfigError(
-                f"sweep={given.get('sweep')}: {key} has no value in this job, as a multirun takes one sweep; "
-                "start one for each"
-            )
         if key not in given:
-            raise ConfigError(
-                f"sweep={given.get('sweep')}: {key} has the values {values}; add -m to run all of them, or choose one: "
-                f"{key}=..."
-            )
+            problem = f"has the values {values}; add -m to run all of them, or choose one: {key}=..."
+            if multirun:  # Hydra expands the sweep of the whole command alone
+                problem = "has no value in this job, as a multirun takes one sweep; start one for each"
+            raise ConfigError(f"sweep={given.get('sweep')}: {key} {problem}")

@@ -36,12 +36,11 @@ def explain(error: BaseException) -> str:
     if "Config group override must be" in str(error):
         return f"{_override(error)}: must be the name of a member of the group"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        group, _, member = str(error.missing_cfg_file).rpartition("/")
-        folder = ""
-        if "/" in group and not group.startswith("hydra/"):  # a member in a folder, such as sweep=ncf/adam
-            group, _, folder = group.partition("/")
-            member, folder = f"{folder}/{member}", f" or from conf/{group}/{folder}"
-        return f"{group}={member}: no such {group}; choose from {', '.join(sorted(error.options))}{folder}"
+        path = str(error.missing_cfg_file)
+        folder = path.rpartition("/")[0]  # sweep/ncf of sweep=ncf/adam, whose group is sweep
+        group = folder if folder.startswith("hydra/") else folder.partition("/")[0]
+        known = ", ".join(sorted(error.options)) + (f" or from conf/{folder}" if folder != group else "")
+        return f"{group}={path.removeprefix(f'{group}/')}: no such {group}; choose from {known}"
     if isinstance(error.__cause__, OmegaConfBaseException) and not isinstance(error, UserError):
         error = error.__cause__
     key = str(getattr(error, "full_key", None) or "")

@@ -12,7 +12,7 @@ NOT_IDENTITY = tuple(key for key, rule in rules() if not rule.identity)
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The config without the keys that do not change the result of the run, and what else it depends on.
+    """What the result of a run depends on: its config without the keys that do not change it, and what is held out.
 
     Fields that are None are omitted, so that a field added later does not rename existing runs.
     """

@@ -131,6 +131,7 @@ class LAWNOptimizer(Optimizer, ABC):
         index = len(self.param_groups)
         self._check_keys(param_group, index, self._unsupported_keys())
         check_spelling(param_group, index, {*self._supported_keys()} - keys.RUN)
+        self._check_values({**self.defaults, **param_group})
         if keys.RUN & param_group.keys():  # another optimizer may have the dict
             param_group = keys.without_run(param_group)
         super().add_param_group(param_group)
@@ -138,7 +139,6 @@ class LAWNOptimizer(Optimizer, ABC):
         if not given:
             del added["free_steps"]
         try:
-            self._check_values(added)
             keys.add_defaults(self.param_groups, index, self.defaults["free_steps"])
         except (TypeError, ValueError):
             self.param_groups.pop()

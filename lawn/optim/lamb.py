@@ -71,15 +71,11 @@ class LAMB(Optimizer):
         Raises:
             ValueError: if a hyperparameter is out of range, or an option of torch's Adam or SGD that LAMB lacks is set.
         """
-        index = len(self.param_groups)
-        check_options(self, param_group, index, torch_keys(Adam, SGD) - {*self.defaults})
+        check_options(self, param_group, len(self.param_groups), torch_keys(Adam, SGD) - {*self.defaults})
+        values = {**self.defaults, **param_group}
+        check_not_negative(values, "lr", "weight_decay")
+        check_adam(values)
         super().add_param_group(param_group)
-        try:
-            check_not_negative(self.param_groups[-1], "lr", "weight_decay")
-            check_adam(self.param_groups[-1])
-        except ValueError:
-            self.param_groups.pop()
-            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -314,8 +314,8 @@ class Trainer:
 
     def _as_now(self, saved: dict[str, Any]) -> dict[str, Any]:
         """A state dict of the optimizer with `fused` as the command has it, which no result depends on."""
-        now = [{key: group[key] for key in group if key == "fused"} for group in self.optimizer.param_groups]
-        groups = [{**group, **fused} for group, fused in zip(saved["param_groups"], now, strict=True)]
+        pairs = zip(saved["param_groups"], self.optimizer.param_groups, strict=True)
+        groups = [{**old, "fused": now["fused"]} if "fused" in now else old for old, now in pairs]
         return {**saved, "param_groups": groups}
 
 
