@@ -190,19 +190,18 @@ class Store:
         """The files of records. Raises RunError if their folder cannot be read, or has records that cannot."""
         for folder in (self.runs, self.tuning):
             try:
-                paths = sorted(folder.iterdir())
+                names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
             except FileNotFoundError:
                 continue
             except OSError as error:  # otherwise it would look as if nothing had been run
                 raise RunError(f"{folder}: cannot be read as a folder; choose another with --results") from error
-            shown = [path for path in paths if not path.name.startswith(".")]
-            for path in shown:
-                if path.suffix == ".json":
+            for name in names:
+                if name.endswith(".json"):
                     raise RunError(
-                        f"{path}: a record in a file of its own, as earlier versions wrote it; move it to a line of "
-                        f'EXPERIMENT.jsonl there, beginning with {{"name": "{path.stem}", ...'
+                        f"{folder / name}: a record in a file of its own, as earlier versions wrote it; move it to a "
+                        f'line of EXPERIMENT.jsonl there, beginning with {{"name": "{name.removesuffix(".json")}", ...'
                     )
-            yield from (path for path in shown if path.suffix == ".jsonl")
+            yield from (folder / name for name in names if name.endswith(".jsonl"))
 
     def _file(self, path: Path) -> JsonLines:
         return self._files.setdefault(path, JsonLines(path))

@@ -117,12 +117,17 @@ def _from_json(content: bytes) -> DictConfig:
     """The composed config as Hydra returns it: with the schema's types, and without room for other keys."""
     values = json.loads(content)
     below_hydra = values.pop("hydra")
-    composed = OmegaConf.merge(OmegaConf.structured(Config), values)
+    composed = OmegaConf.merge(_schema(), values)  # of a copy
     assert isinstance(composed, DictConfig)
     OmegaConf.set_struct(composed, True)
     with flag_override(composed, ["struct", "readonly"], False):
         composed["hydra"] = below_hydra
     return composed
+
+
+@cache
+def _schema() -> Any:
+    return OmegaConf.structured(Config)
 
 
 def _cache_files(choices: tuple[str, ...]) -> Iterator[Path]:

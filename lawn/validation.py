@@ -19,7 +19,11 @@ from lawn.explain import allowed_keys, explain
 INTEGER_LIMIT = 2**63  # of integers without another upper bound
 RULES = dict(rules())
 GETTERS = {key: attrgetter(key) for key in RULES}  # the value of a key in a config
-EPOCHS_FIRST = sorted(RULES, key=lambda key: key != "train.epochs")  # the defaults of others are proportional to it
+BOUNDED = [
+    key
+    for key in sorted(RULES, key=lambda key: key != "train.epochs")  # the defaults of others are proportional to it
+    if RULES[key].choices or {RULES[key].above, RULES[key].at_least, RULES[key].below} != {None}
+]
 
 
 def _required_keys(schema: type, prefix: str = "") -> Iterator[str]:
@@ -128,7 +132,7 @@ def _problems(c: Config) -> Iterator[str]:
                 yield f"{key}={value}: must be below {limit}"
             if number == "":
                 yield f"{key}: must not be empty"
-    for key in EPOCHS_FIRST:
+    for key in BOUNDED:
         rule, value = RULES[key], GETTERS[key](c)
         if value is None:
             continue

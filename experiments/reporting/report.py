@@ -98,8 +98,9 @@ def render(template: str, **content: object) -> str:
 
 def update_blocks(pages: Sequence[Page]) -> None:
     """Renew the blocks of README.md, results/README.md and docs/, from all pages."""
+    said = findings(pages)
     for path in pages_with_blocks():
-        write_text(path, with_updated_blocks(path, pages, findings(pages)))
+        write_text(path, with_updated_blocks(path, pages, said))
 
 
 def pages_with_blocks() -> list[Path]:

@@ -1,5 +1,6 @@
 """What can be concluded from runs: intervals, corrections, the power of a comparison, the best of k trials."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isnan, nan, sqrt
@@ -54,10 +55,12 @@ class Comparison:
         """How many seeds in both arms find a true `difference` with probability `power`, from `seeds` that gave this
         error; infinite where more than MANY_SEEDS do not."""
         of_seeds = max(0.0, self.error**2 - self.floor**2) * seeds
-        for n in range(2, MANY_SEEDS + 1):
-            if _detectable(sqrt(self.floor**2 + of_seeds / n), 2 * (n - 1), power, level) <= abs(difference):
-                return n
-        return inf
+
+        def enough(n: int) -> bool:
+            return _detectable(sqrt(self.floor**2 + of_seeds / n), 2 * (n - 1), power, level) <= abs(difference)
+
+        n = bisect_left(range(MANY_SEEDS + 1), True, lo=2, key=enough)
+        return n if n <= MANY_SEEDS else inf
 
 
 def _detectable(error: float, df: float, power: float, level: float) -> float:
