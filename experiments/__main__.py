@@ -22,7 +22,7 @@ from experiments.planning.study import SELECTIONS, SETTABLE, Study
 from experiments.records import Record, Store
 from experiments.reporting import report
 from experiments.reporting.page import Page
-from experiments.reporting.simulations import simulation_page
+from experiments.reporting.simulations import FOLDER, simulation_page
 from experiments.selection import EXPERIMENTS, SIMULATIONS, check_name, chosen_simulations, chosen_studies
 from experiments.serve import LOOPBACK, ResultsServer
 from lawn.composition import compose_many
@@ -30,6 +30,8 @@ from lawn.errors import ConfigError, UserError
 from lawn.task import dataset_reader
 from lawn.train import Stopped
 from lawn.train.signals import raise_on_signal
+
+FOLDERS = ("runs", "tuning", FOLDER)  # of records
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -153,6 +155,8 @@ def write(given: argparse.Namespace) -> int:
         check_name(name)
     if given.action is write and not given.results.is_dir():
         raise ConfigError(f"--results {given.results}: no such folder")
+    if given.action is write and not any((given.results / folder).is_dir() for folder in FOLDERS):
+        raise ConfigError(f"--results {given.results}: holds no records, in {', '.join(f'{f}/' for f in FOLDERS)}")
     own = given.results.resolve() == report.RESULTS and given.selection == "val"
     names = [*EXPERIMENTS, *SIMULATIONS] if own or not given.names else given.names
     pages = _pages(names, Store(given.results), given)

@@ -49,6 +49,8 @@ def explain(error: BaseException) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"{key}: needs a value"
     text = " ".join(line.strip() for line in str(error).splitlines())
+    if "interpolation '${dataset}-${optim}'" in text:  # the name of the preset
+        return "dataset and optim: each must be the name of one member of its group"
     text = text.split(" full_key:")[0].split(" See https:")[0] or type(error).__name__
     return f"{key}: {text}" if key else text
 

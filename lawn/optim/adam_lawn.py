@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from lawn.optim import cpu_kernels, dispatch, sharding, stages, update
 from lawn.optim.base import LAWNOptimizer, counter
 from lawn.optim.blocks import Blocks
-from lawn.optim.checks import check_adam
+from lawn.optim.checks import ADAM_STATE, BaseRule, check_adam
 from lawn.optim.group_update import GroupUpdate, check_shapes, gradients
 from lawn.optim.rounding import in_float32, streams
 
@@ -65,6 +65,8 @@ class AdamLAWN(LAWNOptimizer):
         >>> bool(w[0, 0] < 3), round(w.norm().item(), 4)
         (True, 5.0)
     """
+
+    _base_rule = BaseRule("betas", ADAM_STATE, decoupled=True)
 
     def __init__(
         self,

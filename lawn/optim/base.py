@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,19 +11,16 @@ from torch.optim.optimizer import ParamsT
 
 from lawn.optim import keys, phase, rounding, slices, stages
 from lawn.optim.blocks import batch_elements
-from lawn.optim.checks import check_not_negative, check_options, check_spelling, torch_keys
+from lawn.optim.checks import IGNORED_KEYS, BaseRule, check_not_negative, check_options, check_spelling, torch_keys
 from lawn.optim.group_update import GroupUpdate
 from lawn.optim.zero_check import ZeroCheck
-
-# Keys of torch's param groups that do not change an update, or hold here anyway.
-IGNORED_KEYS = {"foreach", "capturable", "differentiable", "decoupled_weight_decay"}
 
 
 class LAWNOptimizer(Optimizer, ABC):
     """Base class of the LAWN optimizers.
 
     It trains without constraints for `free_steps` updates, then on the product of spheres ||w_l|| = c_l, where c_l is
-    the norm of weight l at the switch. A subclass implements `_state_of`, `_free_update`,
+    the norm of weight l at the switch. A subclass has a `_base_rule` and implements `_state_of`, `_free_update`,
     `_constrained_update` and `_sharded_update`.
 
     The param groups have the keys that `lawn.optim.keys` documents and three more: `fused`, `rounding`, and
@@ -59,6 +56,8 @@ class LAWNOptimizer(Optimizer, ABC):
         True 4.92
     """
 
+    _base_rule: ClassVar[BaseRule]
+
     def __init__(
         self,
         params: ParamsT,
@@ -93,7 +92,8 @@ class LAWNOptimizer(Optimizer, ABC):
             state_dict: result of the optimizer's `state_dict`.
 
         Raises:
-            ValueError: if a group sets an option that this optimizer does not support.
+            ValueError: if the state dict is of an optimizer with another rule, or a group sets an option that this
+                optimizer does not support.
         """
         hook = self.register_load_state_dict_pre_hook(self._complete_state_dict)  # comes after those of the user
         try:
@@ -108,7 +108,9 @@ class LAWNOptimizer(Optimizer, ABC):
             own = self.param_groups[index] if index < len(self.param_groups) else {}
             unsupported = self._unsupported_keys() | (torch_keys() - {*own, *self._supported_keys()})
             self._check_keys(known, index, unsupported)
+            self._check_values({**self.defaults, **known})
             groups.append({key: value for key, value in known.items() if key not in unsupported})
+        self._base_rule.check(self, state_dict)
         state_dict = {**state_dict, "param_groups": groups}
         return keys.complete_state_dict(state_dict, self.param_groups, self._supported_keys())
 

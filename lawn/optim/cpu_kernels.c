@@ -23,15 +23,18 @@ typedef struct {
 } Dots;
 
 /* Computes the factors of w <- keep w - take r, which projects r on the tangent space at w, multiplies it by the step
-   and rescales the result to norm c. The step is lr, multiplied by c / ||r|| of the projected r if `trust` (LAMB). */
-static void coefficients(Dots d, double c, double lr, int trust, double *keep, double *take) {
+   and rescales the result to norm c. The step is lr, multiplied by c / ||r|| of the projected r if `trust` (LAMB).
+   Returns whether the result has to be rescaled once more: its radial parts are so large that they do not cancel. */
+static int coefficients(Dots d, double c, double lr, int trust, double *keep, double *take) {
     double along = d.wr / d.ww;
     double tangent = d.rr - along * d.wr;
     tangent = tangent > 4 * DBL_EPSILON * d.rr ? tangent : 0.0; /* NEGLIGIBLE of update.py */
     double step = trust && tangent > 0 ? lr * c / sqrt(tangent) : lr;
-    double scale = c / sqrt(d.ww + step * step * tangent);
+    double square = d.ww + step * step * tangent;
+    double scale = c / sqrt(square);
     *keep = scale * (1 + step * along);
     *take = scale * step;
+    return step * step * d.rr > 8 * square; /* CANCELLATION of update.py */
 }
 
 /* Small blocks are distributed over threads; each large block uses all threads. */
@@ -121,6 +124,31 @@ static int is_zero(int64_t from, int64_t to, REAL **w, const int64_t *n) {
     return 1;
 }
 
+/* Computes the inner products with r = a - b, or r = a without b, in double: where squares of r overflow REAL. */
+static Dots wide_dots(int64_t from, int64_t to, REAL **w, REAL **a, REAL **b, const int64_t *n) {
+    double ww = 0, wr = 0, rr = 0;
+    for (int64_t t = from; t < to; t++) {
+        for (int64_t i = 0; i < n[t]; i++) {
+            double wi = w[t][i], r = b ? (double)a[t][i] - b[t][i] : a[t][i];
+            ww += wi * wi;
+            wr += wi * r;
+            rr += r * r;
+        }
+    }
+    return (Dots){ww, wr, rr};
+}
+
+/* Rescales the weights to norm c, unless they are zero. */
+static void rescale(int64_t from, int64_t to, REAL **w, const int64_t *n, double c) {
+    double ww = wide_dots(from, to, w, w, 0, n).ww;
+    if (ww == 0)
+        return;
+    const double a = c / sqrt(ww);
+    for (int64_t t = from; t < to; t++)
+        for (int64_t i = 0; i < n[t]; i++)
+            w[t][i] = a * w[t][i];
+}
+
 static Dots adam_moments(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, REAL **v, const int64_t *n,
                          double share, double beta1, double beta2, double eps_, double mscale_, double vscale_) {
     const REAL b1 = beta1, b2 = beta2, a1 = 1 - beta1, a2 = 1 - beta2, eps = eps_, mscale = mscale_, vscale = vscale_;
@@ -170,8 +198,10 @@ static void adam_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, R
         return;
     double keep, take;
     Dots d = adam_moments(from, to, w, g, m, v, n, share, beta1, beta2, eps, mscale, vscale);
-    coefficients(d, c, lr, trust, &keep, &take);
+    int again = coefficients(d, c, lr, trust, &keep, &take);
     adam_weights(from, to, w, m, v, n, keep, take, eps, mscale, vscale);
+    if (again)
+        rescale(from, to, w, n, c);
 }
 
 /* r = m / (sqrt(v) * vscale + eps) * mscale with the bias corrections mscale and vscale of each block. */
@@ -205,7 +235,7 @@ static Dots sgd_buffers(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, 
             rr += srr;
         })
     }
-    return (Dots){ww, wr, rr};
+    return isfinite(rr) ? (Dots){ww, wr, rr} : wide_dots(from, to, w, m, 0, n);
 }
 
 static void sgd_weights(int64_t from, int64_t to, REAL **w, REAL **m, const int64_t *n, double keep, double take) {
@@ -224,8 +254,10 @@ static void sgd_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, co
         return;
     double keep, take;
     Dots d = sgd_buffers(from, to, w, g, m, n, share, momentum);
-    coefficients(d, c, lr, 0, &keep, &take);
+    int again = coefficients(d, c, lr, 0, &keep, &take);
     sgd_weights(from, to, w, m, n, keep, take);
+    if (again)
+        rescale(from, to, w, n, c);
 }
 
 /* Heavy ball: b <- momentum b + g, r = b. */
@@ -277,7 +309,7 @@ static Dots difference_dots(int64_t from, int64_t to, REAL **w, REAL **before, c
             rr += srr;
         })
     }
-    return (Dots){ww, wr, rr};
+    return isfinite(rr) ? (Dots){ww, wr, rr} : wide_dots(from, to, before, before, w, n);
 }
 
 static void combine_block(int64_t from, int64_t to, REAL **w, REAL **before, const int64_t *n, double keep,
@@ -295,8 +327,10 @@ static void retract_block(int64_t from, int64_t to, REAL **w, REAL **before, con
     double keep, take;
     Dots d = difference_dots(from, to, w, before, n);
     *zero = d.ww == 0 && is_zero(from, to, before, n);
-    coefficients(d, c, 1.0, 0, &keep, &take);
+    int again = coefficients(d, c, 1.0, 0, &keep, &take);
     combine_block(from, to, w, before, n, *zero ? 1 : keep, *zero ? 0 : take);
+    if (again && !*zero)
+        rescale(from, to, w, n, c);
 }
 
 /* After a step of the base optimizer: projects its update before - w at before, applies it and rescales to norm c. */

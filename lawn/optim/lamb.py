@@ -1,5 +1,6 @@
 """LAMB (You et al. 2020), LAMB+ and LAMB-LAWN."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,8 +13,19 @@ from torch.optim.optimizer import ParamsT
 from lawn.optim import keys, rounding, sharding, stages
 from lawn.optim.adam_lawn import AdamLAWN, moments
 from lawn.optim.blocks import batch_elements, real
-from lawn.optim.checks import check_adam, check_not_negative, check_options, torch_keys
+from lawn.optim.checks import (
+    ADAM_STATE,
+    IGNORED_KEYS,
+    BaseRule,
+    check_adam,
+    check_not_negative,
+    check_options,
+    torch_keys,
+)
 from lawn.optim.group_update import GroupUpdate, gradients
+
+BASE_RULE = BaseRule("betas", ADAM_STATE)
+LOADED_IN_VAIN = {*IGNORED_KEYS, "fused"}  # keys of param groups
 
 
 class LAMB(Optimizer):
@@ -71,11 +83,37 @@ class LAMB(Optimizer):
         Raises:
             ValueError: if a hyperparameter is out of range, or an option of torch's Adam or SGD that LAMB lacks is set.
         """
-        check_options(self, param_group, len(self.param_groups), torch_keys(Adam, SGD) - {*self.defaults})
-        values = {**self.defaults, **param_group}
+        self._check_group(param_group, len(self.param_groups))
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this optimizer; with a warning that of LAMB-LAWN in its second phase.
+
+        Args:
+            state_dict: result of the optimizer's `state_dict`.
+
+        Raises:
+            ValueError: if the state dict is of an optimizer with another rule, or sets an option that LAMB lacks.
+        """
+        hook = self.register_load_state_dict_pre_hook(self._check_loaded)  # comes after those of the user
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+
+    def _check_loaded(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
+        for index, group in enumerate(state_dict["param_groups"]):
+            self._check_group({key: value for key, value in group.items() if key not in LOADED_IN_VAIN}, index)
+            if group.get("switched"):
+                name = type(self).__name__
+                warnings.warn(f"the state is of LAMB-LAWN with fixed norms, which {name} does not keep", stacklevel=3)
+        BASE_RULE.check(self, state_dict)
+
+    def _check_group(self, group: dict[str, Any], index: int) -> None:
+        check_options(self, group, index, torch_keys(Adam, SGD) - {*self.defaults})
+        values = {**self.defaults, **group}
         check_not_negative(values, "lr", "weight_decay")
         check_adam(values)
-        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -181,6 +219,8 @@ class LAMBLAWN(AdamLAWN):
         Parameter containing:
         tensor([[0.9950, 0.0995]], requires_grad=True)
     """
+
+    _base_rule = BASE_RULE
 
     def _free_update(self, group: dict[str, Any], params: list[Tensor], idle: list[Tensor]) -> stages.Pending | None:
         return lamb(self, group, params, idle, float("inf"), True)

@@ -25,6 +25,7 @@ from lawn.optim.keys import (
 
 KnownBlocks = dict[Tensor, list[Tensor]]  # by their first parameter
 REMEDY = "leave it free with a param group that has constrain=False, or give it more free steps"
+REMEDY_OF_SLICES = "put other values there (nn.Embedding's padding_idx does so), or give the whole weight one norm"
 
 
 class NonFiniteError(ValueError):
@@ -208,7 +209,8 @@ def _measure_norms(group_update: GroupUpdate, index: int) -> list[Norm]:
             continue
         name, _ = replace(group_update, norms=norms).describe(index, block)
         if c == 0:
-            raise ValueError(f"cannot constrain {name}: its norm is 0.0; {REMEDY}")
+            remedy = REMEDY_OF_SLICES if group_update.slice_axes else REMEDY
+            raise ValueError(f"cannot constrain {name}: its norm is 0.0; {remedy}")
         raise NonFiniteError(f"cannot constrain {name}: its norm is {c}")
     return norms
 
@@ -268,7 +270,7 @@ def _check_loaded_norms(group_update: GroupUpdate, index: int, known: KnownBlock
     pairs = zip(owners, _flatten(group_update.norms), _flatten(present), strict=True)
     for number, ((block, new), c, now) in enumerate(pairs):
         tolerance = 0.02 if block[0].dtype.itemsize < 4 else 1e-3
-        if new and now > 0 and abs(now / c - 1) > tolerance:
+        if new and now > 0 and not abs(now / c - 1) <= tolerance:  # nor NaN
             name, _ = group_update.describe(index, number)
             raise ValueError(
                 f"{name} has the norm {now:.6g}, but its state says {c:.6g}: parameters may be in another order "

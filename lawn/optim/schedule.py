@@ -73,7 +73,7 @@ class LinearWarmupDecay(LinearWarmup):
         total_steps: number of all updates.
 
     Raises:
-        ValueError: unless 0 <= warmup_steps < total_steps.
+        ValueError: unless 0 <= warmup_steps < total_steps, or for infinitely many.
 
     References:
         Gupta et al. 2021, section 3, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
@@ -95,8 +95,8 @@ class LinearWarmupDecay(LinearWarmup):
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int, total_steps: int) -> None:
-        if not 0 <= warmup_steps < total_steps:
-            raise ValueError(f"need 0 <= warmup_steps < total_steps, got {warmup_steps} and {total_steps}")
+        if not 0 <= warmup_steps < total_steps < inf:
+            raise ValueError(f"need 0 <= warmup_steps < total_steps, a number, got {warmup_steps} and {total_steps}")
         self.total_steps = total_steps
         super().__init__(optimizer, warmup_steps)
 

@@ -10,6 +10,7 @@ from torch.optim.sgd import sgd
 from lawn.optim import dispatch, sharding, stages
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.blocks import Blocks
+from lawn.optim.checks import BaseRule, check_not_negative
 from lawn.optim.group_update import GroupUpdate, check_shapes, gradients
 from lawn.optim.rounding import in_float32, streams
 
@@ -61,6 +62,8 @@ class SGDLAWN(LAWNOptimizer):
         tensor([[3.3831, 3.6816]], requires_grad=True)
     """
 
+    _base_rule = BaseRule("momentum")
+
     def __init__(
         self,
         params: ParamsT,
@@ -75,7 +78,8 @@ class SGDLAWN(LAWNOptimizer):
 
     def _check_values(self, group: dict[str, Any]) -> None:
         super()._check_values(group)
-        if not 0 <= group["momentum"] < 1:
+        check_not_negative(group, "momentum")
+        if not group["momentum"] < 1:
             raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
 
     def _state_of(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:

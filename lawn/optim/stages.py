@@ -71,8 +71,9 @@ def step(
     sums = backend.advance(single, part.per_param(_along(part)), scales, factors, eps)
 
     def complete(reduced: Tensor) -> Tensor:
-        keep, take, zero = _coefficients(part, reduced, lr, trust=trust)
+        keep, take, zero, again = _coefficients(part, reduced, lr, trust=trust)
         backend.move(single, keep, take, scales, eps)
+        _rescale(part, again)
         return zero
 
     return Pending(part.params, sums, complete)
@@ -91,8 +92,9 @@ def retract(part: GroupUpdate, before: list[Tensor], fused: bool | None) -> Pend
     backend = dispatch.backend(blocks, fused)
 
     def complete(reduced: Tensor) -> Tensor:
-        keep, take, zero = _coefficients(part, reduced, 1.0, trust=False)
+        keep, take, zero, again = _coefficients(part, reduced, 1.0, trust=False)
         backend.combine(blocks, keep, take)
+        _rescale(part, again)
         return zero
 
     return Pending(part.params, backend.differences(blocks), complete)
@@ -106,15 +108,31 @@ def _along(part: GroupUpdate) -> Tensor:
 
 def _coefficients(
     part: GroupUpdate, reduced: Tensor, lr: float | Tensor, *, trust: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the factors of w and r for each parameter, and the mask of zero blocks."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the factors of w and r for each parameter, and the masks of zero blocks and of those to rescale."""
     ww = _sums(part)[:, 0]
     wr, rr = part.per_block(reduced).unbind(1)
     c = torch.tensor(part.norms, dtype=ww.dtype, device="cpu").to(ww.device)
     rate = lr.to(ww.device, ww.dtype) if isinstance(lr, Tensor) else lr
-    keep, take = update.coefficients(ww, wr, rr, c, rate, trust=trust)
+    keep, take, again = update.coefficients(ww, wr, rr, c, rate, trust=trust)
     zero = ww == 0
-    return part.per_param(keep.masked_fill(zero, 0)), part.per_param(take.masked_fill(zero, 0)), zero
+    return part.per_param(keep.masked_fill(zero, 0)), part.per_param(take.masked_fill(zero, 0)), zero, again & ~zero
+
+
+def _rescale(part: GroupUpdate, again: Tensor) -> None:
+    """Rescale the blocks of a mask to their norms, with one more collective if there are any.
+
+    Not on GPUs, where every step would wait for the mask: the next step measures w.w and rescales them.
+    """
+    if again.is_cuda or not again.any():
+        return
+    weights = sharding.local(part.params)
+    squares = torch.stack([torch.linalg.vector_norm(w, dtype=w.dtype).double() ** 2 for w in weights])
+    (reduced,) = all_reduce([part.params], [squares[:, None]])
+    measured = part.per_block(reduced)[:, 0].sqrt()
+    norms = torch.tensor(part.norms, dtype=measured.dtype, device="cpu")
+    factors = torch.where(again & (measured > 0), norms / measured, 1)
+    torch._foreach_mul_(weights, part.per_param(factors).tolist())
 
 
 def _sums(part: GroupUpdate) -> Tensor:

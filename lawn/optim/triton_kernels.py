@@ -1,6 +1,6 @@
 """Triton kernels of the constrained updates; `lawn.optim.update` documents the functions.
 
-An update of all blocks of a param group takes five kernel launches (six for the wrapper). The kernels read the tensors
+An update of all blocks of a param group takes six kernel launches (seven for the wrapper). The kernels read the tensors
 through a table of addresses, and each program processes one chunk of one tensor. Each chunk's sums form a row, and one
 program per block adds the rows in a fixed order, so runs are reproducible bit for bit. The host reads nothing back.
 """
@@ -87,7 +87,7 @@ def _moments(
 
 
 @triton.jit
-def _coefficients(sums, blocks, norms, lr, coefficients, zero, TRUST: tl.constexpr, TILE: tl.constexpr):
+def _coefficients(sums, blocks, norms, lr, coefficients, zero, again, TRUST: tl.constexpr, TILE: tl.constexpr):
     block = tl.program_id(0)
     start, stop = tl.load(blocks + block), tl.load(blocks + block + 1)
     ww, wr, rr = 0.0, 0.0, 0.0
@@ -98,15 +98,40 @@ def _coefficients(sums, blocks, norms, lr, coefficients, zero, TRUST: tl.constex
         rr += tl.sum(tl.load(sums + 3 * row + 2, row < stop, 0.0))
     along = wr / ww
     tangent = rr - along * wr
-    tangent = tl.where(tangent > 4 * 1.1920929e-7 * rr, tangent, 0.0)  # NEGLIGIBLE of update.py
+    tangent = tl.where(tangent < 4 * 1.1920929e-7 * rr, 0.0, tangent)  # NEGLIGIBLE of update.py
     c = tl.load(norms + block)
     rate = tl.load(lr)
     if TRUST:
         rate = tl.where(tangent > 0, rate * c / tl.sqrt(tangent), rate)
-    scale = c / tl.sqrt(ww + rate * rate * tangent)
+    square = ww + rate * rate * tangent
+    scale = c / tl.sqrt(square)
     tl.store(coefficients + 2 * block, tl.where(ww == 0, 0.0, scale * (1 + rate * along)))
     tl.store(coefficients + 2 * block + 1, tl.where(ww == 0, 0.0, scale * rate))
     tl.store(zero + block, tl.where(ww == 0, 1, 0))
+    tl.store(again + block, tl.where((ww > 0) & (rate * rate * rr > 8 * square), 1, 0))  # CANCELLATION of update.py
+
+
+@triton.jit
+def _rescale(
+    table, layout, numels, owners, sums, blocks, norms, again,
+    DTYPE: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Rescale the blocks that are marked to their norms; `sums` has w.w of each chunk. Other blocks are not read."""
+    program = tl.program_id(0)
+    tensor, at, _ = _locate(layout, numels, program, CHUNK)
+    block = tl.load(owners + tensor)
+    marked = tl.load(again + block) == 1
+    there = at < tl.where(marked, tl.load(numels + tensor), 0)
+    start = tl.load(blocks + block)
+    stop = tl.where(marked, tl.load(blocks + block + 1), start)
+    ww = 0.0
+    for tile in range(start, stop, TILE):
+        row = tile + tl.arange(0, TILE)
+        ww += tl.sum(tl.load(sums + 3 * row, row < stop, 0.0))
+    weight = tl.load(table + 4 * tensor).to(tl.pointer_type(DTYPE)) + at
+    w = tl.load(weight, there, 0.0).to(tl.float32)
+    factor = tl.load(norms + block) / tl.sqrt(tl.where(ww > 0, ww, 1.0))
+    tl.store(weight, (w * factor).to(DTYPE), there)
 
 
 @triton.jit
@@ -122,7 +147,7 @@ def _stochastic(w, at, stream):
 
 @triton.jit
 def _move(
-    table, layout, numels, owners, scales, coefficients, eps, streams,
+    table, layout, numels, owners, scales, coefficients, eps, streams, sums,
     STOCHASTIC: tl.constexpr, ADAM: tl.constexpr, DTYPE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -135,6 +160,7 @@ def _move(
         v = tl.load(tl.load(table + 4 * tensor + 3).to(tl.pointer_type(DTYPE)) + at, there, 0.0).to(tl.float32)
         r = r * tl.load(scales + 2 * block) / (tl.sqrt(v) * tl.load(scales + 2 * block + 1) + eps)
     w = tl.load(coefficients + 2 * block) * w - tl.load(coefficients + 2 * block + 1) * r
+    tl.store(sums + 3 * program, tl.sum(tl.where(there, w * w, 0.0)))
     if STOCHASTIC:
         w = _stochastic(w, at, tl.load(streams + tensor))
     tl.store(weight, w.to(DTYPE), there)
@@ -177,7 +203,7 @@ def _difference_sums(table, layout, numels, sums, DTYPE: tl.constexpr, CHUNK: tl
 
 
 @triton.jit
-def _retract(table, layout, numels, owners, coefficients, DTYPE: tl.constexpr, CHUNK: tl.constexpr):
+def _retract(table, layout, numels, owners, coefficients, sums, DTYPE: tl.constexpr, CHUNK: tl.constexpr):
     program = tl.program_id(0)
     tensor, at, there = _locate(layout, numels, program, CHUNK)
     block = tl.load(owners + tensor)
@@ -185,6 +211,7 @@ def _retract(table, layout, numels, owners, coefficients, DTYPE: tl.constexpr, C
     w = tl.load(weight, there, 0.0).to(tl.float32)
     before = tl.load(tl.load(table + 4 * tensor + 1).to(tl.pointer_type(DTYPE)) + at, there, 0.0).to(tl.float32)
     w = tl.load(coefficients + 2 * block) * before - tl.load(coefficients + 2 * block + 1) * (before - w)
+    tl.store(sums + 3 * program, tl.sum(tl.where(there, w * w, 0.0)))
     tl.store(weight, w.to(DTYPE), there)
 
 
@@ -239,7 +266,7 @@ class _Launch:
         self.tensors = (table, self.layout.chunks, self.layout.numels)
         self.constants = {"DTYPE": DTYPES[like.dtype], "CHUNK": CHUNK}
         self.sums = torch.empty(self.chunk_grid[0], 3, device=like.device)
-        self.zero = torch.empty(self.block_grid[0], dtype=torch.int8, device=like.device)
+        self.zero, self.again = torch.empty(2, self.block_grid[0], dtype=torch.int8, device=like.device)
 
     def start(self, kernel: Any, *arguments: Any, **keys: Any) -> None:
         """Launch a kernel on all chunks; there are none if all tensors are empty shards."""
@@ -260,15 +287,18 @@ class _Launch:
         return along
 
     def coefficients(self, lr: float | Tensor, trust: bool) -> Tensor:
-        """Compute the factors of w and r in the update from the sums: [blocks, 2]."""
+        """Compute the factors of w and r in the update from the sums: [blocks, 2]; mark blocks for `rescale`."""
         result = torch.empty(self.block_grid[0], 2, device=self.device)
         full = torch.full((), float(lr), device=self.device) if not isinstance(lr, Tensor) else lr
         rate = full.to(self.device, torch.float32)
-        norms = upload(self.blocks.norm_of_each(torch.float32), self.device)
-        _coefficients[self.block_grid](
-            self.sums, self.layout.starts, norms, rate, result, self.zero, TRUST=trust, TILE=TILE
-        )
+        self.norms = upload(self.blocks.norm_of_each(torch.float32), self.device)
+        arguments = self.norms, rate, result, self.zero, self.again
+        _coefficients[self.block_grid](self.sums, self.layout.starts, *arguments, TRUST=trust, TILE=TILE)
         return result
+
+    def rescale(self) -> None:
+        """Rescale the marked blocks to their norms, whose weights have just been written."""
+        self.start(_rescale, self.layout.owners, self.sums, self.layout.starts, self.norms, self.again, TILE=TILE)
 
 
 def _on_device_of_blocks(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -322,6 +352,7 @@ def _step(
     along = launch.gradient_along()
     launch.start(_moments, launch.layout.owners, along, scales, launch.sums, *factors, eps, ADAM=adam)
     _write_weights(launch, blocks, scales, launch.coefficients(lr, trust), eps)
+    launch.rescale()
     return launch.zero
 
 
@@ -330,7 +361,7 @@ def _write_weights(launch: _Launch, blocks: Blocks, scales: Tensor, coefficients
     owners, stochastic = launch.layout.owners, launch.streams is not None
     streams = launch.streams if stochastic else owners
     keys = {"STOCHASTIC": stochastic, "ADAM": bool(blocks.second)}
-    launch.start(_move, owners, scales, coefficients, eps, streams, **keys)
+    launch.start(_move, owners, scales, coefficients, eps, streams, launch.sums, **keys)
 
 
 @_on_device_of_blocks
@@ -343,9 +374,8 @@ def project(blocks: Blocks) -> None:
 def retract(blocks: Blocks) -> Tensor:
     launch = _Launch(blocks)
     _difference_sums[launch.chunk_grid](*launch.tensors, launch.sums, **launch.constants)
-    _retract[launch.chunk_grid](
-        *launch.tensors, launch.layout.owners, launch.coefficients(1.0, False), **launch.constants
-    )
+    launch.start(_retract, launch.layout.owners, launch.coefficients(1.0, False), launch.sums)
+    launch.rescale()
     return launch.zero
 
 
@@ -393,7 +423,7 @@ def differences(blocks: Blocks) -> Tensor:
 @_on_device_of_blocks
 def combine(blocks: Blocks, keep: Tensor, take: Tensor) -> None:
     launch = _Launch(blocks)
-    launch.start(_retract, launch.layout.owners, torch.stack([keep, take], 1).float())
+    launch.start(_retract, launch.layout.owners, torch.stack([keep, take], 1).float(), launch.sums)
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:

@@ -23,6 +23,11 @@ from lawn.optim.blocks import Blocks, FlatLayout, batches
 # would magnify: that of a slice with one element, or of an update along the weight.
 NEGLIGIBLE = 4
 
+# The update w - lr r + (radial part) is a difference of radial vectors. If they are much larger than it, as those of a
+# momentum that a huge gradient has left along the weight, rounding errors of r.r are as many times larger in the norm
+# of the new weights, which then have to be rescaled by their measured norm. This is the ratio of the squares.
+CANCELLATION = 8
+
 
 def norms(tensors: list[Tensor], sizes: list[int], slice_axes: list[tuple[int, ...]] | None = None) -> Tensor:
     """Compute the Frobenius norm of each block of tensors.
@@ -215,7 +220,7 @@ def combine(blocks: Blocks, keep: Tensor, take: Tensor) -> None:
 
 def coefficients(
     ww: Tensor, wr: Tensor, rr: Tensor, c: Tensor, lr: float | Tensor, *, trust: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the factors a and b of the constrained update w <- a w - b r.
 
     Args:
@@ -227,14 +232,16 @@ def coefficients(
         trust: whether LAMB's trust ratio c / ||u|| multiplies the learning rate.
 
     Returns:
-        The factors a and b, each with the shape of the inner products.
+        The factors a and b, and whether the result has to be rescaled by its measured norm, each with the shape of the
+        inner products.
     """
     along = wr / ww
     tangent = rr - along * wr
-    tangent = torch.where(tangent > NEGLIGIBLE * torch.finfo(rr.dtype).eps * rr, tangent, 0)
+    tangent = torch.where(tangent < NEGLIGIBLE * torch.finfo(rr.dtype).eps * rr, 0, tangent)
     rate = torch.where(tangent > 0, lr * c / tangent.sqrt(), lr) if trust else lr
-    scale = c / (ww + rate * rate * tangent).sqrt()
-    return scale * (1 + rate * along), scale * rate
+    square = ww + rate * rate * tangent
+    scale = c / square.sqrt()
+    return scale * (1 + rate * along), scale * rate, rate * rate * rr > CANCELLATION * square
 
 
 def _direction(flat: FlatLayout, blocks: Blocks, scales: Tensor, eps: float) -> Tensor:
@@ -262,8 +269,11 @@ def _move_tangentially(
     """
     c = blocks.norm_of_each(ww.dtype).to(w.device)
     rate = lr.to(w.device, ww.dtype) if isinstance(lr, Tensor) else lr
-    keep, take = coefficients(ww, flat.sums(w * r), flat.sums(r * r), c, rate, trust=trust)
+    keep, take, _ = coefficients(ww, flat.sums(w * r), flat.sums(r * r), c, rate, trust=trust)
     zero = ww == 0
     keep, take = keep.masked_fill(zero, 0), take.masked_fill(zero, 0)
-    flat.write_weights(blocks, (w * flat.expand(keep)).addcmul_(r, flat.expand(take), value=-1))
+    w = (w * flat.expand(keep)).addcmul_(r, flat.expand(take), value=-1)
+    # To measure the norm of all is faster than to wait for the device to tell whether it has to be measured.
+    length = flat.sums(w * w).sqrt()
+    flat.write_weights(blocks, w.mul_(flat.expand(torch.where(length > 0, c / length, 0))))
     return zero

@@ -35,7 +35,8 @@ class LAWN:
     the pair, copy this object, because torch does not copy an optimizer's hooks.
 
     Args:
-        optimizer: any torch optimizer. Groups with constrained parameters must have no weight decay.
+        optimizer: any torch optimizer. Groups with constrained parameters must have no weight decay (`lambd` of ASGD is
+            one too, and is not refused, as its default is 1e-4).
         free_steps: number of updates before the switch; 0 constrains from the start, None waits for `constrain`.
         fused: whether compiled code may be used: None where it is available, True with a warning where it cannot be
             built, False never.
@@ -76,9 +77,9 @@ class LAWN:
         if isinstance(optimizer, LAWNOptimizer) or any(isinstance(getattr(h, "__self__", None), LAWN) for h in hooks):
             raise ValueError("the optimizer is a LAWN optimizer already")
         before = [dict(group) for group in optimizer.param_groups]
-        trained = any(entry for _, entry in keys.entries(optimizer.state))
+        trained = any(entry and entry.get("step") != 0 for _, entry in keys.entries(optimizer.state))
         for index, group in enumerate(before):
-            if group["params"] and "switched" in group and group["steps"] and not trained:
+            if group["params"] and keys.RUN & group.keys() and not trained:
                 optimizer.param_groups[index] = keys.without_run(group)  # another optimizer may have the dict
         try:
             for index in range(len(before)):

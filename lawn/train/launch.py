@@ -1,10 +1,15 @@
 """Train one run, in this process or in several."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from lawn.compose import compose_unchecked, refuse_sweeps
 from lawn.config import Config
+from lawn.errors import ConfigError
 from lawn.train.distributed import World, init_from_torchrun, launched_by_torchrun, local_device, set_device
 from lawn.train.prepare import prepare
 from lawn.train.progress import echo
@@ -35,6 +40,9 @@ def run(*overrides: str) -> dict[str, Any]:
         >>> result = run("dataset=digits", "optim=adam_lawn", "train.epochs=5")  # doctest: +SKIP
         >>> result["last"]["test_accuracy"]  # doctest: +SKIP
     """
+    for override in overrides:
+        if not isinstance(override, str):
+            raise ConfigError(f'{override!r}: an override is a text such as "dataset=digits"')
     composed, swept = compose_unchecked(*overrides)
     refuse_sweeps(overrides, swept)
     return train(validate(composed))
@@ -43,14 +51,32 @@ def run(*overrides: str) -> dict[str, Any]:
 def train(config: Config) -> dict[str, Any]:
     """Train the run of a config, resume it, or find it done; returns its result.
 
-    Everything that can be refused is refused before data is read. A loss that is not finite ends the run with
-    status "diverged": that is a result, not an error. Under torchrun this process is one rank of the run; otherwise
-    `train.devices` ranks are started here. A signal ends the run between two updates, with a checkpoint.
+    It trains in the precision of the config, whatever torch's default dtype is in this process. Everything that can be
+    refused is refused before data is read. A loss that is not finite ends the run with status "diverged": that is a
+    result, not an error. Under torchrun this process is one rank of the run; otherwise `train.devices` ranks are
+    started here. A signal ends the run between two updates, with a checkpoint.
 
     Raises:
         UserError: in one line, what is wrong.
         Stopped: at a signal (see `lawn.train.signals`).
     """
+    with _own_defaults():
+        return _train(config)
+
+
+@contextmanager
+def _own_defaults() -> Iterator[None]:
+    """In the body, torch makes float32 tensors and computes gradients, as in a new process."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def _train(config: Config) -> dict[str, Any]:
     prepared = prepare(config)
     if launched_by_torchrun():
         with init_from_torchrun(config) as world:

@@ -89,6 +89,39 @@ def test_equals_algorithm_1(kind, rule, fused, sizes, seed, free_steps, steps, c
 
 
 @in_both_ways
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@every_kind
+@given(seed=seeds, spike=st.integers(0, 15))
+@settings(max_examples=25, deadline=None)
+def test_norms_stay_after_a_huge_gradient(kind, fused, dtype, seed, spike):
+    """It leaves a momentum along the weight: the next updates are differences of vectors that hardly differ."""
+    sizes = [(5, 4), (2, 3, 2, 2), (60, 70)]  # where the differences of all elements are not zero at once
+    optimizer = kind(random_weights(sizes, seed, dtype), lr=0.1, free_steps=0, fused=fused)
+    advance(optimizer, seed, 0, 2)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for t in range(2, 6):
+        for p, g in zip(params, random_grads(sizes, seed, t), strict=True):
+            p.grad = (g * (10.0**spike if t == 2 else 1.0)).to(dtype)
+        optimizer.step()
+        now = [p.detach().double().norm().item() for p in params]
+        for norm, c in zip(now, fixed_norms(optimizer), strict=True):
+            tolerance = {torch.float64: 1e-13, torch.float32: 2e-6}.get(dtype, 0.01)
+            assert c == 0 or norm == pytest.approx(c, rel=tolerance)
+
+
+@pytest.mark.parametrize("kind", [SGDLAWN, wrapped_sgd], ids=["SGDLAWN", "LAWN(SGD)"])
+@pytest.mark.parametrize("spike", [1e20, 1e25])
+def test_squares_of_a_gradient_may_overflow(kind, spike):
+    """In the compiled update, that is; the plain one leaves zero, which the next step refuses."""
+    optimizer = kind(random_weights([(5, 4), (60, 70)], 0, torch.float32), lr=0.1, free_steps=0)
+    for p, g in zip(optimizer.param_groups[0]["params"], random_grads([(5, 4), (60, 70)], 0, 0), strict=True):
+        p.grad = (spike * g).float()
+    optimizer.step()
+    params = advance(optimizer, 0, 1, 4)
+    assert [p.double().norm().item() for p in params] == pytest.approx(fixed_norms(optimizer), rel=2e-6)
+
+
+@in_both_ways
 @pytest.mark.parametrize(("kind", "rule"), RULES.values(), ids=RULES)
 @given(seed=seeds, missing=st.lists(st.integers(0, 3), min_size=1, max_size=8))
 @settings(max_examples=10, deadline=None)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lawn import LAMB, LAMBLAWN, LAWN, SGDLAWN, AdamLAWN
 from lawn.files import exclusively
 from lawn.optim import param_groups
-from tests.optim.helpers import fixed_norms
+from tests.optim.helpers import fixed_norms, wrapped
 
 FREE_STEPS, STEPS = 10, 20
 Params = Any
@@ -315,6 +315,23 @@ def complex_weights() -> float:
     return max(errors)
 
 
+def after_a_huge_gradient() -> float:
+    """Largest relative error of a norm in the updates after it."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    errors = []
+    for make in (SGDLAWN, wrapped(torch.optim.SGD, momentum=0.9)):
+        torch.manual_seed(0)
+        value = torch.randn(9, 8)
+        p = nn.Parameter(distribute_tensor(value, mesh(2), [Shard(0)]))
+        optimizer = make([p], lr=0.1, free_steps=0)
+        for size in (1, 1e6, 1, 1, 1):
+            p.grad = distribute_tensor(size * torch.randn(9, 8), mesh(2), [Shard(0)])
+            optimizer.step()
+            errors.append(abs(whole(p).norm().item() / value.norm().item() - 1))
+    return max(errors)
+
+
 def rounded_stochastically() -> list[float]:
     """Shares of entries that are those of a plain weight: rows for each optimizer and phase, then shards of columns."""
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -501,7 +518,7 @@ def two_ranks(tmp_path_factory):
     jobs += [(f"missing, {kind}", gradients_that_are_missing, (kind,)) for kind in FOUR]
     single = (by_hand, gradients_on_one_rank, nothing_to_update, first_step_at_zero_rate, closure_called_twice)
     single = (*single, gradient_of_another_placement, complex_weights, rounded_stochastically, lamb)
-    single = (*single, a_group_without_gradients, errors)
+    single = (*single, a_group_without_gradients, after_a_huge_gradient, errors)
     jobs += [(job.__name__, job, ()) for job in single]
     for phase, after in SAVED.items():
         jobs += [(f"saved {phase}, {kind}", save, (kind, after, folder / f"{phase} {kind}")) for kind in FOUR]
@@ -570,6 +587,11 @@ def test_a_first_step_at_a_rate_of_zero_is_told_from_the_one_that_makes_state(tw
 def test_others_equal_one_process(two_ranks, job):
     for results in two_ranks[1]:
         assert results[job.__name__] < 1e-12
+
+
+def test_norms_stay_after_a_huge_gradient(two_ranks):
+    for results in two_ranks[1]:
+        assert results["after_a_huge_gradient"] < 2e-6
 
 
 def test_shards_of_rows_are_rounded_with_the_numbers_of_the_whole(two_ranks):

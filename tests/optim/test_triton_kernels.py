@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.optim import Adam, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lawn import LAMBLAWN, SGDLAWN, AdamLAWN
@@ -38,7 +38,7 @@ SIZES = [(60, 70), (5, 4), (7,), (3, 2, 3, 3)]  # the first in two chunks
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter's process")
-@pytest.mark.parametrize(("marked", "count"), [("not slow", 11), pytest.param("slow", 5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("marked", "count"), [("not slow", 13), pytest.param("slow", 5, marks=pytest.mark.slow)])
 def test_in_the_interpreter(marked, count):
     command = [
         sys.executable,
@@ -57,13 +57,17 @@ def test_in_the_interpreter(marked, count):
     assert f"{count} passed" in done.stdout
 
 
-def run(kind, device: str, dtype: torch.dtype, fused: bool | None, steps: int = 4, **keys) -> list[torch.Tensor]:
+def run(
+    kind, device: str, dtype: torch.dtype, fused: bool | None, steps: int = 4, spike: float = 1.0, **keys
+) -> list[torch.Tensor]:
+    """A few updates, of which that before the last has a gradient that is `spike` times larger."""
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(size, generator=generator).to(device, dtype)) for size in SIZES]
     optimizer = kind(params, **{"lr": 0.02, "free_steps": 2, "fused": fused, **keys})
-    for _ in range(steps):
+    for step in range(steps):
         for p in params:
-            p.grad = torch.randn(p.shape, generator=generator).to(device, dtype)
+            size = spike if step == steps - 2 else 1.0
+            p.grad = torch.randn(p.shape, generator=generator).mul_(size).to(device, dtype)
         optimizer.step()
     tolerance = 2e-6 if dtype == torch.float32 else 4e-3
     for p, c in zip(params, fixed_norms(optimizer), strict=True):
@@ -123,6 +127,12 @@ def test_rounds_by_the_same_numbers_as_the_plain_update():
     ]
     for p, q in zip(*outcomes, strict=True):
         assert (p == q).float().mean() > 0.95
+
+
+@interpreted
+@pytest.mark.parametrize("kind", [SGDLAWN, wrapped(SGD, momentum=0.9)], ids=["SGDLAWN", "LAWN(SGD)"])
+def test_norms_stay_after_a_huge_gradient(kind):
+    run(kind, "cpu", torch.float32, None, spike=1e6)
 
 
 @interpreted
