@@ -89,6 +89,8 @@ def test_a_failing_job_does_not_keep_the_others(tmp_path, main):
         (["train.epochs=", "3"], 2, "3: must be key=value, without spaces around the sign"),
         (["optim.lr"], 2, "optim.lr: must be key=value"),
         (["dataset=null"], 2, "dataset=null: must be the name of a member of the group"),
+        (["optim=[adam]"], 2, "dataset and optim: each must be the name of one member of its group"),
+        (["~optim"], 2, "dataset and optim: each must be the name of one member of its group"),
         (["optim=3"], 2, "optim=3: must be the name of a member of the group"),
         (["device=mps"], 2, "device=mps: cannot be used (training is for CPUs and CUDA's GPUs); choose auto, cpu"),
         (

@@ -41,7 +41,7 @@ def check_not_negative(group: Mapping[str, Any], *names: str) -> None:
         value = group[name]
         if not (isinstance(value, Real) or (name == "lr" and isinstance(value, Tensor))):
             raise ValueError(f"{name} must be a number, got {value!r}")
-        if not value >= 0:
+        if not value >= 0:  # type: ignore[operator]  # numbers.Real has no order for mypy
             raise ValueError(f"{name} must not be negative, got {value}")
 
 

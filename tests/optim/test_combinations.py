@@ -171,6 +171,21 @@ def test_what_a_step_that_raises_does_not_change():
     assert optimizer.state_dict()["state"] == {}
 
 
+@pytest.mark.parametrize("kind", [SGD, torch.optim.Adagrad], ids=["without state", "with state before its first step"])
+def test_group_dicts_of_another_optimizer_begin_with_the_free_phase(kind):
+    """Those of one that has trained, and those that another one has as well."""
+    w = nn.Parameter(torch.ones(3, 4))
+    first = AdamLAWN([w], lr=0.1, free_steps=2)
+    take_steps(first, w, 3)
+    assert not LAWN(kind(first.param_groups, lr=0.1), free_steps=9).constrained
+    groups = [{"params": [w]}]
+    first, second = AdamLAWN(groups, lr=0.1, free_steps=2), kind(groups, lr=0.1)
+    lawn = LAWN(second)
+    take_steps(first, w, 3)
+    assert first.constrained
+    assert not lawn.constrained
+
+
 def test_values_beside_the_states_of_parameters_are_left_alone():
     w = nn.Parameter(torch.randn(4, 4))
     for optimizer in (AdamLAWN([w], free_steps=1), Adam([w])):

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -632,6 +633,96 @@ def test_a_checkpoint_of_another_optimizer_is_refused(kind, other):
     train(network, plain, 0, 1)
     with pytest.raises(ValueError, match=f"{kind.__name__} has no "):
         kind(network.parameters()).load_state_dict(plain.state_dict())
+
+
+@pytest.mark.parametrize("kind", [AdamLAWN, LAMBLAWN, LAMB])
+@pytest.mark.parametrize(
+    ("make_other", "problem"),
+    [
+        (lambda params: SGD(params, lr=5.0), "has no betas: it is of another optimizer than"),
+        (torch.optim.Adagrad, "has no betas"),
+        (torch.optim.Adamax, "the loaded state has no exp_avg"),
+        (partial(Adam, maximize=True), "has no maximize"),
+        (partial(Adam, amsgrad=True), "has no amsgrad"),
+    ],
+)
+def test_a_checkpoint_of_another_rule_is_refused(kind, make_other, problem):
+    network = model()
+    plain = make_other(network.parameters())
+    train(network, plain, 0, 1)
+    with pytest.raises(ValueError, match=problem):
+        kind(network.parameters()).load_state_dict(plain.state_dict())
+
+
+@pytest.mark.parametrize("kind", [AdamLAWN, LAMBLAWN])
+@pytest.mark.parametrize("other", [Adam, AdamW])
+def test_weight_decay_that_acts_in_another_way_is_refused(kind, other):
+    """That of Adam is added to the gradient, that of AdamW is not, that of LAMB is in the trust ratio."""
+    network = model()
+
+    def groups(**keys: Any) -> list[dict[str, Any]]:
+        weights, biases = ([p for p in network.parameters() if (p.ndim > 1) == chosen] for chosen in (True, False))
+        return [{"params": weights}, {"params": biases, "constrain": False, **keys}]
+
+    plain = other(groups(weight_decay=0.5), weight_decay=0.0)
+    train(network, plain, 0, 1)
+    optimizer = kind(groups())
+    if (kind, other) == (AdamLAWN, AdamW):
+        optimizer.load_state_dict(plain.state_dict())
+        assert optimizer.param_groups[1]["weight_decay"] == 0.5
+        return
+    with pytest.raises(ValueError, match=f"weight_decay=0.5 of {other.__name__} acts in another way than that of"):
+        optimizer.load_state_dict(plain.state_dict())
+
+
+def test_lamb_warns_of_norms_that_it_does_not_keep():
+    network = model()
+    constrained = LAMBLAWN(network.parameters(), free_steps=0)
+    optimizer = LAMB(network.parameters())
+    optimizer.load_state_dict(constrained.state_dict())  # is free yet
+    train(network, constrained, 0, 1)
+    with pytest.warns(UserWarning, match="fixed norms, which LAMB does not keep"):
+        optimizer.load_state_dict(constrained.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        (AdamLAWN, {"betas": (torch.tensor(0.9), torch.tensor(0.99))}),
+        (LAMB, {"betas": "0.9"}),
+        (LAMBLAWN, {"betas": None}),
+        (AdamLAWN, {"eps": torch.tensor(1e-8)}),
+        (SGDLAWN, {"momentum": torch.tensor(0.9)}),
+        (SGDLAWN, {"lr": "0.1"}),
+        (LAMB, {"lr": None}),
+        (AdamLAWN, {"weight_decay": None}),
+    ],
+)
+def test_what_is_no_number_is_refused_by_name(kind, keys):
+    """Only a learning rate may be in a tensor."""
+    (name,) = keys
+    params = [nn.Parameter(torch.ones(2, 2))]
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        kind([{"params": params, **keys}])
+    optimizer = kind(params)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0].update(keys)
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        optimizer.load_state_dict(saved)
+
+
+@own_form
+def test_a_norm_that_is_no_number_is_refused(form):
+    network = model()
+    optimizer, _ = make(form, network.parameters(), free_steps=0)
+    train(network, optimizer, 0, 1)
+    for norm in (float("nan"), float("inf"), -1.0):
+        saved = copy.deepcopy(optimizer.state_dict())
+        for entry in saved["state"].values():
+            entry[NORM] = norm if entry[NORM] else 0.0
+        optimizer.load_state_dict(saved)
+        with pytest.raises(ValueError, match="but its state says"):
+            train(network, optimizer, 1, 2)
 
 
 @own_form

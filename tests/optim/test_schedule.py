@@ -33,6 +33,13 @@ def test_warmup_alone_is_the_first_part():
             LinearWarmup(optimizer, wrong)
 
 
+def test_a_schedule_has_an_end():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
+    for wrong in (3, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="total_steps"):
+            LinearWarmupDecay(optimizer, 3, wrong)
+
+
 def test_by_hand():
     assert rates(3, 7, peak=1.0) == [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0]
     assert rates(0, 2, peak=1.0) == [1.0, 0.5, 0.0]

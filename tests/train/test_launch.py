@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 
 from lawn.compose import compose
 from lawn.errors import ConfigError
@@ -24,6 +25,25 @@ def test_a_call_from_python_refuses_what_the_command_refuses(tmp_path, monkeypat
         with pytest.raises(ConfigError, match=overrides[0].partition("=")[0]):
             run(*SHORT, *overrides)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_list_of_overrides_is_refused():
+    with pytest.raises(ConfigError, match=r"\['dataset=digits'\]: an override is a text such as"):
+        run(["dataset=digits"])
+
+
+def test_the_state_of_torch_in_a_notebook_does_not_matter(tmp_path):
+    alone = run(*SHORT, f"run_dir={tmp_path}/alone")
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad():
+            result = run(*SHORT, f"run_dir={tmp_path}/in float64")
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert result["last"] == alone["last"]
+    with torch.inference_mode():
+        assert run(*SHORT, f"run_dir={tmp_path}/in inference mode")["last"] == alone["last"]
 
 
 @pytest.mark.slow
