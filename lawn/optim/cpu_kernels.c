@@ -24,7 +24,7 @@ typedef struct {
 
 /* Computes the factors of w <- keep w - take r, which projects r on the tangent space at w, multiplies it by the step
    and rescales the result to norm c. The step is lr, multiplied by c / ||r|| of the projected r if `trust` (LAMB).
-   Returns whether the result has to be rescaled once more: its radial parts are so large that they do not cancel. */
+   Returns whether digits cancel in the norm of the result, which then has to be rescaled once more. */
 static int coefficients(Dots d, double c, double lr, int trust, double *keep, double *take) {
     double along = d.wr / d.ww;
     double tangent = d.rr - along * d.wr;

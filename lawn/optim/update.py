@@ -7,8 +7,8 @@ The constrained update is
     w <- c (w - lr u) / ||w - lr u||.
 
 Because u is tangent, ||w - lr u||^2 = w.w + lr^2 u.u, and u.u = r.r - (w.r)^2 / w.w. Both follow from three inner
-products, so neither needs another pass over memory. w.w is computed in each step rather than taken to be c^2, so
-rounding errors do not accumulate.
+products, so neither needs another pass over memory, except where digits cancel (see `CANCELLATION`). w.w is computed in
+each step rather than taken to be c^2, so rounding errors do not accumulate.
 
 Sums run in float64 on the CPU, where float32 sums over millions of terms are accurate to five digits only. Complex
 tensors are updated through their real views. `dispatch.py` chooses between these functions and compiled kernels.
@@ -23,9 +23,9 @@ from lawn.optim.blocks import Blocks, FlatLayout, batches
 # would magnify: that of a slice with one element, or of an update along the weight.
 NEGLIGIBLE = 4
 
-# The update w - lr r + (radial part) is a difference of radial vectors. If they are much larger than it, as those of a
-# momentum that a huge gradient has left along the weight, rounding errors of r.r are as many times larger in the norm
-# of the new weights, which then have to be rescaled by their measured norm. This is the ratio of the squares.
+# Where r lies along w and is much longer (the momentum that a huge gradient leaves), the new weights are a difference
+# of long vectors, and rounding errors of r.r appear in their norm, magnified by the ratio of lr^2 r.r to its square.
+# From this ratio on, the norm is measured and the weights are rescaled once more.
 CANCELLATION = 8
 
 
@@ -273,7 +273,7 @@ def _move_tangentially(
     zero = ww == 0
     keep, take = keep.masked_fill(zero, 0), take.masked_fill(zero, 0)
     w = (w * flat.expand(keep)).addcmul_(r, flat.expand(take), value=-1)
-    # To measure the norm of all is faster than to wait for the device to tell whether it has to be measured.
+    # All norms are measured: to ask whether one has to be would wait for the device.
     length = flat.sums(w * w).sqrt()
     flat.write_weights(blocks, w.mul_(flat.expand(torch.where(length > 0, c / length, 0))))
     return zero

@@ -177,7 +177,7 @@ class VectorizedStep:
         return failed, switched
 
     def _update(self, weight: _Weight, g: Tensor, lr: Tensor, scales: list[Tensor]) -> None:
-        """`lawn.optim.update` explains the constrained part."""
+        """`lawn.optim.update` explains the constrained part. After a huge gradient the next update restores norms."""
         rule, w, c = self._rule, weight.w, weight.norm
         dot = partial(_dot, over=weight.over)
         trust = rule.max_trust is not None and (rule.trust_vectors or w.ndim > 2)
