@@ -31,7 +31,7 @@ from lawn.task import dataset_reader
 from lawn.train import Stopped
 from lawn.train.signals import raise_on_signal
 
-FOLDERS = ("runs", "tuning", FOLDER)  # of records
+OF_RESULTS = ("runs", "tuning", FOLDER, "index.html")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -155,8 +155,9 @@ def write(given: argparse.Namespace) -> int:
         check_name(name)
     if given.action is write and not given.results.is_dir():
         raise ConfigError(f"--results {given.results}: no such folder")
-    if given.action is write and not any((given.results / folder).is_dir() for folder in FOLDERS):
-        raise ConfigError(f"--results {given.results}: holds no records, in {', '.join(f'{f}/' for f in FOLDERS)}")
+    files = {path.name for path in given.results.iterdir()} if given.action is write else set()
+    if files and files.isdisjoint(OF_RESULTS):
+        raise ConfigError(f"--results {given.results}: holds other files, and none of {', '.join(OF_RESULTS)}")
     own = given.results.resolve() == report.RESULTS and given.selection == "val"
     names = [*EXPERIMENTS, *SIMULATIONS] if own or not given.names else given.names
     pages = _pages(names, Store(given.results), given)

@@ -146,10 +146,10 @@ def test_bad_input_is_one_line(call, arguments, message):
     assert err.count("\n") == 1
 
 
-def test_a_folder_without_records_is_not_reported_on(tmp_path, capsys):
+def test_a_folder_of_something_else_is_not_reported_on(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert command.main(["report", "--results", str(tmp_path)]) == 2
-    assert f"--results {tmp_path}: holds no records, in runs/, tuning/, simulations/" in capsys.readouterr().err
+    assert f"--results {tmp_path}: holds other files, and none of runs, tuning," in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
