@@ -20,8 +20,8 @@ class LAWNOptimizer(Optimizer, ABC):
     """Base class of the LAWN optimizers.
 
     It trains without constraints for `free_steps` updates, then on the product of spheres ||w_l|| = c_l, where c_l is
-    the norm of weight l at the switch. A subclass has a `_base_rule` and implements `_state_of`, `_free_update`,
-    `_constrained_update` and `_sharded_update`.
+    the norm of weight l at the switch. A subclass implements `_state_of`, `_free_update`,
+    `_constrained_update` and `_sharded_update`, and may have a `_base_rule` that state dicts have to follow.
 
     The param groups have the keys that `lawn.optim.keys` documents and three more: `fused`, `rounding`, and
     `weight_decay`, which must be 0 in groups with constrained parameters, in both phases. All keys of a group apply to
@@ -56,7 +56,7 @@ class LAWNOptimizer(Optimizer, ABC):
         True 4.92
     """
 
-    _base_rule: ClassVar[BaseRule]
+    _base_rule: ClassVar[BaseRule] = BaseRule("lr")
 
     def __init__(
         self,
