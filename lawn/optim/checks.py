@@ -39,16 +39,20 @@ def check_not_negative(group: Mapping[str, Any], *names: str) -> None:
     """
     for name in names:
         value = group[name]
-        if not (isinstance(value, Real) or (name == "lr" and isinstance(value, Tensor))):
+        if not (_is_number(value) or (name == "lr" and isinstance(value, Tensor))):
             raise ValueError(f"{name} must be a number, got {value!r}")
-        if not value >= 0:  # type: ignore[operator]  # numbers.Real has no order for mypy
+        if not value >= 0:
             raise ValueError(f"{name} must not be negative, got {value}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real)  # a function, as mypy knows no order of Real
 
 
 def check_adam(group: Mapping[str, Any]) -> None:
     """Raise ValueError for hyperparameters of Adam that are out of range."""
     betas = group["betas"]
-    numbers = isinstance(betas, tuple | list) and all(isinstance(beta, Real) for beta in betas)
+    numbers = isinstance(betas, tuple | list) and all(map(_is_number, betas))
     if not numbers or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
     check_not_negative(group, "eps")

@@ -25,7 +25,7 @@ from lawn.optim.checks import (
 from lawn.optim.group_update import GroupUpdate, gradients
 
 BASE_RULE = BaseRule("betas", ADAM_STATE)
-LOADED_IN_VAIN = {*IGNORED_KEYS, "fused"}  # keys of param groups
+IGNORED_WHEN_LOADED = {*IGNORED_KEYS, "fused"}  # keys of param groups
 
 
 class LAMB(Optimizer):
@@ -103,7 +103,7 @@ class LAMB(Optimizer):
 
     def _check_loaded(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
         for index, group in enumerate(state_dict["param_groups"]):
-            self._check_group({key: value for key, value in group.items() if key not in LOADED_IN_VAIN}, index)
+            self._check_group({key: value for key, value in group.items() if key not in IGNORED_WHEN_LOADED}, index)
             if group.get("switched"):
                 name = type(self).__name__
                 warnings.warn(f"the state is of LAMB-LAWN with fixed norms, which {name} does not keep", stacklevel=3)

@@ -122,7 +122,7 @@ def _coefficients(
 def _rescale(part: GroupUpdate, again: Tensor) -> None:
     """Rescale the blocks of a mask to their norms, with one more collective if there are any.
 
-    Not on GPUs, where every step would wait for the mask: the next step measures w.w and rescales them.
+    Not on GPUs, where every step would wait for the mask; there, the norms are off while the momentum along w lasts.
     """
     if again.is_cuda or not again.any():
         return
