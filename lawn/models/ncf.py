@@ -4,6 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lawn.models.lookup import look_up, relu_of_sum
+
+MAX_PARTS, PART_ROWS = 64, 200  # of a batch on a GPU; more parts, or shorter ones, are not faster
+
 
 class NCFMLP(nn.Module):
     """Scores pairs of users and items: concatenated embeddings, hidden ReLU layers of halving width and one logit.
@@ -89,32 +93,35 @@ class NCFMLP(nn.Module):
         Returns:
             Logits [R, B].
         """
-
-        def linear(name: str, x: Tensor) -> Tensor:
-            return affine(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-
         for_users, for_items = weights["hidden.0.weight"].chunk(2, dim=2)
         by_user, by_item, bias = weights["user.weight"], weights["item.weight"], weights.get("hidden.0.bias")
         if self._tables_are_smaller(users.shape[1]):
             by_user, by_item = affine(by_user, for_users, None), affine(by_item, for_items, bias)
-            x = look_up(by_user, users).add_(look_up(by_item, items))
+            x = relu_of_sum(by_user, by_item, users, items)
         else:
             x = affine(look_up(by_user, users), for_users, bias)
-            x = torch.baddbmm(x, look_up(by_item, items), for_items.mT)
-        x = x.relu_()
-        for k in range(2, len(self.hidden), 2):
-            x = linear(f"hidden.{k}", x).relu_()
-        return linear("score", x).squeeze(2)
+            x = torch.baddbmm(x, look_up(by_item, items), for_items.mT).relu_()
+        for name in [f"hidden.{k}" for k in range(2, len(self.hidden), 2)] + ["score"]:
+            x = affine(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"), relu=name != "score")
+        return x.squeeze(2)
 
 
-def affine(x: Tensor, weights: Tensor, biases: Tensor | None) -> Tensor:
-    """A linear layer of each run: x [R, B, n], weights [R, m, n] and biases [R, m] to [R, B, m]."""
-    return torch.bmm(x, weights.mT) if biases is None else torch.baddbmm(biases[:, None], x, weights.mT)
+def affine(x: Tensor, weights: Tensor, biases: Tensor | None, relu: bool = False) -> Tensor:
+    """A linear layer of each run: x [R, B, n], weights [R, m, n] and biases [R, m] to [R, B, m].
+
+    On a GPU the batch is several smaller ones with the same weights: the gradient of a weight is a sum over the batch,
+    and one multiprocessor adds each part of it.
+    """
+    runs, rows, width = x.shape
+    if x.is_cuda and (parts := batch_parts(rows)) > 1:
+        x, weights = x.reshape(runs * parts, rows // parts, width), weights.repeat_interleave(parts, dim=0)
+        biases = None if biases is None else biases.repeat_interleave(parts, dim=0)
+    y = torch.bmm(x, weights.mT) if biases is None else torch.baddbmm(biases[:, None], x, weights.mT)
+    if relu:
+        y = y.relu_()  # a view would be copied in the backward pass
+    return y.view(runs, rows, -1)
 
 
-def look_up(tables: Tensor, ids: Tensor) -> Tensor:
-    """Index the rows of tables [R, N, D] by ids [R, B] in each table: [R, B, D]."""
-    count, size, _ = tables.shape
-    offsets = size * torch.arange(count, device=ids.device)[:, None]
-    rows = tables.flatten(0, 1).index_select(0, (ids + offsets).flatten())
-    return rows.view(*ids.shape, -1)
+def batch_parts(rows: int) -> int:
+    """The number of equal parts of a batch, or of a table, whose sums a GPU adds side by side."""
+    return max(n for n in range(1, MAX_PARTS + 1) if rows % n == 0 and (n == 1 or rows // n >= PART_ROWS))

@@ -325,11 +325,29 @@ def _apply(
 ) -> None:
     """Apply updates, multiplied by their trust ratios where these are `trusted`."""
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr  # one of shape [1] would add an axis to a single number
+    parts: dict[Any, list[Any]] = {}
     for w, r, w_norm, r_norm, trust in zip(weights, updates, weight_norms, update_norms, trusted, strict=True):
+        parts.setdefault((w.device, w.dtype, trust), []).append((w, r, w_norm, r_norm))
+    for (_, _, trust), members in parts.items():
+        weights, updates, *norms = map(list, zip(*members, strict=True))
+        moves: Sequence[Tensor]
         if trust:
-            ratio = torch.where((w_norm > 0) & (r_norm > 0), w_norm / r_norm, 1.0).clamp(max=max_trust)
-            r = r * ratio
-        w.sub_(r * lr)
+            w_norms, r_norms = (torch.cat([norm.reshape(-1) for norm in each]) for each in norms)
+            ratios = torch.where((w_norms > 0) & (r_norms > 0), w_norms / r_norms, 1.0).clamp(max=max_trust)
+            rates = (ratios * lr).split([norm.numel() for norm in norms[0]])
+            moves = _scaled(updates, [rate.view_as(norm) for rate, norm in zip(rates, norms[0], strict=True)])
+        else:
+            moves = torch._foreach_mul(updates, lr)
+        torch._foreach_sub_(weights, moves)
+
+
+def _scaled(tensors: list[Tensor], factors: list[Tensor]) -> list[Tensor]:
+    """Multiply each tensor by its factors, which are broadcast; on a GPU with as many kernels as for one tensor."""
+    if not tensors[0].is_cuda:
+        return [t * factor for t, factor in zip(tensors, factors, strict=True)]
+    pairs = list(zip(tensors, factors, strict=True))
+    flat = torch.cat([t.reshape(-1) for t in tensors]) * torch.cat([x.expand_as(t).reshape(-1) for t, x in pairs])
+    return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
 
 
 def _norms(group: dict[str, Any], params: list[Tensor], tensors: list[Tensor]) -> Sequence[Tensor]:

@@ -232,6 +232,7 @@ def test_on_a_gpu_equals_the_plain_update(kind, rule):
 
 
 @gpu
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")
 @pytest.mark.parametrize("kind", [kind for kind, _ in KINDS])
 def test_at_most_40_launches_and_no_waiting(kind):
     from torch.profiler import ProfilerActivity, profile

@@ -10,7 +10,10 @@ from lawn.train.distributed import World
 from lawn.train.trainer import Trainer
 from tests.helpers import FIXTURES, compose
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("ignore"),  # those of torch, as it compiles
+]
 KINDS = {
     "images": ("dataset=cifar10", "dataset.limit=40", "train.batch_size=10"),
     "interactions": ("dataset=movielens100k", *FIXTURES["movielens100k"]),
