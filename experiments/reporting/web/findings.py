@@ -82,27 +82,19 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
         better, worse = said.count("better"), said.count("worse")
         text = (
             f"Of {len(pairs)} comparisons with LAWN and without, LAWN is better in {better}, worse in {worse}, and "
-            f"{len(pairs) - better - worse} are not decided: their 95 % intervals hold 0, or would after Holm's "
-            "correction."
+            f"{len(pairs) - better - worse} are not decided after Holm's correction."
         )
         below = below_paper([pair for pair, verdict in zip(pairs, said, strict=True) if verdict in ("better", "worse")])
         text += f" But {below}." if below else ""
     shown = tuple(dict.fromkeys(page.name for page, _ in measured.values()))
-    listed = [] if text else [_sentence(pair) for pair in pairs]
+    listed = _by_column(pairs) if text else [_sentence(pair) for pair in pairs]
     return Finding("Is LAWN better than what it is compared with, both tuned?", text, listed, shown)
 
 
 def _horizon(page: Page) -> Finding | None:
     """The gain after each number of epochs."""
-    gains: dict[str, list[str]] = {}
-    for pair in page.pairs:
-        if not isnan(pair.gain.p):
-            names = ", ".join(filter(None, (f"{pair.rival} against {pair.base}", pair.panel)))
-            gains.setdefault(names, []).append(f"{pair.column} {_gain(pair)}: {verdict_of(pair)}")
-    if not gains:
-        return None
-    said = [f"{names}: {'; '.join(after)}." for names, after in gains.items()]
-    return Finding("How does the gain change with the number of epochs?", "", said, (page.name,))
+    said = _by_column([pair for pair in page.pairs if not isnan(pair.gain.p)])
+    return Finding("How does the gain change with the number of epochs?", "", said, (page.name,)) if said else None
 
 
 def _tuning(page: Page) -> Finding | None:
@@ -154,28 +146,57 @@ def _attenuated(page: Page) -> Finding | None:
     return Finding("Do attenuated logits keep a network adaptive?", text, [_sentence(known[0])], (page.name,))
 
 
+def _by_column(pairs: Sequence[Pair]) -> list[str]:
+    """A sentence for each two rows of a panel, with their comparisons in all columns; the tables have the seeds."""
+    gains: dict[str, list[str]] = {}
+    for pair in pairs:
+        names = ", ".join(filter(None, (f"{pair.rival} against {pair.base}", pair.panel)))
+        told = gains.setdefault(names, [])
+        interval = _interval(*pair.gain.interval()).removeprefix("95 % interval " if told else "")
+        said = verdict_of(pair)
+        needed = _needed_seeds(pair) if said == "not decided" else ""
+        told.append(
+            f"{pair.column}{_budget(pair)} {format_signed(pair.gain.difference)} ({interval}{_printed(pair)}): {said}"
+            + (f" ({needed} for the paper's)" if needed else "")
+        )
+    return [f"{names}: {'; '.join(told)}." for names, told in gains.items()]
+
+
 def _sentence(pair: Pair) -> str:
     """The verdict and the comparison; of one that is not decided also what would decide it."""
-    gain = pair.gain
     said = verdict_of(pair)
     where = f", {pair.place}" if pair.place else ""
-    epochs = pair.epochs if pair.epochs != pair.paper_epochs else None
-    ours = f" after {epochs} epochs" if epochs and not pair.column.endswith(" epochs") else ""
-    printed = "" if isnan(pair.paper) else f"; the paper {format_signed(pair.paper)}"
-    printed += f" after {pair.paper_epochs}" if ours and printed else ""
     row, apart = pair.loser
     if said in ("better", "worse"):
         more = f" But our {row} is {-apart:.2f} below the paper's: it may not be tuned as well." if apart < 0 else ""
     else:
-        more = f" A true gain of {gain.detectable():.2g} would be found with 80 % probability"
-        seeds = min(pair.seeds)
-        if not isnan(pair.paper) and pair.paper and seeds > 1:
-            needed = gain.seeds_needed(pair.paper, seeds)
-            more += ", the paper's with " + (
-                f"{needed} seeds" if needed < inf else f"more than {MANY_SEEDS:,} seeds: the test users are too few"
-            )
-        more += "."
-    return f"{_capitalized(said)}: {pair.rival} against {pair.base}{where}{ours}: {_gain(pair, printed)}.{more}"
+        needed = _needed_seeds(pair)
+        more = f" A true gain of {pair.gain.detectable():.2g} would be found with 80 % probability"
+        more += f", the paper's with {needed}" if needed else ""
+        more += (": the test users are too few" if needed.startswith("more") else "") + "."
+    gain = f"{_budget(pair)}: {_gain(pair, _printed(pair))}"
+    return f"{_capitalized(said)}: {pair.rival} against {pair.base}{where}{gain}.{more}"
+
+
+def _budget(pair: Pair) -> str:
+    """The number of epochs, where it is not the paper's and the column does not tell it."""
+    epochs = pair.epochs if pair.epochs != pair.paper_epochs else None
+    return f" after {epochs} epochs" if epochs and not pair.column.endswith(" epochs") else ""
+
+
+def _printed(pair: Pair) -> str:
+    if isnan(pair.paper):
+        return ""
+    return f"; the paper {format_signed(pair.paper)}" + (f" after {pair.paper_epochs}" if _budget(pair) else "")
+
+
+def _needed_seeds(pair: Pair) -> str:
+    """How many seeds would decide a gain as large as the paper's; empty if it has none."""
+    seeds = min(pair.seeds)
+    if isnan(pair.paper) or not pair.paper or seeds < 2:
+        return ""
+    needed = pair.gain.seeds_needed(pair.paper, seeds)
+    return f"{needed} seeds" if needed < inf else f"more than {MANY_SEEDS:,} seeds"
 
 
 def _capitalized(said: str) -> str:
