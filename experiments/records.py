@@ -27,7 +27,7 @@ from lawn.identity import identity, identity_hash, run_name
 from lawn.train.run_directory import RunDirectory, decode_outcomes, read_environment
 
 DAMAGE = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)  # raised by reading a damaged record
-EPOCHS = 100  # in a record, about, if every epoch measures the same
+EPOCHS = 50  # in a record, about, if every epoch measures the same
 OF_ALL = ("code",)  # properties that every record must have
 OF_A_RUN = (*OF_ALL, "headline", "seconds_per_epoch")
 
