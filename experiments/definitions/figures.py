@@ -95,6 +95,8 @@ FIGURE2 = Experiment(
         "The runs are those of tables 1, 3 and 4. The paper's figure has no panel for MovieLens-100k.",
         BARS,
         DECAY,
+        "Adam's eps is 1e-8, LAWN's 1e-6, as in the paper: another difference between them.",
+        "Holm's correction is over the comparisons of this page; that of table 4 is over more.",
         RANGE.format("of table 3 or 4"),
     ),
 )

@@ -6,8 +6,12 @@ from experiments.definitions.spec import Cell, Experiment, Measure
 from experiments.definitions.tables import PANELS, TABLE4
 
 SHORT, FULL = (f"{PANELS['movielens100k']}, {schedule}" for schedule in ("short schedules", "the paper's schedules"))
-# Cells whose grid is run for the whole schedule, too.
-CHECKED = ("SGD", "SGD-LAWN", "Adam, eps 1e-8", "Adam-LAWN", "LAMB", "LAMB-LAWN"), "batch 10k"
+# Columns whose grids are run for the whole schedule, too, and their rows.
+CHECKED = {
+    "batch 10k": ("SGD", "SGD-LAWN", "Adam, eps 1e-8", "Adam-LAWN", "LAMB", "LAMB-LAWN"),
+    "batch 100k": ("SGD", "SGD-LAWN"),
+    "batch 400k": ("SGD", "SGD-LAWN"),
+}
 
 
 def _whole(cell: Cell, panel: str, epochs: int) -> Cell:
@@ -20,11 +24,7 @@ TUNING_CURVES = Experiment(
     "Tuning curves: the best of k random settings",
     (
         *(_whole(cell, SHORT, cell.epochs[-1]) for cell in _CELLS),
-        *(
-            _whole(cell, FULL, cell.epochs[0])
-            for cell in _CELLS
-            if cell.row in CHECKED[0] and cell.column == CHECKED[1]
-        ),
+        *(_whole(cell, FULL, cell.epochs[0]) for cell in _CELLS if cell.row in CHECKED.get(cell.column, ())),
     ),
     (Measure("headline", "validation HR@10, %"),),
     figure="tuning",

@@ -83,7 +83,8 @@ def summary(experiment: Experiment, found: list[Outcome]) -> list[str]:
             lines.append(f"{below[:1].upper()}{below[1:]}.")
     if experiment.figure == "horizon":
         lines += _over_horizons(experiment, found)
-    return lines + _shared(found) + _rankings(experiment, found) + _spread(experiment, found)
+    lines += _shared(found) + _rankings(experiment, found) + _spread(experiment, found)
+    return lines + _the_papers_gains(pairs) + _where_the_paper_fails(experiment, found)
 
 
 def below_paper(decided: list[Pair]) -> str:
@@ -160,6 +161,35 @@ def _spread(experiment: Experiment, found: list[Outcome]) -> list[str]:
     return lines
 
 
+def _the_papers_gains(pairs: list[Pair]) -> list[str]:
+    """Where the paper's gain is outside the interval of ours."""
+    known = [(pair, pair.gain.interval()) for pair in pairs if not isnan(pair.paper) and not isnan(pair.gain.p)]
+    outside = [
+        f"{pair.rival} against {pair.base} at {pair.place} (paper {pair.paper:+.3g}, here {low:+.3g} to {high:+.3g})"
+        for pair, (low, high) in known
+        if not low <= pair.paper <= high
+    ]
+    if not outside:
+        return []
+    return [
+        f"The paper's gain lies outside our 95 % interval in {len(outside)} of {len(known)} comparisons: "
+        f"{'; '.join(outside)}."
+    ]
+
+
+def _where_the_paper_fails(experiment: Experiment, found: list[Outcome]) -> list[str]:
+    """Our numbers where the paper prints "Fail"."""
+    measure = experiment.measures[0]
+    failed = [o for o in found if o.cell.paper is not None and o.cell.paper.value is None]
+    ours = [
+        f"{o.cell.name} {mean:.2f} ({error:.2f})"
+        for o in failed
+        if o.values(measure) and not o.failed
+        for mean, error in [mean_and_error(o.values(measure))]
+    ]
+    return [f'Where the paper prints "Fail", ours are: {"; ".join(ours)}.'] if ours else []
+
+
 def _rankings(experiment: Experiment, found: list[Outcome]) -> list[str]:
     """The order of the rows in each column where all of the paper's rows have been run; what failed comes last."""
     measure = experiment.measures[0]
@@ -177,4 +207,6 @@ def _rankings(experiment: Experiment, found: list[Outcome]) -> list[str]:
 
 
 def _order(rows: Iterable[tuple[str, float]]) -> str:
-    return " > ".join(row for row, _ in sorted(rows, key=lambda row: inf if isnan(row[1]) else row[1]))
+    ordered = sorted(rows, key=lambda row: inf if isnan(row[1]) else row[1])
+    signs = ["", *(" = " if a == b else " > " for (_, a), (_, b) in pairwise(ordered))]
+    return "".join(f"{sign}{row}" for sign, (row, _) in zip(signs, ordered, strict=True))

@@ -86,9 +86,26 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
         )
         below = below_paper([pair for pair, verdict in zip(pairs, said, strict=True) if verdict in ("better", "worse")])
         text += f" But {below}." if below else ""
+        text += _against_all_bases(pairs)
     shown = tuple(dict.fromkeys(page.name for page, _ in measured.values()))
     listed = _by_column(pairs) if text else [_sentence(pair) for pair in pairs]
     return Finding("Is LAWN better than what it is compared with, both tuned?", text, listed, shown)
+
+
+def _against_all_bases(pairs: Sequence[Pair]) -> str:
+    """In how many columns a row is better than each of the rows that it is compared with, where these are several."""
+    verdicts: dict[tuple[str, str, str], list[str]] = {}
+    for pair in pairs:
+        verdicts.setdefault((pair.rival, pair.panel, pair.column), []).append(verdict_of(pair))
+    better: dict[str, list[bool]] = {}
+    for (rival, _, _), said in verdicts.items():
+        if len(said) > 1:
+            better.setdefault(rival, []).append(set(said) == {"better"})
+    return "".join(
+        f" Where {rival} has several baselines, it is better than each of them in {sum(columns)} of {len(columns)} "
+        f"column{'s' * (len(columns) > 1)}."
+        for rival, columns in better.items()
+    )
 
 
 def _horizon(page: Page) -> Finding | None:
@@ -108,17 +125,13 @@ def _tuning(page: Page) -> Finding | None:
             if {(*place, base), (*place, rival)} <= set(best)
         }
         gains = [gain for place, gain in at.items() if place[0] == SHORT]
+        whole = [f"{format_signed(gain)} at {column}" for (panel, column), gain in at.items() if panel == FULL]
         if len(gains) > 1:
             interval = mean_interval(gains)
             said.append(
                 f"{_capitalized(verdict(*interval))}: {rival} against {base}: "
                 f"{format_signed(float(np.mean(gains)))} points ({_interval(*interval)}, over {len(gains)} batch sizes)"
-                + "".join(
-                    f", but {format_signed(gain)} with the paper's schedule at {column}"
-                    for (panel, column), gain in at.items()
-                    if panel == FULL
-                )
-                + "."
+                + (f"; with the paper's schedule {', '.join(whole)}." if whole else ".")
             )
     if not said:
         return None
