@@ -5,6 +5,8 @@ import os
 import torch
 from torch import Tensor
 
+from lawn.optim.dispatch import triton_problem
+
 
 def look_up(tables: Tensor, ids: Tensor) -> Tensor:
     """Index the rows of tables [R, N, D] by ids [R, B] in each table: [R, B, D]."""
@@ -29,12 +31,9 @@ def relu_of_sum(first: Tensor, second: Tensor, i: Tensor, j: Tensor) -> Tensor:
     Returns:
         Hidden units [R, B, D].
     """
-    compiled = first.is_cuda and not torch.are_deterministic_algorithms_enabled()
-    if compiled or os.environ.get("TRITON_INTERPRET") == "1":
-        try:
-            from lawn.models.lookup_kernels import ReluOfSum
-        except ImportError:
-            pass
-        else:
-            return ReluOfSum.apply(first, second, i, j)
+    on_gpu = first.is_cuda and not torch.are_deterministic_algorithms_enabled()
+    if (on_gpu or os.environ.get("TRITON_INTERPRET") == "1") and not triton_problem(first.device):
+        from lawn.models.lookup_kernels import ReluOfSum
+
+        return ReluOfSum.apply(first, second, i, j)
     return (look_up(first, i) + look_up(second, j)).relu_()

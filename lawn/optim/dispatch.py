@@ -1,6 +1,7 @@
 """Chooses the backend of the constrained updates: Triton kernels, compiled CPU kernels or plain torch operations."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -61,7 +62,7 @@ def backend(blocks: Blocks, fused: bool | None) -> Backend:
     unsupported = unsupported or not blocks.has_dense_slices()
     if fused is False or unsupported or torch.compiler.is_compiling():
         return update
-    return _triton(blocks.lists) or cpu_kernels.load(blocks.lists, warn=bool(fused)) or update
+    return _triton(blocks.lists, warn=bool(fused)) or cpu_kernels.load(blocks.lists, warn=bool(fused)) or update
 
 
 def backend_of(weight: Tensor, fused: bool | None) -> tuple[str, str]:
@@ -73,7 +74,7 @@ def backend_of(weight: Tensor, fused: bool | None) -> tuple[str, str]:
 
     Returns:
         The name `triton`, `native` (compiled CPU kernels) or `torch`.
-        The reason why CPU kernels that would fit cannot be built, with a remedy; empty otherwise.
+        The reason why compiled code that would fit cannot be used, with a remedy; empty otherwise.
     """
     if fused is False:
         return "torch", ""
@@ -81,17 +82,30 @@ def backend_of(weight: Tensor, fused: bool | None) -> tuple[str, str]:
         return "triton", ""
     if cpu_kernels.load([[weight]]) is not None:
         return "native", ""
+    if weight.is_cuda:
+        return "torch", triton_problem(weight.device)
     return "torch", cpu_kernels.build(weight.dtype)[1] if weight.is_cpu and weight.dtype in cpu_kernels.DTYPES else ""
 
 
-def _triton(lists: Sequence[list[Tensor]]) -> Backend | None:
-    """Return the module `triton_kernels` if it can update all tensors together."""
+def triton_problem(device: torch.device) -> str:
+    """Why Triton kernels cannot run on a device; empty where they can."""
+    try:
+        from lawn.optim import triton_probe
+    except ImportError:
+        return "Triton is not installed"
+    return triton_probe.problem(device)
+
+
+def _triton(lists: Sequence[list[Tensor]], warn: bool = False) -> Backend | None:
+    """Return the module `triton_kernels` if it can update all tensors together; `warn` where Triton does not work."""
     like = lists[0][0]
     if not (like.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return None
-    try:
-        from lawn.optim import triton_kernels
-    except ImportError:
+    if problem := triton_problem(like.device):
+        if warn:
+            warnings.warn(f"the fused update falls back to the plain one: {problem}", stacklevel=3)
         return None
+    from lawn.optim import triton_kernels
+
     fits = all(t.device == like.device and t.dtype == like.dtype for tensors in lists for t in tensors)
     return triton_kernels if fits and like.dtype in triton_kernels.DTYPES and cpu_kernels.same_layout(*lists) else None

@@ -269,3 +269,26 @@ def test_without_a_home_kernels_are_compiled_into_a_temporary_folder(monkeypatch
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "own"))
     ensure_triton_cache()
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "own")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton works there")
+def test_without_a_compiler_the_step_is_plain(monkeypatch):
+    """As in container images for running torch. Here Triton fails for want of a driver."""
+    from lawn.models.lookup import relu_of_sum
+    from lawn.optim import dispatch, triton_probe
+
+    triton_probe.problem.cache_clear()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # asks for Triton on the CPU; it was imported without
+    problem = dispatch.triton_problem(torch.device("cpu"))
+    assert problem.startswith("Triton cannot launch a kernel on cpu (")
+    assert problem.endswith("it needs a C compiler, as gcc")
+    assert "\n" not in problem
+    plain = run(AdamLAWN, "cpu", torch.float32, False)
+    for p, q in zip(run(AdamLAWN, "cpu", torch.float32, None), plain, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    with pytest.warns(UserWarning, match="falls back to the plain one: Triton cannot launch a kernel"):
+        run(AdamLAWN, "cpu", torch.float32, True)
+    first, second = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+    i, j = torch.randint(3, (2, 6)), torch.randint(5, (2, 6))
+    assert "ReluOfSum" not in str(relu_of_sum(first.requires_grad_(), second, i, j).grad_fn)
+    triton_probe.problem.cache_clear()
