@@ -326,9 +326,12 @@ def _apply(
     """Apply updates, multiplied by their trust ratios where these are `trusted`."""
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr  # one of shape [1] would add an axis to a single number
     parts: dict[Any, list[Any]] = {}
+    elements: dict[Any, int] = {}
     for w, r, w_norm, r_norm, trust in zip(weights, updates, weight_norms, update_norms, trusted, strict=True):
-        parts.setdefault((w.device, w.dtype, trust), []).append((w, r, w_norm, r_norm))
-    for (_, _, trust), members in parts.items():
+        kind = w.device, w.dtype, trust
+        elements[kind] = elements.get(kind, 0) + w.numel()
+        parts.setdefault((*kind, elements[kind] // batch_elements(w.device)), []).append((w, r, w_norm, r_norm))
+    for (_, _, trust, _), members in parts.items():
         weights, updates, *norms = map(list, zip(*members, strict=True))
         moves: Sequence[Tensor]
         if trust:
@@ -343,7 +346,7 @@ def _apply(
 
 def _scaled(tensors: list[Tensor], factors: list[Tensor]) -> list[Tensor]:
     """Multiply each tensor by its factors, which are broadcast; on a GPU with as many kernels as for one tensor."""
-    if not tensors[0].is_cuda:
+    if not tensors[0].is_cuda or len(tensors) == 1:
         return [t * factor for t, factor in zip(tensors, factors, strict=True)]
     pairs = list(zip(tensors, factors, strict=True))
     flat = torch.cat([t.reshape(-1) for t in tensors]) * torch.cat([x.expand_as(t).reshape(-1) for t, x in pairs])
