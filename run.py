@@ -26,7 +26,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from lawn.compose import CONF, refuse_sweeps, refuse_unknown_preset
+from lawn.compose import CONF, overrides_of, refuse_sweeps, refuse_unknown_preset
 from lawn.config import Config, register
 from lawn.errors import ConfigError, UserError
 from lawn.explain import explain, is_hydra_error
@@ -46,11 +46,11 @@ waiting: list[Config] = []  # runs with train.vectorize
 def run(composed: DictConfig) -> dict[str, Any] | None:
     elsewhere = os.getpid() != PROCESS  # in a process of a launcher, which returns result or error to this one
     job = HydraConfig.get()
-    jobs.append(" ".join(job.overrides.task))
+    jobs.append(" ".join(overrides_of(job)))
     of = f"in the job {jobs[-1]}: " if job.mode == RunMode.MULTIRUN else ""
     try:
         refuse_unknown_preset(job)
-        refuse_sweeps(job.overrides.task, job.sweeper.params or {}, multirun=job.mode == RunMode.MULTIRUN)
+        refuse_sweeps(overrides_of(job), job.sweeper.params or {}, multirun=job.mode == RunMode.MULTIRUN)
         config = validate(composed)
         if not config.train.vectorize or elsewhere:
             return train(config)

@@ -55,13 +55,23 @@ def _compose(*overrides: str) -> DictConfig:
     return composed
 
 
+def overrides_of(job: Any) -> list[str]:
+    """The overrides as they were written; to read them one by one resolves what they interpolate.
+
+    `job` is the composed node `hydra`.
+    """
+    written = OmegaConf.to_container(job.overrides.task, resolve=False)
+    assert isinstance(written, list)
+    return list(map(str, written))
+
+
 def refuse_unknown_preset(job: Any) -> None:
     """Raises ConfigError if a preset was chosen that does not exist: most pairs have none, so Hydra does not mind.
 
     `job` is the composed node `hydra`.
     """
     name = job.runtime.choices.get("preset")
-    given = any(override.lstrip("+").startswith("preset=") for override in job.overrides.task)
+    given = any(override.lstrip("+").startswith("preset=") for override in overrides_of(job))
     known = GlobalHydra.instance().config_loader().get_group_options("preset")
     if given and name not in (None, *known):
         raise ConfigError(f"preset={name}: no such preset; choose from {', '.join(sorted(known))}")

@@ -105,6 +105,8 @@ def test_a_failing_job_does_not_keep_the_others(tmp_path, main):
         ),
         (["+optim.lrr=1"], 2, "optim.lrr: no such key; optim takes name, lr"),
         (["optim.free_epochs=400", "train.epochs=300"], 2, "must be below train.epochs=300"),
+        (["optim.lr=${{nothing}}"], 2, "optim.lr: Interpolation key 'nothing' not found"),
+        (["dataset.name=${{nothing}}"], 2, "dataset.name: Interpolation key 'nothing' not found"),
         (["optim.lr=fast"], 2, "optim.lr: Value 'fast' of type 'str' could not be converted to Float"),
         (["dataset=imagenet", "data_dir={tmp}"], 1, "put its images into"),
         (["dataset=movielens100k", "data_dir={tmp}/cut"], 1, "u.data, line 3: want user, item, rating (1 or more)"),

@@ -69,8 +69,9 @@ def over_epochs(experiment: Experiment, found: list[Outcome]) -> Chart:
 
 
 def curve(outcome: Outcome, key: str, color: int = 0, style: str = "solid") -> Line:
-    """A column of metrics.csv over the epochs: the mean over seeds, and their range."""
-    histories = [record.history for record in outcome.records]
+    """A column of metrics.csv over the epochs that all seeds have: the mean over seeds, and their range."""
+    epochs = set.intersection(*({*record.columns["epoch"]} for record in outcome.records))
+    histories = [record.history[record.history["epoch"].isin(epochs)] for record in outcome.records]
     constrained = histories[0]["constrained"].to_numpy()
     values = np.stack([history[key].to_numpy(float) for history in histories])
     mark = max(0, int(constrained.argmax()) - 1) if constrained.any() else None  # the last point of the free phase

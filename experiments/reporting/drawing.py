@@ -23,6 +23,7 @@ from lawn.plotting import Axes, Figure, rc_context
 STYLE: dict[Any, Any] = {**diagnostics.STYLE, "svg.hashsalt": "lawn"}
 DASHES = {"solid": "-", "dashed": "--", "dotted": ":"}
 MIN_WIDTH = 8.0  # inches
+DPI = 150
 LEGEND_WIDTH = 2.7  # inches for an entry of a legend
 
 
@@ -79,9 +80,9 @@ def save(drawing: Drawing, path: Path) -> None:
 def _save_png(figure: Figure, path: Path) -> None:
     """Write a figure with 256 colors: a third of the bytes of all of its colors."""
     pixels = BytesIO()
-    figure.savefig(pixels, format="png", dpi=150)
+    figure.savefig(pixels, format="png", dpi=DPI)
     image = Image.open(pixels).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    image.save(path, format="png", optimize=True)
+    image.save(path, format="png", optimize=True, dpi=(DPI, DPI))
 
 
 def draw(chart: Chart) -> Figure:

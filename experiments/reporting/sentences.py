@@ -53,7 +53,7 @@ def summary(experiment: Experiment, found: list[Outcome]) -> list[str]:
             f"(95 % interval {low:+.3g} to {high:+.3g}, p = {c.gain.p:.2g}, {method([c])})."
         )
     elif pairs:
-        distinct = list({c.gain: c for c in sorted(pairs, key=lambda c: not isnan(c.paper))}.values())
+        distinct = _distinct(pairs)
         ahead = [c for c in distinct if c.gain.difference > 0]
         behind = [c for c in distinct if c.gain.difference < 0]
         equal = len(distinct) - len(ahead) - len(behind)
@@ -84,7 +84,12 @@ def summary(experiment: Experiment, found: list[Outcome]) -> list[str]:
     if experiment.figure == "horizon":
         lines += _over_horizons(experiment, found)
     lines += _shared(found) + _rankings(experiment, found) + _spread(experiment, found)
-    return lines + _the_papers_gains(pairs) + _where_the_paper_fails(experiment, found)
+    return lines + _the_papers_gains(_distinct(pairs)) + _where_the_paper_fails(experiment, found)
+
+
+def _distinct(pairs: list[Pair]) -> list[Pair]:
+    """Comparisons of the same runs once."""
+    return list({pair.gain: pair for pair in sorted(pairs, key=lambda pair: not isnan(pair.paper))}.values())
 
 
 def below_paper(decided: list[Pair]) -> str:
@@ -162,8 +167,12 @@ def _spread(experiment: Experiment, found: list[Outcome]) -> list[str]:
 
 
 def _the_papers_gains(pairs: list[Pair]) -> list[str]:
-    """Where the paper's gain is outside the interval of ours."""
-    known = [(pair, pair.gain.interval()) for pair in pairs if not isnan(pair.paper) and not isnan(pair.gain.p)]
+    """Where the paper's gain is outside the interval of ours, of as many epochs."""
+    known = [
+        (pair, pair.gain.interval())
+        for pair in pairs
+        if not isnan(pair.paper) and not isnan(pair.gain.p) and pair.epochs == pair.paper_epochs
+    ]
     outside = [
         f"{pair.rival} against {pair.base} at {pair.place} (paper {pair.paper:+.3g}, here {low:+.3g} to {high:+.3g})"
         for pair, (low, high) in known
@@ -182,7 +191,7 @@ def _where_the_paper_fails(experiment: Experiment, found: list[Outcome]) -> list
     measure = experiment.measures[0]
     failed = [o for o in found if o.cell.paper is not None and o.cell.paper.value is None]
     ours = [
-        f"{o.cell.name} {mean:.2f} ({error:.2f})"
+        f"{o.cell.name} {mean:.2f}" + ("" if isnan(error) else f" ({error:.2f})")
         for o in failed
         if o.values(measure) and not o.failed
         for mean, error in [mean_and_error(o.values(measure))]
@@ -208,5 +217,6 @@ def _rankings(experiment: Experiment, found: list[Outcome]) -> list[str]:
 
 def _order(rows: Iterable[tuple[str, float]]) -> str:
     ordered = sorted(rows, key=lambda row: inf if isnan(row[1]) else row[1])
-    signs = ["", *(" = " if a == b else " > " for (_, a), (_, b) in pairwise(ordered))]
+    means = [f"{mean:.2f}" for _, mean in ordered]
+    signs = ["", *(" = " if a == b else " > " for a, b in pairwise(means))]
     return "".join(f"{sign}{row}" for sign, (row, _) in zip(signs, ordered, strict=True))

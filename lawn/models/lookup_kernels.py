@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lawn.optim.cache import ensure_triton_cache
 
@@ -64,6 +65,7 @@ class ReluOfSum(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (gradient,), (result, i, j), (first, second) = gradients, ctx.saved_tensors, ctx.shapes
         of_first, of_second = gradient.new_zeros(first), gradient.new_zeros(second)

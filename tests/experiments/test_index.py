@@ -358,6 +358,16 @@ def test_what_is_said_of_the_comparisons():
     )
 
 
+def test_what_is_said_of_several_baselines():
+    """The weaker of two baselines alone is no verdict; two that are the same runs are one and the other."""
+    columns = [("0k", 3.0, 3.0), ("1k", 3.1, 0.1), ("2k", 3.2, 4.0), ("3k", 0.2, 0.2)]
+    pairs = [pair(gain, 0.5, base, column) for column, *both in columns for base, gain in zip("AB", both, strict=True)]
+    pairs += [pair(2.0, 0.3, "A", "4k"), pair(2.1, 0.3, "A", "5k")]
+    (said,) = findings.findings([table_with(*pairs)])
+    assert "Of 8 comparisons" in said.text
+    assert " Where Adam-LAWN has several baselines, it is better than each of them in 2 of 4 columns." in said.text
+
+
 def test_what_is_said_of_the_number_of_epochs():
     pairs = [pair(2.0, 0.1, column="15 epochs"), pair(-2.0, 0.1, column="30 epochs")]
     (said,) = findings.findings([empty_page(replace(MINI, name="horizon"), [], pairs=pairs)])
@@ -420,6 +430,19 @@ def test_a_curve_that_a_seed_lacks_is_left_out(results):
     without = replace(second, columns={k: v for k, v in second.columns.items() if k != "weight_norm"})
     (row,) = detail(replace(outcome, records=[first, without]), MINI.measures, "", [], "")["curves"]["rows"]
     assert "norm of all weights" not in [subplot["ylabel"] for subplot in row]
+
+
+def test_curves_of_seeds_recorded_at_other_epochs_are_over_those_of_all(results):
+    """Versions of the harness have kept all epochs, every second or every third."""
+    (outcome, *_) = pages_of(results, [MINI])[0].outcomes
+    first, second = outcome.records
+    assert len(first.columns["epoch"]) > 2
+    fewer = replace(second, columns={k: [v[0], *v[2:]] for k, v in second.columns.items()})
+    (row,) = detail(replace(outcome, records=[first, fewer]), MINI.measures, "", [], "")["curves"]["rows"]
+    (line,) = row[0]["lines"]
+    assert line["x"] == fewer.columns["epoch"]
+    losses = [[r.columns["train_loss"][r.columns["epoch"].index(e)] for e in line["x"]] for r in (first, fewer)]
+    assert line["y"] == pytest.approx(np.mean(losses, axis=0), rel=1e-5)
 
 
 def test_the_command_of_a_cell_with_the_short_budget(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.optim import SGD, Adam, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -277,12 +278,15 @@ def test_without_a_compiler_the_step_is_plain(monkeypatch):
     from lawn.models.lookup import relu_of_sum
     from lawn.optim import dispatch, triton_probe
 
-    triton_probe.problem.cache_clear()
+    monkeypatch.setattr(triton_probe, "_known", {})
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # asks for Triton on the CPU; it was imported without
     problem = dispatch.triton_problem(torch.device("cpu"))
     assert problem.startswith("Triton cannot launch a kernel on cpu (")
-    assert problem.endswith("it needs a C compiler, as gcc")
+    assert problem.endswith("it needs a C compiler, such as gcc")
     assert "\n" not in problem
+    with FakeTensorMode():
+        assert dispatch.triton_problem(torch.device("meta"))
+    assert [*triton_probe._known] == [torch.device("cpu")]  # what has no memory tells nothing of a device
     plain = run(AdamLAWN, "cpu", torch.float32, False)
     for p, q in zip(run(AdamLAWN, "cpu", torch.float32, None), plain, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
@@ -291,4 +295,3 @@ def test_without_a_compiler_the_step_is_plain(monkeypatch):
     first, second = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
     i, j = torch.randint(3, (2, 6)), torch.randint(5, (2, 6))
     assert "ReluOfSum" not in str(relu_of_sum(first.requires_grad_(), second, i, j).grad_fn)
-    triton_probe.problem.cache_clear()

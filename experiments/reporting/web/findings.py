@@ -1,6 +1,6 @@
 """What stands at the top of the page: how much of the paper has been run, and what the records say, with intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isnan
 
@@ -67,11 +67,15 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
     numbers under the names of several tables, are counted once, by the last name that the paper has a number for.
     """
     measured: dict[Comparison, tuple[Page, Pair]] = {}
+    verdicts: dict[tuple[str, str, str], dict[str, str]] = {}  # by rival, panel and column, then by base
     for page in tables:
         if page.experiment is None or page.experiment.measures[0].key != "headline":
             continue
         for pair in page.pairs:
-            if not isnan(pair.gain.p) and (pair.gain not in measured or not isnan(pair.paper)):
+            if isnan(pair.gain.p):
+                continue
+            verdicts.setdefault((pair.rival, pair.panel, pair.column), {})[pair.base] = verdict_of(pair)
+            if pair.gain not in measured or not isnan(pair.paper):
                 measured[pair.gain] = page, pair
     if not measured:
         return None
@@ -86,21 +90,18 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
         )
         below = below_paper([pair for pair, verdict in zip(pairs, said, strict=True) if verdict in ("better", "worse")])
         text += f" But {below}." if below else ""
-        text += _against_all_bases(pairs)
+        text += _against_all_bases(verdicts)
     shown = tuple(dict.fromkeys(page.name for page, _ in measured.values()))
     listed = _by_column(pairs) if text else [_sentence(pair) for pair in pairs]
     return Finding("Is LAWN better than what it is compared with, both tuned?", text, listed, shown)
 
 
-def _against_all_bases(pairs: Sequence[Pair]) -> str:
+def _against_all_bases(verdicts: Mapping[tuple[str, str, str], Mapping[str, str]]) -> str:
     """In how many columns a row is better than each of the rows that it is compared with, where these are several."""
-    verdicts: dict[tuple[str, str, str], list[str]] = {}
-    for pair in pairs:
-        verdicts.setdefault((pair.rival, pair.panel, pair.column), []).append(verdict_of(pair))
     better: dict[str, list[bool]] = {}
     for (rival, _, _), said in verdicts.items():
         if len(said) > 1:
-            better.setdefault(rival, []).append(set(said) == {"better"})
+            better.setdefault(rival, []).append({*said.values()} == {"better"})
     return "".join(
         f" Where {rival} has several baselines, it is better than each of them in {sum(columns)} of {len(columns)} "
         f"column{'s' * (len(columns) > 1)}."
