@@ -1,11 +1,9 @@
 """Looking up rows of the tables of several runs."""
 
-import os
-
 import torch
 from torch import Tensor
 
-from lawn.optim.dispatch import triton_problem
+from lawn.optim.dispatch import is_for_triton, triton_problem
 
 
 def look_up(tables: Tensor, ids: Tensor) -> Tensor:
@@ -31,8 +29,8 @@ def relu_of_sum(first: Tensor, second: Tensor, i: Tensor, j: Tensor) -> Tensor:
     Returns:
         Hidden units [R, B, D].
     """
-    on_gpu = first.is_cuda and not torch.are_deterministic_algorithms_enabled()
-    if (on_gpu or os.environ.get("TRITON_INTERPRET") == "1") and not triton_problem(first.device):
+    fits = is_for_triton(first) and not torch.are_deterministic_algorithms_enabled()
+    if fits and not triton_problem(first.device):
         from lawn.models.lookup_kernels import ReluOfSum
 
         return ReluOfSum.apply(first, second, i, j)

@@ -11,11 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lawn.optim.cache import ensure_triton_cache
-
 ROWS = 16  # samples of a program
-
-ensure_triton_cache()
 
 
 @triton.jit

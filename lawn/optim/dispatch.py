@@ -87,6 +87,11 @@ def backend_of(weight: Tensor, fused: bool | None) -> tuple[str, str]:
     return "torch", cpu_kernels.build(weight.dtype)[1] if weight.is_cpu and weight.dtype in cpu_kernels.DTYPES else ""
 
 
+def is_for_triton(t: Tensor) -> bool:
+    """Whether Triton serves the device of a tensor: a GPU, or any in its interpreter."""
+    return t.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def triton_problem(device: torch.device) -> str:
     """Why Triton kernels cannot run on a device; empty where they can."""
     try:
@@ -99,7 +104,7 @@ def triton_problem(device: torch.device) -> str:
 def _triton(lists: Sequence[list[Tensor]], warn: bool = False) -> Backend | None:
     """Return the module `triton_kernels` if it can update all tensors together; `warn` where Triton does not work."""
     like = lists[0][0]
-    if not (like.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+    if not is_for_triton(like):
         return None
     if problem := triton_problem(like.device):
         if warn:

@@ -190,4 +190,4 @@ def test_an_unknown_value_is_refused(kind):
 
 def test_the_wrapper_refuses_it():
     with pytest.raises(TypeError, match="rounding"):
-        LAWN(torch.optim.SGD(make_params(), lr=0.1), rounding="stochastic")  # type: ignore[call-arg]
+        LAWN(torch.optim.SGD(make_params(), lr=0.1), rounding="stochastic")  # type: ignore[call-arg]  # which is refused
