@@ -6,6 +6,7 @@ import signal
 import sys
 from copy import deepcopy
 from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads only get
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:  # by a script's & or by nohup; then what the tests start ignores it
         signal.signal(number, handler)
+# A process has one server that forks others. The first test that needs it starts it, with what all of them import.
+forkserver.set_forkserver_preload(["experiments.execution.pool", "torch._dynamo", "sklearn.datasets"])
+setattr(forkserver, "set_forkserver_preload", lambda modules: None)  # noqa: B010 (mypy refuses an assignment)
 
 
 def pytest_collection_finish() -> None:

@@ -1,9 +1,7 @@
-"""The first layer of several recommenders at once, with Triton's kernels: in Triton's interpreter, and on a GPU."""
+"""The first layer of several recommenders at once, with Triton's kernels: in Triton's interpreter (see
+tests/test_triton.py), and on a GPU."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,15 +14,6 @@ DEVICES = [
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
 ]
 SHAPES = [(1, 3, 2, 1, 1), (3, 7, 5, 33, 40), (2, 90, 40, 500, 64)]  # runs, rows, rows, samples, units
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is the interpreter's process")
-def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", str(Path(__file__)), "-p", "no:cacheprovider", "--noconftest"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, "-k", "relu_of_sum"], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stdout
-    assert f"{2 * len(SHAPES) + 1} passed" in done.stdout
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -19,7 +19,7 @@ from lawn.files import exclusively
 from lawn.optim import param_groups
 from tests.optim.helpers import fixed_norms, wrapped
 
-FREE_STEPS, STEPS = 10, 20
+FREE_STEPS, STEPS = 5, 10
 Params = Any
 
 

@@ -1,12 +1,6 @@
-"""The GPU kernels: in Triton's interpreter on the CPU, and where there is a GPU for real.
-
-The interpreter is chosen when the kernels are defined, so these tests run in a process of their own that
-`test_in_the_interpreter` starts.
-"""
+"""The GPU kernels: in Triton's interpreter on the CPU (see tests/test_triton.py), and where there is a GPU for real."""
 
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -36,26 +30,6 @@ def adam(params: list[nn.Parameter], **keys) -> Optimizer:
 
 KINDS = [(AdamLAWN, "adam"), (LAMBLAWN, "lamb"), (SGDLAWN, "sgd"), (wrapped(adam), "adam")]
 SIZES = [(60, 70), (5, 4), (7,), (3, 2, 3, 3)]  # the first in two chunks
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is the interpreter's process")
-@pytest.mark.parametrize(("marked", "count"), [("not slow", 13), pytest.param("slow", 5, marks=pytest.mark.slow)])
-def test_in_the_interpreter(marked, count):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        str(Path(__file__)),
-        "-p",
-        "no:cacheprovider",
-        "--noconftest",
-        "-m",
-        marked,
-    ]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stdout
-    assert f"{count} passed" in done.stdout
 
 
 def run(
