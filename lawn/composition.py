@@ -97,16 +97,15 @@ class _Members:
         return resolve(without_hydra(copy.deepcopy(self._composed))[0])
 
     def config(self, values: Mapping[str, Any]) -> Config:
-        config = copy.deepcopy(self._base)
+        base = self._base
         with self._set(values):
-            if config is None:
+            if base is None:
                 return self._whole()
             try:
-                for key in dict.fromkeys((*values, *self._interpolated)):
-                    config = with_value(config, key, _select(self._composed, key))
+                given = {key: _select(self._composed, key) for key in (*values, *self._interpolated)}
             except OmegaConfBaseException as error:
                 raise ConfigError(explain(error)) from error
-        return normalize(config)
+        return normalize(with_values(copy.deepcopy(base), given))
 
     def swept(self, values: Mapping[str, Any]) -> dict[str, str]:
         with self._set(values):
@@ -152,12 +151,14 @@ def _select(composed: DictConfig, key: str) -> Any:
     return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
 
 
-def with_value(config: Config, key: str, value: Any) -> Config:
-    """The config with another value of a key."""
-    section, _, name = key.rpartition(".")
-    return replace(
-        config, **{section: replace(getattr(config, section), **{name: value})} if section else {name: value}
-    )
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """The config with other values of some keys."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        sections.setdefault(section, {})[name] = value
+    config = replace(config, **sections.pop("", {}))
+    return replace(config, **{name: replace(getattr(config, name), **each) for name, each in sections.items()})
 
 
 def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

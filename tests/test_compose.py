@@ -61,6 +61,7 @@ def test_without_a_checkout_an_error_names_the_remedy(tmp_path, monkeypatch):
             "optim.free_epochs=${scaled:1,2}",
         ),
         ("++dataset.limit=null", "optim=sgd"),
+        ("train={epochs: 5}", "train.batch_size=7", "seed=3"),
     ],
 )
 def test_composing_many_gives_what_composing_one_gives(overrides):

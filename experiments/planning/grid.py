@@ -1,7 +1,7 @@
 """The runs of a sweep preset: one for each point of its grid, and for points one step beyond its ends."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property, reduce
 from typing import Any
 
@@ -12,7 +12,7 @@ from experiments.planning import search
 from experiments.planning.search import Point
 from experiments.records import Store
 from lawn.compose import parse_override
-from lawn.composition import Composition, compose_many, typed_value, with_value
+from lawn.composition import Composition, compose_many, typed_value, with_values
 from lawn.config import Config
 from lawn.errors import ConfigError
 from lawn.explain import explain
@@ -110,9 +110,8 @@ class Grid:
         if None in values:
             raise ConfigError(f"{setting}: beyond the grid")
         chosen = (*setting, f"eval.split={self._selection}", f"seed={seed}")
-        config = replace(self.config, eval=replace(self.config.eval, split=self._selection), seed=seed)
-        for override in setting:
-            config = with_value(config, override.partition("=")[0], self._value(override))
+        swept = {key: self._value(override) for key, override in zip(self.axes, setting, strict=True)}
+        config = with_values(self.config, {**swept, "eval.split": self._selection, "seed": seed})
         check(config)
         overrides = (*self.overrides, f"sweep={self._sweep}", *chosen)
         return Job(config, overrides, setting, self._experiment, tunes=True)
@@ -125,7 +124,7 @@ class Grid:
         if override not in self._values:
             key = override.partition("=")[0]
             value = typed_value(override)
-            config = normalize(with_value(self.config, key, value))
+            config = normalize(with_values(self.config, {key: value}))
             checked = key, self._composition.interpolations
             if checked not in _INDEPENDENT and config != self.config:
                 if self._composition.with_value(key, value).config != config:

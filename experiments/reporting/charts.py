@@ -70,15 +70,16 @@ def over_epochs(experiment: Experiment, found: list[Outcome]) -> Chart:
 
 def curve(outcome: Outcome, key: str, color: int = 0, style: str = "solid") -> Line:
     """A column of metrics.csv over the epochs that all seeds have: the mean over seeds, and their range."""
-    epochs = set.intersection(*({*record.columns["epoch"]} for record in outcome.records))
-    histories = [record.history[record.history["epoch"].isin(epochs)] for record in outcome.records]
-    constrained = histories[0]["constrained"].to_numpy()
-    values = np.stack([history[key].to_numpy(float) for history in histories])
+    columns = [record.columns for record in outcome.records]
+    epochs = sorted(set.intersection(*({*own["epoch"]} for own in columns)))
+    kept = [np.isin(own["epoch"], epochs) for own in columns]
+    values = np.stack([np.array(own[key], float)[rows] for own, rows in zip(columns, kept, strict=True)])
+    constrained = np.array(columns[0]["constrained"])[kept[0]]
     mark = max(0, int(constrained.argmax()) - 1) if constrained.any() else None  # the last point of the free phase
     return Line(
         outcome.cell.row,
         color,
-        histories[0]["epoch"].tolist(),
+        epochs,
         values.mean(0).tolist(),
         values.min(0).tolist(),
         values.max(0).tolist(),

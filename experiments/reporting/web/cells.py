@@ -144,13 +144,13 @@ def _curves(outcome: Outcome, measures: Sequence[Measure]) -> Chart:
     headline = f"{record.result['split']}_{record.result['headline']}"
     title = next((measure.title for measure in measures if measure.key == "headline"), headline)
     shown = [CURVES[0], (headline, title, "linear"), CURVES[1], NORM]
-    histories = [record.history for record in outcome.records]
+    recorded = [record.columns for record in outcome.records]
     return Chart(
         [
             [
                 Subplot("", "epoch", title, [curve(outcome, key)], yscale=scale)
                 for key, title, scale in shown
-                if all(key in history and history[key].notna().any() for history in histories)
+                if all(set(columns.get(key, ())) - {None} for columns in recorded)
             ]
         ]
     )
