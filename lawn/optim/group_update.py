@@ -130,13 +130,17 @@ class GroupUpdate:
             return self.norms
         return [c for c, size in zip(self.norms, self.sizes, strict=True) for _ in range(size)]
 
+    def store_norms(self, state: State) -> None:
+        """Store the norms of the constrained parameters."""
+        for part in self.parts():
+            for p, c in zip(part.params, part.param_norms(), strict=True):
+                state[p][NORM] = c
+
     def record(self, state: State) -> None:
         """Store the norms after the step, and count the step."""
         for p in self.free:
             state[p].setdefault(NORM, free_norm(self.group, p))
-        for part in self.parts():
-            for p, c in zip(part.params, part.param_norms(), strict=True):
-                state[p][NORM] = c
+        self.store_norms(state)
         self.group["steps"] += 1
 
 

@@ -56,20 +56,33 @@ def check_free_steps(free_steps: Any) -> int | None:
     return steps
 
 
-def add_defaults(groups: list[Group], index: int, free_steps: int | None) -> None:
+def add_defaults(groups: list[Group], index: int, free_steps: int | None, *, later: bool) -> None:
     """Add missing keys to param group `index`. Raises ValueError or TypeError as `check_group` does.
 
-    A group that is added later starts in the phase of the other groups, unless it has its own `free_steps`, which are
-    counted from then on.
+    A group that is added `later` than the optimizer was made starts in the phase of the other groups, unless it has its
+    own `free_steps`, which are counted from then on.
     """
     group, others = groups[index], groups[:index]
     check_group(group, index)
     known: Group = {"free_steps": free_steps}
-    if "free_steps" not in group and others:
-        known["steps"] = max(other["steps"] for other in others)
-        known["switched"] = all(other["switched"] for other in others)
+    if later and others and "free_steps" not in group:
+        known = _phase_of(others)
     known = {**DEFAULTS, **known, **{key: group[key] for key in DEFAULTS if key in group}}
     group.update({**known, "free_steps": check_free_steps(known["free_steps"])})
+
+
+def _phase_of(groups: list[Group]) -> Group:
+    """Return the keys of the phase of groups, of those that can be constrained if there are any: the free one while one
+    of them is in it, until the last of them switches.
+    """
+    groups = [group for group in groups if any(constrains(group, p) for p in group["params"])] or groups
+    free = [group for group in groups if not group["switched"]]
+    waiting = [group["free_steps"] for group in free or groups]
+    return {
+        "free_steps": None if None in waiting else max(waiting),
+        "steps": max(group["steps"] for group in groups),
+        "switched": not free,
+    }
 
 
 def check_group(group: Group, index: int, label: str = "param group") -> None:
@@ -135,6 +148,12 @@ def entries(state: Mapping[Any, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
     return [(p, entry) for p, entry in state.items() if isinstance(p, Tensor)]
 
 
+def forget_removed(known: dict[Tensor, Any], groups: list[Group]) -> None:
+    """Remove the entries of parameters that have left the param groups, which would keep them in memory."""
+    for p in known.keys() - {p for group in groups for p in group["params"]}:
+        del known[p]
+
+
 def without_run(group: Group) -> Group:
     """Return a copy of a param group that begins with the free phase."""
     return {key: value for key, value in group.items() if key not in RUN}
@@ -147,7 +166,9 @@ def restore_norms(state: State) -> None:
             norm = entry.get(NORM, 0.0)
             if isinstance(norm, list | tuple):
                 entry[NORM] = torch.tensor(norm, dtype=torch.float64, device="cpu")
-            elif not isinstance(norm, Tensor) or norm.ndim == 0:
+            elif isinstance(norm, Tensor) and norm.ndim:
+                entry[NORM] = norm.to("cpu", torch.float64)
+            else:
                 entry[NORM] = float(norm)
 
 

@@ -18,6 +18,7 @@ from lawn.optim.keys import (
     describe,
     entries,
     fixed_norm,
+    forget_removed,
     free_norm,
     is_due,
     is_fixed,
@@ -84,6 +85,7 @@ def begin_step(optimizer: Optimizer, known: KnownBlocks, fused: bool | None = No
         check_group(group, index)
     group_updates = [collect(group, optimizer.state) for group in groups]
     sum_products([part for group_update in group_updates for part in group_update.sharded], fused)
+    count = len(known)
     for index, group_update in enumerate(group_updates):
         for part in group_update.parts():
             _check_counts(part, index)
@@ -91,6 +93,8 @@ def begin_step(optimizer: Optimizer, known: KnownBlocks, fused: bool | None = No
                 measured = _measure_norms(part, index)
                 part.norms = [c if is_fixed(c) else now for c, now in zip(part.norms, measured, strict=True)]
             _check_loaded_norms(part, index, known)
+    if len(known) > count:
+        forget_removed(known, groups)
     for group_update in group_updates:
         fixed = any(any(map(is_fixed, part.norms)) for part in group_update.parts())
         group_update.group["switched"] = is_due(group_update.group) or fixed
@@ -196,7 +200,7 @@ def _blocks(group: Group, constrained: list[Tensor]) -> list[list[Tensor]]:
     needed = set(constrained)
     members: dict[int, list[Tensor]] = {}
     for key, p in zip(group["blocks"], group["params"], strict=True):
-        if p.requires_grad and constrains(group, p):
+        if (p.requires_grad or p in needed) and constrains(group, p):
             members.setdefault(key, []).append(p)
     return [block for block in members.values() if needed.intersection(block)]
 

@@ -1,5 +1,7 @@
 """What takes the place of gradients and states while a wrapped optimizer takes its step."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +26,9 @@ class ProjectedGradients:
             self._replaced[p] = p.grad, tangent._version
             p.grad = tangent
 
+    def forget_removed(self, groups: list[keys.Group]) -> None:
+        keys.forget_removed(self._buffers, groups)
+
     def restore(self, scale: Tensor | None = None) -> None:
         """Put the caller's gradients back, divided by the `scale` by which the optimizer has divided the others."""
         for p, (grad, _) in self._replaced.items():
@@ -42,16 +47,14 @@ class ProjectedGradients:
 
 
 class HiddenNorms:
-    """States with norms, while the optimizer finds states without them: it may ask whether a state is empty.
-
-    States are replaced, not changed, since a state dict may share them.
-    """
+    """States with norms, while the optimizer finds states without them: it may ask whether a state is empty."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._hidden: dict[Tensor, dict[str, Any]] = {}
 
     def hide(self) -> None:
+        """Begin a step: replace the states by others without norms. A state dict may share those with norms."""
         state = self._optimizer.state
         for p, entry in keys.entries(state):
             if keys.NORM in entry:
@@ -60,6 +63,23 @@ class HiddenNorms:
                     state[p] = others
                 else:
                     del state[p]
+
+    @contextmanager
+    def shown_inside_step(self) -> Iterator[None]:
+        """In the body, the norms are in the states again; then not, in the same dicts, which the optimizer may hold."""
+        state = self._optimizer.state
+        shown = {p for p, entry in keys.entries(state) if keys.NORM in entry}  # by `state_dict`, which shares them
+        known = {*state}
+        self.show()
+        try:
+            yield
+        finally:
+            for p, entry in keys.entries(state):
+                if keys.NORM in entry and p not in shown:
+                    self._hidden[p] = dict(entry)
+                    del entry[keys.NORM]
+                    if p not in known:
+                        del state[p]
 
     def show(self) -> None:
         """Put the norms back, but those of parameters and states that have been removed."""

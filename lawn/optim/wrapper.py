@@ -45,8 +45,9 @@ class LAWN:
         TypeError: if `optimizer` has no hooks (it is not a torch optimizer), is a ZeroRedundancyOptimizer, or has flat
             parameters of FullyShardedDataParallel or DTensors with a Partial placement.
         ValueError: if `optimizer` is a LAWN optimizer already, `free_steps` is invalid, constrained parameters have
-            weight decay, or a key of a param group is nearly one of LAWN's or is `rounding`. The optimizer does not
-            change then.
+            weight decay, a key of a param group is nearly one of LAWN's or is `rounding`, a hyperparameter has the name
+            of one of LAWN's keys, the step is `differentiable`, or norms of slices were loaded in half precision
+            before. The optimizer does not change then.
 
     References:
         Gupta et al. 2021, section 3, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
@@ -76,6 +77,14 @@ class LAWN:
         hooks = optimizer._optimizer_step_pre_hooks.values()
         if isinstance(optimizer, LAWNOptimizer) or any(isinstance(getattr(h, "__self__", None), LAWN) for h in hooks):
             raise ValueError("the optimizer is a LAWN optimizer already")
+        if taken := [key for key in (*keys.DEFAULTS, slices.KEY) if key in optimizer.defaults]:
+            raise ValueError(f"{type(optimizer).__name__} has a hyperparameter {taken[0]!r}, the name of a key of LAWN")
+        norms = [entry.get(keys.NORM) for _, entry in keys.entries(optimizer.state)]
+        if rounded := [c.dtype for c in norms if isinstance(c, Tensor) and c.dtype.itemsize < 4]:
+            raise ValueError(
+                f"the optimizer has loaded norms of slices without LAWN, so torch has rounded them to {rounded[0]}; "
+                "put LAWN on a new optimizer and load the checkpoint then"
+            )
         before = [dict(group) for group in optimizer.param_groups]
         trained = any(entry and entry.get("step") != 0 for _, entry in keys.entries(optimizer.state))
         for index, group in enumerate(before):
@@ -83,7 +92,7 @@ class LAWN:
                 optimizer.param_groups[index] = keys.without_run(group)  # another optimizer may have the dict
         try:
             for index in range(len(before)):
-                _add_defaults(optimizer, index, free_steps)
+                _add_defaults(optimizer, index, free_steps, later=False)
         except (TypeError, ValueError):
             for group, old in zip(optimizer.param_groups, before, strict=True):
                 group.clear()
@@ -167,7 +176,7 @@ class LAWN:
         self._norms.show()  # after a step that raised
         for index, group in enumerate(self.optimizer.param_groups):
             if "switched" not in group:
-                _add_defaults(self.optimizer, index, self._free_steps)
+                _add_defaults(self.optimizer, index, self._free_steps, later=True)
 
     @torch._disable_dynamo  # torch.compiler.disable would import the compiler at once
     def _begin(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -189,6 +198,7 @@ class LAWN:
             return None
         if closure is None:
             self._project()
+            self._norms.hide()
             return None
         self._norms.hide()
         self._waits = True
@@ -204,7 +214,8 @@ class LAWN:
             self._waits = False
             self._gradients.restore()
             loss = closure()
-            self._project()
+            with self._norms.shown_inside_step():
+                self._project()
             return loss
 
         if len(args) > 1:
@@ -216,12 +227,14 @@ class LAWN:
     def _project(self) -> None:
         """Replace gradients by projected ones.
 
-        A closure may run several times in a step. The first call stores the weights before the step.
+        A closure may run several times in a step. The first call stores the norms, which a step that raises later must
+        not measure again, and the weights before the step.
         """
-        self._norms.show()
-        first = self._group_updates is None
+        first, count = self._group_updates is None, len(self._before)
         if first:
             self._group_updates = self._zero_check.begin(self.optimizer, self._fused)
+            for group_update in self._group_updates:
+                group_update.store_norms(self.optimizer.state)
         group_updates = self._group_updates or []
         for single in chain.from_iterable(group.split_by_device_and_dtype() for group in group_updates):
             params = single.params
@@ -243,7 +256,9 @@ class LAWN:
             projected = self._gradients.buffers(params, params)
             stages.project(part, before, projected, self._fused)
             self._gradients.replace(params, projected)
-        self._norms.hide()
+        if len(self._before) > count:
+            keys.forget_removed(self._before, self.optimizer.param_groups)
+            self._gradients.forget_removed(self.optimizer.param_groups)
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -305,7 +320,7 @@ def _frame_of_step() -> FrameType | None:
     return frame
 
 
-def _add_defaults(optimizer: Optimizer, index: int, free_steps: int | None) -> None:
+def _add_defaults(optimizer: Optimizer, index: int, free_steps: int | None, *, later: bool) -> None:
     """Check a param group of a wrapped optimizer, and add LAWN's keys."""
     group = optimizer.param_groups[index]
     others = [key for key in group if key not in optimizer.defaults]
@@ -315,4 +330,6 @@ def _add_defaults(optimizer: Optimizer, index: int, free_steps: int | None) -> N
             f"param group {index}: rounding={group[rounding.KEY]!r}, but the wrapped optimizer rounds the weights "
             "itself; use AdamLAWN, SGDLAWN or LAMBLAWN"
         )
-    keys.add_defaults(optimizer.param_groups, index, free_steps)
+    if group.get("differentiable"):
+        raise ValueError(f"param group {index}: differentiable=True, but LAWN's part of a step has no derivatives")
+    keys.add_defaults(optimizer.param_groups, index, free_steps, later=later)

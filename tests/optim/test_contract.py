@@ -1,7 +1,9 @@
 """What a weight's norm survives: every tool of torch that saves, regroups or steps an optimizer."""
 
 import copy
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -495,6 +497,96 @@ def test_a_group_that_comes_later_with_free_steps_of_its_own(form):
         train(nn.Sequential(*network, head), optimizer, t, t + 1)
         moved.append(norms(head) != pytest.approx(before, rel=1e-6))
     assert moved == [True, True, False, False]
+
+
+@every_form
+@pytest.mark.parametrize("told", ["edited", "loaded", "in the group"])
+def test_a_group_that_comes_later_switches_with_the_others(form, told):
+    """Whatever the number of free steps was when the optimizer was made."""
+    network, head = model(), nn.Linear(3, 2)
+    if told == "in the group":
+        optimizer, _ = make(form, [{"params": [*network.parameters()], "free_steps": 5}])
+    else:
+        optimizer, _ = make(form, network.parameters(), free_steps=2)
+    if told == "edited":
+        optimizer.param_groups[0]["free_steps"] = 5
+    elif told == "loaded":
+        optimizer.load_state_dict(make(form, model().parameters(), free_steps=5)[0].state_dict())
+    train(network, optimizer, 0, 3)
+    optimizer.add_param_group({"params": head.parameters()})
+    both = nn.Sequential(*network, head)
+    for t in range(3, 8):
+        assert {group.get("switched", False) for group in optimizer.param_groups} == {t > 5}, t
+        train(both, optimizer, t, t + 1)
+    assert optimizer.state[head.weight][NORM] == pytest.approx(norms(head)[0], rel=1e-6)
+
+
+@every_form
+def test_a_group_that_comes_later_does_not_wait_for_one_that_is_always_free(form):
+    network, head = model(), nn.Linear(3, 2)
+    weights, biases = ([p for p in network.parameters() if (p.ndim > 1) == wide] for wide in (True, False))
+    groups = [{"params": weights, "free_steps": 1}, {"params": biases, "constrain": False}]
+    optimizer, _ = make(form, groups)
+    train(network, optimizer, 0, 3)
+    optimizer.add_param_group({"params": head.parameters()})
+    before = norms(head)
+    train(nn.Sequential(*network, head), optimizer, 3, 6)
+    assert norms(head) == pytest.approx(before, rel=1e-6)
+
+
+@wrapped_form
+@pytest.mark.parametrize("fails_at", [2, 3])
+def test_a_step_that_fails_late_does_not_change_the_norms(form, fails_at):
+    """It has moved the weights already, be it the first constrained step or another."""
+    network = model()
+    optimizer, _ = make(form, network.parameters(), free_steps=2)
+    train(network, optimizer, 0, 2)
+    fixed = norms(network)
+    train(network, optimizer, 2, fails_at)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    handle = optimizer.register_step_post_hook(lambda *_: interrupted())
+    optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
+    with pytest.raises(KeyboardInterrupt):
+        train(network, optimizer, fails_at, fails_at + 1)
+    handle.remove()
+    assert norms(network) != pytest.approx(fixed, rel=1e-4)
+    saved = [kept[NORM] for kept in optimizer.state_dict()["state"].values() if kept[NORM]]
+    assert saved == pytest.approx(fixed, rel=1e-6)
+    train(network, optimizer, fails_at, fails_at + 1)
+    assert norms(network) == pytest.approx(fixed, rel=1e-6)
+
+
+@every_form
+def test_replaced_parameters_are_not_kept_in_memory(form):
+    """As where a model grows or shrinks while it is trained."""
+    optimizer, _ = make(form, [nn.Parameter(torch.randn(5, 3))], free_steps=0)
+    replaced = []
+    for rows in range(6, 11):
+        (group,) = optimizer.param_groups
+        replaced.append(weakref.ref(group["params"][0]))
+        group["params"][0] = nn.Parameter(torch.randn(rows, 3))
+        group["params"][0].grad = torch.randn(rows, 3)
+        optimizer.state.clear()
+        optimizer.step()
+    gc.collect()
+    assert not [reference for reference in replaced[:-1] if reference() is not None]
+
+
+@every_form
+def test_gradients_without_autograd_reach_joined_tensors(form):
+    """Evolution strategies set gradients of tensors that do not require any."""
+    w, b = torch.randn(3, 2), torch.randn(3)
+    optimizer, _ = make(form, [{"params": [w, b], "constrain": True, "blocks": [0, 0]}], free_steps=1)
+    for t in range(4):
+        before = torch.cat([w.flatten(), b])
+        w.grad, b.grad = torch.randn(3, 2), torch.randn(3)
+        optimizer.step()
+        now = torch.cat([w.flatten(), b])
+        assert (now != before).all()
+        assert t == 0 or now.norm().item() == pytest.approx(before.norm().item(), rel=1e-5)
 
 
 @every_form
@@ -1251,6 +1343,95 @@ def test_lawn_on_every_optimizer_of_torch(name):
     take(into, again, 5, 8)
     assert_equal(network, into)
     assert norms(network) == pytest.approx(fixed, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_the_free_phase_of_every_optimizer_of_torch_is_its_own(name):
+    """Bit for bit, with a closure: LBFGS holds on to its state while it asks for the loss."""
+    outcomes = []
+    for wrap in (False, True):
+        torch.manual_seed(0)
+        network = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(2)))
+        optimizer = torchs(name, network.parameters())
+        if wrap:
+            LAWN(optimizer)
+        for t in range(5):
+            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(t))
+
+            def closure(x: Tensor = x, optimizer: Optimizer = optimizer, network: nn.Module = network) -> Tensor:
+                optimizer.zero_grad()
+                loss = (network(x) - 1).pow(2).mean()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        states = [{**optimizer.state.get(p, {})} for p in network.parameters()]
+        assert not wrap or [state.pop(NORM) for state in states] == [0.0, 0.0]
+        outcomes.append((network, states))
+    (plain, ours), (network, theirs) = outcomes
+    assert_equal(plain, network)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+class Counting(SGD):
+    """Counts its steps in a state that it holds on to while it asks for the loss."""
+
+    def step(self, closure: Any = None) -> Any:
+        state = self.state[self.param_groups[0]["params"][0]]
+        state.setdefault("count", 0)
+        loss = super().step(closure)
+        state["count"] += 1
+        return loss
+
+
+@pytest.mark.parametrize("free_steps", [0, 2, None])
+def test_a_state_that_is_held_during_a_step_stays_the_optimizers(free_steps):
+    network = model()
+    optimizer = Counting(network.parameters(), lr=0.01)
+    LAWN(optimizer, free_steps=free_steps)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = network(torch.ones(2, 4)).pow(2).mean()
+        loss.backward()
+        return loss
+
+    for t in range(5):
+        optimizer.step(closure)
+        assert optimizer.state[network[0].weight]["count"] == t + 1
+    saved = optimizer.state_dict()["state"]
+    assert {p: kept[NORM] > 0 for p, kept in saved.items()} == dict(enumerate([free_steps is not None, False] * 2))
+
+
+class Iterating(SGD):
+    """Has a hyperparameter with the name of a key of LAWN."""
+
+    def __init__(self, params: Any, steps: int = 5) -> None:
+        super().__init__(params, lr=0.1)
+        self.defaults["steps"] = steps
+        for group in self.param_groups:
+            group["steps"] = steps
+
+
+def test_what_lawn_cannot_be_put_on_does_not_change():
+    """A hyperparameter of the name of one of LAWN's keys, derivatives through the step, norms that are rounded."""
+    network = model(dtype=torch.bfloat16)
+    slices = {"params": [network[0].weight], "norm_axes": 1}
+    saved = Adam([{**slices}], lr=0.1)
+    LAWN(saved, free_steps=0)
+    train(network, saved, 0, 1)
+    loaded = Adam([{**slices}], lr=0.1)
+    loaded.load_state_dict(saved.state_dict())
+    for optimizer, message in (
+        (Iterating(model().parameters()), "Iterating has a hyperparameter 'steps', the name of a key of LAWN"),
+        (Adam(model().parameters(), differentiable=True), "param group 0: differentiable=True, but LAWN's part"),
+        (loaded, "the optimizer has loaded norms of slices without LAWN, so torch has rounded them to torch.bfloat16"),
+    ):
+        before = [{**group} for group in optimizer.param_groups]
+        with pytest.raises(ValueError, match=message):
+            LAWN(optimizer, free_steps=0)
+        assert optimizer.param_groups == before
+        assert not optimizer._optimizer_step_pre_hooks
 
 
 def test_a_closure_is_taken_to_begin_where_the_step_does():
