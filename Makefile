@@ -44,7 +44,7 @@ report: $(READY) ## write results/ anew from its records: pages, tables, figures
 data: $(READY) ## download MovieLens, Pinterest, CIFAR-10 and CIFAR-100 into DATA_DIR (default: data)
 	$(PYTHON) -m lawn.data movielens100k movielens1m pinterest cifar10 cifar100 --data-dir $(DATA_DIR) $(ARGS)
 
-test: $(READY) ## the fast test suite, under 3 minutes on 2 cores
+test: $(READY) ## the fast test suite, about 3 minutes on 2 cores
 	$(PYTHON) -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-all: $(READY) ## every test, the slow ones too
