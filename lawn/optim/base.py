@@ -70,15 +70,16 @@ class LAWNOptimizer(Optimizer, ABC):
         free_steps = keys.check_free_steps(free_steps)
         self._zero_check = ZeroCheck()
         self._may_trace = False  # set by a step that is not traced, which makes state and compares loaded norms
-        self._is_made = False
+        self._is_constructed = False
         defaults = {**defaults, "weight_decay": 0.0, "free_steps": free_steps, "fused": fused}
         super().__init__(params, defaults if mode == "nearest" else {**defaults, rounding.KEY: mode})
-        self._is_made = True
+        self._is_constructed = True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._zero_check = ZeroCheck()
-        self._may_trace, self._is_made = False, True
+        self._may_trace = False
+        self._is_constructed = True
         keys.restore_norms(self.state)
         for _, entry in keys.entries(self.state):
             if "step" in entry:  # on the host, so that reading it does not wait for the device
@@ -119,8 +120,8 @@ class LAWNOptimizer(Optimizer, ABC):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group.
 
-        It starts in the phase of the other groups that can be constrained, and switches with the last of them, unless
-        it has its own `free_steps`, another number than the default, which are counted from then on.
+        After the first step it starts in the phase of the other groups and switches with the last of them, unless it
+        has its own `free_steps`, another number than the default, which are counted from then on.
 
         Args:
             param_group: the group, with `params` and any keys of its own.
@@ -143,7 +144,7 @@ class LAWNOptimizer(Optimizer, ABC):
         if not given:
             del added["free_steps"]
         try:
-            keys.add_defaults(self.param_groups, index, self.defaults["free_steps"], later=self._is_made)
+            keys.add_defaults(self.param_groups, index, self.defaults["free_steps"], later=self._is_constructed)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -160,9 +161,9 @@ class LAWNOptimizer(Optimizer, ABC):
         rates do not change.
 
         Args:
-            again: whether to replace norms that are fixed already, too. Use it after other weights were loaded into the
-                model (a checkpoint, an average, a newly initialized layer), which would be rescaled to the old norms.
-                Groups that are free still switch as well, as without it.
+            again: whether norms that are fixed already are replaced as well. Use it after other weights were loaded
+                into the model (a checkpoint, an average, a newly initialized layer), which would be rescaled to the old
+                norms.
 
         Raises:
             ValueError: if all norms are fixed already, no parameter can be constrained, or a norm is zero or not

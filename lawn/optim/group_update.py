@@ -130,17 +130,16 @@ class GroupUpdate:
             return self.norms
         return [c for c, size in zip(self.norms, self.sizes, strict=True) for _ in range(size)]
 
-    def store_norms(self, state: State) -> None:
-        """Store the norms of the constrained parameters."""
-        for part in self.parts():
-            for p, c in zip(part.params, part.param_norms(), strict=True):
-                state[p][NORM] = c
+    def norms_by_param(self) -> dict[Tensor, Norm]:
+        """The norm of each constrained parameter's block, sharded ones too."""
+        return {p: c for part in self.parts() for p, c in zip(part.params, part.param_norms(), strict=True)}
 
     def record(self, state: State) -> None:
         """Store the norms after the step, and count the step."""
         for p in self.free:
             state[p].setdefault(NORM, free_norm(self.group, p))
-        self.store_norms(state)
+        for p, c in self.norms_by_param().items():
+            state[p][NORM] = c
         self.group["steps"] += 1
 
 

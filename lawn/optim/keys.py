@@ -24,6 +24,7 @@ norm runs over, for a norm for each slice of the constrained parameters (see `la
 stochastic rounding the state of each half-precision parameter has `lawn_seed`, an int (see `lawn.optim.rounding`).
 """
 
+import math
 import operator
 from collections.abc import Mapping
 from functools import partial
@@ -59,30 +60,34 @@ def check_free_steps(free_steps: Any) -> int | None:
 def add_defaults(groups: list[Group], index: int, free_steps: int | None, *, later: bool) -> None:
     """Add missing keys to param group `index`. Raises ValueError or TypeError as `check_group` does.
 
-    A group that is added `later` than the optimizer was made starts in the phase of the other groups, unless it has its
+    A group that is added `later` than the others, when they have taken steps, starts in their phase, unless it has its
     own `free_steps`, which are counted from then on.
     """
-    group, others = groups[index], groups[:index]
+    group = groups[index]
     check_group(group, index)
-    known: Group = {"free_steps": free_steps}
-    if later and others and "free_steps" not in group:
-        known = _phase_of(others)
-    known = {**DEFAULTS, **known, **{key: group[key] for key in DEFAULTS if key in group}}
-    group.update({**known, "free_steps": check_free_steps(known["free_steps"])})
+    phase: Group = {"free_steps": free_steps}
+    if later and "free_steps" not in group:
+        phase = _phase_of(groups[:index]) or phase
+    phase = {**DEFAULTS, **phase, **{key: group[key] for key in DEFAULTS if key in group}}
+    group.update({**phase, "free_steps": check_free_steps(phase["free_steps"])})
 
 
 def _phase_of(groups: list[Group]) -> Group:
-    """Return the keys of the phase of groups, of those that can be constrained if there are any: the free one while one
-    of them is in it, until the last of them switches.
+    """Return the keys of the group that switches last, without those that never do (`constrain=False`) if there are
+    others; nothing before the first step.
     """
-    groups = [group for group in groups if any(constrains(group, p) for p in group["params"])] or groups
-    free = [group for group in groups if not group["switched"]]
-    waiting = [group["free_steps"] for group in free or groups]
-    return {
-        "free_steps": None if None in waiting else max(waiting),
-        "steps": max(group["steps"] for group in groups),
-        "switched": not free,
-    }
+    groups = [group for group in groups if group.get("constrain") is not False] or groups
+    if not any(group["steps"] or group["switched"] for group in groups):
+        return {}
+    last = max(groups, key=_remaining)
+    return {key: last[key] for key in ("free_steps", "steps", "switched")}
+
+
+def _remaining(group: Group) -> float:
+    """Return the number of updates until the group switches."""
+    if group["switched"]:
+        return -math.inf
+    return math.inf if group["free_steps"] is None else group["free_steps"] - group["steps"]
 
 
 def check_group(group: Group, index: int, label: str = "param group") -> None:

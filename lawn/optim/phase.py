@@ -93,7 +93,7 @@ def begin_step(optimizer: Optimizer, known: KnownBlocks, fused: bool | None = No
                 measured = _measure_norms(part, index)
                 part.norms = [c if is_fixed(c) else now for c, now in zip(part.norms, measured, strict=True)]
             _check_loaded_norms(part, index, known)
-    if len(known) > count:
+    if len(known) > count:  # perhaps in the place of others
         forget_removed(known, groups)
     for group_update in group_updates:
         fixed = any(any(map(is_fixed, part.norms)) for part in group_update.parts())
@@ -145,7 +145,7 @@ def switch(optimizer: Optimizer, chosen: list[int]) -> list[GroupUpdate]:
         group_updates.append(group_update)
     for group_update in group_updates:
         group_update.group["switched"] = True
-        norms = {p: c for part in group_update.parts() for p, c in zip(part.params, part.param_norms(), strict=True)}
+        norms = group_update.norms_by_param()
         for p in group_update.group["params"]:
             if optimizer.state.get(p):  # the norms of other parameters are fixed at their first update
                 optimizer.state[p][NORM] = norms[p] if p in norms else free_norm(group_update.group, p)
@@ -194,15 +194,19 @@ def collect(group: Group, state: State) -> GroupUpdate:
 
 
 def _blocks(group: Group, constrained: list[Tensor]) -> list[list[Tensor]]:
-    """Return the blocks that contain at least one of the `constrained` parameters."""
+    """Return the blocks that contain at least one of the `constrained` parameters, without their frozen ones.
+
+    Of a block that requires no gradients at all, which is then trained by given ones, all parameters are returned.
+    """
     if group["blocks"] is None:
         return [[p] for p in constrained]
     needed = set(constrained)
     members: dict[int, list[Tensor]] = {}
     for key, p in zip(group["blocks"], group["params"], strict=True):
-        if (p.requires_grad or p in needed) and constrains(group, p):
+        if constrains(group, p):
             members.setdefault(key, []).append(p)
-    return [block for block in members.values() if needed.intersection(block)]
+    blocks = [[p for p in block if p.requires_grad] or block for block in members.values()]
+    return [block for block in blocks if needed.intersection(block)]
 
 
 def _measure_norms(group_update: GroupUpdate, index: int) -> list[Norm]:

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lawn.optim import keys, sharding
+from lawn.optim.keys import Norm
 
 
 class ProjectedGradients:
@@ -51,14 +51,14 @@ class HiddenNorms:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._hidden: dict[Tensor, dict[str, Any]] = {}
+        self._hidden: dict[Tensor, tuple[Norm, bool]] = {}  # the norm, and whether it is all of the state
 
     def hide(self) -> None:
         """Begin a step: replace the states by others without norms. A state dict may share those with norms."""
         state = self._optimizer.state
         for p, entry in keys.entries(state):
             if keys.NORM in entry:
-                self._hidden[p] = entry
+                self._hidden[p] = entry[keys.NORM], len(entry) == 1
                 if others := {key: value for key, value in entry.items() if key != keys.NORM}:
                     state[p] = others
                 else:
@@ -68,27 +68,37 @@ class HiddenNorms:
     def shown_inside_step(self) -> Iterator[None]:
         """In the body, the norms are in the states again; then not, in the same dicts, which the optimizer may hold."""
         state = self._optimizer.state
-        shown = {p for p, entry in keys.entries(state) if keys.NORM in entry}  # by `state_dict`, which shares them
-        known = {*state}
+        shared = {
+            p for p, entry in keys.entries(state) if keys.NORM in entry
+        }  # with a state dict that the closure made
+        present = {*state}
         self.show()
         try:
             yield
         finally:
             for p, entry in keys.entries(state):
-                if keys.NORM in entry and p not in shown:
-                    self._hidden[p] = dict(entry)
+                if keys.NORM not in entry or (p in shared and len(entry) > 1):
+                    continue
+                alone = p in shared or p not in present
+                self._hidden[p] = entry[keys.NORM], alone
+                if alone:
+                    del state[p]
+                else:
                     del entry[keys.NORM]
-                    if p not in known:
-                        del state[p]
+
+    def fix(self, p: Tensor, norm: Norm) -> None:
+        """Let `show` give a parameter this norm, while the norms are hidden."""
+        _, alone = self._hidden.get(p, (norm, p not in self._optimizer.state))
+        self._hidden[p] = norm, alone
 
     def show(self) -> None:
         """Put the norms back, but those of parameters and states that have been removed."""
         if self._hidden:
             state, groups = self._optimizer.state, self._optimizer.param_groups
             present = {p for group in groups for p in group["params"]}
-            for p, entry in self._hidden.items():
-                if p in present and (p in state or len(entry) == 1):
-                    state[p][keys.NORM] = entry[keys.NORM]
+            for p, (norm, alone) in self._hidden.items():
+                if p in present and (p in state or alone):
+                    state[p][keys.NORM] = norm
             self.forget()
 
     def forget(self) -> None:

@@ -80,7 +80,7 @@ class LAWN:
         if taken := [key for key in (*keys.DEFAULTS, slices.KEY) if key in optimizer.defaults]:
             raise ValueError(f"{type(optimizer).__name__} has a hyperparameter {taken[0]!r}, the name of a key of LAWN")
         norms = [entry.get(keys.NORM) for _, entry in keys.entries(optimizer.state)]
-        if rounded := [c.dtype for c in norms if isinstance(c, Tensor) and c.dtype.itemsize < 4]:
+        if rounded := [c.dtype for c in norms if isinstance(c, Tensor) and c.dtype.itemsize < 4 and c.any()]:
             raise ValueError(
                 f"the optimizer has loaded norms of slices without LAWN, so torch has rounded them to {rounded[0]}; "
                 "put LAWN on a new optimizer and load the checkpoint then"
@@ -92,7 +92,8 @@ class LAWN:
                 optimizer.param_groups[index] = keys.without_run(group)  # another optimizer may have the dict
         try:
             for index in range(len(before)):
-                _add_defaults(optimizer, index, free_steps, later=False)
+                added = "switched" not in before[index] and any("switched" in group for group in before[:index])
+                _add_defaults(optimizer, index, free_steps, later=trained and added)
         except (TypeError, ValueError):
             for group, old in zip(optimizer.param_groups, before, strict=True):
                 group.clear()
@@ -199,6 +200,7 @@ class LAWN:
         if closure is None:
             self._project()
             self._norms.hide()
+            self._keep_norms()
             return None
         self._norms.hide()
         self._waits = True
@@ -216,6 +218,7 @@ class LAWN:
             loss = closure()
             with self._norms.shown_inside_step():
                 self._project()
+            self._keep_norms()
             return loss
 
         if len(args) > 1:
@@ -227,14 +230,11 @@ class LAWN:
     def _project(self) -> None:
         """Replace gradients by projected ones.
 
-        A closure may run several times in a step. The first call stores the norms, which a step that raises later must
-        not measure again, and the weights before the step.
+        A closure may run several times in a step. The first call stores the weights before the step.
         """
         first, count = self._group_updates is None, len(self._before)
         if first:
             self._group_updates = self._zero_check.begin(self.optimizer, self._fused)
-            for group_update in self._group_updates:
-                group_update.store_norms(self.optimizer.state)
         group_updates = self._group_updates or []
         for single in chain.from_iterable(group.split_by_device_and_dtype() for group in group_updates):
             params = single.params
@@ -256,9 +256,15 @@ class LAWN:
             projected = self._gradients.buffers(params, params)
             stages.project(part, before, projected, self._fused)
             self._gradients.replace(params, projected)
-        if len(self._before) > count:
+        if len(self._before) > count:  # perhaps in the place of others
             keys.forget_removed(self._before, self.optimizer.param_groups)
             self._gradients.forget_removed(self.optimizer.param_groups)
+
+    def _keep_norms(self) -> None:
+        """Keep the norms that the step has fixed: after an error, the weights may have others."""
+        for group_update in self._group_updates or []:
+            for p, c in group_update.norms_by_param().items():
+                self._norms.fix(p, c)
 
     @torch._disable_dynamo
     @torch.no_grad()

@@ -522,6 +522,42 @@ def test_a_group_that_comes_later_switches_with_the_others(form, told):
 
 
 @every_form
+def test_a_group_that_comes_later_switches_with_the_last_of_several(form):
+    network, heads = model(), [nn.Linear(3, 3) for _ in range(2)]
+    optimizer, _ = make(form, network.parameters(), free_steps=2)
+    train(network, optimizer, 0, 5)
+    optimizer.add_param_group({"params": heads[0].parameters(), "free_steps": 6})
+    train(nn.Sequential(network, heads[0]), optimizer, 5, 8)
+    optimizer.add_param_group({"params": heads[1].parameters()})
+    for t in range(8, 14):
+        train(nn.Sequential(network, *heads), optimizer, t, t + 1)
+        assert [group["switched"] for group in optimizer.param_groups] == [True, t > 10, t > 10], t
+
+
+@every_form
+def test_before_the_first_step_a_group_is_as_in_the_constructor(form):
+    network, head = model(), nn.Linear(3, 2)
+    optimizer, _ = make(form, [{"params": [*network.parameters()], "free_steps": None}], free_steps=4)
+    optimizer.add_param_group({"params": head.parameters()})
+    train(nn.Sequential(*network, head), optimizer, 0, 6)
+    assert [group["switched"] for group in optimizer.param_groups] == [False, True]
+
+
+@wrapped_form
+def test_a_group_that_comes_between_a_checkpoint_and_lawn_switches_with_the_others(form):
+    network, head = model(), nn.Linear(3, 2)
+    optimizer, _ = make(form, network.parameters(), free_steps=1)
+    train(network, optimizer, 0, 3)
+    again = base(form, network.parameters())
+    again.load_state_dict(optimizer.state_dict())
+    again.add_param_group({"params": head.parameters()})
+    LAWN(again, free_steps=1000)
+    before = norms(head)
+    train(nn.Sequential(*network, head), again, 3, 6)
+    assert norms(head) == pytest.approx(before, rel=1e-6)
+
+
+@every_form
 def test_a_group_that_comes_later_does_not_wait_for_one_that_is_always_free(form):
     network, head = model(), nn.Linear(3, 2)
     weights, biases = ([p for p in network.parameters() if (p.ndim > 1) == wide] for wide in (True, False))
@@ -559,6 +595,17 @@ def test_a_step_that_fails_late_does_not_change_the_norms(form, fails_at):
     assert norms(network) == pytest.approx(fixed, rel=1e-6)
 
 
+@wrapped_form
+def test_a_state_dict_of_the_free_phase_does_not_get_the_norms_of_the_switch(form):
+    """torch's state dicts share the states of the optimizer."""
+    network = model()
+    optimizer, _ = make(form, network.parameters(), free_steps=2)
+    train(network, optimizer, 0, 2)
+    saved = optimizer.state_dict()
+    train(network, optimizer, 2, 3)
+    assert [kept[NORM] for kept in saved["state"].values()] == [0.0] * 4
+
+
 @every_form
 def test_replaced_parameters_are_not_kept_in_memory(form):
     """As where a model grows or shrinks while it is trained."""
@@ -587,6 +634,10 @@ def test_gradients_without_autograd_reach_joined_tensors(form):
         now = torch.cat([w.flatten(), b])
         assert (now != before).all()
         assert t == 0 or now.norm().item() == pytest.approx(before.norm().item(), rel=1e-5)
+    before = torch.cat([w.flatten(), b])
+    b.grad = None  # which is a gradient of zero in a block
+    optimizer.step()
+    assert torch.cat([w.flatten(), b]).norm().item() == pytest.approx(before.norm().item(), rel=1e-5)
 
 
 @every_form
@@ -1403,6 +1454,34 @@ def test_a_state_that_is_held_during_a_step_stays_the_optimizers(free_steps):
     assert {p: kept[NORM] > 0 for p, kept in saved.items()} == dict(enumerate([free_steps is not None, False] * 2))
 
 
+class AsksTwice(Adam):
+    """Asks for the loss before its step, too."""
+
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("free_steps", [0, 1])
+def test_a_state_dict_of_a_closure_leaves_new_states_empty(free_steps):
+    network, saved = model(), []
+    optimizer = AsksTwice(network.parameters(), lr=0.01)
+    LAWN(optimizer, free_steps=free_steps)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = network(torch.ones(2, 4)).pow(2).mean()
+        loss.backward()
+        saved.append(optimizer.state_dict())
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    fixed = [optimizer.state[layer.weight][NORM] for layer in network]
+    assert norms(network) == pytest.approx(fixed, rel=1e-6)
+    assert [saved[-1]["state"][position][NORM] for position in (0, 2)] == fixed
+
+
 class Iterating(SGD):
     """Has a hyperparameter with the name of a key of LAWN."""
 
@@ -1422,6 +1501,12 @@ def test_what_lawn_cannot_be_put_on_does_not_change():
     train(network, saved, 0, 1)
     loaded = Adam([{**slices}], lr=0.1)
     loaded.load_state_dict(saved.state_dict())
+    free = Adam([{**slices}], lr=0.1)
+    LAWN(free, free_steps=9)
+    train(network, free, 0, 1)
+    still_free = Adam([{**slices}], lr=0.1)
+    still_free.load_state_dict(free.state_dict())
+    LAWN(still_free, free_steps=9)  # has no norms that could have been rounded
     for optimizer, message in (
         (Iterating(model().parameters()), "Iterating has a hyperparameter 'steps', the name of a key of LAWN"),
         (Adam(model().parameters(), differentiable=True), "param group 0: differentiable=True, but LAWN's part"),

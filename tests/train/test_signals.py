@@ -74,7 +74,7 @@ def test_every_signal_in_every_phase(images, tmp_path, phase, number, workers, d
 
 @pytest.mark.parametrize(("phase", "number"), [("import", signal.SIGTERM), ("training", signal.SIGINT)])
 def test_some_signals_in_some_phases(images, tmp_path, phase, number):
-    check_signal(phase, number, 2, 1, tmp_path, images)
+    check_signal(phase, number, 1, 1, tmp_path, images)
 
 
 @pytest.fixture
