@@ -68,10 +68,8 @@ class HiddenNorms:
     def shown_inside_step(self) -> Iterator[None]:
         """In the body, the norms are in the states again; then not, in the same dicts, which the optimizer may hold."""
         state = self._optimizer.state
-        shared = {
-            p for p, entry in keys.entries(state) if keys.NORM in entry
-        }  # with a state dict that the closure made
         present = {*state}
+        shared = {p for p, entry in keys.entries(state) if keys.NORM in entry}  # with a state dict of the closure
         self.show()
         try:
             yield
