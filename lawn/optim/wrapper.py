@@ -66,25 +66,7 @@ class LAWN:
 
     def __init__(self, optimizer: Optimizer, free_steps: int | None = None, *, fused: bool | None = None) -> None:
         free_steps = keys.check_free_steps(free_steps)
-        if not hasattr(optimizer, "_optimizer_load_state_dict_post_hooks"):
-            raise TypeError(
-                f"{type(optimizer).__name__} is no torch optimizer, or never initialized itself as one, and calls no "
-                "hooks; put LAWN on the optimizer inside it"
-            )
-        zero = sys.modules.get("torch.distributed.optim")
-        if zero is not None and isinstance(optimizer, getattr(zero, "ZeroRedundancyOptimizer", ())):
-            raise TypeError("put LAWN on the optimizer inside ZeroRedundancyOptimizer, its `optim`")
-        hooks = optimizer._optimizer_step_pre_hooks.values()
-        if isinstance(optimizer, LAWNOptimizer) or any(isinstance(getattr(h, "__self__", None), LAWN) for h in hooks):
-            raise ValueError("the optimizer is a LAWN optimizer already")
-        if taken := [key for key in (*keys.DEFAULTS, slices.KEY) if key in optimizer.defaults]:
-            raise ValueError(f"{type(optimizer).__name__} has a hyperparameter {taken[0]!r}, the name of a key of LAWN")
-        norms = [entry.get(keys.NORM) for _, entry in keys.entries(optimizer.state)]
-        if rounded := [c.dtype for c in norms if isinstance(c, Tensor) and c.dtype.itemsize < 4 and c.any()]:
-            raise ValueError(
-                f"the optimizer has loaded norms of slices without LAWN, so torch has rounded them to {rounded[0]}; "
-                "put LAWN on a new optimizer and load the checkpoint then"
-            )
+        _check_wrappable(optimizer)
         before = [dict(group) for group in optimizer.param_groups]
         trained = any(entry and entry.get("step") != 0 for _, entry in keys.entries(optimizer.state))
         for index, group in enumerate(before):
@@ -324,6 +306,29 @@ def _frame_of_step() -> FrameType | None:
     while frame is not None and frame.f_code.co_filename != OPTIMIZER_FILE:
         frame = frame.f_back
     return frame
+
+
+def _check_wrappable(optimizer: Optimizer) -> None:
+    """Raise TypeError or ValueError for an optimizer that LAWN cannot be put on, whatever its param groups are."""
+    if not hasattr(optimizer, "_optimizer_load_state_dict_post_hooks"):
+        raise TypeError(
+            f"{type(optimizer).__name__} is no torch optimizer, or never initialized itself as one, and calls no "
+            "hooks; put LAWN on the optimizer inside it"
+        )
+    zero = sys.modules.get("torch.distributed.optim")
+    if zero is not None and isinstance(optimizer, getattr(zero, "ZeroRedundancyOptimizer", ())):
+        raise TypeError("put LAWN on the optimizer inside ZeroRedundancyOptimizer, its `optim`")
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    if isinstance(optimizer, LAWNOptimizer) or any(isinstance(getattr(h, "__self__", None), LAWN) for h in hooks):
+        raise ValueError("the optimizer is a LAWN optimizer already")
+    if taken := [key for key in (*keys.DEFAULTS, slices.KEY) if key in optimizer.defaults]:
+        raise ValueError(f"{type(optimizer).__name__} has a hyperparameter {taken[0]!r}, the name of a key of LAWN")
+    norms = [entry.get(keys.NORM) for _, entry in keys.entries(optimizer.state)]
+    if rounded := [c.dtype for c in norms if isinstance(c, Tensor) and c.dtype.itemsize < 4 and c.any()]:
+        raise ValueError(
+            f"the optimizer has loaded norms of slices without LAWN, so torch has rounded them to {rounded[0]}; "
+            "put LAWN on a new optimizer and load the checkpoint then"
+        )
 
 
 def _add_defaults(optimizer: Optimizer, index: int, free_steps: int | None, *, later: bool) -> None:
