@@ -8,8 +8,9 @@
 
    Sums run in REAL within a chunk and in double over chunks.
 
-   The last functions of this file are the stages of an update of sharded weights: between them, the inner products that
-   they return in `sums` are added over ranks. */
+   The last functions of this file are the stages of an update. Between them, the inner products that they return in
+   `sums` are added over ranks, where weights are sharded. Their blocks may differ in all numbers: those of vectorized
+   runs do. */
 
 #include <float.h>
 #include <math.h>
@@ -354,25 +355,26 @@ void products(int64_t blocks, const int64_t *at, const int64_t *n, REAL **w, REA
 
 /* The moments of `adam`, with w.g / w.w of each whole weight in `along`; then w.r and r.r. */
 void adam_advance(int64_t blocks, const int64_t *at, const int64_t *n, REAL **w, REAL **g, REAL **m, REAL **v,
-                  const double *along, const double *mscale, const double *vscale, double beta1, double beta2,
-                  double eps, double *sums) {
+                  const double *along, const double *mscale, const double *vscale, const double *beta1,
+                  const double *beta2, const double *eps, double *sums) {
     EACH_BLOCK({
-        Dots d = adam_moments(at[b], at[b + 1], w, g, m, v, n, along[b], beta1, beta2, eps, mscale[b], vscale[b]);
+        Dots d = adam_moments(at[b], at[b + 1], w, g, m, v, n, along[b], beta1[b], beta2[b], eps[b], mscale[b],
+                              vscale[b]);
         store(sums + 2 * b, d.wr, d.rr);
     })
 }
 
 /* w <- keep w - take r. */
 void adam_move(int64_t blocks, const int64_t *at, const int64_t *n, REAL **w, REAL **g, REAL **m, REAL **v,
-               const double *keep, const double *take, const double *mscale, const double *vscale, double eps) {
-    EACH_BLOCK(adam_weights(at[b], at[b + 1], w, m, v, n, keep[b], take[b], eps, mscale[b], vscale[b]))
+               const double *keep, const double *take, const double *mscale, const double *vscale, const double *eps) {
+    EACH_BLOCK(adam_weights(at[b], at[b + 1], w, m, v, n, keep[b], take[b], eps[b], mscale[b], vscale[b]))
 }
 
 /* The same two of `sgd`. */
 void sgd_advance(int64_t blocks, const int64_t *at, const int64_t *n, REAL **w, REAL **g, REAL **m,
-                 const double *along, double momentum, double *sums) {
+                 const double *along, const double *momentum, double *sums) {
     EACH_BLOCK({
-        Dots d = sgd_buffers(at[b], at[b + 1], w, g, m, n, along[b], momentum);
+        Dots d = sgd_buffers(at[b], at[b + 1], w, g, m, n, along[b], momentum[b]);
         store(sums + 2 * b, d.wr, d.rr);
     })
 }

@@ -37,9 +37,9 @@ SIGNATURES = {
     "project": (*_BLOCKS, *[_TENSORS] * 4),
     "retract": (*_BLOCKS, *[_TENSORS] * 2),
     "products": (*_LAYOUT, *[_TENSORS] * 2, _DOUBLES),
-    "adam_advance": (*_LAYOUT, *[_TENSORS] * 4, *[_DOUBLES] * 3, *[c_double] * 3, _DOUBLES),
-    "adam_move": (*_LAYOUT, *[_TENSORS] * 4, *[_DOUBLES] * 4, c_double),
-    "sgd_advance": (*_LAYOUT, *[_TENSORS] * 3, _DOUBLES, c_double, _DOUBLES),
+    "adam_advance": (*_LAYOUT, *[_TENSORS] * 4, *[_DOUBLES] * 7),
+    "adam_move": (*_LAYOUT, *[_TENSORS] * 4, *[_DOUBLES] * 5),
+    "sgd_advance": (*_LAYOUT, *[_TENSORS] * 3, *[_DOUBLES] * 3),
     "sgd_move": (*_LAYOUT, *[_TENSORS] * 3, *[_DOUBLES] * 2),
     "tangents": (*_LAYOUT, *[_TENSORS] * 4, _DOUBLES),
     "differences": (*_LAYOUT, *[_TENSORS] * 2, _DOUBLES),
@@ -85,15 +85,23 @@ class CPUKernels:
         return self._sums("products", blocks)
 
     def advance(
-        self, blocks: Blocks, along: Tensor, scales: Tensor, factors: tuple[float, float, float, float], eps: float
+        self,
+        blocks: Blocks,
+        along: Tensor,
+        scales: Tensor,
+        factors: Sequence[float | Tensor],
+        eps: float | Tensor,
     ) -> Tensor:
+        """As `update.advance`, but the numbers may be tensors [blocks]."""
         if blocks.second:
-            return self._sums("adam_advance", blocks, along, *scales, factors[0], factors[2], eps)
-        return self._sums("sgd_advance", blocks, along, factors[0])
+            numbers = (_of_each(blocks, number) for number in (factors[0], factors[2], eps))
+            return self._sums("adam_advance", blocks, along, *scales, *numbers)
+        return self._sums("sgd_advance", blocks, along, _of_each(blocks, factors[0]))
 
-    def move(self, blocks: Blocks, keep: Tensor, take: Tensor, scales: Tensor, eps: float) -> None:
+    def move(self, blocks: Blocks, keep: Tensor, take: Tensor, scales: Tensor, eps: float | Tensor) -> None:
+        """As `update.move`, but `eps` may be a tensor [blocks]."""
         if blocks.second:
-            self._call("adam_move", blocks, (), keep, take, *scales, eps)
+            self._call("adam_move", blocks, (), keep, take, *scales, _of_each(blocks, eps))
         else:
             self._call("sgd_move", blocks, (), keep, take)
 
@@ -142,6 +150,12 @@ class CPUKernels:
         function(count, *pointers)
         if name in WRITES_WEIGHTS:
             blocks.count_as_changed()
+
+
+def _of_each(blocks: Blocks, number: float | Tensor) -> Tensor:
+    if isinstance(number, Tensor):
+        return number
+    return torch.full((len(blocks),), number, dtype=torch.double, device="cpu")
 
 
 def load(lists: Sequence[list[Tensor]], *, warn: bool = False) -> CPUKernels | None:

@@ -13,6 +13,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from lawn.optim import LAMB, LAMBLAWN, SGDLAWN, AdamLAWN, LAMBPlus
 from lawn.optim.keys import NORM
 from lawn.train.vectorized_step import RULES, VectorizedStep
+from lawn.train.vectorized_weight import CPUWeight
 from tests.optim.helpers import fixed_norms
 
 # What members of one class may differ in; the third has the defaults.
@@ -38,7 +39,12 @@ class Members:
     """Three optimizers of one class, on weights that are slices of stacked tensors."""
 
     def __init__(
-        self, kind: type[Optimizer], seed: int, dtype: torch.dtype = torch.float64, norm_axes: Any = None
+        self,
+        kind: type[Optimizer],
+        seed: int,
+        dtype: torch.dtype = torch.float64,
+        norm_axes: Any = None,
+        fused: bool | None = None,
     ) -> None:
         self.stacks = gradient_of(seed, 0, dtype)
         self.slices = [[nn.Parameter(row) for row in stack] for stack in self.stacks]
@@ -49,6 +55,8 @@ class Members:
             if norm_axes is not None:
                 groups[1]["norm_axes"] = norm_axes
             self.optimizers.append(kind(groups, lr=0.05 + 0.01 * k, **numbers))
+            for group in self.optimizers[-1].param_groups:
+                group["fused"] = fused
 
     def alone(self, gradients: list[Tensor], first: int = 0) -> None:
         """Each takes its own step, from this one on."""
@@ -68,12 +76,21 @@ def test_every_rule_is_tried():
     assert NUMBERS.keys() == RULES.keys()
 
 
+def test_compiled_code_updates_what_it_can():
+    """All rules but SGD with Nesterov's momentum and LAMB with weight decay."""
+    for kind in RULES:
+        members = Members(kind, 0, torch.float32)
+        vectorized = VectorizedStep(members.optimizers, members.stacks, members.slices)
+        assert {type(weight) is CPUWeight for weight in vectorized._weights} == {kind not in (SGD, LAMB, LAMBPlus)}
+
+
+@pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("kind", RULES)
 @given(seed=st.integers(0, 1000), steps=st.integers(1, 8), resumed=st.integers(0, 8))
-@settings(max_examples=10, deadline=None)
-def test_the_vectorized_step_is_the_steps_of_all(kind, seed, steps, resumed):
+@settings(max_examples=6, deadline=None)
+def test_the_vectorized_step_is_the_steps_of_all(kind, fused, seed, steps, resumed):
     """Whatever was done alone before and after: the state is the optimizers' own."""
-    check_equal(Members(kind, seed), Members(kind, seed), seed, steps, resumed)
+    check_equal(Members(kind, seed, fused=fused), Members(kind, seed, fused=fused), seed, steps, resumed)
 
 
 @pytest.mark.parametrize("kind", [AdamLAWN, SGDLAWN, LAMBLAWN])
@@ -110,9 +127,10 @@ def check_equal(joint: Members, alone: Members, seed: int, steps: int, resumed: 
     check(joint, alone)
 
 
+@pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("kind", [AdamLAWN, SGDLAWN, LAMBLAWN])
-def test_norms_hold_over_many_steps_in_float32(kind):
-    members = Members(kind, 0, torch.float32)
+def test_norms_hold_over_many_steps_in_float32(kind, fused):
+    members = Members(kind, 0, torch.float32, fused=fused)
     vectorized = VectorizedStep(members.optimizers, members.stacks, members.slices)
     norms = [own[1].norm().item() for own in members.slices]
     for step in range(400):
@@ -122,9 +140,10 @@ def test_norms_hold_over_many_steps_in_float32(kind):
             assert own[1].norm().item() == pytest.approx(norm, rel=1e-6)
 
 
+@pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("kind", RULES)
-def test_a_member_that_is_not_finite_touches_no_other(kind):
-    joint, alone = Members(kind, 0), Members(kind, 0)
+def test_a_member_that_is_not_finite_touches_no_other(kind, fused):
+    joint, alone = (Members(kind, 0, fused=fused) for _ in range(2))
     vectorized = VectorizedStep(joint.optimizers, joint.stacks, joint.slices)
     lost = set()
     for step in range(5):
@@ -136,6 +155,17 @@ def test_a_member_that_is_not_finite_touches_no_other(kind):
     for a, b in zip(joint.stacks, alone.stacks, strict=True):
         assert a[0].isnan().any()
         torch.testing.assert_close(a[1:], b[1:], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [Adam, AdamLAWN, SGDLAWN])
+def test_gradients_may_have_any_strides(kind):
+    joint, alone = Members(kind, 0), Members(kind, 0)
+    vectorized = VectorizedStep(joint.optimizers, joint.stacks, joint.slices)
+    for step in range(5):
+        gradients = gradient_of(0, step + 1)
+        vectorized.step([g.movedim(0, -1).contiguous().movedim(-1, 0) for g in gradients])
+        alone.alone(gradients)
+    check(joint, alone)
 
 
 def test_optimizers_without_a_vectorized_step_take_their_own():

@@ -1,0 +1,201 @@
+"""A weight of several optimizers of one class, with the stages of its update.
+
+The stages are `products`, `advance`, `sums` and `move`, in this order; between them, `VectorizedStep` computes with a
+number for each run. `VectorizedWeight` takes them in plain torch, `CPUWeight` in the compiled code of
+`lawn/optim/cpu_kernels.c`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+
+from lawn.optim import cpu_kernels, keys
+from lawn.optim.base import LAWNOptimizer
+from lawn.optim.blocks import Blocks
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The update rule of an optimizer class.
+
+    Attributes:
+        adaptive: whether it has moments as in Adam; else it has momentum.
+        decay: whether weight decay is added to the "gradient", shrinks the "weight" (decoupled) or is added to the
+            "update"; None without decay.
+        max_trust: the trust ratio is at most this; None without one.
+        trust_vectors: whether vectors have a trust ratio too.
+    """
+
+    adaptive: bool
+    decay: str | None = None
+    max_trust: float | None = None
+    trust_vectors: bool = True
+
+
+class VectorizedWeight:
+    """A parameter of K optimizers: w [K, ...]. Numbers of the optimizers have the shape [K, 1, ...].
+
+    Args:
+        w: the weights of all optimizers.
+        slices: the parameter of each optimizer, a slice of w.
+        optimizers: K optimizers.
+        rule: their rule.
+    """
+
+    def __init__(self, w: Tensor, slices: Sequence[Tensor], optimizers: Sequence[Optimizer], rule: Rule) -> None:
+        self.w = w
+        self.slices = slices
+        self.optimizers = optimizers
+        self.rule = rule
+        self.groups = [holder(optimizer, own) for optimizer, own in zip(optimizers, slices, strict=True)]
+        axes = keys.slice_axes(self.groups[0], slices[0])
+        self.over = tuple(axis for axis in range(1, w.ndim) if axes is None or axis - 1 not in axes)  # axes of a norm
+        self.decay = self._column([group.get("weight_decay", 0) for group in self.groups])
+        self.decays = any(group.get("weight_decay") for group in self.groups)
+        if rule.adaptive:
+            self.beta1, self.beta2 = (self._column([group["betas"][i] for group in self.groups]) for i in (0, 1))
+            self.eps = self._column([group["eps"] for group in self.groups])
+            self.first, self.second = self._state("exp_avg", w), self._state("exp_avg_sq", w)
+            own = all(isinstance(optimizer, Adam) for optimizer in optimizers)  # torch's keeps it where it is needed
+            beside = w if own and self.groups[0].get("fused") else torch.empty(0)
+            self.steps = self._state("step", torch.empty(len(slices), device=beside.device))
+        else:
+            self.momentum = self._column([group["momentum"] for group in self.groups])
+            self.uses_nesterov = any(group.get("nesterov") for group in self.groups)
+            self.nesterov = self._column([group.get("nesterov", False) for group in self.groups]) > 0
+            self.first = self._state("momentum_buffer", w)
+        for optimizer, p in zip(optimizers, slices, strict=True):
+            if isinstance(optimizer, LAWNOptimizer):
+                optimizer.state[p].setdefault(keys.NORM, keys.free_norm(holder(optimizer, p), p))
+        self.read_norms()
+
+    def read_norms(self) -> None:
+        """The norms that the optimizers have fixed, infinite where they have not; None where none has."""
+        states = [optimizer.state[p] for optimizer, p in zip(self.optimizers, self.slices, strict=True)]
+        found = list(map(keys.fixed_norm, states))
+        shape = [1 if axis in self.over else self.w.shape[axis] for axis in range(1, self.w.ndim)]
+        given = [torch.as_tensor(c if keys.is_fixed(c) else math.inf, dtype=torch.float64) for c in found]
+        norms = [c.to(self.w.device, self.numbers) for c in given]
+        each = torch.stack([c.view(shape) if c.ndim else c.expand(shape) for c in norms])
+        self.norm = each if any(map(keys.is_fixed, found)) else None
+
+    @property
+    def numbers(self) -> torch.dtype:
+        """The dtype of the numbers of the optimizers."""
+        return self.w.dtype
+
+    def products(self, g: Tensor, *, norms_only: bool) -> tuple[Tensor, Tensor]:
+        """Return the inner products w.w and w.g; with `norms_only`, w.w in place of the second."""
+        ww = self._dot(self.w, self.w)
+        return ww, ww if norms_only else self._dot(self.w, g)
+
+    def advance(self, g: Tensor, along: Tensor | None, scales: list[Tensor]) -> None:
+        """Update the moments with g - along w. They give r, which the optimizers would subtract at a rate of 1."""
+        if along is not None:
+            g = torch.addcmul(g, self.w, along, value=-1)
+        if self.rule.adaptive:
+            self.first.lerp_(g, 1 - self.beta1)
+            self.second.lerp_(g * g, 1 - self.beta2)
+            first_scale, second_scale = scales  # m_hat / (sqrt(v_hat) + eps), both divided by the scale of m_hat
+            roots = self.second.sqrt().mul_(second_scale / first_scale).add_(self.eps / first_scale)
+            self._r = self.first / roots
+        else:
+            self.first.mul_(self.momentum).add_(g)
+            self._r = self.first
+            if self.uses_nesterov:
+                self._r = torch.where(self.nesterov, torch.addcmul(g, self.first, self.momentum), self.first)
+        if self.decays and self.rule.decay == "update":
+            self._r = torch.addcmul(self._r, self.w, self.decay)
+
+    def sums(self, *, norms_only: bool) -> tuple[Tensor, Tensor]:
+        """Return the inner products w.r and r.r; with `norms_only`, r.r in place of the first."""
+        rr = self._dot(self._r, self._r)
+        return rr if norms_only else self._dot(self.w, self._r), rr
+
+    def move(self, keep: Tensor | None, take: Tensor) -> None:
+        """Replace w by keep w - take r; w - take r without `keep`."""
+        if keep is not None:
+            self.w.mul_(keep)
+        self.w.addcmul_(self._r, take, value=-1)
+        del self._r  # the next weight can use its memory
+
+    def _dot(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum(dim=self.over, keepdim=True)
+
+    def _column(self, numbers: Sequence[float]) -> Tensor:
+        return expand_runs(torch.tensor(numbers, dtype=self.numbers, device=self.w.device), self.w)
+
+    def _state(self, name: str, like: Tensor) -> Tensor:
+        """A tensor of the shape of `like` whose slices are, from now on, this state of the optimizers."""
+        found = [optimizer.state[p].get(name) for optimizer, p in zip(self.optimizers, self.slices, strict=True)]
+        stack = torch.stack([zero if f is None else f for f, zero in zip(found, torch.zeros_like(like), strict=True)])
+        for optimizer, p, row in zip(self.optimizers, self.slices, stack, strict=True):
+            optimizer.state[p][name] = row
+        return stack
+
+
+class CPUWeight(VectorizedWeight):
+    """A weight that compiled code updates, with numbers in float64."""
+
+    def __init__(self, w: Tensor, slices: Sequence[Tensor], optimizers: Sequence[Optimizer], rule: Rule) -> None:
+        super().__init__(w, slices, optimizers, rule)
+        kernels = cpu_kernels.load([[w]])
+        assert kernels is not None, "is_supported comes first"
+        self._kernels = kernels
+        self._sizes = [1] * len(slices)
+        self._moments = list(self.first), list(self.second) if rule.adaptive else []
+        if rule.adaptive:
+            self._factors = [x.flatten() for x in (self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2)]
+            self._eps = self.eps.flatten()
+        else:
+            self._factors = [self.momentum.flatten()]
+            self._eps = self._scales = torch.empty(0)
+
+    @staticmethod
+    def is_supported(w: Tensor, slices: Sequence[Tensor], optimizers: Sequence[Optimizer], rule: Rule) -> bool:
+        """Whether the compiled code can be loaded and has this update; the arguments are those of the class."""
+        groups = [holder(optimizer, own) for optimizer, own in zip(optimizers, slices, strict=True)]
+        other = keys.slice_axes(groups[0], slices[0]) is not None or not w.is_contiguous()
+        for group in groups:
+            decays = rule.decay == "update" and group["weight_decay"]
+            other = other or bool(group.get("nesterov") or decays or group.get("fused") is False)
+        return not other and cpu_kernels.load([[w]]) is not None
+
+    @property
+    def numbers(self) -> torch.dtype:
+        return torch.float64
+
+    def products(self, g: Tensor, *, norms_only: bool) -> tuple[Tensor, Tensor]:
+        ww, wg = self._kernels.products(Blocks(list(self.w), self._sizes, [], list(g.contiguous()))).unbind(1)
+        return expand_runs(ww, self.w), expand_runs(wg, self.w)
+
+    def advance(self, g: Tensor, along: Tensor | None, scales: list[Tensor]) -> None:
+        if scales:
+            self._scales = torch.stack([scale.flatten() for scale in scales])
+        self._blocks = Blocks(list(self.w), self._sizes, [], list(g.contiguous()), *self._moments)
+        share = torch.zeros(len(self.w)) if along is None else along.flatten()
+        self._sums = self._kernels.advance(self._blocks, share, self._scales, self._factors, self._eps)
+
+    def sums(self, *, norms_only: bool) -> tuple[Tensor, Tensor]:
+        wr, rr = self._sums.unbind(1)
+        return expand_runs(wr, self.w), expand_runs(rr, self.w)
+
+    def move(self, keep: Tensor | None, take: Tensor) -> None:
+        share = torch.ones(len(self.w)) if keep is None else keep.flatten()
+        self._kernels.move(self._blocks, share, take.flatten(), self._scales, self._eps)
+        del self._blocks  # the gradients are not needed any more
+
+
+def holder(optimizer: Optimizer, own: Tensor) -> dict[str, Any]:
+    """The group that holds a parameter."""
+    return next(group for group in optimizer.param_groups for p in group["params"] if p is own)
+
+
+def expand_runs(numbers: Tensor, w: Tensor) -> Tensor:
+    """[K] as [K, 1, ...], to be broadcast over w [K, ...]."""
+    return numbers.view(-1, *[1] * (w.ndim - 1))
