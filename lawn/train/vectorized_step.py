@@ -55,12 +55,13 @@ class VectorizedStep:
     @staticmethod
     def is_supported(optimizers: Sequence[Optimizer]) -> bool:
         """Whether they are of one class, and use nothing that only their own step knows."""
+        if len({type(optimizer) for optimizer in optimizers}) > 1 or type(optimizers[0]) not in RULES:
+            return False
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        alike = len({type(optimizer) for optimizer in optimizers}) == 1 and type(optimizers[0]) in RULES
-        decays = any(isinstance(o, LAWNOptimizer) and g["weight_decay"] for o in optimizers for g in o.param_groups)
-        if any(group.get(slices.KEY) is not None for group in groups):  # then all have the same slices
-            alike = alike and len({str(list(map(_layout, optimizer.param_groups))) for optimizer in optimizers}) == 1
-        return alike and not decays and not any(group.get(key) for group in groups for key in OTHER)
+        if any(group.get(slices.KEY) is not None for group in groups):  # then all must have the same slices
+            layouts = {str(list(map(_layout, optimizer.param_groups))) for optimizer in optimizers}
+            return len(layouts) == 1 and all(map(_is_plain, optimizers))
+        return all(map(_is_plain, optimizers))
 
     def step(self, gradients: Sequence[Tensor]) -> set[int]:
         """One update of every weight, by its gradient [K, ...]. Returns what `prepare` does."""
@@ -120,7 +121,7 @@ class VectorizedStep:
         return failed, switched
 
     def _update(self, weight: VectorizedWeight, g: Tensor, lr: Tensor, scales: list[Tensor]) -> None:
-        """`lawn.optim.update` explains the constrained part. After a huge gradient the next update restores norms."""
+        """`lawn.optim.update` explains the constrained part."""
         rule, c = self._rule, weight.norm
         trust = rule.max_trust is not None and (rule.trust_vectors or weight.w.ndim > 2)
         along = keep = None
@@ -144,6 +145,18 @@ class VectorizedStep:
             keep = torch.where(c.isfinite(), on_sphere[0], 1)
             take = torch.where(c.isfinite(), on_sphere[1], take)
         weight.move(keep, take)
+        if c is not None:
+            weight.restore_norms(on_sphere[2] & c.isfinite())
+
+
+def _is_plain(optimizer: Optimizer) -> bool:
+    groups = optimizer.param_groups
+    params = [p for group in groups for p in group["params"]]
+    counts = {float(optimizer.state.get(p, {}).get("step", 0)) for p in params}
+    alike = len(counts) == 1 and len({tuple(group.get("betas", ())) for group in groups}) == 1
+    decays = isinstance(optimizer, LAWNOptimizer) and any(group["weight_decay"] for group in groups)
+    other = decays or any(group.get(key) for group in groups for key in OTHER)
+    return alike and not other and all(p.dtype in (torch.float32, torch.float64) for p in params)
 
 
 def _layout(group: dict[str, Any]) -> list[Any]:

@@ -1,7 +1,7 @@
 """A weight of several optimizers of one class, with the stages of its update.
 
-The stages are `products`, `advance`, `sums` and `move`, in this order; between them, `VectorizedStep` computes with a
-number for each run. `VectorizedWeight` takes them in plain torch, `CPUWeight` in the compiled code of
+The stages are `products`, `advance`, `sums`, `move` and `restore_norms`, in this order; between them, `VectorizedStep`
+computes with a number for each run. `VectorizedWeight` takes them in plain torch, `CPUWeight` in the compiled code of
 `lawn/optim/cpu_kernels.c`.
 """
 
@@ -124,8 +124,18 @@ class VectorizedWeight:
         self.w.addcmul_(self._r, take, value=-1)
         del self._r  # the next weight can use its memory
 
+    def restore_norms(self, off: Tensor) -> None:
+        """Rescale the weights of a mask [K, 1, ...] to their norms, which rounding has left: see `update.CANCELLATION`.
+
+        A momentum can be much longer than its tangent part; Adam's update cannot. A look at the mask would wait for a
+        GPU, so the weights are rescaled without one.
+        """
+        if not self.rule.adaptive and self.norm is not None:
+            length = self._dot(self.w, self.w).sqrt()
+            self.w.mul_(torch.where(off & (length > 0), self.norm / length, 1))
+
     def _dot(self, a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).sum(dim=self.over, keepdim=True)
+        return (a * b).sum(dim=self.over, keepdim=True) if self.over else a * b
 
     def _column(self, numbers: Sequence[float]) -> Tensor:
         return expand_runs(torch.tensor(numbers, dtype=self.numbers, device=self.w.device), self.w)
@@ -171,13 +181,13 @@ class CPUWeight(VectorizedWeight):
         return torch.float64
 
     def products(self, g: Tensor, *, norms_only: bool) -> tuple[Tensor, Tensor]:
-        ww, wg = self._kernels.products(Blocks(list(self.w), self._sizes, [], list(g.contiguous()))).unbind(1)
+        ww, wg = self._kernels.products(Blocks(list(self.w), self._sizes, [], self._rows(g))).unbind(1)
         return expand_runs(ww, self.w), expand_runs(wg, self.w)
 
     def advance(self, g: Tensor, along: Tensor | None, scales: list[Tensor]) -> None:
         if scales:
             self._scales = torch.stack([scale.flatten() for scale in scales])
-        self._blocks = Blocks(list(self.w), self._sizes, [], list(g.contiguous()), *self._moments)
+        self._blocks = Blocks(list(self.w), self._sizes, [], self._rows(g), *self._moments)
         share = torch.zeros(len(self.w)) if along is None else along.flatten()
         self._sums = self._kernels.advance(self._blocks, share, self._scales, self._factors, self._eps)
 
@@ -189,6 +199,16 @@ class CPUWeight(VectorizedWeight):
         share = torch.ones(len(self.w)) if keep is None else keep.flatten()
         self._kernels.move(self._blocks, share, take.flatten(), self._scales, self._eps)
         del self._blocks  # the gradients are not needed any more
+
+    def restore_norms(self, off: Tensor) -> None:
+        for k in off.flatten().nonzero().flatten().tolist():
+            length = torch.linalg.vector_norm(self.w[k], dtype=torch.float64)
+            if length > 0 and self.norm is not None:
+                self.w[k].mul_(self.norm[k].flatten()[0] / length)
+
+    def _rows(self, g: Tensor) -> list[Tensor]:
+        assert (g.shape, g.dtype) == (self.w.shape, self.w.dtype), "the compiled code would read beyond"
+        return list(g.resolve_neg().contiguous())
 
 
 def holder(optimizer: Optimizer, own: Tensor) -> dict[str, Any]:

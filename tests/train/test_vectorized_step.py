@@ -141,6 +141,39 @@ def test_norms_hold_over_many_steps_in_float32(kind, fused):
 
 
 @pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("size", [1e4, 1e6, 1e9, 1e15])
+def test_norms_hold_after_a_huge_gradient(size, fused):
+    """The momentum that it leaves lies along the weight, and digits cancel."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(2, 300, 170, generator=generator)
+    members = [nn.Parameter(row) for row in w]
+    norms = [p.norm().item() for p in members]
+    optimizers = [SGDLAWN([p], lr=0.05, free_steps=0, fused=fused) for p in members]
+    vectorized = VectorizedStep(optimizers, [w], [members])
+    for step in range(6):
+        g = torch.randn(w.shape, generator=generator) * 0.1
+        vectorized.step([g * torch.tensor([1, size if step == 2 else 1])[:, None, None]])
+        assert [p.norm().item() for p in members] == pytest.approx(norms, rel=3e-6)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("kind", [LAMB, LAMBLAWN])
+def test_numbers_that_are_parameters_are_kept_apart(kind, fused):
+    joint, alone = ([nn.Parameter(torch.tensor(x)) for x in (1.0, 2.0, 3.0)] for _ in range(2))
+    w = torch.stack([p.data for p in joint])
+    for p, row in zip(joint, w, strict=True):
+        p.data = row
+    vectorized, own = ([kind([{"params": [p], "fused": fused}], lr=0.1) for p in params] for params in (joint, alone))
+    step_of_all = VectorizedStep(vectorized, [w], [joint])
+    for step in range(3):
+        step_of_all.step([torch.tensor([1.0, -2.0, step])])
+        for p, optimizer, g in zip(alone, own, (1.0, -2.0, step), strict=True):
+            p.grad = torch.tensor(float(g))
+            optimizer.step()
+    torch.testing.assert_close(w, torch.stack([p.data for p in alone]))
+
+
+@pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("kind", RULES)
 def test_a_member_that_is_not_finite_touches_no_other(kind, fused):
     joint, alone = (Members(kind, 0, fused=fused) for _ in range(2))
@@ -176,6 +209,13 @@ def test_optimizers_without_a_vectorized_step_take_their_own():
     assert not VectorizedStep.is_supported([SGD([w], momentum=0.9, dampening=0.5) for w in weights])
     assert not VectorizedStep.is_supported([torch.optim.RMSprop([w]) for w in weights])
     assert not VectorizedStep.is_supported([AdamLAWN([{"params": [w], "blocks": [0]}]) for w in weights])
+    assert not VectorizedStep.is_supported([AdamLAWN([w.bfloat16().detach().requires_grad_()]) for w in weights])
+    others = [[{"params": [w]}, {"params": [nn.Parameter(torch.ones(2))], "betas": (0.5, 0.9)}] for w in weights]
+    assert not VectorizedStep.is_supported([Adam(groups) for groups in others])
+    behind = [Adam([w, nn.Parameter(torch.ones(2))]) for w in weights]
+    weights[0].grad = torch.ones(2, 2)
+    behind[0].step()
+    assert not VectorizedStep.is_supported(behind)
     rows, columns = ([AdamLAWN([{"params": [w], "norm_axes": axes}]) for w in weights] for axes in (1, 0))
     assert VectorizedStep.is_supported(rows)
     assert not VectorizedStep.is_supported([rows[0], columns[1]])
