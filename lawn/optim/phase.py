@@ -26,7 +26,7 @@ from lawn.optim.keys import (
 
 KnownBlocks = dict[Tensor, list[Tensor]]  # by their first parameter
 REMEDY = "leave it free with a param group that has constrain=False, or give it more free steps"
-REMEDY_OF_SLICES = "put other values there (nn.Embedding's padding_idx does so), or give the whole weight one norm"
+REMEDY_OF_SLICES = "put other values there (nn.Embedding has zeros at padding_idx), or give the whole weight one norm"
 
 
 class NonFiniteError(ValueError):

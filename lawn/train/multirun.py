@@ -72,6 +72,8 @@ def train_vectorized(configs: Sequence[Config]) -> None:
     generator = torch.Generator(device).manual_seed(0)
     _, batch = next(task.dataset.train_batches(Batching(configs[0].train.batch_size), generator))
     size = max_vectorized_runs(task, batch)
+    if size == 1 and len(waiting) > 1:
+        echo(f"train.vectorize: {len(waiting)} runs train alone: together they are no faster, or do not fit in memory")
     while waiting:
         group, waiting = waiting[:size], waiting[size:]
         if len(group) == 1:

@@ -173,6 +173,9 @@ def test_as_many_at_once_as_there_is_room_for(tiny, monkeypatch, capsys):
     assert max_vectorized_runs(wide, batch) == 1
     monkeypatch.setattr("lawn.train.vectorized._free_bytes", lambda _: 10**7)
     assert 1 <= max_vectorized_runs(task, batch) < 100
+    wide_runs = [tiny("model.widths=[2000,200]", "train.epochs=1", f"seed={seed}") for seed in range(2)]
+    train_vectorized(wide_runs)
+    assert "train.vectorize: 2 runs train alone: together they are no faster" in capsys.readouterr().out
     sizes = []
     monkeypatch.setattr(multirun, "max_vectorized_runs", lambda *_: 2)
     monkeypatch.setattr(multirun, "VectorizedTrainer", lambda runs: sizes.append(len(runs)) or VectorizedTrainer(runs))
