@@ -17,7 +17,7 @@ from lawn.optim.adam_lawn import AdamLAWN
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.lamb import LAMB, LAMBLAWN, LAMBPlus
 from lawn.optim.sgd_lawn import SGDLAWN
-from lawn.train.vectorized_weight import CPUWeight, Rule, VectorizedWeight, expand_runs
+from lawn.train.vectorized_weight import CPUWeights, Rule, VectorizedWeight, expand_runs
 
 RULES: dict[type[Optimizer], Rule] = {
     SGD: Rule(adaptive=False, decay="gradient"),
@@ -47,7 +47,8 @@ class VectorizedStep:
         self._optimizers = list(optimizers)
         self._rule = RULES[type(optimizers[0])]
         pairs = zip(weights, slices, strict=True)
-        self._weights = [self._weight(w, each) for w, each in pairs]
+        self._weights = [VectorizedWeight(w, each, self._optimizers, self._rule) for w, each in pairs]
+        self._together = CPUWeights(self._weights) if CPUWeights.is_supported(self._weights) else None
         self._counts = self._weights[0].steps.tolist() if self._rule.adaptive else []
         rows = len(self._weights) + 2 * self._rule.adaptive
         self._numbers = weights[0].new_empty(rows, len(optimizers))  # rates of each weight, scales of the moments
@@ -91,14 +92,14 @@ class VectorizedStep:
     @torch.no_grad()
     def apply(self, gradients: Sequence[Tensor]) -> None:
         """The update that `prepare` has prepared: operations of the device alone."""
-        rates, scales = self._numbers[: len(self._weights)], self._numbers[len(self._weights) :]
+        count = len(self._weights)
+        rates, scales = self._numbers[:count], self._numbers[count:]
+        if self._together:
+            self._update(self._together, gradients, rates.flatten(), [x.repeat(count) for x in scales])
+            return
         for weight, gradient, lr in zip(self._weights, gradients, rates, strict=True):
             each = [expand_runs(x, weight.w) for x in scales]
             self._update(weight, gradient, expand_runs(lr, weight.w), each)
-
-    def _weight(self, w: Tensor, slices: Sequence[Tensor]) -> VectorizedWeight:
-        arguments = w, slices, self._optimizers, self._rule
-        return (CPUWeight if CPUWeight.is_supported(*arguments) else VectorizedWeight)(*arguments)
 
     def _switch(self) -> tuple[set[int], bool]:
         failed, switched = set(), False
@@ -118,12 +119,13 @@ class VectorizedStep:
         if switched:
             for weight in self._weights:
                 weight.read_norms()
+            if self._together:
+                self._together.read_norms()
         return failed, switched
 
-    def _update(self, weight: VectorizedWeight, g: Tensor, lr: Tensor, scales: list[Tensor]) -> None:
-        """`lawn.optim.update` explains the constrained part."""
-        rule, c = self._rule, weight.norm
-        trust = rule.max_trust is not None and (rule.trust_vectors or weight.w.ndim > 2)
+    def _update(self, weight: VectorizedWeight | CPUWeights, g: Any, lr: Tensor, scales: list[Tensor]) -> None:
+        """Update a weight by its gradient, or all by theirs; `lawn.optim.update` explains the constrained part."""
+        rule, c, trust = self._rule, weight.norm, weight.trust
         along = keep = None
         take = lr
         if trust or c is not None:

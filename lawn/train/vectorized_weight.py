@@ -1,12 +1,12 @@
-"""A weight of several optimizers of one class, with the stages of its update.
+"""The weights of several optimizers of one class, with the stages of their update.
 
 The stages are `products`, `advance`, `sums`, `move` and `restore_norms`, in this order; between them, `VectorizedStep`
-computes with a number for each run. `VectorizedWeight` takes them in plain torch, `CPUWeight` in the compiled code of
-`lawn/optim/cpu_kernels.c`.
+computes with a number for each run. `VectorizedWeight` takes them in plain torch, for one weight of all runs;
+`CPUWeights` in the compiled code of `lawn/optim/cpu_kernels.c`, for all weights of all runs.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,7 @@ class VectorizedWeight:
         self.slices = slices
         self.optimizers = optimizers
         self.rule = rule
+        self.trust = rule.max_trust is not None and (rule.trust_vectors or w.ndim > 2)
         self.groups = [holder(optimizer, own) for optimizer, own in zip(optimizers, slices, strict=True)]
         axes = keys.slice_axes(self.groups[0], slices[0])
         self.over = tuple(axis for axis in range(1, w.ndim) if axes is None or axis - 1 not in axes)  # axes of a norm
@@ -80,14 +81,9 @@ class VectorizedWeight:
         found = list(map(keys.fixed_norm, states))
         shape = [1 if axis in self.over else self.w.shape[axis] for axis in range(1, self.w.ndim)]
         given = [torch.as_tensor(c if keys.is_fixed(c) else math.inf, dtype=torch.float64) for c in found]
-        norms = [c.to(self.w.device, self.numbers) for c in given]
+        norms = [c.to(self.w.device, self.w.dtype) for c in given]
         each = torch.stack([c.view(shape) if c.ndim else c.expand(shape) for c in norms])
         self.norm = each if any(map(keys.is_fixed, found)) else None
-
-    @property
-    def numbers(self) -> torch.dtype:
-        """The dtype of the numbers of the optimizers."""
-        return self.w.dtype
 
     def products(self, g: Tensor, *, norms_only: bool) -> tuple[Tensor, Tensor]:
         """Return the inner products w.w and w.g; with `norms_only`, w.w in place of the second."""
@@ -138,7 +134,7 @@ class VectorizedWeight:
         return (a * b).sum(dim=self.over, keepdim=True) if self.over else a * b
 
     def _column(self, numbers: Sequence[float]) -> Tensor:
-        return expand_runs(torch.tensor(numbers, dtype=self.numbers, device=self.w.device), self.w)
+        return expand_runs(torch.tensor(numbers, dtype=self.w.dtype, device=self.w.device), self.w)
 
     def _state(self, name: str, like: Tensor) -> Tensor:
         """A tensor of the shape of `like` whose slices are, from now on, this state of the optimizers."""
@@ -149,66 +145,94 @@ class VectorizedWeight:
         return stack
 
 
-class CPUWeight(VectorizedWeight):
-    """A weight that compiled code updates, with numbers in float64."""
+class CPUWeights:
+    """The weights of several optimizers, which compiled code updates together, with numbers [weights * K] in float64.
 
-    def __init__(self, w: Tensor, slices: Sequence[Tensor], optimizers: Sequence[Optimizer], rule: Rule) -> None:
-        super().__init__(w, slices, optimizers, rule)
-        kernels = cpu_kernels.load([[w]])
+    Args:
+        weights: all weights of the optimizers; `is_supported` holds for them.
+    """
+
+    def __init__(self, weights: Sequence[VectorizedWeight]) -> None:
+        self._weights = weights
+        self.rule = weights[0].rule
+        self.trust = self.rule.max_trust is not None
+        kernels = cpu_kernels.load([[weight.w for weight in weights]])
         assert kernels is not None, "is_supported comes first"
         self._kernels = kernels
-        self._sizes = [1] * len(slices)
-        self._moments = list(self.first), list(self.second) if rule.adaptive else []
-        if rule.adaptive:
-            self._factors = [x.flatten() for x in (self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2)]
-            self._eps = self.eps.flatten()
+        self._rows = _rows(weight.w for weight in weights)
+        first = _rows(weight.first for weight in weights)
+        second = _rows(weight.second for weight in weights) if self.rule.adaptive else []
+        self._blocks = Blocks(self._rows, [1] * len(self._rows), [], self._rows, first, second)
+        self.decay = self._column("weight_decay")
+        self.decays = any(weight.decays for weight in weights)
+        if self.rule.adaptive:
+            beta1, beta2 = self._column("betas").unbind(1)
+            self._factors, self._eps = [beta1, 1 - beta1, beta2, 1 - beta2], self._column("eps")
         else:
-            self._factors = [self.momentum.flatten()]
-            self._eps = self._scales = torch.empty(0)
+            self._factors, self._eps = [self._column("momentum")], torch.empty(0)
+        self.read_norms()
 
     @staticmethod
-    def is_supported(w: Tensor, slices: Sequence[Tensor], optimizers: Sequence[Optimizer], rule: Rule) -> bool:
-        """Whether the compiled code can be loaded and has this update; the arguments are those of the class."""
-        groups = [holder(optimizer, own) for optimizer, own in zip(optimizers, slices, strict=True)]
-        other = keys.slice_axes(groups[0], slices[0]) is not None or not w.is_contiguous()
-        for group in groups:
-            decays = rule.decay == "update" and group["weight_decay"]
-            other = other or bool(group.get("nesterov") or decays or group.get("fused") is False)
-        return not other and cpu_kernels.load([[w]]) is not None
+    def is_supported(weights: Sequence[VectorizedWeight]) -> bool:
+        """Whether the compiled code can be loaded and has this update."""
+        rule = weights[0].rule
+        other = not all(rule.trust_vectors and weight.w.is_contiguous() for weight in weights)
+        other = other or any(len(weight.over) < weight.w.ndim - 1 for weight in weights)  # norms of slices
+        other = other or (rule.decay == "update" and any(weight.decays for weight in weights))
+        groups = [group for weight in weights for group in weight.groups]
+        other = other or any(group.get("nesterov") or group.get("fused") is False for group in groups)
+        return not other and cpu_kernels.load([[weight.w for weight in weights]]) is not None
 
-    @property
-    def numbers(self) -> torch.dtype:
-        return torch.float64
+    def read_norms(self) -> None:
+        """Take the norms of the weights; None where no optimizer has fixed one."""
+        given = [weight.norm for weight in self._weights]
+        free = torch.full((len(self._weights[0].w),), math.inf)
+        each = torch.cat([free if norm is None else norm.flatten() for norm in given]).double()
+        self.norm = each if each.isfinite().any() else None
 
-    def products(self, g: Tensor, *, norms_only: bool) -> tuple[Tensor, Tensor]:
-        ww, wg = self._kernels.products(Blocks(list(self.w), self._sizes, [], self._rows(g))).unbind(1)
-        return expand_runs(ww, self.w), expand_runs(wg, self.w)
+    def products(self, gradients: Sequence[Tensor], *, norms_only: bool) -> tuple[Tensor, Tensor]:
+        """Return the inner products w.w and w.g."""
+        blocks = Blocks(self._rows, self._blocks.sizes, [], self._rows_of(gradients))
+        ww, wg = self._kernels.products(blocks).unbind(1)
+        return ww, wg
 
-    def advance(self, g: Tensor, along: Tensor | None, scales: list[Tensor]) -> None:
-        if scales:
-            self._scales = torch.stack([scale.flatten() for scale in scales])
-        self._blocks = Blocks(list(self.w), self._sizes, [], self._rows(g), *self._moments)
-        share = torch.zeros(len(self.w)) if along is None else along.flatten()
+    def advance(self, gradients: Sequence[Tensor], along: Tensor | None, scales: list[Tensor]) -> None:
+        """As that of a weight."""
+        self._scales = torch.stack(scales) if scales else torch.empty(0)
+        self._blocks.grads = self._rows_of(gradients)
+        share = torch.zeros(len(self._rows)) if along is None else along
         self._sums = self._kernels.advance(self._blocks, share, self._scales, self._factors, self._eps)
 
     def sums(self, *, norms_only: bool) -> tuple[Tensor, Tensor]:
+        """Return the inner products w.r and r.r."""
         wr, rr = self._sums.unbind(1)
-        return expand_runs(wr, self.w), expand_runs(rr, self.w)
+        return wr, rr
 
     def move(self, keep: Tensor | None, take: Tensor) -> None:
-        share = torch.ones(len(self.w)) if keep is None else keep.flatten()
-        self._kernels.move(self._blocks, share, take.flatten(), self._scales, self._eps)
-        del self._blocks  # the gradients are not needed any more
+        """As that of a weight."""
+        share = torch.ones(len(self._rows)) if keep is None else keep
+        self._kernels.move(self._blocks, share, take, self._scales, self._eps)
+        self._blocks.grads = self._rows  # the gradients are not needed any more
 
     def restore_norms(self, off: Tensor) -> None:
-        for k in off.flatten().nonzero().flatten().tolist():
-            length = torch.linalg.vector_norm(self.w[k], dtype=torch.float64)
+        """As that of a weight, with a look at the mask."""
+        for row in off.nonzero().flatten().tolist():
+            length = torch.linalg.vector_norm(self._rows[row], dtype=torch.float64)
             if length > 0 and self.norm is not None:
-                self.w[k].mul_(self.norm[k].flatten()[0] / length)
+                self._rows[row].mul_(self.norm[row] / length)
 
-    def _rows(self, g: Tensor) -> list[Tensor]:
-        assert (g.shape, g.dtype) == (self.w.shape, self.w.dtype), "the compiled code would read beyond"
-        return list(g.resolve_neg().contiguous())
+    def _rows_of(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        for weight, g in zip(self._weights, gradients, strict=True):
+            assert (g.shape, g.dtype) == (weight.w.shape, weight.w.dtype), "the compiled code would read beyond"
+        return _rows(g.resolve_neg().contiguous() for g in gradients)
+
+    def _column(self, key: str) -> Tensor:
+        numbers = [group.get(key, 0) for weight in self._weights for group in weight.groups]
+        return torch.tensor(numbers, dtype=torch.float64)
+
+
+def _rows(stacks: Iterable[Tensor]) -> list[Tensor]:
+    return [row for stack in stacks for row in stack]
 
 
 def holder(optimizer: Optimizer, own: Tensor) -> dict[str, Any]:
