@@ -73,7 +73,10 @@ FLATTENING_MOVIELENS100K = Experiment(
     tuple(replace(cell, overrides=(*cell.overrides, *_WATCHED, "eval.every=10")) for cell in FIGURE1.cells),
     _INSIDE,
     figure="diagnostics",
-    notes=(f"The runs are those of figure 1 with diagnostics=on. {_HOW.format('10 epochs')}",),
+    notes=(
+        "The settings are those of figure 1, with diagnostics=on; the runs are others, and differ by rounding. "
+        f"{_HOW.format('10 epochs')}",
+    ),
     seeds=1,
 )
 

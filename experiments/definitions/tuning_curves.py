@@ -32,5 +32,7 @@ TUNING_CURVES = Experiment(
     notes=(
         "The grids are those of table 4, of 48 settings each; eps tuned has 144. Short schedules have a tenth of the "
         "paper's epochs, 75 where it has 500.",
+        "The short runs of LAMB-LAWN are older than commit 3d62b52, which gives a tangent component that is rounding "
+        "error no trust ratio.",
     ),
 )

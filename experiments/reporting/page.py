@@ -222,9 +222,11 @@ def _marks(found: list[Outcome]) -> str:
 
 
 def _warnings(found: list[Outcome]) -> dict[str, list[str]]:
+    """The cells of each warning of their runs, those that chose hyperparameters included."""
     warned: dict[str, list[str]] = {}
     for outcome in found:
-        for warning in dict.fromkeys(w for record in outcome.records for w in record.result["warnings"]):
+        runs = [*outcome.records, *(record for _, record in outcome.tried)]
+        for warning in dict.fromkeys(w for record in runs for w in record.result["warnings"]):
             warned.setdefault(warning, []).append(outcome.cell.name)
     return warned
 

@@ -17,7 +17,7 @@ def against_the_best(experiment: Experiment, found: list[Outcome]) -> list[str]:
     """The compared row against the best of the other rows, a sentence for each column that has both."""
     measure = experiment.measures[0]
     sign = -1 if measure.smaller_is_better else 1
-    lines = []
+    lines, paired = [], []
     for panel, column in places(found):
         filled = [o for o in found if (o.cell.panel, o.cell.column) == (panel, column) and o.values(measure)]
         rival = next((o for o in filled if o.cell.row == experiment.compared_row), None)
@@ -26,7 +26,8 @@ def against_the_best(experiment: Experiment, found: list[Outcome]) -> list[str]:
             continue
         best = max(others, key=lambda o: sign * o.mean(measure))
         (mean, error), (top, spread) = (mean_and_error(o.values(measure)) for o in (rival, best))
-        found_gain = gain(best, rival, measure)[0]
+        found_gain, is_paired = gain(best, rival, measure)
+        paired.append(is_paired)
         low, high = (f"{end:+.2f}" for end in found_gain.interval())
         known = "" if isnan(found_gain.p) else f" (95 % interval {low} to {high})"
         switched = sorted(r.result["last"]["free_epochs"] for r in rival.records if "free_epochs" in r.result["last"])
@@ -36,6 +37,8 @@ def against_the_best(experiment: Experiment, found: list[Outcome]) -> list[str]:
             f"({best.cell.row}) gives {top:.2f} ({spread:.2f}); the gain is {found_gain.difference:+.2f}{known}."
             + (f" Norms were fixed after {' to '.join(dict.fromkeys(switches))} epochs." if switches else "")
         )
+    if lines:
+        lines.append(f"The intervals are those of {_method(paired)}, each by itself, without a correction.")
     return lines
 
 
@@ -106,9 +109,13 @@ def below_paper(decided: list[Pair]) -> str:
 
 def method(pairs: list[Pair]) -> str:
     """What was compared over what."""
-    paired = "t-test over test samples and seeds, both random"
+    return _method([pair.paired for pair in pairs])
+
+
+def _method(paired: Iterable[bool]) -> str:
+    over_samples = "t-test over test samples and seeds, both random"
     welch = "Welch's test over seeds"
-    kinds = dict.fromkeys(paired if pair.paired else welch for pair in pairs)
+    kinds = dict.fromkeys(over_samples if each else welch for each in paired)
     return " or, where records have no outcomes of samples, ".join(sorted(kinds, reverse=True))
 
 
@@ -182,7 +189,7 @@ def _the_papers_gains(pairs: list[Pair]) -> list[str]:
         return []
     return [
         f"The paper's gain lies outside our 95 % interval in {len(outside)} of {len(known)} comparisons: "
-        f"{'; '.join(outside)}."
+        f"{'; '.join(outside)}. The intervals take it as exact."
     ]
 
 

@@ -67,14 +67,14 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
     numbers under the names of several tables, are counted once, by the last name that the paper has a number for.
     """
     measured: dict[Comparison, tuple[Page, Pair]] = {}
-    verdicts: dict[tuple[str, str, str], dict[str, str]] = {}  # by rival, panel and column, then by base
+    verdicts: dict[tuple[str, str, str], list[tuple[Comparison, str]]] = {}  # by rival, panel and column
     for page in tables:
         if page.experiment is None or page.experiment.measures[0].key != "headline":
             continue
         for pair in page.pairs:
             if isnan(pair.gain.p):
                 continue
-            verdicts.setdefault((pair.rival, pair.panel, pair.column), {})[pair.base] = verdict_of(pair)
+            verdicts.setdefault((pair.rival, pair.panel, pair.column), []).append((pair.gain, verdict_of(pair)))
             if pair.gain not in measured or not isnan(pair.paper):
                 measured[pair.gain] = page, pair
     if not measured:
@@ -96,17 +96,22 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
     return Finding("Is LAWN better than what it is compared with, both tuned?", text, listed, shown)
 
 
-def _against_all_bases(verdicts: Mapping[tuple[str, str, str], Mapping[str, str]]) -> str:
+def _against_all_bases(verdicts: Mapping[tuple[str, str, str], Sequence[tuple[Comparison, str]]]) -> str:
     """In how many columns a row is better than each of the rows that it is compared with, where these are several."""
-    better: dict[str, list[bool]] = {}
+    better: dict[str, list[tuple[bool, bool]]] = {}  # and whether the rows are the same runs
     for (rival, _, _), said in verdicts.items():
         if len(said) > 1:
-            better.setdefault(rival, []).append({*said.values()} == {"better"})
-    return "".join(
-        f" Where {rival} has several baselines, it is better than each of them in {sum(columns)} of {len(columns)} "
-        f"column{'s' * (len(columns) > 1)}."
-        for rival, columns in better.items()
-    )
+            gains, verdicts_of_bases = map(set, zip(*said, strict=True))
+            better.setdefault(rival, []).append((verdicts_of_bases == {"better"}, len(gains) == 1))
+    text = ""
+    for rival, columns in better.items():
+        text += (
+            f" Where {rival} has several baselines, it is better than each of them in {sum(won for won, _ in columns)} "
+            f"of {len(columns)} column{'s' * (len(columns) > 1)}."
+        )
+        if same := [won for won, alike in columns if alike]:
+            text += f" In {len(same)} of these ({sum(same)} better) they are the same runs."
+    return text
 
 
 def _horizon(page: Page) -> Finding | None:
@@ -136,7 +141,10 @@ def _tuning(page: Page) -> Finding | None:
             )
     if not said:
         return None
-    text = f"Expected best of {K} random settings of a grid with short schedules and one seed, on the validation split."
+    text = (
+        f"Expected best of {K} random settings of a grid with short schedules and one seed, on the validation split; "
+        "divergence counts as 0."
+    )
     return Finding(
         "Does tuning E_free give more than tuning weight decay, in as many trials?", text, said, (page.name,)
     )
