@@ -40,6 +40,7 @@ class JsonLines:
         try:
             stat = self.path.stat()
         except FileNotFoundError:
+            self._seen, self._cut = _Seen(), 0  # a file in its place is another one
             return
         except OSError as error:
             raise RunError(f"{self.path}: cannot be read ({error.strerror}); put it back, or delete it") from error

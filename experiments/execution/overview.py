@@ -19,16 +19,25 @@ Row = dict[str, Any]
 
 
 def plan_rows(studies: Sequence[Study], store: Store, estimate: RuntimeEstimate) -> tuple[list[Row], int, list[Any]]:
-    """A row for each study, the number of all runs, and the estimated seconds of each missing one, None if unknown."""
-    rows, total, each = [], 0, []
+    """A row for each study, the number of all runs, and the estimated seconds of each missing one, None if unknown.
+
+    A run that several studies share is counted once, unless it is one of those that are not known before others end.
+    """
+    rows, total = [], 0
+    tuned: set[str] = set()
+    named: dict[str, float | None] = {}  # the missing runs
+    unnamed: list[float | None] = []
     for study in studies:
         jobs, later = study.missing(store)
-        to_do = [job.config for job in jobs] + [study.grid.config] * later if study.problem is None else []
         tuning = study.tuning(store)
         tried = sum(store.has(job.name) for job in tuning.jobs)
         filled = sum(store.has(job.name) for job in islice(study.final_runs(store), study.seeds))
-        each += [estimate.seconds([config]) for config in to_do]
-        total += 0 if study.problem else len(tuning.jobs) + tuning.unknown + study.seeds
+        to_do = [job.config for job in jobs] + [study.grid.config] * later
+        if study.problem is None:
+            named |= {job.name: estimate.seconds([job.config]) for job in jobs}
+            unnamed += [estimate.seconds([study.grid.config])] * later
+            tuned |= {job.name for job in tuning.jobs}
+            total += tuning.unknown + study.seeds
         rows.append(
             {
                 "cell": study.cell.name,
@@ -38,7 +47,7 @@ def plan_rows(studies: Sequence[Study], store: Store, estimate: RuntimeEstimate)
                 "time": study.problem or duration(estimate.seconds(to_do)),
             }
         )
-    return rows, total, each
+    return rows, total + len(tuned), [*named.values(), *unnamed]
 
 
 def status_rows(studies: Sequence[Study], store: Store, estimate: RuntimeEstimate) -> list[Row]:

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import parent_process
@@ -34,6 +35,10 @@ def work(configs: Sequence[Config], log: Path, threads: int | None = None) -> in
         except (Stopped, UserError, OSError) as error:
             print(f"{'' if isinstance(error, Stopped) else 'error: '}{error}", flush=True)
             return getattr(error, "exit_code", UserError.exit_code)
+        except Exception as error:
+            traceback.print_exc()
+            print(f"error: {type(error).__name__}: {error}".splitlines()[0], flush=True)
+            return UserError.exit_code
     return 0
 
 

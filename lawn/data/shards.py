@@ -75,6 +75,10 @@ class ShardImages(JPEGImages):
         """Training samples of one epoch."""
         return sum(s.size for s in self.train)
 
+    def order_depends_on(self, world_size: int) -> list[int]:
+        """What the order of an epoch depends on, besides its seed."""
+        return [self.workers, world_size]
+
     def train_batches(
         self, batching: Batching, generator: torch.Generator
     ) -> Iterator[tuple[MicroBatch, tuple[Tensor, Tensor]]]:
@@ -90,11 +94,27 @@ class ShardImages(JPEGImages):
     def eval_batches(
         self, rank: int = 0, world_size: int = 1, batch_size: int = 256
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The evaluation images of a rank, without augmentation, in an order that depends on the workers."""
-        mine = shard(sum(s.size for s in self.held_out), rank, world_size)
-        sizes = [min(batch_size, mine.stop - start) for start in range(mine.start, mine.stop, batch_size)]
+        """The evaluation images of a rank, without augmentation, in the order of `eval_places`."""
+        mine, sizes = self._eval_sizes(rank, world_size, batch_size)
         stream = Stream(self.held_out, mine.start, sizes, self.num_classes, self.plain)
         yield from self._batches(self._loader(stream, batch_size=None))
+
+    def eval_places(self, rank: int = 0, world_size: int = 1, batch_size: int = 256) -> Tensor:
+        """The place of each image that `eval_batches` yields among those of the rank: its workers take turns."""
+        _, sizes = self._eval_sizes(rank, world_size, batch_size)
+        workers = max(1, self.workers)
+        starts = list(accumulate((sum(sizes[k::workers]) for k in range(workers)), initial=0))
+        places = []
+        for number, size in enumerate(sizes):
+            worker = number % workers
+            places.append(torch.arange(starts[worker], starts[worker] + size))
+            starts[worker] += size
+        return torch.cat(places) if places else torch.empty(0, dtype=torch.long)
+
+    def _eval_sizes(self, rank: int, world_size: int, batch_size: int) -> tuple[slice, list[int]]:
+        """The images of a rank, and how many of them each batch has."""
+        mine = shard(sum(s.size for s in self.held_out), rank, world_size)
+        return mine, [min(batch_size, mine.stop - start) for start in range(mine.start, mine.stop, batch_size)]
 
     def _sizes(self, batching: Batching) -> list[int]:
         """Samples in each of a rank's parts; 0 for those that do not count."""

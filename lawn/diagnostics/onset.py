@@ -19,7 +19,7 @@ class FlatteningOnset:
 
     This class makes at least 10 checks per epoch, or one after each update if an epoch has fewer updates. A check
     computes the median margin of the samples since the last check: a twentieth to a tenth of the training set, or one
-    batch if that is larger. The onset is the first check, not before the end of the first epoch, at which the lower
+    batch if that is larger. The onset is the first check, not before as many as an epoch has, at which the lower
     median of the last epoch's medians is at least `threshold`. So most margins have been that high for about half an
     epoch, and a short peak during warmup is not an onset.
 

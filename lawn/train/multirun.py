@@ -26,7 +26,7 @@ from lawn.train.vectorized import VectorizedTrainer, max_vectorized_runs, vector
 def train_many(configs: Sequence[Config]) -> list[Exception]:
     """Train runs, up to `train.vectorize` compatible ones at a time as one batched model.
 
-    Returns the errors of those that failed; the others are trained nevertheless.
+    Returns the errors of those that failed, one where a whole group did; the others are trained nevertheless.
     """
     failures: list[Exception] = []
     waiting = list({config_hash(config): (config, vectorization_key(config)) for config in configs}.values())
@@ -37,14 +37,23 @@ def train_many(configs: Sequence[Config]) -> list[Exception]:
         group = [entry for entry in waiting if key is not None and entry[1] == key] or waiting[:1]
         group = group[: first.train.vectorize]
         waiting = [entry for entry in waiting if entry not in group]
-        try:
-            if len(group) > 1:
-                train_vectorized([config for config, _ in group])
-            else:
-                train(first)
-        except (UserError, OSError) as error:
-            failures.append(error)
+        failures += _train_group_or_each([config for config, _ in group])
     return failures
+
+
+def _train_group_or_each(configs: Sequence[Config]) -> list[Exception]:
+    """Train runs together, or each alone if that fails, as it may be the fault of one of them."""
+    try:
+        if len(configs) > 1:
+            train_vectorized(configs)
+        else:
+            train(configs[0])
+    except (UserError, OSError) as error:
+        if len(configs) == 1:
+            return [error]
+        failures = [failure for config in configs for failure in _train_group_or_each([config])]
+        return failures if len(failures) < len(configs) else [error]
+    return []
 
 
 @translate_torch_errors(rank=0)

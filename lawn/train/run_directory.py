@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import sys
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -77,6 +78,9 @@ class RunDirectory:
         with ExitStack() as held:
             try:
                 self._lock = held.enter_context(locked(self.path / LOCK))
+                if self._lock is None:  # perhaps another process has only asked whether it is `in_use`
+                    time.sleep(0.05)
+                    self._lock = held.enter_context(locked(self.path / LOCK))
             except OSError as error:
                 raise RunError(f"{self.path}: cannot be written ({error})") from error
             if self._lock is None:

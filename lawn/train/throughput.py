@@ -20,7 +20,7 @@ def flops_per_sample(task: Task, model: nn.Module, batch: Batch) -> float:
 
 
 def to_meta(model: nn.Module) -> nn.Module:
-    """A copy with shapes and without values, in eval mode: batch norm does not communicate with other ranks."""
+    """A copy with shapes and without values; in eval mode, in which batch norm does not talk with other ranks."""
     return copy.deepcopy(model).to("meta").eval()
 
 

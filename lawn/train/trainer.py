@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -67,6 +67,7 @@ class Trainer:
         self.step = 0
         self.rows: list[Row] = []
         self.seconds = {"train": 0.0, "eval": 0.0, "log": 0.0}
+        self._clocks: list[tuple[str, float, float]] = []  # those that run: `_seconds_until_now`
         self.flops: float | None = None  # per sample; None until the first batch
         self.epoch_state: EpochState | None = None  # None between two epochs
         self.gradients: Tensor | None = None  # `EpochState.gradients` at the end of the last epoch
@@ -258,7 +259,12 @@ class Trainer:
         rows = [rows_of(self.model, self.execution.to_memory_format(batch)) for batch in batches]
         if not rows:
             raise RunError(f"rank {self.world.rank}: nothing to evaluate; there are more ranks than evaluation samples")
-        return self.world.all_gather_rows(torch.cat(rows))
+        found = torch.cat(rows)
+        places = getattr(self.task.dataset, "eval_places", None)
+        if places is not None:  # so that outcomes do not depend on the number of workers and ranks
+            order = places(self.world.rank, self.world.size).to(found.device)
+            found = torch.empty_like(found).index_copy_(0, order, found)
+        return self.world.all_gather_rows(found)
 
     def _switch_weights(self, mode: str) -> None:
         """A schedule-free optimizer uses other weights in training than in evaluation."""
@@ -267,17 +273,34 @@ class Trainer:
     @contextmanager
     def clock(self, account: str) -> Iterator[None]:
         """Add the seconds of the body to an account, without those that the body adds to other accounts."""
-        start, before = time.perf_counter(), sum(self.seconds.values())
-        yield
-        synchronize(self.device)
-        elsewhere = sum(self.seconds.values()) - before
-        self.seconds[account] += time.perf_counter() - start - elsewhere
+        self._clocks.append((account, time.perf_counter(), sum(self.seconds.values())))
+        try:
+            yield
+            synchronize(self.device)
+            self.seconds = self._seconds_until_now(self._clocks[-1:])
+        finally:
+            self._clocks.pop()
+
+    def _seconds_until_now(self, clocks: Sequence[tuple[str, float, float]]) -> dict[str, float]:
+        """The seconds of each account, with those of these open clocks: account, start, and the sum of all before."""
+        seconds = dict(self.seconds)
+        for account, start, before in reversed(clocks):
+            elsewhere = sum(seconds.values()) - before
+            seconds[account] += time.perf_counter() - start - elsewhere
+        return seconds
+
+    @property
+    def order(self) -> list[Any]:
+        """What the order of an epoch depends on, besides its seed."""
+        more: Any = getattr(self.task.dataset, "order_depends_on", None)
+        return [self.device.type, *(more(self.world.size) if more else ())]
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the run. Within an epoch, all ranks have to call this at the same update."""
         state = self.epoch_state
         return {
             "data": self.task.dataset.fingerprint,
+            "order": self.order,
             "epoch": self.epoch,
             "left": state and self.world.all_gather_object(state.state_dict(self.model, self.device)),
             "divergence": self.divergence,
@@ -287,7 +310,7 @@ class Trainer:
             "onset": self.onset and self.onset.state_dict(),
             "observer": self.diagnostics and self.diagnostics.state_dict(),
             "rows": self.rows,
-            "seconds": self.seconds,
+            "seconds": self._seconds_until_now(self._clocks),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),

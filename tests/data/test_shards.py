@@ -94,6 +94,20 @@ def test_workers_share_an_epoch_and_the_seed_decides_it(root):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_places_of_evaluation_images(root, workers, world):
+    """Outcomes of runs with other workers or ranks are compared image by image."""
+    expected = [row for batch in load(root / "shards").eval_batches(batch_size=2) for row in rows(*batch)]
+    found: list[tuple[bytes, int]] = []
+    for rank in range(world):
+        data = load(root / "shards", workers=workers)
+        mine = [row for batch in data.eval_batches(rank, world, batch_size=2) for row in rows(*batch)]
+        places = data.eval_places(rank, world, batch_size=2).tolist()
+        found += [row for _, row in sorted(zip(places, mine, strict=True), key=lambda pair: pair[0])]
+    assert found == expected
+
+
 def test_statistics_and_validation(root):
     data = load(root / "shards")
     assert list(data.statistics().values()) == [12, 12, 3, 3]

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,6 +26,7 @@ from experiments.reporting.sentences import summary
 from experiments.reporting.statistics import compare, compare_paired, holm, mean_and_error
 from experiments.selection import EXPERIMENTS, SIMULATIONS
 from lawn.compose import compose
+from lawn.composition import compose_many
 from lawn.errors import RunError
 from lawn.identity import run_name
 from lawn.plotting import Figure
@@ -479,6 +481,16 @@ def test_committed_results_are_those_of_the_records(name, tmp_path):
     assert (page.figure is not None) == (ROOT / "results" / f"{name}.svg").exists()
     for path in report.pages_with_blocks():
         assert report.with_updated_blocks(path, [page]) == path.read_text()
+
+
+@pytest.mark.slow
+def test_every_records_command_repeats_it():
+    """Also after a default has been changed."""
+    for path in (ROOT / "results").glob("*/*.jsonl"):
+        for record in map(json.loads, path.read_text().splitlines()):
+            python, script, *overrides = shlex.split(record["command"])
+            assert (python, script) == ("python", "run.py")
+            assert run_name(compose_many(*overrides).config) == record["name"]
 
 
 FIGURES = [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "tuning")) for kind in (*CHARTS, "diagnostics")]

@@ -18,6 +18,7 @@ from experiments.definitions.spec import Cell, Experiment
 from experiments.execution.executor import failure
 from experiments.execution.pool import Pool, visible_gpus
 from experiments.execution.runner import run
+from experiments.execution.worker import work
 from experiments.planning.estimate import RuntimeEstimate, duration
 from experiments.planning.study import Study, studies
 from experiments.records import Record, Store
@@ -183,6 +184,20 @@ def test_a_job_that_dies_or_is_refused_does_not_keep_the_others(tmp_path, monkey
     assert len(failed) == 2
     (record,) = store.all()
     assert record.config["train"]["epochs"] == 3
+
+
+def test_an_error_of_ours_is_the_reason_after_its_traceback(tmp_path, monkeypatch, capsys):
+    (study,) = studies(replace(MINI, cells=MINI.cells[:1]), extra=(f"runs_dir={tmp_path}/runs",), seeds=1)
+    (job,) = study.outstanding(Store(tmp_path))
+
+    def fail(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore lines")
+
+    monkeypatch.setattr("experiments.execution.worker.train", fail)
+    assert work([job.config], tmp_path / "output.log") == 1
+    out, err = capsys.readouterr()  # in place of the log
+    assert err.startswith("Traceback (most recent call last):")
+    assert out == "error: RuntimeError: CUDA error: an illegal memory access was encountered\n"
 
 
 def test_a_damaged_run_directory_is_that_runs_failure_alone(tmp_path):

@@ -210,6 +210,16 @@ def test_a_sample_alone_is_fine_elsewhere(tiny_data):
         refuse_single_values(task, task.model, batch, Batching(4))
 
 
+def test_synchronized_batch_norm_may_see_a_sample_of_each_rank(tiny_data):
+    config = compose("dataset=imagenet", *FIXTURES["imagenet"], "dataset.limit=8", f"data_dir={tiny_data}")
+    task = task_builder(config)(torch.device("cpu"))
+    (_, batch), *_ = task.dataset.train_batches(Batching(4), torch.Generator().manual_seed(0))
+    with pytest.raises(ConfigError, match="left alone"):
+        refuse_single_values(task, task.model, batch, Batching(4, rank=0, world_size=4))
+    synchronized = torch.nn.SyncBatchNorm.convert_sync_batchnorm(task.model)
+    refuse_single_values(task, synchronized, batch, Batching(4, rank=0, world_size=4))
+
+
 def test_steps_that_are_not_compiled_are_a_warning(tiny, monkeypatch, capsys):
     """They are slower, and round differently."""
     weight = [torch.nn.Parameter(torch.ones(2, 2))]

@@ -145,6 +145,18 @@ def test_one_of_many_that_fails_does_not_keep_the_others(tiny, tmp_path):
     assert all(RunDirectory(config).done for config in good)
 
 
+def test_a_bad_run_does_not_keep_its_vectorized_group(tiny, tmp_path, capsys):
+    configs = [tiny("train.vectorize=3", f"seed={seed}", "train.epochs=1") for seed in range(3)]
+    bad = RunDirectory(configs[1]).path
+    bad.mkdir(parents=True)
+    (bad / "config.yaml").write_text("hash: other")
+    (failure,) = train_many(configs)
+    assert "holds run other" in str(failure)
+    for k in (0, 2):
+        assert RunDirectory(configs[k]).done
+    capsys.readouterr()
+
+
 @pytest.mark.slow
 def test_a_data_worker_that_is_killed(tiny_data, tmp_path):
     keys = ("dataset=imagenet", "dataset.image_size=32", "model=mlp", "model.widths=[8]", "dataset.workers=2")

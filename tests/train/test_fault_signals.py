@@ -7,6 +7,7 @@ import time
 from threading import Thread
 
 import pytest
+import torch
 
 from lawn.child_signals import SIGNALS
 from lawn.task import Classification
@@ -106,6 +107,20 @@ def test_the_middle_of_an_epoch_is_whole_for_other_optimizers(tiny, tmp_path, op
     stop(stopped, 20)
     train(stopped)
     check_equal(stopped, whole)
+
+
+def test_an_epoch_that_goes_on_in_another_order_is_a_warning(tiny, tmp_path, capsys):
+    """As on a GPU after a CPU."""
+    config = tiny(*DIGITS, f"run_dir={tmp_path}/run")
+    stop(config, 20)
+    path = RunDirectory(config).path / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    assert state["order"] == ["cpu"]
+    torch.save({**state, "order": ["cuda"]}, path)
+    train(config)
+    (told,) = RunDirectory(config).result()["warnings"]
+    assert "went on with another kind of device" in told
+    assert f"warning: {told}" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -124,6 +124,26 @@ def test_resume_is_exact(tiny, tmp_path, monkeypatch, optim, after):
     assert (directory(whole) / "metrics.csv").read_bytes() == (directory(broken) / "metrics.csv").read_bytes()
 
 
+def test_a_checkpoint_within_an_epoch_has_the_seconds_until_then(tiny, monkeypatch):
+    """With the clocks that run; each second is in one account, now and after the epoch."""
+    now = 0.0
+    monkeypatch.setattr("lawn.train.trainer.time.perf_counter", lambda: now)
+    config = tiny()
+    trainer = Trainer(config, task_builder(config)(torch.device("cpu")), World(torch.device("cpu")))
+    with trainer.clock("train"):
+        now = 10.0
+        with trainer.clock("log"):
+            now = 12.0
+            within = trainer._seconds_until_now(trainer._clocks)
+        now = 15.0
+        assert trainer._seconds_until_now(trainer._clocks) == {"train": 13.0, "eval": 0.0, "log": 2.0}
+        with trainer.clock("log"):
+            now = 16.0
+        now = 20.0
+    assert within == {"train": 10.0, "eval": 0.0, "log": 2.0}
+    assert trainer.seconds == {"train": 17.0, "eval": 0.0, "log": 3.0}
+
+
 # Compiling AdamCPR takes longer than all the others.
 @pytest.mark.parametrize(
     "optim", [pytest.param(o, marks=[pytest.mark.slow] * (o == "adam_cpr")) for o in sorted(OPTIMIZERS)]
