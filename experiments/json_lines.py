@@ -76,7 +76,7 @@ class JsonLines:
 
     def lines(self) -> list[str]:
         """The lines that have been read, as they are written."""
-        text = read_bytes(self.path)[: self._seen.size].decode("utf8")
+        text = read_bytes(self.path)[: self._seen.size].decode("utf8") if self._seen.size else ""
         return [line for line in text.split("\n") if line]
 
     def append(self, line: str) -> None:
@@ -94,7 +94,7 @@ class JsonLines:
     def replace(self, lines: list[str]) -> None:
         """Replace all lines, if they differ. Needs the lock."""
         text = "".join(f"{line}\n" for line in lines)
-        if text.encode() != read_bytes(self.path):
+        if not self.path.exists() or text.encode() != read_bytes(self.path):
             write_text(self.path, text)
 
 

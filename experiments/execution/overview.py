@@ -24,7 +24,7 @@ def plan_rows(studies: Sequence[Study], store: Store, estimate: RuntimeEstimate)
     A run that several studies share is counted once, unless it is one of those that are not known before others end.
     """
     rows, total = [], 0
-    tuned: set[str] = set()
+    known: set[str] = set()  # names of runs
     named: dict[str, float | None] = {}  # the missing runs
     unnamed: list[float | None] = []
     for study in studies:
@@ -36,8 +36,9 @@ def plan_rows(studies: Sequence[Study], store: Store, estimate: RuntimeEstimate)
         if study.problem is None:
             named |= {job.name: estimate.seconds([job.config]) for job in jobs}
             unnamed += [estimate.seconds([study.grid.config])] * later
-            tuned |= {job.name for job in tuning.jobs}
-            total += tuning.unknown + study.seeds
+            final = [job.name for job in islice(study.final_runs(store), study.seeds)]
+            known |= {*final, *(job.name for job in tuning.jobs)}
+            total += tuning.unknown + study.seeds - len(final)
         rows.append(
             {
                 "cell": study.cell.name,
@@ -47,7 +48,7 @@ def plan_rows(studies: Sequence[Study], store: Store, estimate: RuntimeEstimate)
                 "time": study.problem or duration(estimate.seconds(to_do)),
             }
         )
-    return rows, total + len(tuned), [*named.values(), *unnamed]
+    return rows, total + len(known), [*named.values(), *unnamed]
 
 
 def status_rows(studies: Sequence[Study], store: Store, estimate: RuntimeEstimate) -> list[Row]:

@@ -27,9 +27,11 @@ def against_the_best(experiment: Experiment, found: list[Outcome]) -> list[str]:
         best = max(others, key=lambda o: sign * o.mean(measure))
         (mean, error), (top, spread) = (mean_and_error(o.values(measure)) for o in (rival, best))
         found_gain, is_paired = gain(best, rival, measure)
-        paired.append(is_paired)
         low, high = (f"{end:+.2f}" for end in found_gain.interval())
-        known = "" if isnan(found_gain.p) else f" (95 % interval {low} to {high})"
+        known = ""
+        if not isnan(found_gain.p):
+            known = f" (95 % interval {low} to {high})"
+            paired.append(is_paired)
         switched = sorted(r.result["last"]["free_epochs"] for r in rival.records if "free_epochs" in r.result["last"])
         switches = [f"{epochs:.2f}" for epochs in (*switched[:1], *switched[-1:])]
         lines.append(
@@ -37,7 +39,7 @@ def against_the_best(experiment: Experiment, found: list[Outcome]) -> list[str]:
             f"({best.cell.row}) gives {top:.2f} ({spread:.2f}); the gain is {found_gain.difference:+.2f}{known}."
             + (f" Norms were fixed after {' to '.join(dict.fromkeys(switches))} epochs." if switches else "")
         )
-    if lines:
+    if paired:
         lines.append(f"The intervals are those of {_method(paired)}, each by itself, without a correction.")
     return lines
 

@@ -36,6 +36,10 @@ class JPEGImages:
         self.device = device
         return self
 
+    def order_depends_on(self, world_size: int) -> list[int]:
+        """What the order of an epoch depends on, besides its seed, on so many ranks."""
+        return []
+
     def _loader(self, dataset: Any, **options: Any) -> DataLoader:
         """A loader that does not draw from the global random generator."""
         return DataLoader(

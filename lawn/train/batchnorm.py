@@ -14,7 +14,7 @@ def refuse_single_values(task: Task, model: nn.Module, batch: Batch, batching: B
     `batch` is any batch of the epoch, for its shapes; nothing is computed.
     """
     samples = task.dataset.num_train
-    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+    if batching.world_size > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         return  # its statistics are those of all ranks
     if min(micro_batch.stop - micro_batch.start for micro_batch in batching.micro_batches(samples)) > 1:
         return

@@ -1,7 +1,7 @@
 """Several runs in this process: one after the other, or vectorized as one batched model."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -37,44 +37,40 @@ def train_many(configs: Sequence[Config]) -> list[Exception]:
         group = [entry for entry in waiting if key is not None and entry[1] == key] or waiting[:1]
         group = group[: first.train.vectorize]
         waiting = [entry for entry in waiting if entry not in group]
-        failures += _train_group_or_each([config for config, _ in group])
+        failed: list[Exception] = []
+        with _kept(failed):
+            if len(group) > 1:
+                train_vectorized([config for config, _ in group], failed)
+            else:
+                train(first)
+        failures += failed if len(failed) < len(group) else failed[:1]
     return failures
 
 
-def _train_group_or_each(configs: Sequence[Config]) -> list[Exception]:
-    """Train runs together, or each alone if that fails, as it may be the fault of one of them."""
-    try:
-        if len(configs) > 1:
-            train_vectorized(configs)
-        else:
-            train(configs[0])
-    except (UserError, OSError) as error:
-        if len(configs) == 1:
-            return [error]
-        failures = [failure for config in configs for failure in _train_group_or_each([config])]
-        return failures if len(failures) < len(configs) else [error]
-    return []
-
-
 @translate_torch_errors(rank=0)
-def train_vectorized(configs: Sequence[Config]) -> None:
+def train_vectorized(configs: Sequence[Config], failures: list[Exception] | None = None) -> None:
     """Train runs of one `vectorization_key` as one batched model, in as many groups as the memory requires.
 
     Each run has the directory and, to rounding, the result of the run alone; env.json has the size of its group.
     Raises ConfigError for runs that cannot be vectorized.
+
+    Args:
+        configs: the configs of the runs.
+        failures: receives the errors of runs that cannot begin, which do not keep the others then; None raises them.
     """
     device = local_device(configs[0].device)
     keys = {vectorization_key(config) for config in configs}
     if len(keys) > 1 or None in keys:
         raise ConfigError("runs that differ in more than seed, optimizer and schedule cannot be trained together")
-    runs = [prepare(config) for config in configs]
     set_device(device)
     waiting = []
-    for run in runs:
-        if run.directory.done:
-            report_done(run)
-        else:
-            waiting.append(run)
+    for config in configs:
+        with _kept(failures):
+            run = prepare(config)
+            if run.directory.done:
+                report_done(run)
+            else:
+                waiting.append(run)
     if not waiting:
         return
     task = waiting[0].build_task(device)
@@ -86,25 +82,42 @@ def train_vectorized(configs: Sequence[Config]) -> None:
     while waiting:
         group, waiting = waiting[:size], waiting[size:]
         if len(group) == 1:
-            train(group[0].config)
+            with _kept(failures):
+                train(group[0].config)
         else:
-            _train_group(group, task.dataset, World(device))
+            _train_group(group, task.dataset, World(device), failures)
 
 
-def _train_group(group: list[PreparedRun], dataset: object, world: World) -> None:
+@contextmanager
+def _kept(failures: list[Exception] | None) -> Iterator[None]:
+    """Add the errors of a run to a list, if there is one."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        if failures is None:
+            raise
+        failures.append(error)
+
+
+def _train_group(group: list[PreparedRun], dataset: object, world: World, failures: list[Exception] | None) -> None:
     with ExitStack() as locks, deferred_signals() as request, FreeCores() as cores:
         recorders: dict[Trainer, RunRecorder] = {}
+        locked = []
         for run in group:
-            locks.enter_context(run.directory.lock())
-            task = run.build_task(world.device, dataset)
-            config = replace(run.config, train=replace(run.config.train, compile="off"))
-            details = {"together": len(group)}
-            trainer, recorder = start_or_resume(replace(run, config=config), task, world, run.directory, **details)
-            assert recorder is not None  # there is a directory
-            recorders[trainer] = recorder
-            if not trainer.between_epochs:  # it was paused when it ran alone; the group begins with whole epochs
-                trainer.train_epoch()
-                recorder.record_epoch(trainer)
+            with _kept(failures):
+                locks.enter_context(run.directory.lock())
+                locked.append(run)
+        for run in locked:
+            with _kept(failures):
+                task = run.build_task(world.device, dataset)
+                config = replace(run.config, train=replace(run.config.train, compile="off"))
+                details = {"together": len(locked)}
+                trainer, recorder = start_or_resume(replace(run, config=config), task, world, run.directory, **details)
+                assert recorder is not None  # there is a directory
+                if not trainer.between_epochs:  # it was paused when it ran alone; the group begins with whole epochs
+                    trainer.train_epoch()
+                    recorder.record_epoch(trainer)
+                recorders[trainer] = recorder
         vectorized = VectorizedTrainer(list(recorders))
         while trained := vectorized.train_epoch():
             for trainer in trained:

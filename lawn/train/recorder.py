@@ -73,7 +73,7 @@ def outcome(trainer: Trainer) -> dict[str, Any]:
         "samples_per_second": round(rate, 1),
         "peak_share": round(rate * trainer.flops / (trainer.world.size * peak), 4) if trainer.flops else None,
         "seconds": {what: round(value, 3) for what, value in trainer.seconds.items()},
-        "warnings": trainer.task.warnings,
+        "warnings": [*trainer.task.warnings, *trainer.warnings],
     }
 
 

@@ -88,11 +88,11 @@ def start_or_resume(
         return trainer, None
     if state is not None:
         if not trainer.between_epochs and state.get("order", trainer.order) != trainer.order:
-            task.dataset.warnings.append(
+            trainer.warnings.append(
                 f"epoch {trainer.epoch} went on with another kind of device, or other workers or ranks, on which its "
                 "order depends: some of its samples are trained on twice, and others not"
             )
-            echo(f"warning: {task.dataset.warnings[-1]}")
+            echo(f"warning: {trainer.warnings[-1]}")
         within = "" if trainer.between_epochs else f"in epoch {trainer.epoch}, after {trainer.step} updates"
         echo(f"{directory.path}: going on {within or f'after epoch {trainer.epoch}'}")
     logger = run.start_logger(directory.hash, directory.path)

@@ -67,6 +67,7 @@ class Trainer:
         self.step = 0
         self.rows: list[Row] = []
         self.seconds = {"train": 0.0, "eval": 0.0, "log": 0.0}
+        self.warnings: list[str] = []  # of this run, beside those of its task
         self._clocks: list[tuple[str, float, float]] = []  # those that run: `_seconds_until_now`
         self.flops: float | None = None  # per sample; None until the first batch
         self.epoch_state: EpochState | None = None  # None between two epochs
@@ -292,8 +293,8 @@ class Trainer:
     @property
     def order(self) -> list[Any]:
         """What the order of an epoch depends on, besides its seed."""
-        more: Any = getattr(self.task.dataset, "order_depends_on", None)
-        return [self.device.type, *(more(self.world.size) if more else ())]
+        known: Any = getattr(self.task.dataset, "order_depends_on", None)
+        return known(self.world.size) if known else [self.device.type]
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the run. Within an epoch, all ranks have to call this at the same update."""
@@ -311,6 +312,7 @@ class Trainer:
             "observer": self.diagnostics and self.diagnostics.state_dict(),
             "rows": self.rows,
             "seconds": self._seconds_until_now(self._clocks),
+            "warnings": self.warnings,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -320,7 +322,7 @@ class Trainer:
         self.epoch, self.step = state["epoch"], state["step"]
         self.gradients = None if state["gradients"] is None else state["gradients"].to(self.device)
         self.rows, self.seconds, self.divergence = state["rows"], state["seconds"], state["divergence"]
-        self.outcomes = state["outcomes"]
+        self.outcomes, self.warnings = state["outcomes"], state.get("warnings", [])  # older ones have no warnings
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(self._as_now(state["optimizer"]))
         for p, moments in self.optimizer.state.items():  # fused steps rely on the memory layout of the weights

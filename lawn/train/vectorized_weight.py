@@ -218,7 +218,8 @@ class CPUWeights:
         """As that of a weight, with a look at the mask."""
         for row in off.nonzero().flatten().tolist():
             length = torch.linalg.vector_norm(self._rows[row], dtype=torch.float64)
-            if length > 0 and self.norm is not None:
+            if length > 0:
+                assert self.norm is not None  # as some are off
                 self._rows[row].mul_(self.norm[row] / length)
 
     def _rows_of(self, gradients: Sequence[Tensor]) -> list[Tensor]:

@@ -110,13 +110,14 @@ def test_the_middle_of_an_epoch_is_whole_for_other_optimizers(tiny, tmp_path, op
 
 
 def test_an_epoch_that_goes_on_in_another_order_is_a_warning(tiny, tmp_path, capsys):
-    """As on a GPU after a CPU."""
+    """As on a GPU after a CPU; the record keeps it over further stops."""
     config = tiny(*DIGITS, f"run_dir={tmp_path}/run")
     stop(config, 20)
     path = RunDirectory(config).path / "checkpoint.pt"
     state = torch.load(path, weights_only=True)
     assert state["order"] == ["cpu"]
     torch.save({**state, "order": ["cuda"]}, path)
+    stop(config, 12)
     train(config)
     (told,) = RunDirectory(config).result()["warnings"]
     assert "went on with another kind of device" in told

@@ -77,7 +77,7 @@ def test_every_rule_is_tried():
 
 
 def test_compiled_code_updates_what_it_can():
-    """All rules but SGD with Nesterov's momentum and LAMB with weight decay."""
+    """All rules but LAMB+, LAMB with weight decay and SGD with Nesterov's momentum."""
     for kind in RULES:
         members = Members(kind, 0, torch.float32)
         vectorized = VectorizedStep(members.optimizers, members.stacks, members.slices)
