@@ -110,7 +110,7 @@ def _against_all_bases(verdicts: Mapping[tuple[str, str, str], Sequence[tuple[Co
             f"of {len(columns)} column{'s' * (len(columns) > 1)}."
         )
         if same := [won for won, alike in columns if alike]:
-            text += f" In {len(same)} of these ({sum(same)} better) they are the same runs."
+            text += f" In {len(same)} of these ({sum(same)} better) the baselines are the same runs."
     return text
 
 
