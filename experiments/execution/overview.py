@@ -31,12 +31,11 @@ def plan_rows(studies: Sequence[Study], store: Store, estimate: RuntimeEstimate)
         jobs, later = study.missing(store)
         tuning = study.tuning(store)
         tried = sum(store.has(job.name) for job in tuning.jobs)
-        filled = sum(store.has(job.name) for job in islice(study.final_runs(store), study.seeds))
+        final = [job.name for job in islice(study.final_runs(store), study.seeds)]
         to_do = [job.config for job in jobs] + [study.grid.config] * later
         if study.problem is None:
             named |= {job.name: estimate.seconds([job.config]) for job in jobs}
             unnamed += [estimate.seconds([study.grid.config])] * later
-            final = [job.name for job in islice(study.final_runs(store), study.seeds)]
             known |= {*final, *(job.name for job in tuning.jobs)}
             total += tuning.unknown + study.seeds - len(final)
         rows.append(
@@ -44,7 +43,7 @@ def plan_rows(studies: Sequence[Study], store: Store, estimate: RuntimeEstimate)
                 "cell": study.cell.name,
                 "epochs": study.budget or "",
                 "tuning": f"{tried}/{len(tuning.jobs) + tuning.unknown}" if tuning.jobs else "",
-                "seeds": f"{filled}/{study.seeds}" if study.seeds else "",
+                "seeds": f"{sum(map(store.has, final))}/{study.seeds}" if study.seeds else "",
                 "time": study.problem or duration(estimate.seconds(to_do)),
             }
         )

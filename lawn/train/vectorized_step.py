@@ -59,10 +59,9 @@ class VectorizedStep:
         if len({type(optimizer) for optimizer in optimizers}) > 1 or type(optimizers[0]) not in RULES:
             return False
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        if any(group.get(slices.KEY) is not None for group in groups):  # then all must have the same slices
-            layouts = {str(list(map(_layout, optimizer.param_groups))) for optimizer in optimizers}
-            return len(layouts) == 1 and all(map(_is_plain, optimizers))
-        return all(map(_is_plain, optimizers))
+        layouts = {str(list(map(_layout, optimizer.param_groups))) for optimizer in optimizers}
+        same_slices = len(layouts) == 1 or all(group.get(slices.KEY) is None for group in groups)
+        return same_slices and all(map(_is_plain, optimizers))
 
     def step(self, gradients: Sequence[Tensor]) -> set[int]:
         """One update of every weight, by its gradient [K, ...]. Returns what `prepare` does."""
@@ -95,7 +94,8 @@ class VectorizedStep:
         count = len(self._weights)
         rates, scales = self._numbers[:count], self._numbers[count:]
         if self._together:
-            self._update(self._together, gradients, rates.flatten(), [x.repeat(count) for x in scales])
+            rows, each = self._together.rows_of(gradients), [x.repeat(count) for x in scales]
+            self._update(self._together, rows, rates.flatten(), each)
             return
         for weight, gradient, lr in zip(self._weights, gradients, rates, strict=True):
             each = [expand_runs(x, weight.w) for x in scales]

@@ -190,16 +190,21 @@ class CPUWeights:
         each = torch.cat([free if norm is None else norm.flatten() for norm in given]).double()
         self.norm = each if each.isfinite().any() else None
 
-    def products(self, gradients: Sequence[Tensor], *, norms_only: bool) -> tuple[Tensor, Tensor]:
+    def rows_of(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients [K, ...] of all weights as the other methods take them: one for each weight and optimizer."""
+        for weight, g in zip(self._weights, gradients, strict=True):
+            assert (g.shape, g.dtype) == (weight.w.shape, weight.w.dtype), "the compiled code would read beyond"
+        return _rows(g.resolve_neg().contiguous() for g in gradients)
+
+    def products(self, g: list[Tensor], *, norms_only: bool) -> tuple[Tensor, Tensor]:
         """Return the inner products w.w and w.g."""
-        blocks = Blocks(self._rows, self._blocks.sizes, [], self._rows_of(gradients))
-        ww, wg = self._kernels.products(blocks).unbind(1)
+        ww, wg = self._kernels.products(Blocks(self._rows, self._blocks.sizes, [], g)).unbind(1)
         return ww, wg
 
-    def advance(self, gradients: Sequence[Tensor], along: Tensor | None, scales: list[Tensor]) -> None:
+    def advance(self, g: list[Tensor], along: Tensor | None, scales: list[Tensor]) -> None:
         """As that of a weight."""
         self._scales = torch.stack(scales) if scales else torch.empty(0)
-        self._blocks.grads = self._rows_of(gradients)
+        self._blocks.grads = g
         share = torch.zeros(len(self._rows)) if along is None else along
         self._sums = self._kernels.advance(self._blocks, share, self._scales, self._factors, self._eps)
 
@@ -221,11 +226,6 @@ class CPUWeights:
             if length > 0:
                 assert self.norm is not None  # as some are off
                 self._rows[row].mul_(self.norm[row] / length)
-
-    def _rows_of(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        for weight, g in zip(self._weights, gradients, strict=True):
-            assert (g.shape, g.dtype) == (weight.w.shape, weight.w.dtype), "the compiled code would read beyond"
-        return _rows(g.resolve_neg().contiguous() for g in gradients)
 
     def _column(self, key: str) -> Tensor:
         numbers = [group.get(key, 0) for weight in self._weights for group in weight.groups]

@@ -1424,6 +1424,19 @@ def test_the_free_phase_of_every_optimizer_of_torch_is_its_own(name):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+def closure_of(optimizer: Optimizer, network: nn.Module, then: Callable[[], object] = lambda: None) -> Any:
+    """Computes the loss and its gradients, and does something more."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = network(torch.ones(2, 4)).pow(2).mean()
+        loss.backward()
+        then()
+        return loss
+
+    return closure
+
+
 class Counting(SGD):
     """Counts its steps in a state that it holds on to while it asks for the loss."""
 
@@ -1441,12 +1454,7 @@ def test_a_state_that_is_held_during_a_step_stays_the_optimizers(free_steps):
     optimizer = Counting(network.parameters(), lr=0.01)
     LAWN(optimizer, free_steps=free_steps)
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = network(torch.ones(2, 4)).pow(2).mean()
-        loss.backward()
-        return loss
-
+    closure = closure_of(optimizer, network)
     for t in range(5):
         optimizer.step(closure)
         assert optimizer.state[network[0].weight]["count"] == t + 1
@@ -1468,13 +1476,7 @@ def test_a_state_dict_of_a_closure_leaves_new_states_empty(free_steps):
     optimizer = AsksTwice(network.parameters(), lr=0.01)
     LAWN(optimizer, free_steps=free_steps)
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = network(torch.ones(2, 4)).pow(2).mean()
-        loss.backward()
-        saved.append(optimizer.state_dict())
-        return loss
-
+    closure = closure_of(optimizer, network, lambda: saved.append(optimizer.state_dict()))
     for _ in range(3):
         optimizer.step(closure)
     fixed = [optimizer.state[layer.weight][NORM] for layer in network]
