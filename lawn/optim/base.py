@@ -75,9 +75,12 @@ class LAWNOptimizer(Optimizer, ABC):
         super().__init__(params, defaults if mode == "nearest" else {**defaults, rounding.KEY: mode})
         self._is_constructed = True
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "known": self._zero_check.known}  # a copy has the same parameters
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._zero_check = ZeroCheck()
+        super().__setstate__({key: value for key, value in state.items() if key != "known"})
+        self._zero_check = ZeroCheck(state.get("known"))  # none are known after `load_state_dict`
         self._may_trace = False
         self._is_constructed = True
         keys.restore_norms(self.state)

@@ -120,7 +120,7 @@ def constrain(optimizer: Optimizer, *, again: bool) -> list[GroupUpdate]:
     chosen = [index for index, group in enumerate(groups) if again or not group["switched"]]
     if not chosen:
         raise ValueError("the weights are constrained already; constrain(again=True) adopts their current norms")
-    if not any(p.requires_grad and constrains(groups[index], p) for index in chosen for p in groups[index]["params"]):
+    if not any(_is_trained(p) and constrains(groups[index], p) for index in chosen for p in groups[index]["params"]):
         raise ValueError("nothing to constrain: no trainable parameter with two or more dimensions")
     return switch(optimizer, chosen)
 
@@ -135,7 +135,7 @@ def switch(optimizer: Optimizer, chosen: list[int]) -> list[GroupUpdate]:
     for index in chosen:
         group = optimizer.param_groups[index]
         check_group(group, index)
-        blocks = _blocks(group, [p for p in group["params"] if p.requires_grad and constrains(group, p)])
+        blocks = _blocks(group, [p for p in group["params"] if _is_trained(p) and constrains(group, p)])
         params = [p for block in blocks for p in block]
         sizes = [len(block) for block in blocks]
         group_update = GroupUpdate(group, [], params, sizes, [0.0] * len(sizes)).separate_sharded()
@@ -150,6 +150,10 @@ def switch(optimizer: Optimizer, chosen: list[int]) -> list[GroupUpdate]:
             if optimizer.state.get(p):  # the norms of other parameters are fixed at their first update
                 optimizer.state[p][NORM] = norms[p] if p in norms else free_norm(group_update.group, p)
     return group_updates
+
+
+def _is_trained(p: Tensor) -> bool:
+    return p.requires_grad or p.grad is not None  # given by the caller, for example of an evolution strategy
 
 
 def raise_zero(group_update: GroupUpdate, index: int, block: int) -> None:
@@ -282,7 +286,7 @@ def _check_loaded_norms(group_update: GroupUpdate, index: int, known: KnownBlock
             name, _ = group_update.describe(index, number)
             raise ValueError(
                 f"{name} has the norm {now:.6g}, but its state says {c:.6g}: parameters may be in another order "
-                "than when it was saved, in other blocks, or the weights were replaced; load by name, or adopt "
-                "the current norms with constrain(again=True)"
+                "than when it was saved, in other blocks, or the weights were replaced, averaged or clipped; load by "
+                "name, or adopt the current norms with constrain(again=True)"
             )
     known.update((block[0], block) for block in blocks)

@@ -23,7 +23,7 @@ class ProjectedGradients:
 
     def replace(self, params: list[Tensor], projected: list[Tensor]) -> None:
         for p, tangent in zip(params, projected, strict=True):
-            self._replaced[p] = p.grad, tangent._version
+            self._replaced[p] = p.grad, _version(tangent)
             p.grad = tangent
 
     def forget_removed(self, groups: list[keys.Group]) -> None:
@@ -42,7 +42,7 @@ class ProjectedGradients:
         """Leave a buffer to the caller who has written to it, as `zero_grad(set_to_none=False)` does."""
         for p, (_, version) in self._replaced.items():
             buffer = self._buffers.get(p)
-            if p.grad is buffer and buffer is not None and buffer._version != version:
+            if p.grad is buffer and buffer is not None and _version(buffer) != version:
                 del self._buffers[p]
 
 
@@ -101,6 +101,10 @@ class HiddenNorms:
 
     def forget(self) -> None:
         self._hidden.clear()
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version  # inference tensors do not count their changes
 
 
 def buffers(given: dict[Tensor, Tensor], params: list[Tensor], like: list[Tensor]) -> list[Tensor]:

@@ -83,11 +83,13 @@ class LAWN:
             raise
         self._attach(optimizer, free_steps, fused)
 
-    def _attach(self, optimizer: Optimizer, free_steps: int | None, fused: bool | None) -> None:
+    def _attach(
+        self, optimizer: Optimizer, free_steps: int | None, fused: bool | None, known: phase.KnownBlocks | None = None
+    ) -> None:
         self.optimizer = optimizer
         self._free_steps = free_steps
         self._fused = fused
-        self._zero_check = ZeroCheck()
+        self._zero_check = ZeroCheck(known)
         self._before: dict[Tensor, Tensor] = {}  # buffers of weights before the step
         self._gradients = ProjectedGradients()
         self._norms = HiddenNorms(optimizer)
@@ -109,7 +111,8 @@ class LAWN:
 
     def __getstate__(self) -> dict[str, Any]:
         self._norms.show()
-        return {"optimizer": self.optimizer, "free_steps": self._free_steps, "fused": self._fused}
+        known = self._zero_check.known  # a copy has the same parameters
+        return {"optimizer": self.optimizer, "free_steps": self._free_steps, "fused": self._fused, "known": known}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._attach(**state)

@@ -18,8 +18,8 @@ class ZeroCheck:
     A mask on a GPU is copied to the host asynchronously and checked at the start of a later step.
     """
 
-    def __init__(self) -> None:
-        self._known: phase.KnownBlocks = {}  # see `phase.begin_step`
+    def __init__(self, known: phase.KnownBlocks | None = None) -> None:
+        self.known: phase.KnownBlocks = dict(known or {})  # see `phase.begin_step`
         self._pending: list[tuple[GroupUpdate, int, Tensor, torch.cuda.Event]] = []
 
     def begin(self, optimizer: "Optimizer", fused: bool | None = None) -> list[GroupUpdate]:
@@ -28,17 +28,17 @@ class ZeroCheck:
             if copied.query():
                 _check_zero(group_update, index, zero)
         self._pending = [entry for entry in self._pending if not entry[-1].query()]
-        return phase.begin_step(optimizer, self._known, fused)
+        return phase.begin_step(optimizer, self.known, fused)
 
     def constrain(self, optimizer: "Optimizer", *, again: bool) -> None:
         """Fix norms as `phase.constrain` does, which are known from then on."""
         for group_update in phase.constrain(optimizer, again=again):
             for part in group_update.parts():
-                self._known.update((block[0], block) for block in part.blocks())
+                self.known.update((block[0], block) for block in part.blocks())
 
     def knows(self, group_update: GroupUpdate) -> bool:
         """Whether the norms of all blocks are known to be theirs, so that `begin` would not compare them."""
-        return all(phase.is_known(self._known, block) for block in group_update.blocks())
+        return all(phase.is_known(self.known, block) for block in group_update.blocks())
 
     def check(self, group_update: GroupUpdate, index: int, zero: Tensor | None) -> None:
         """Raise ValueError if a block is zero; on a GPU a later `begin` raises it.

@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import pickle
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -1230,6 +1231,63 @@ def test_lawn_is_not_copied_onto_the_same_optimizer(form):
         copy.copy(lawn)
     train(network, optimizer, 1, 2)
     assert optimizer.param_groups[0]["steps"] == 2
+
+
+@every_form
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copy_continues_with_weights_that_the_loop_has_moved(form, copier):
+    """As clipping, masks and averages do: the next step scales them back, that of a copy too."""
+    network = model()
+    optimizer, lawn = make(form, network.parameters(), free_steps=1)
+    train(network, optimizer, 0, 3)
+    for p in network.parameters():
+        p.data.mul_(0.9)
+    others, twin = copier((network, lawn))
+    train(network, optimizer, 3, 5)
+    train(others, getattr(twin, "optimizer", twin), 3, 5)
+    assert_equal(network, others)
+
+
+@every_form
+def test_a_copy_compares_norms_that_were_only_loaded(form):
+    network = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    network[1].weight.data.mul_(5)
+    optimizer, _ = make(form, network.parameters(), free_steps=1)
+    train(network, optimizer, 0, 3)
+    loaded, lawn = make(form, reversed(list(network.parameters())), free_steps=1)
+    loaded.load_state_dict(optimizer.state_dict())
+    others, twin = copy.deepcopy((network, lawn))
+    with pytest.raises(ValueError, match="another order"):
+        train(others, getattr(twin, "optimizer", twin), 3, 4)
+
+
+@every_form
+def test_steps_in_inference_mode(form):
+    network = model()
+    optimizer, _ = make(form, network.parameters(), free_steps=1)
+    fixed = []
+    for t in range(4):
+        for p in network.parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(t))
+        with torch.inference_mode():
+            optimizer.step()
+        fixed.append(norms(network))
+    assert fixed[1] == pytest.approx(fixed[3], rel=1e-5)
+
+
+@every_form
+def test_weights_with_given_gradients_are_constrained_by_hand(form):
+    """They are trained without autograd, for example by an evolution strategy."""
+    weight = nn.Parameter(torch.eye(3), requires_grad=False)
+    optimizer, lawn = make(form, [weight], free_steps=None)
+    with pytest.raises(ValueError, match="nothing to constrain"):
+        lawn.constrain()
+    stepped(optimizer, weight)
+    fixed = weight.norm().item()
+    lawn.constrain()
+    weight.mul_(2)
+    stepped(optimizer, weight)
+    assert weight.norm().item() == pytest.approx(fixed, rel=1e-5)
 
 
 @wrapped_form
