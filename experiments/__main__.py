@@ -156,7 +156,7 @@ def write(given: argparse.Namespace) -> int:
     if given.action is write and not given.results.is_dir():
         raise ConfigError(f"--results {given.results}: no such folder")
     files = {path.name for path in given.results.iterdir()} if given.action is write else set()
-    if files and files.isdisjoint(OF_RESULTS):
+    if files and files.isdisjoint([*OF_RESULTS, *(f"{name}.md" for name in (*EXPERIMENTS, *SIMULATIONS))]):
         raise ConfigError(f"--results {given.results}: holds other files, and none of {', '.join(OF_RESULTS)}")
     own = given.results.resolve() == report.RESULTS and given.selection == "val"
     names = [*EXPERIMENTS, *SIMULATIONS] if own or not given.names else given.names

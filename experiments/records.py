@@ -2,7 +2,8 @@
 
 A record has the run's identity and hash, the command that repeats it, its environment, its result (with the outcome
 of each evaluation sample) and the columns of metrics.csv, thinned to about EPOCHS epochs. Records of tuning runs are
-in results/tuning/, without outcomes and metrics. Lines are appended while runs end, and sorted by name at the end.
+in results/tuning/, those on the validation split without outcomes and metrics. Lines are appended while runs end, and
+sorted by name at the end.
 """
 
 import json
@@ -29,7 +30,7 @@ from lawn.train.run_directory import RunDirectory, decode_outcomes, read_environ
 DAMAGE = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)  # raised by reading a damaged record
 EPOCHS = 50  # in a record, about, if every epoch measures the same
 OF_ALL = ("code",)  # properties that every record must have
-OF_A_RUN = (*OF_ALL, "headline", "seconds_per_epoch")
+OF_A_RUN = (*OF_ALL, "headline", "seconds_per_epoch", "hardware", "machines", "packages", "warnings")
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,37 @@ class Record:
         return bool(self.result["status"] == "diverged")
 
     def value(self, key: str) -> float:
-        """A field of the last epoch; `headline` is the task's headline metric. NaN if undefined or diverged."""
-        name = f"{self.result['split']}_{self.result['headline']}" if key == "headline" else key
-        value = None if self.diverged else self.result["last"][name]
+        """A field of the last epoch; `headline` is the task's headline metric. NaN if undefined or diverged.
+
+        Raises RunError for a field that the record does not have.
+        """
+        if key == "headline":
+            return self.headline
+        if not self.diverged and key not in self.result["last"]:
+            raise self._lacks(key)
+        return self._last(key)
+
+    def column(self, key: str) -> list[Any]:
+        """A column of metrics.csv, with a value for each recorded epoch. Raises RunError if the record has none."""
+        if key not in self.columns:
+            raise self._lacks(f"column {key}")
+        return self.columns[key]
+
+    def _lacks(self, what: str) -> RunError:
+        return RunError(f"{self.path}: the record of {self.name} has no {what}; delete its line and run again")
+
+    def _last(self, key: str) -> float:
+        value = None if self.diverged else self.result["last"][key]
         return nan if value is None else float(value)
 
     @property
     def headline(self) -> float:
         """The task's headline metric at the last epoch, in percent; NaN if the run diverged."""
-        return self.value("headline")
+        return self._last(f"{self.result['split']}_{self.result['headline']}")
+
+    @property
+    def warnings(self) -> list[str]:
+        return list(self.result["warnings"])
 
     @property
     def seconds_per_epoch(self) -> float:
@@ -82,6 +105,17 @@ class Record:
         """The name of the GPU or CPU that the run was started on."""
         device = str(self.environment["device"])
         return str(self.environment["cpu"]) if device == "cpu" else device
+
+    @property
+    def machines(self) -> list[str]:
+        """The GPUs, or the CPUs with their number of cores, that the run was started and resumed on."""
+        found = self.environments
+        return [str(e["device"]) if e["device"] != "cpu" else f"{e['cores']}-core {e['cpu']}" for e in found]
+
+    @property
+    def packages(self) -> list[str]:
+        """The names and versions of the packages that the run was started and resumed with."""
+        return [f"{name} {version}" for e in self.environments for name, version in e["packages"].items()]
 
     @property
     def outcomes(self) -> NDArray[np.int64] | None:
@@ -102,6 +136,11 @@ class Record:
     def code(self) -> str:
         """The version of the code; several if the run was resumed with another version."""
         return " then ".join(dict.fromkeys(map(_version, self.environments)))
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The fingerprint of the data that the run has read; empty in older records."""
+        return dict(self.environments[-1].get("data") or {})
 
     @property
     def environments(self) -> list[dict[str, Any]]:
@@ -160,7 +199,7 @@ class Store:
             "environment": environment,
             "result": result,
         }
-        if tunes:
+        if tunes and config.eval.split == "val":  # a run on the test split may be a final one too
             result.pop("outcomes", None)
         else:
             content["history"] = _history(directory.path, _recorded(config, result["last"]["epoch"]))
@@ -188,7 +227,7 @@ class Store:
 
     def _paths(self) -> Iterator[Path]:
         """The files of records. Raises RunError if their folder cannot be read, or has records that cannot."""
-        for folder in (self.runs, self.tuning):
+        for folder in (self.tuning, self.runs):  # of a run that is in both, the record with its outcomes counts
             try:
                 names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
             except FileNotFoundError:

@@ -100,6 +100,7 @@ def rank_runs() -> int:
     if runs.empty:
         print(f"error: {given.folder}: no finished runs with eval.split={given.split}", file=sys.stderr)
         return 1
+    runs = runs.drop_duplicates("hash")  # a run may be in several folders
     if given.csv:
         metrics = runs.columns[runs.columns.get_loc("status") :].drop(["headline", "score"])
         kept = runs[["hash", "git", *varied(runs), "seed", *metrics]].dropna(axis=1, how="all")

@@ -211,6 +211,10 @@ def test_rank_runs(tmp_path, monkeypatch, capsys):
     assert rank_runs.main() == 0
     assert (tmp_path / "link.csv").is_symlink()
     best = capsys.readouterr().out.splitlines()[1].split()
+    copied = next(iter((tmp_path / "runs").glob("*adam_lawn-s0-*")))
+    shutil.copytree(copied, tmp_path / "runs" / "copy")
+    assert rank_runs.main() == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == best  # a copy is no other seed
     assert (best[0], best[-2:]) == ("0.01", ["2", "0"])  # setting, seeds, diverged
     with (tmp_path / "table.csv").open() as file:
         assert len(file.readlines()) == 5

@@ -70,11 +70,11 @@ def over_epochs(experiment: Experiment, found: list[Outcome]) -> Chart:
 
 def curve(outcome: Outcome, key: str, color: int = 0, style: str = "solid") -> Line:
     """A column of metrics.csv over the epochs that all seeds have: the mean over seeds, and their range."""
-    columns = [record.columns for record in outcome.records]
-    epochs = sorted(set.intersection(*({*own["epoch"]} for own in columns)))
-    kept = [np.isin(own["epoch"], epochs) for own in columns]
-    values = np.stack([np.array(own[key], float)[rows] for own, rows in zip(columns, kept, strict=True)])
-    constrained = np.array(columns[0]["constrained"])[kept[0]]
+    records = outcome.records
+    epochs = sorted(set.intersection(*({*record.column("epoch")} for record in records)))
+    kept = [np.isin(record.column("epoch"), epochs) for record in records]
+    values = np.stack([np.array(r.column(key), float)[rows] for r, rows in zip(records, kept, strict=True)])
+    constrained = np.array(records[0].column("constrained"))[kept[0]]
     mark = max(0, int(constrained.argmax()) - 1) if constrained.any() else None  # the last point of the free phase
     return Line(
         outcome.cell.row,

@@ -1,6 +1,8 @@
 """The outcome of each cell of an experiment, from the records, and comparisons between them."""
 
-from collections.abc import Iterable
+import json
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import isnan, nan
@@ -12,6 +14,7 @@ from experiments.planning.grid import Job
 from experiments.planning.study import Study, Tuning
 from experiments.records import Record, Store
 from experiments.reporting.statistics import Comparison, compare, compare_paired, holm, mean_and_error
+from lawn.data.fingerprint import differences
 
 _study = cache(Study)  # a figure shows cells of the tables
 
@@ -79,6 +82,12 @@ class Pair:
     epochs: int | None = None  # of the runs
     paper_epochs: int | None = None
     differences: tuple[float, float] = (nan, nan)  # of both from the paper's, signed as `gain`; NaN within the errors
+    runs: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())  # the names of those of the base and of the rival
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for comparisons of the same runs."""
+        return self.runs, self.gain
 
     @property
     def place(self) -> str:
@@ -137,20 +146,59 @@ def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Pair]:
             if not {(panel, column, base), (panel, column, rival)} <= set(at):
                 continue
             a, b = at[panel, column, base], at[panel, column, rival]
-            if a.epochs != b.epochs:
+            if a.epochs != b.epochs or not same_data([*a.records, *b.records]):
                 continue
             difference, paired = gain(a, b, measure)
             sign = -1 if measure.smaller_is_better else 1
-            papers = sign * (paper(b.cell) - paper(a.cell))
-            seeds = len(a.records), len(b.records)
-            paper_epochs = b.cell.epochs[0] if b.cell.epochs else None
-            apart = sign * _marked_difference(a, measure), sign * _marked_difference(b, measure)
             compared.append(
-                Pair(panel, column, base, rival, difference, seeds, paired, nan, papers, b.epochs, paper_epochs, apart)
+                Pair(
+                    panel=panel,
+                    column=column,
+                    base=base,
+                    rival=rival,
+                    gain=difference,
+                    seeds=(len(a.records), len(b.records)),
+                    paired=paired,
+                    adjusted=nan,
+                    paper=sign * (paper(b.cell) - paper(a.cell)),
+                    epochs=b.epochs,
+                    paper_epochs=b.cell.epochs[0] if b.cell.epochs else None,
+                    differences=(sign * _marked_difference(a, measure), sign * _marked_difference(b, measure)),
+                    runs=(_names(a), _names(b)),
+                )
             )
-    tested = list(dict.fromkeys(pair.gain for pair in compared if not isnan(pair.gain.p)))
-    adjusted = dict(zip(tested, holm([gain.p for gain in tested]), strict=True))
-    return [replace(pair, adjusted=adjusted.get(pair.gain, nan)) for pair in compared]
+    tested = {pair.key: pair.gain.p for pair in compared if not isnan(pair.gain.p)}
+    adjusted = dict(zip(tested, holm([*tested.values()]), strict=True))
+    return [replace(pair, adjusted=adjusted.get(pair.key, nan)) for pair in compared]
+
+
+def same_data(records: Sequence[Record]) -> bool:
+    """Whether runs have read the same data and have outcomes of as many samples, as far as their records tell."""
+    read = [data for record in records if (data := record.data)]
+    sizes = {len(scores) for record in records if (scores := record.scores) is not None}
+    return len(sizes) < 2 and not any(differences(read[0], data) for data in read)
+
+
+def other_data(records: Iterable[Record]) -> dict[str, list[str]]:
+    """A warning for each run that has read other data than most of the same dataset, configuration and split."""
+    alike: dict[str, list[Record]] = {}
+    for record in records:
+        if record.data:
+            kind = json.dumps([record.config["dataset"], record.result["split"]], sort_keys=True)
+            alike.setdefault(kind, []).append(record)
+    warnings = {}
+    for group in alike.values():
+        usual = json.loads(Counter(json.dumps(record.data, sort_keys=True) for record in group).most_common(1)[0][0])
+        for record in group:
+            own = {key: value for key, value in record.data.items() if usual.get(key, value) != value}
+            if own:
+                apart = ", ".join(f"{key} {value}, not {usual[key]}" for key, value in own.items())
+                warnings[record.name] = [f"runs that read other data than most are not compared with them: {apart}"]
+    return warnings
+
+
+def _names(outcome: Outcome) -> tuple[str, ...]:
+    return tuple(record.name for record in outcome.records)
 
 
 def _marked_difference(outcome: Outcome, measure: Measure) -> float:

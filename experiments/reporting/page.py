@@ -13,7 +13,7 @@ from experiments.reporting import tuning_tables
 from experiments.reporting.charts import CHARTS, Chart
 from experiments.reporting.drawing import Drawing, draw
 from experiments.reporting.layout import Entry, Panel, Table, format_mean, format_signed, number_format
-from experiments.reporting.outcomes import Outcome, Pair, comparisons, outcomes, paper
+from experiments.reporting.outcomes import Outcome, Pair, comparisons, other_data, outcomes, paper
 from experiments.reporting.sentences import method, summary
 from experiments.reporting.statistics import mean_and_error
 from lawn.diagnostics import figure as diagnostics
@@ -224,9 +224,11 @@ def _marks(found: list[Outcome]) -> str:
 def _warnings(found: list[Outcome]) -> dict[str, list[str]]:
     """The cells of each warning of their runs, those that chose hyperparameters included."""
     warned: dict[str, list[str]] = {}
-    for outcome in found:
-        runs = [*outcome.records, *(record for _, record in outcome.tried)]
-        for warning in dict.fromkeys(w for record in runs for w in record.result["warnings"]):
+    runs = [[*outcome.records, *(record for _, record in outcome.tried)] for outcome in found]
+    other = other_data({record.name: record for records in runs for record in records}.values())
+    for outcome, records in zip(found, runs, strict=True):
+        each = (w for record in records for w in (*record.warnings, *other.get(record.name, ())))
+        for warning in dict.fromkeys(each):
             warned.setdefault(warning, []).append(outcome.cell.name)
     return warned
 
@@ -234,11 +236,10 @@ def _warnings(found: list[Outcome]) -> dict[str, list[str]]:
 def provenance(shown: Iterable[Record], chosen_by: Iterable[Record] = ()) -> str:
     """Code versions and hardware, in a line. A run that several cells show is counted once."""
     records, tuning = ({record.name: record for record in given}.values() for given in (shown, chosen_by))
-    found = [environment for record in records for environment in record.environments]
-    if not found:
+    if not records:
         return "No runs yet."
-    machines = sorted({e["device"] if e["device"] != "cpu" else f"{e['cores']}-core {e['cpu']}" for e in found})
-    packages = sorted({f"torch {e['packages']['torch']}" for e in found})
+    machines = sorted({machine for record in records for machine in record.machines})
+    packages = sorted({p for record in records for p in record.packages if p.startswith("torch ")})
     chosen = f", after {len(tuning)} that chose the hyperparameters, {_code(tuning)}" if tuning else ""
     runs = f"{len(records)} run{'s' if len(records) > 1 else ''}"
     return f"{runs}, {_code(records)}{chosen}; {', '.join(packages)}; {', '.join(machines)}."

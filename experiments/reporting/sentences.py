@@ -6,10 +6,11 @@ from math import inf, isnan
 
 from experiments.definitions.spec import Experiment
 from experiments.planning import search
-from experiments.reporting.outcomes import Outcome, Pair, comparisons, gain, paper, place, places
+from experiments.reporting.outcomes import Outcome, Pair, comparisons, gain, paper, place, places, same_data
 from experiments.reporting.statistics import mean_and_error
 
 LEVEL = 0.05  # of significance
+NO_TEST = "too few seeds for a test"
 EXPLAINED_ERROR = 2.0  # points: a larger standard error of the headline metric needs an explanation
 
 
@@ -21,8 +22,10 @@ def against_the_best(experiment: Experiment, found: list[Outcome]) -> list[str]:
     for panel, column in places(found):
         filled = [o for o in found if (o.cell.panel, o.cell.column) == (panel, column) and o.values(measure)]
         rival = next((o for o in filled if o.cell.row == experiment.compared_row), None)
-        others = [o for o in filled if o is not rival]
-        if rival is None or not others:
+        if rival is None:
+            continue
+        others = [o for o in filled if o is not rival and same_data([*rival.records, *o.records])]
+        if not others:
             continue
         best = max(others, key=lambda o: sign * o.mean(measure))
         (mean, error), (top, spread) = (mean_and_error(o.values(measure)) for o in (rival, best))
@@ -53,27 +56,28 @@ def summary(experiment: Experiment, found: list[Outcome]) -> list[str]:
     if len(pairs) == 1:
         (c,) = pairs
         low, high = c.gain.interval()
-        lines.append(
-            f"{c.rival} against {c.base}: {c.gain.difference:+.3g} "
-            f"(95 % interval {low:+.3g} to {high:+.3g}, p = {c.gain.p:.2g}, {method([c])})."
-        )
+        known = f"95 % interval {low:+.3g} to {high:+.3g}, p = {c.gain.p:.2g}, {method([c])}"
+        lines.append(f"{c.rival} against {c.base}: {c.gain.difference:+.3g} ({NO_TEST if isnan(c.gain.p) else known}).")
     elif pairs:
         distinct = _distinct(pairs)
         ahead = [c for c in distinct if c.gain.difference > 0]
         behind = [c for c in distinct if c.gain.difference < 0]
         equal = len(distinct) - len(ahead) - len(behind)
         names = f" ({len(pairs)} by name: some are of the same runs)" if len(distinct) < len(pairs) else ""
+        tested = [c for c in distinct if not isnan(c.gain.p)]
         lines.append(
-            f"With LAWN the number is better in {len(ahead)} of {len(distinct)} comparisons{names} "
-            f"(p < {LEVEL} in {sum(c.adjusted < LEVEL for c in ahead)}), "
+            f"With LAWN the number is better in {len(ahead)} of {len(distinct)} comparisons{names}"
+            f"{_small(ahead, tested)}, "
             + (f"exactly equal in {equal}, " if equal else "")
-            + f"and worse in {len(behind)} (p < {LEVEL} in {sum(c.adjusted < LEVEL for c in behind)}); "
-            f"{method(pairs)}, p after Holm's correction for {len(distinct)} comparisons."
+            + f"and worse in {len(behind)}{_small(behind, tested)}; "
+            + (f"{method(tested)}, p after Holm's correction for {len(tested)} comparisons" if tested else NO_TEST)
+            + (f"; in {len(distinct) - len(tested)}, {NO_TEST}." if 0 < len(tested) < len(distinct) else ".")
         )
         printed = [c for c in distinct if not isnan(c.paper)]
         differing = "; ".join(
             f"{c.rival} against {c.base} at {c.place} "
-            f"(here {c.gain.difference:+.3g}, p = {c.adjusted:.2g}, paper {c.paper:+.3g})"
+            f"(here {c.gain.difference:+.3g}, "
+            f"{NO_TEST if isnan(c.adjusted) else f'p = {c.adjusted:.2g}'}, paper {c.paper:+.3g})"
             for c in printed
             if c.sign < 0
         )
@@ -92,9 +96,13 @@ def summary(experiment: Experiment, found: list[Outcome]) -> list[str]:
     return lines + _the_papers_gains(_distinct(pairs)) + _where_the_paper_fails(experiment, found)
 
 
+def _small(pairs: list[Pair], tested: list[Pair]) -> str:
+    return f" (p < {LEVEL} in {sum(c.adjusted < LEVEL for c in pairs)})" if tested else ""
+
+
 def _distinct(pairs: list[Pair]) -> list[Pair]:
     """Comparisons of the same runs once."""
-    return list({pair.gain: pair for pair in sorted(pairs, key=lambda pair: not isnan(pair.paper))}.values())
+    return list({pair.key: pair for pair in sorted(pairs, key=lambda pair: not isnan(pair.paper))}.values())
 
 
 def below_paper(decided: list[Pair]) -> str:

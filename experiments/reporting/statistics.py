@@ -35,6 +35,7 @@ class Comparison:
     error: float  # standard error
     df: float
     floor: float = 0.0  # the standard error with any number of seeds, on the same test samples
+    seeds: float = nan  # as many in each arm would give this error, where the arms have different numbers
 
     @property
     def p(self) -> float:
@@ -51,9 +52,9 @@ class Comparison:
         """The smallest true difference that a test with this standard error finds with probability `power`."""
         return nan if isnan(self.error) else _detectable(self.error, self.df, power, level)
 
-    def seeds_needed(self, difference: float, seeds: int, power: float = 0.8, level: float = 0.95) -> float:
-        """How many seeds in both arms find a true `difference` with probability `power`, from `seeds` that gave this
-        error; infinite where more than MANY_SEEDS do not."""
+    def seeds_needed(self, difference: float, seeds: float, power: float = 0.8, level: float = 0.95) -> float:
+        """How many seeds in each arm find a true `difference` with probability `power`, from `seeds` in each that gave
+        this error; infinite where more than MANY_SEEDS do not."""
         of_seeds = max(0.0, self.error**2 - self.floor**2) * seeds
 
         def enough(n: int) -> bool:
@@ -88,6 +89,7 @@ def compare_paired(ours: Array, theirs: Array) -> Comparison:
     differences = ours.mean(0) - theirs.mean(0)  # [users]
     parts = [(float(differences.var(ddof=1)) / users, users - 1)]
     variance = of_users = parts[0][0]
+    shares = []
     for arm in (ours, theirs):
         seeds, means = len(arm), arm.mean(1)
         luck = arm - arm.mean(0) - means[:, None] + arm.mean()
@@ -95,10 +97,13 @@ def compare_paired(ours: Array, theirs: Array) -> Comparison:
         of_luck = float((luck**2).sum()) / ((seeds - 1) * (users - 1)) / (seeds * users)
         variance += max(0.0, of_seeds - of_luck)
         of_users -= of_luck
+        shares.append(max(of_seeds, of_luck))
         parts += [(of_seeds, seeds - 1), (of_luck, (seeds - 1) * (users - 1))]
     least = min(len(ours), len(theirs)) - 1
     df = max(float(least), _df(variance, parts))
-    return Comparison(float(differences.mean()), sqrt(variance), df, sqrt(max(0.0, of_users)))
+    return Comparison(
+        float(differences.mean()), sqrt(variance), df, sqrt(max(0.0, of_users)), _equal_seeds((ours, theirs), shares)
+    )
 
 
 def compare(ours: Array, theirs: Array) -> Comparison:
@@ -109,7 +114,14 @@ def compare(ours: Array, theirs: Array) -> Comparison:
         return Comparison(difference, nan, nan)
     parts = [(float(arm.var(ddof=1)) / len(arm), len(arm) - 1) for arm in (ours, theirs)]
     variance = sum(part for part, _ in parts)
-    return Comparison(difference, sqrt(variance), _df(variance, parts))
+    seeds = _equal_seeds((ours, theirs), [part for part, _ in parts])
+    return Comparison(difference, sqrt(variance), _df(variance, parts), seeds=seeds)
+
+
+def _equal_seeds(arms: Sequence[Array], shares: Sequence[float]) -> float:
+    """As many seeds in each arm give the variance to which the arms, each with its own seeds, contribute `shares`."""
+    total = sum(shares)
+    return sum(len(arm) * share for arm, share in zip(arms, shares, strict=True)) / total if total > 0 else len(arms[0])
 
 
 def _df(variance: float, parts: list[tuple[float, int]]) -> float:

@@ -127,7 +127,7 @@ def frame(found: Sequence[Outcome]) -> pd.DataFrame:
                         **dict(override.split("=", 1) for override in job.setting),
                         "status": record.result["status"],
                         f"{record.result['split']}_{record.result['headline']}": record.headline,
-                        "train_loss": record.result["last"]["train_loss"],
+                        "train_loss": record.result["last"].get("train_loss"),
                         "chosen": job.setting == outcome.setting,
                         "record": record.name,
                     }

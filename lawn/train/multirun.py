@@ -29,7 +29,8 @@ def train_many(configs: Sequence[Config]) -> list[Exception]:
     Returns the errors of those that failed, one where a whole group did; the others are trained nevertheless.
     """
     failures: list[Exception] = []
-    waiting = list({config_hash(config): (config, vectorization_key(config)) for config in configs}.values())
+    different = {(config_hash(config), config.run_dir or config.runs_dir): config for config in configs}
+    waiting = [(config, vectorization_key(config)) for config in different.values()]
     if alone := sum(key is None for _, key in waiting):
         echo(f"warning: train.vectorize: {alone} of {len(waiting)} runs cannot be vectorized and train alone")
     while waiting:

@@ -214,9 +214,10 @@ class Trainer:
         assert self.epoch_state is not None
         losses = self.epoch_state.total_losses
         assert losses is not None
-        sizes = torch.full_like(losses, self.batching.batch_size)
-        sizes[-1] -= sizes.sum() - self.task.dataset.num_train
-        return (losses @ sizes).item() / self.task.dataset.num_train
+        samples, size = self.task.dataset.num_train, self.batching.batch_size
+        sizes = torch.full_like(losses, size)
+        sizes[-1] = samples - size * (len(losses) - 1)
+        return (losses @ sizes).item() / samples
 
     def _gradient_norms(self) -> Tensor:
         """The norm of each weight's gradient [weights]; 0 for a weight without gradient."""

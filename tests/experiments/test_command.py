@@ -146,6 +146,14 @@ def test_bad_input_is_one_line(call, arguments, message):
     assert err.count("\n") == 1
 
 
+def test_a_folder_with_a_page_alone_is_reported_on(tmp_path, capsys):
+    """As `run` leaves it if its time is up before the first run."""
+    (tmp_path / "demo.md").write_text("")
+    assert command.main(["report", "demo", "--results", str(tmp_path)]) == 0
+    assert (tmp_path / "demo.md").read_text() != ""
+    capsys.readouterr()
+
+
 def test_a_folder_of_something_else_is_not_reported_on(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert command.main(["report", "--results", str(tmp_path)]) == 2

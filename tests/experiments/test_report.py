@@ -8,6 +8,8 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import isnan, nan, sqrt
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -50,7 +52,7 @@ def made_up(cell: Cell, *values: float, status: str = "done", epochs: int = 300)
     records = [
         Record(
             path=ROOT / "none.json",
-            name=f"{cell.row}-{seed}",
+            name=f"{cell.row}-{cell.column}-{seed}",
             hash="",
             config={"seed": seed, "train": {"epochs": epochs}},
             environment={},
@@ -117,16 +119,87 @@ def test_records_that_were_tampered_with_are_refused(results):
         report.experiment_page(MINI, Store(results))
 
 
-@pytest.mark.parametrize("damage", ["result", "last", "environment"])
-def test_a_record_that_lacks_a_part_is_named(results, damage):
-    path = results / "runs" / "mini.jsonl"
+def cut(path: Path, part: str, value: Any = None) -> None:
+    """Replace a part of the second record of a file, whose keys are joined by points; without a value remove it."""
     records = records_in(path)
-    second = records[list(records)[1]]
-    second |= {"result": {**second["result"], "last": {"epoch": 3}}} if damage == "last" else {damage: {}}
+    inner = records[list(records)[1]]
+    *outer, key = part.split(".")
+    for name in outer:
+        inner = inner[name]
+    del inner[key]
+    inner |= {} if value is None else {key: value}
     write_records(path, records)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "result", "result.last", "result.last.test_accuracy", "result.warnings",
+        "environment", "environment.device", "environment.cpu", "environment.cores", "environment.packages",
+    ],
+)  # fmt: skip
+def test_a_record_that_lacks_a_part_is_named(results, part):
+    path = results / "runs" / "mini.jsonl"
+    cut(path, part, {} if part in ("result", "environment") else None)
     with pytest.raises(RunError, match=r"mini.jsonl, line 2: damaged record \(.*\); delete the line") as caught:
         report.experiment_page(MINI, Store(results))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [
+        ("result.last.train_loss", "train_loss"),
+        ("history", "column epoch"),
+        ("history.margin_p50", "column margin_p50"),
+    ],
+)
+def test_a_record_that_lacks_what_is_shown_is_named(results, part, named):
+    """As one from before a measure was added."""
+    path = results / "runs" / "mini.jsonl"
+    records = records_in(path)
+    only_adam = {name: record for name, record in records.items() if record["config"]["optim"]["name"] == "adam"}
+    write_records(path, only_adam)
+    cut(path, part)
+    with pytest.raises(RunError, match=f"mini.jsonl: the record of digits-.* has no {named}; delete its line"):
+        report.experiment_page(MINI, Store(results))
+
+
+PAIR = replace(
+    MINI,
+    cells=(MINI.cells[0], replace(MINI.cells[0], row="LAWN", overrides=(*SHORT, "optim=adam_lawn"))),
+    pairs=(("Adam", "LAWN"),),
+)
+
+
+def test_runs_on_other_data_are_not_compared(tmp_path):
+    """Sample k of one is not sample k of the other."""
+    assert run_experiment(PAIR, tmp_path) == []
+    path = tmp_path / "results" / "runs" / "mini.jsonl"
+    page = report.experiment_page(PAIR, Store(tmp_path / "results"))
+    assert [pair.paired for pair in page.pairs] == [True]
+    assert page.warnings == {}
+    kept = path.read_text()
+    cut(path, "environment.data.checksum", "0badf00d")
+    page = report.experiment_page(PAIR, Store(tmp_path / "results"))
+    assert page.pairs == []
+    ((warning, cells),) = page.warnings.items()
+    assert re.fullmatch(
+        "runs that read other data than most are not compared with them: checksum 0badf00d, not [0-9a-f]{8}", warning
+    )
+    assert len(cells) == 1
+    path.write_text(kept)
+    cut(path, "result.outcomes", encode_outcomes(torch.tensor([1, 0, 1])))
+    assert report.experiment_page(PAIR, Store(tmp_path / "results")).pairs == []
+
+
+def test_a_selection_on_the_test_split_leaves_whole_records(tmp_path):
+    """Its runs are named like final ones."""
+    for selection in ("test", "val"):
+        assert run_experiment(TUNED, tmp_path, selection=selection) == []
+    page = report.experiment_page(TUNED, Store(tmp_path / "results"))
+    assert len(page.records) == 3  # one more has been run already
+    assert all(record.scores is not None and record.columns for record in page.records)
 
 
 @pytest.mark.parametrize("folder", ["runs", "tuning"])
@@ -246,6 +319,21 @@ def test_the_comparison_of_the_same_runs_is_counted_once():
         "and worse in 1 (p < 0.05 in 0);"
     )
     assert line.endswith("for 2 comparisons.")
+
+
+def test_single_seeds_are_not_tested():
+    """Equal differences of other runs are other comparisons."""
+    experiment, found = table()
+    found = [made_up(o.cell, value) for o, value in zip(found, (50.0, 66.0, 67.0, 50.0, 60.0, 61.0), strict=True)]
+    (first, second, *_) = summary(experiment, found)
+    assert first == "With LAWN the number is better in 2 of 2 comparisons, and worse in 0; too few seeds for a test."
+    assert second == "The sign agrees with the paper in 2 of the 2 comparisons that the paper has."
+    found[2] = made_up(found[2].cell, 60.0)
+    assert "(here -6, too few seeds for a test, paper +2)" in summary(experiment, found)[1]
+    found[4:] = made_up(found[4].cell, 60.0, 61.0), made_up(found[5].cell, 66.0, 67.0)
+    assert summary(experiment, found)[0].endswith("correction for 1 comparisons; in 1, too few seeds for a test.")
+    one = replace(experiment, cells=experiment.cells[:3])
+    assert summary(one, found[:3])[0] == "Adam-LAWN against Adam: -6 (too few seeds for a test)."
 
 
 def test_equal_numbers_are_neither_better_nor_worse():

@@ -124,6 +124,22 @@ def test_welchs_test_is_scipys():
     assert ours.interval() == pytest.approx(tuple(theirs.confidence_interval()))
 
 
+def test_seeds_needed_from_arms_of_other_sizes():
+    """Variances 1 and 1 with 8 and 24 seeds are those of 12 and 12."""
+    spread = np.array([-1.0, 1.0]) * math.sqrt(1 / 2)  # a sample of two with the variance 1
+    few, many = (np.tile(spread, n // 2) * math.sqrt((n - 1) / (n / 2)) for n in (8, 24))
+    gain = compare(few + 1.0, many)
+    assert (few.var(ddof=1), many.var(ddof=1)) == (pytest.approx(1), pytest.approx(1))
+    assert gain.seeds == pytest.approx(12)
+    equal = compare(few + 1.0, few)
+    assert equal.seeds == 8
+    assert gain.seeds_needed(1.0, gain.seeds) == equal.seeds_needed(1.0, equal.seeds) == 17
+    rng = np.random.default_rng(5)
+    ours, theirs = 100.0 * (rng.random((2, 3, 50)) < 0.5)
+    assert compare_paired(ours, theirs).seeds == pytest.approx(3)
+    assert 3 < compare_paired(ours, np.concatenate([theirs, theirs, ours])).seeds < 9
+
+
 def test_welchs_test_by_hand():
     """Means 2 and 5, variances 1 and 4, n = 3: t = 3 / sqrt(5/3), 50/17 degrees of freedom."""
     found = compare(np.array([1.0, 2.0, 3.0]), np.array([3.0, 5.0, 7.0]))

@@ -1,5 +1,6 @@
 import csv
 import json
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -461,3 +462,8 @@ def test_wandb_offline_keeps_one_run_for_a_directory(tiny, monkeypatch):
     assert len(folders) == 2
     assert {folder.name.rsplit("-", 1)[1] for folder in folders} == {config_hash(config)}
     assert any(path for folder in folders for path in folder.glob("*.wandb"))
+
+
+def test_the_loss_of_a_batch_that_is_far_larger_than_the_data(tiny):
+    whole, huge = (train(tiny("train.epochs=2", f"train.batch_size={size}")) for size in (10**6, sys.maxsize))
+    assert whole["last"]["train_loss"] == huge["last"]["train_loss"] > 0

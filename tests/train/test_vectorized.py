@@ -127,6 +127,13 @@ def test_each_has_the_run_directory_that_it_has_alone(tiny, tmp_path):
     assert (RunDirectory(joined[0]).path / "checkpoint.pt").stat() == before
 
 
+def test_the_same_run_in_several_folders_is_trained_in_each(tiny, tmp_path):
+    same = [tiny(f"runs_dir={tmp_path}/{name}", "train.vectorize=4") for name in ("a", "b", "a")]
+    assert multirun.train_many(same) == []
+    first, second = (RunDirectory(config).result() for config in same[:2])
+    assert first["last"] == second["last"]
+
+
 class PowerCutError(Exception):
     pass
 

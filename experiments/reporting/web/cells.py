@@ -79,13 +79,10 @@ def _seed(record: Record, measures: Sequence[Measure]) -> dict[str, Any]:
 
 
 def _machine(records: Sequence[Record]) -> dict[str, list[str]]:
-    environments = [environment for record in records for environment in record.environments]
-    packages = [f"{name} {version}" for e in environments for name, version in e["packages"].items()]
-    hardware = [e["device"] if e["device"] != "cpu" else f"{e['cores']}-core {e['cpu']}" for e in environments]
     return {
         "code": list(dict.fromkeys(record.code for record in records)),
-        "packages": sorted(dict.fromkeys(packages)),
-        "hardware": sorted(dict.fromkeys(hardware)),
+        "packages": sorted({package for record in records for package in record.packages}),
+        "hardware": sorted({machine for record in records for machine in record.machines}),
     }
 
 

@@ -1,6 +1,6 @@
 """What stands at the top of the page: how much of the paper has been run, and what the records say, with intervals."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isnan
 
@@ -12,7 +12,7 @@ from experiments.reporting.layout import format_signed
 from experiments.reporting.outcomes import Pair, places
 from experiments.reporting.page import Page
 from experiments.reporting.sentences import LEVEL, below_paper
-from experiments.reporting.statistics import MANY_SEEDS, Comparison, mean_interval
+from experiments.reporting.statistics import MANY_SEEDS, mean_interval
 from experiments.reporting.trials import best_of_curves
 
 FEW = 6  # comparisons that are listed by themselves
@@ -63,20 +63,20 @@ def verdict_of(pair: Pair) -> str:
 
 
 def _with_and_without(tables: Sequence[Page]) -> Finding | None:
-    """The comparisons of the headline metric in all tables, in percent; those of the same runs, which have the same
-    numbers under the names of several tables, are counted once, by the last name that the paper has a number for.
+    """The comparisons of the headline metric in all tables, in percent; those of the same runs under the names of
+    several tables are counted once, by the last name that the paper has a number for.
     """
-    measured: dict[Comparison, tuple[Page, Pair]] = {}
-    verdicts: dict[tuple[str, str, str], list[tuple[Comparison, str]]] = {}  # by rival, panel and column
+    measured: dict[Hashable, tuple[Page, Pair]] = {}
+    verdicts: dict[tuple[str, str, str], list[tuple[Hashable, str]]] = {}  # by rival, panel and column
     for page in tables:
         if page.experiment is None or page.experiment.measures[0].key != "headline":
             continue
         for pair in page.pairs:
             if isnan(pair.gain.p):
                 continue
-            verdicts.setdefault((pair.rival, pair.panel, pair.column), []).append((pair.gain, verdict_of(pair)))
-            if pair.gain not in measured or not isnan(pair.paper):
-                measured[pair.gain] = page, pair
+            verdicts.setdefault((pair.rival, pair.panel, pair.column), []).append((pair.key, verdict_of(pair)))
+            if pair.key not in measured or not isnan(pair.paper):
+                measured[pair.key] = page, pair
     if not measured:
         return None
     pairs = [pair for _, pair in measured.values()]
@@ -96,13 +96,13 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
     return Finding("Is LAWN better than what it is compared with, both tuned?", text, listed, shown)
 
 
-def _against_all_bases(verdicts: Mapping[tuple[str, str, str], Sequence[tuple[Comparison, str]]]) -> str:
+def _against_all_bases(verdicts: Mapping[tuple[str, str, str], Sequence[tuple[Hashable, str]]]) -> str:
     """In how many columns a row is better than each of the rows that it is compared with, where these are several."""
     better: dict[str, list[tuple[bool, bool]]] = {}  # and whether the rows are the same runs
     for (rival, _, _), said in verdicts.items():
         if len(said) > 1:
-            gains, verdicts_of_bases = map(set, zip(*said, strict=True))
-            better.setdefault(rival, []).append((verdicts_of_bases == {"better"}, len(gains) == 1))
+            comparisons, verdicts_of_bases = map(set, zip(*said, strict=True))
+            better.setdefault(rival, []).append((verdicts_of_bases == {"better"}, len(comparisons) == 1))
     text = ""
     for rival, columns in better.items():
         text += (
@@ -214,10 +214,9 @@ def _printed(pair: Pair) -> str:
 
 def _needed_seeds(pair: Pair) -> str:
     """How many seeds would decide a gain as large as the paper's; empty if it has none."""
-    seeds = min(pair.seeds)
-    if isnan(pair.paper) or not pair.paper or seeds < 2:
+    if isnan(pair.paper) or not pair.paper or min(pair.seeds) < 2:
         return ""
-    needed = pair.gain.seeds_needed(pair.paper, seeds)
+    needed = pair.gain.seeds_needed(pair.paper, pair.gain.seeds)
     return f"{needed} seeds" if needed < inf else f"more than {MANY_SEEDS:,} seeds"
 
 
