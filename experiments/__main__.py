@@ -19,7 +19,8 @@ from experiments.execution.overview import Row, plan_rows, status_rows
 from experiments.execution.runner import MAX_VECTORIZED, run
 from experiments.planning.estimate import RuntimeEstimate, duration
 from experiments.planning.study import SELECTIONS, SETTABLE, Study
-from experiments.records import Record, Store
+from experiments.record import Record
+from experiments.records import Store
 from experiments.reporting import report
 from experiments.reporting.page import Page
 from experiments.reporting.simulations import FOLDER, simulation_page

@@ -30,6 +30,7 @@ LAYERS = """
     lawn.train
     experiments.__init__
     experiments.json_lines
+    experiments.record
     experiments.records
     experiments.definitions
     experiments.planning

@@ -7,7 +7,8 @@ from statistics import median
 
 import torch
 
-from experiments.records import Record, Store
+from experiments.record import Record
+from experiments.records import Store
 from lawn.config import Config
 
 Kind = tuple[str, str, int]  # dataset, model and batch size

@@ -12,7 +12,8 @@ from experiments.definitions.spec import Cell, Experiment
 from experiments.planning import search
 from experiments.planning.grid import Grid, Job
 from experiments.planning.search import Point
-from experiments.records import Record, Store
+from experiments.record import Record
+from experiments.records import Store
 from lawn.composition import compose_many
 from lawn.config import EvalConfig
 from lawn.errors import ConfigError

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import isnan
 
 from experiments.definitions.spec import Measure
-from experiments.records import Record
+from experiments.record import Record
 from experiments.reporting.outcomes import Outcome
 from experiments.reporting.statistics import mean_and_error
 

@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from experiments import definitions
 from experiments.definitions.matrix_factorization import MATRIX_FACTORIZATION
 from experiments.definitions.spec import Measure
-from experiments.records import Record, Store
+from experiments.record import Record
+from experiments.records import Store
 from experiments.reporting.layout import Table, format_mean
 from experiments.reporting.outcomes import Outcome, outcomes, paper
 from experiments.reporting.references import METRICS, REFERENCES

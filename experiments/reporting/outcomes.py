@@ -12,7 +12,8 @@ import numpy as np
 from experiments.definitions.spec import Cell, Experiment, Measure
 from experiments.planning.grid import Job
 from experiments.planning.study import Study, Tuning
-from experiments.records import Record, Store
+from experiments.record import Record
+from experiments.records import Store
 from experiments.reporting.statistics import Comparison, compare, compare_paired, holm, mean_and_error
 from lawn.data.fingerprint import differences
 

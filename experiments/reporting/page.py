@@ -8,7 +8,8 @@ from math import isnan
 import pandas as pd
 
 from experiments.definitions.spec import Experiment, Measure
-from experiments.records import Record, Store
+from experiments.record import Record
+from experiments.records import Store
 from experiments.reporting import tuning_tables
 from experiments.reporting.charts import CHARTS, Chart
 from experiments.reporting.drawing import Drawing, draw

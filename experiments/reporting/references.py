@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from experiments.records import Record
+from experiments.record import Record
 from experiments.references import Settings, run
 from experiments.reporting.layout import Entry, Panel, format_mean
 from experiments.reporting.simulations import Simulation, SimulationContent

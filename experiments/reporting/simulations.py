@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from experiments.records import Record, read_record, save
+from experiments.record import Record, read_record, save
 from experiments.reporting.drawing import Drawing
 from experiments.reporting.layout import Panel
 from experiments.reporting.page import Page, provenance

@@ -1,6 +1,6 @@
 """Best-of-k curves of the grids that are complete."""
 
-from experiments.records import Record
+from experiments.record import Record
 from experiments.reporting.outcomes import Outcome
 from experiments.reporting.statistics import BestOf, best_of
 

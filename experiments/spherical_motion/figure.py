@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.records import Record
+from experiments.record import Record
 from experiments.reporting.outcomes import mean_and_error
 from experiments.spherical_motion import measurements as smd
 from lawn.diagnostics import equilibrium_angle, equilibrium_norm

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.records import Record
+from experiments.record import Record
 from experiments.reporting.drawing import Drawing
 from experiments.reporting.layout import Entry, Panel, format_mean
 from experiments.reporting.simulations import Simulation, SimulationContent

@@ -18,7 +18,8 @@ import torch
 
 from experiments.definitions.spec import Cell, Experiment, Measure, PaperResult
 from experiments.planning.study import Tuning, studies
-from experiments.records import Record, Store
+from experiments.record import Record
+from experiments.records import Store
 from experiments.reporting import drawing, report
 from experiments.reporting.charts import CHARTS
 from experiments.reporting.layout import Entry, Panel, format_mean

@@ -21,7 +21,8 @@ from experiments.execution.runner import run
 from experiments.execution.worker import work
 from experiments.planning.estimate import RuntimeEstimate, duration
 from experiments.planning.study import Study, studies
-from experiments.records import Record, Store
+from experiments.record import Record
+from experiments.records import Store
 from experiments.reporting import report
 from experiments.selection import EXPERIMENTS
 from lawn.compose import compose

@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.definitions.spec import Measure
 from experiments.planning.grid import Job
-from experiments.records import Record
+from experiments.record import Record
 from experiments.reporting.charts import Chart, Subplot, curve
 from experiments.reporting.outcomes import Outcome
 from experiments.reporting.statistics import mean_and_error, mean_interval
