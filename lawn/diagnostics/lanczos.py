@@ -22,15 +22,15 @@ def top_eigenvalue(
 
     The Lanczos method with full reorthogonalization calls the operator once per step and stores one vector per step. Up
     to rounding, the result is a lower bound. Iteration stops when the residual of the eigenvector, which bounds the
-    distance to an eigenvalue, is at most `tolerance` times the largest magnitude among the eigenvalue estimates. If the
-    largest eigenvalue is well separated, the relative error is about the square of that. The start vector is random and
-    the same on all devices.
+    distance to an eigenvalue, is at most `tolerance` times the estimate, or what the `dtype` resolves. If the largest
+    eigenvalue is well separated, the relative error is about the square of that. With a large tolerance the iteration
+    may stop at the second eigenvalue. The start vector is random and the same on all devices.
 
     Args:
         operator: maps a vector [size] to its product with the matrix, [size].
         size: size of the vectors.
         steps: maximal number of steps.
-        tolerance: relative tolerance of the residual, at least four times the machine epsilon of `dtype`.
+        tolerance: tolerance of the residual, relative to the eigenvalue.
         seed: seed of the start vector.
         dtype: dtype of the vectors; None is torch's default dtype.
         device: device of the vectors; None is torch's default device.
@@ -53,7 +53,7 @@ def top_eigenvalue(
     """
     start = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     q = (start / start.norm()).to(device, dtype or torch.get_default_dtype())
-    tolerance = max(tolerance, 4 * torch.finfo(q.dtype).eps)
+    noise = 4 * torch.finfo(q.dtype).eps  # of the operator, relative to its largest magnitude
     basis: list[Tensor] = []
     diagonal: list[float] = []
     off_diagonal: list[float] = []
@@ -70,7 +70,7 @@ def top_eigenvalue(
         values, vectors = _tridiagonal_eigh(diagonal, off_diagonal)
         residual = length * abs(vectors[-1, -1].item())
         top = values[-1].item()
-        if len(basis) == size or residual <= tolerance * values.abs().amax().item():
+        if len(basis) == size or residual <= max(tolerance * abs(top), noise * values.abs().amax().item()):
             return top
         if len(basis) == steps:
             warnings.warn(f"the eigenvalue {top:g} is only known to {residual:.1g} after {steps} steps", stacklevel=2)

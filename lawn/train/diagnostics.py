@@ -56,7 +56,7 @@ class RunDiagnostics:
         *inputs, labels = self._batch = self._batch or self._draw(self._samples, device)
         surface = LossSurface(self._model, self._task.loss.mean, inputs, labels, self._size)
         return {
-            "hessian_top": surface.hessian_top(tolerance=1e-2),
+            "hessian_top": surface.hessian_top(tolerance=1e-3),
             "gradient_covariance": surface.gradient_covariance_trace(),
         }
 

@@ -77,3 +77,12 @@ def test_too_few_steps_are_told():
 def test_an_operator_that_is_not_finite_has_no_top():
     assert math.isnan(top_of(torch.full((3, 3), torch.nan)))
     assert math.isnan(top_of(torch.full((3, 3), torch.inf)))
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-4])
+@pytest.mark.parametrize("others", [[-10.0, -9.0], [-100.0]])
+def test_a_large_negative_eigenvalue_does_not_hide_the_top(others, tolerance):
+    """The tolerance is relative to the eigenvalue, not to the largest magnitude."""
+    matrix = torch.tensor([*others, 1.0, *[0.0] * 300], dtype=torch.float64).diag()
+    for seed in range(5):
+        assert top_of(matrix, seed=seed, tolerance=tolerance) == pytest.approx(1.0, rel=tolerance)
