@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lawn.errors import RunError
-from lawn.files import exclusively, write_text
+from lawn.files import exclusively, named, write_text
 from lawn.train.progress import echo
 
 
@@ -26,8 +26,10 @@ class _Seen:
 class JsonLines:
     """The lines of a file, as far as this object has read them. Raises RunError if the file cannot be read."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, forget: Callable[[], None] = lambda: None) -> None:
+        """`forget` is called when the lines that were read are gone: the file was deleted or is another one."""
         self.path = path
+        self._forget = forget
         self._seen = _Seen()
         self._cut = 0  # size of the file at the last warning
 
@@ -40,6 +42,7 @@ class JsonLines:
         try:
             stat = self.path.stat()
         except FileNotFoundError:
+            self._forget()
             self._seen, self._cut = _Seen(), 0  # a file in its place is another one
             return
         except OSError as error:
@@ -49,6 +52,7 @@ class JsonLines:
             return
         content = read_bytes(self.path, seen.size - len(seen.last))
         if not content.startswith(seen.last):  # another file; the system gives its inode to the next one
+            self._forget()
             seen, content = _Seen(), read_bytes(self.path)
         text = decode(self.path, content[len(seen.last) :])
         end = text.rfind("\n") + 1
@@ -82,7 +86,7 @@ class JsonLines:
     def append(self, line: str) -> None:
         """Append a line, in the place of one without an end that a killed writer has left. Needs the lock."""
         self.path.touch()
-        with self.path.open("rb+") as file:
+        with named(self.path), self.path.open("rb+") as file:
             file.truncate(self._seen.size)
             file.seek(max(0, self._seen.size - 1))
             if file.read() not in (b"", b"\n"):

@@ -9,6 +9,7 @@ sorted by name at the end.
 import json
 import shlex
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import ceil
 from pathlib import Path
 
@@ -120,7 +121,11 @@ class Store:
             yield from (folder / name for name in names if name.endswith(".jsonl"))
 
     def _file(self, path: Path) -> JsonLines:
-        return self._files.setdefault(path, JsonLines(path))
+        return self._files.setdefault(path, JsonLines(path, partial(self._forget, path)))
+
+    def _forget(self, path: Path) -> None:
+        """Forget the records of a file that was deleted or replaced, or of which a line was deleted."""
+        self._read = {name: record for name, record in self._read.items() if record.path != path}
 
     def _taker(self, file: JsonLines) -> Callable[[int, str], None]:
         """Caches the record of a line of a file."""
@@ -142,7 +147,7 @@ class Store:
 
     def _refresh(self) -> None:
         """Read what the files have got since. Raises RunError with the number of a damaged line."""
-        for path in self._paths():
+        for path in dict.fromkeys((*self._paths(), *self._files)):
             file = self._file(path)
             file.read_new(self._taker(file))
 

@@ -37,26 +37,34 @@ def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's files are private
-        if previous is not None and path.exists():
-            path.replace(previous)
-        temporary.replace(path)
-        _flush_folder(path.parent)
-    except OSError as error:
-        if error.filename is None:  # for example on a full disk
-            error.filename = str(path)
-        raise
+        with named(path):
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)  # mkstemp's files are private
+            if previous is not None and path.exists():
+                path.replace(previous)
+            temporary.replace(path)
+            _flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
         if not path.exists():
             with suppress(OSError):  # if it is not empty
                 for folder in made:
                     folder.rmdir()
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """An OSError in the body that names no file, for example of a full disk, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _flush_folder(path: Path) -> None:

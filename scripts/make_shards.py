@@ -21,7 +21,7 @@ from lawn.data.folders import Files, list_split_folders
 from lawn.data.jpeg import decode
 from lawn.data.shards import INDEX
 from lawn.errors import DataError, UserError
-from lawn.files import write_text
+from lawn.files import named, write_text
 
 AT_ONCE = 256  # images that are decoded before they are written
 
@@ -33,10 +33,11 @@ def make(source: Path, target: Path, maxcount: int = 1000) -> None:
     classes, train, val = list_split_folders(source)
     order = np.random.default_rng(0).permutation(len(train.labels))
     target.mkdir(parents=True, exist_ok=True)
-    counts = {
-        "train": pack(Files(train.paths[order], train.labels[order]), target, "train", maxcount),
-        "val": pack(val, target, "val", maxcount),
-    }
+    with named(target):
+        counts = {
+            "train": pack(Files(train.paths[order], train.labels[order]), target, "train", maxcount),
+            "val": pack(val, target, "val", maxcount),
+        }
     write_text(target / INDEX, json.dumps({"classes": classes, **counts}, indent=1) + "\n")
 
 

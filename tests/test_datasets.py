@@ -1,12 +1,15 @@
 """A run of one short epoch for every dataset with its model: fixtures everywhere, the real data where they are."""
 
 import csv
+import os
+import subprocess
+import sys
 
 import pytest
 
 from lawn.data.__main__ import main as data_main
 from lawn.train import train
-from tests.helpers import FIXTURES, RECOMMENDERS, compose, synthetic_ratings, write_folders, write_ratings
+from tests.helpers import FIXTURES, RECOMMENDERS, ROOT, compose, synthetic_ratings, write_folders, write_ratings
 
 # VGG-19 is trained by CIFAR-100 and tests/train/test_execution.py.
 SMALLER = {"cifar10": ("model=mlp", "model.widths=[8]"), "imagenet": ("dataset.limit=6",)}
@@ -82,6 +85,18 @@ def test_data_command_decodes_every_image(tmp_path, data_command):
     assert code == 1
     assert f"damaged: {path}: cannot be decoded" in out
     assert "3 counts are not as published, 1 files are damaged" in err
+
+
+def test_a_damaged_file_whose_name_is_no_text(tmp_path):
+    """On a terminal that has no characters for it."""
+    write_folders(tmp_path)
+    (tmp_path / "imagenet" / "val" / "n00000002" / os.fsdecode(b"x\xff.JPEG")).write_text("broken")
+    command = [sys.executable, "-m", "lawn.data", "imagenet", "--verify", "--data-dir", str(tmp_path)]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"damaged: {tmp_path}/imagenet/val/n00000002/x\\udcff.JPEG: cannot be decoded" in done.stdout
+    assert done.stderr.count("\n") == 1
 
 
 REAL = {

@@ -13,6 +13,7 @@ from experiments.execution.pool import Pool
 from lawn.errors import ConfigError
 
 MAX_SEEDS = 1_000  # of a cell
+MAX_NUMBER = 100_000  # of jobs, GPUs, cores or nodes
 LOCAL, SLURM, SUBMITIT_LOCAL, RAY = "local", "slurm", "submitit_local", "ray"
 CLUSTER = (SLURM, SUBMITIT_LOCAL, RAY)
 TAKEN_BY = {  # options that do not apply to every executor
@@ -108,6 +109,8 @@ def _slots(devices: str, jobs: int | None) -> list[str]:
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text}: must be a positive number")
+    if int(text) > MAX_NUMBER:
+        raise argparse.ArgumentTypeError(f"{text}: must be at most {MAX_NUMBER}")
     return int(text)
 
 
@@ -128,13 +131,13 @@ def gpus(text: str) -> float:
         number = float(text)
     except ValueError:
         number = -1.0
-    if not (number >= 0 and (number < 1 or number.is_integer())):
+    if not (0 <= number <= MAX_NUMBER and (number < 1 or number.is_integer())):
         raise argparse.ArgumentTypeError(f"{text}: must be a whole number, or a fraction below 1")
     return number
 
 
 def seconds(text: str) -> float:
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    match = re.fullmatch(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", text)
     if not text or match is None:
         raise argparse.ArgumentTypeError(f"{text}: must be a time such as 2h, 90m or 1h30m")
     hours, minutes, rest = (int(part or 0) for part in match.groups())

@@ -13,7 +13,7 @@ import torch
 
 from lawn.config import Config
 from lawn.errors import RunInUseError, UserError
-from lawn.train import Stopped, train, train_vectorized
+from lawn.train import train, train_vectorized
 from lawn.train.signals import end_with_parent, raise_on_signal
 
 IN_USE_SECONDS = 60.0  # for which the processes of an executor that was killed may outlive it
@@ -32,8 +32,11 @@ def work(configs: Sequence[Config], log: Path, threads: int | None = None) -> in
                 if parent_process() is not None:
                     end_with_parent()
                 _train(configs)
-        except (Stopped, UserError, OSError) as error:
-            print(f"{'' if isinstance(error, Stopped) else 'error: '}{error}", flush=True)
+        except KeyboardInterrupt as stop:  # a Stopped among them
+            print(str(stop) or "interrupted", flush=True)
+            return getattr(stop, "exit_code", 130)
+        except (UserError, OSError) as error:
+            print(f"error: {error}", flush=True)
             return getattr(error, "exit_code", UserError.exit_code)
         except Exception as error:
             traceback.print_exc()

@@ -4,6 +4,7 @@ In every mode, missing files are downloaded where possible, and all files are re
 """
 
 import argparse
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     for mode, text in MODES.items():
         modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, default="download", help=text)
     given = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     code = 0
     for name in given.name:
         try:

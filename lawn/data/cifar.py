@@ -58,16 +58,17 @@ def _load(
     folder: Path, release: Release, classes: int, split: str, seed: int, val_fraction: float, limit: int | None
 ) -> InMemoryImages:
     files = [folder / f"{part}.npz" for part in PARTS]
-    made = []
-    for part, file in zip(PARTS, files, strict=True):
-        if not file.exists():
+    missing = {part: file for part, file in zip(PARTS, files, strict=True) if not file.exists()}
+    found: dict[str, int] = {}
+    try:
+        for part in missing:
             _cache(folder, release, part, classes)
-            made.append(file)
-    train, test = (_read(file, classes) for file in files)
-    found = {"training images": len(train[1]), "test images": len(test[1])}
-    if found != PUBLISHED and not (folder / release.archive).exists():
-        for file in made:  # of unpacked files, which may be put right later
-            file.unlink()
+        train, test = (_read(file, classes) for file in files)
+        found = {"training images": len(train[1]), "test images": len(test[1])}
+    finally:
+        if found != PUBLISHED and not (folder / release.archive).exists():
+            for file in missing.values():  # of unpacked files, which may be put right later
+                file.unlink(missing_ok=True)
     return in_memory_images(
         train,
         test,

@@ -158,6 +158,15 @@ def test_unpacked_files_of_cifar_are_read(tmp_path, monkeypatch, name):
     cut.write_bytes(whole[:-1])
     with pytest.raises(DataError, match=rf"{cut}: \d+ bytes are no records of 307\d; delete it"):
         getattr(cifar, name)(tmp_path, "test", seed=0, val_fraction=0.25)
+    cut.write_bytes(whole[: len(whole) // 2])
+    test = folder / release.members["test"][-1]
+    whole_test = test.read_bytes()
+    test.write_bytes(whole_test[:-1])
+    with pytest.raises(DataError, match=rf"{test}: \d+ bytes"):  # after the other part has been read
+        getattr(cifar, name)(tmp_path, "test", seed=0, val_fraction=0.25)
+    cut.write_bytes(whole)
+    test.write_bytes(whole_test)
+    assert getattr(cifar, name)(tmp_path, "test", seed=0, val_fraction=0.25).fingerprint == packed.fingerprint
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])

@@ -173,7 +173,10 @@ def test_a_place_that_is_none(call, tmp_path):
     [
         ["run", "mini", "--budget", "soon"],
         ["run", "mini", "--budget", "h"],
+        ["run", "mini", "--budget", f"{'9' * 400}h"],
         ["run", "mini", "--jobs", "0"],
+        ["run", "mini", "--jobs", "9999999999"],
+        ["run", "mini", "--executor", "ray", "--gpus", "1e30"],
         ["run", "mini", "--seeds", "-1"],
         ["plan", "mini", "--seeds", "1001"],
         ["run", "mini", "--selection", "train"],

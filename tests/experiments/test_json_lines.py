@@ -1,6 +1,9 @@
 """A file of lines that goes away, or becomes another, while it is used."""
 
 import json
+import resource
+
+import pytest
 
 from experiments.json_lines import JsonLines
 
@@ -20,3 +23,18 @@ def test_a_file_that_was_deleted_begins_anew(tmp_path):
     seen = []
     JsonLines(lines.path).read_new(lambda number, line: seen.append((number, line)))
     assert seen == [(1, '{"b": 2}')]
+
+
+def test_a_full_disk_is_named(tmp_path):
+    """A quota, of the process; the line that has no end is replaced by the next."""
+    lines = JsonLines(tmp_path / "records.jsonl")
+    write(lines, {"a": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{lines.path}'"):
+            write(lines, {"b" * 30: 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    write(lines, {"c": 3})
+    assert lines.path.read_text() == '{"a": 1}\n{"c": 3}\n'

@@ -399,6 +399,20 @@ def test_a_grid_with_holes_keeps_its_settings(tuned):
     assert page.tuned is None
 
 
+def test_a_record_that_is_deleted_is_forgotten(tuned):
+    """By a server, which reads the records as they change."""
+    store = Store(tuned / "results")
+    names = [record.name for record in store.all()]
+    path = tuned / "results" / "tuning" / "tuned.jsonl"
+    first, *others = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(others))
+    gone = json.loads(first)["name"]
+    assert [record.name for record in store.all()] == [name for name in names if name != gone]
+    assert not store.has(gone)
+    shutil.rmtree(path.parent)
+    assert {record.path.parent.name for record in store.all()} == {"runs"}
+
+
 def test_lines_of_tuning_files_are_in_the_order_of_their_names(tuned):
     path = tuned / "results" / "tuning" / "tuned.jsonl"
     names = [json.loads(line)["name"] for line in path.read_text().splitlines()]

@@ -201,6 +201,18 @@ def test_an_error_of_ours_is_the_reason_after_its_traceback(tmp_path, monkeypatc
     assert out == "error: RuntimeError: CUDA error: an illegal memory access was encountered\n"
 
 
+def test_a_second_signal_is_a_line_in_the_log(tmp_path, monkeypatch, capsys):
+    (study,) = studies(replace(MINI, cells=MINI.cells[:1]), extra=(f"runs_dir={tmp_path}/runs",), seeds=1)
+    (job,) = study.outstanding(Store(tmp_path))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("experiments.execution.worker.train", interrupt)
+    assert work([job.config], tmp_path / "output.log") == 130
+    assert capsys.readouterr() == ("interrupted\n", "")  # in place of the log
+
+
 def test_a_damaged_run_directory_is_that_runs_failure_alone(tmp_path):
     experiment = replace(MINI, cells=(MINI.cells[0], MINI.cells[2]))
     (study, _) = studies(experiment, extra=(f"runs_dir={tmp_path}/runs",))
