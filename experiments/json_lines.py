@@ -42,7 +42,8 @@ class JsonLines:
         try:
             stat = self.path.stat()
         except FileNotFoundError:
-            self._forget()
+            if self._seen.size:
+                self._forget()
             self._seen, self._cut = _Seen(), 0  # a file in its place is another one
             return
         except OSError as error:
