@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, is_dataclass
 from importlib.metadata import version
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def save(drawing: Drawing, path: Path) -> None:
         for file in files:
             with atomic(file) as temporary:
                 if file.suffix == ".svg":
-                    figure.savefig(temporary, metadata={"Date": None, "Description": fingerprint})
+                    _save_svg(figure, temporary, fingerprint)
                 else:
                     _save_png(figure, temporary)
 
@@ -83,6 +84,14 @@ def _save_png(figure: Figure, path: Path) -> None:
     figure.savefig(pixels, format="png", dpi=DPI)
     image = Image.open(pixels).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     image.save(path, format="png", optimize=True, dpi=(DPI, DPI))
+
+
+def _save_svg(figure: Figure, path: Path, fingerprint: str) -> None:
+    """Write a figure with coordinates to a hundredth of a point: two thirds of the bytes."""
+    text = StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Description": fingerprint})
+    coordinates = re.compile(r'\b(?:d|x|y)="[^"]*"')
+    path.write_text(coordinates.sub(lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0]), text.getvalue()), "utf8")
 
 
 def draw(chart: Chart) -> Figure:
