@@ -165,7 +165,7 @@ def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Pair]:
                     epochs=b.epochs,
                     paper_epochs=b.cell.epochs[0] if b.cell.epochs else None,
                     differences=(sign * _marked_difference(a, measure), sign * _marked_difference(b, measure)),
-                    runs=(_names(a), _names(b)),
+                    runs=(tuple(record.name for record in a.records), tuple(record.name for record in b.records)),
                 )
             )
     tested = {pair.key: pair.gain.p for pair in compared if not isnan(pair.gain.p)}
@@ -176,7 +176,7 @@ def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Pair]:
 def same_data(records: Sequence[Record]) -> bool:
     """Whether runs have read the same data and have outcomes of as many samples, as far as their records tell."""
     read = [data for record in records if (data := record.data)]
-    sizes = {len(scores) for record in records if (scores := record.scores) is not None}
+    sizes = {len(found) for record in records if (found := record.outcomes) is not None}
     return len(sizes) < 2 and not any(differences(read[0], data) for data in read)
 
 
@@ -196,10 +196,6 @@ def other_data(records: Iterable[Record]) -> dict[str, list[str]]:
                 apart = ", ".join(f"{key} {value}, not {usual[key]}" for key, value in own.items())
                 warnings[record.name] = [f"runs that read other data than most are not compared with them: {apart}"]
     return warnings
-
-
-def _names(outcome: Outcome) -> tuple[str, ...]:
-    return tuple(record.name for record in outcome.records)
 
 
 def _marked_difference(outcome: Outcome, measure: Measure) -> float:

@@ -201,16 +201,22 @@ def test_groups_may_be_split(form):
     assert_equal(network, into)
 
 
-@every_form
-def test_by_position_a_foreign_norm_is_refused(form):
-    """torch attaches state by position: moments cannot be told apart, norms can."""
+def loaded_in_another_order(form: str) -> tuple[nn.Module, Optimizer, Any]:
+    """A network, and an optimizer that has loaded each weight's state for the other, with what knows its phase."""
     network = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     network[1].weight.data.mul_(5)
     optimizer, _ = make(form, network.parameters(), free_steps=1)
     train(network, optimizer, 0, 3)
-    before = copy.deepcopy(network)
     fresh, lawn = make(form, reversed(list(network.parameters())), free_steps=1)
     fresh.load_state_dict(optimizer.state_dict())
+    return network, fresh, lawn
+
+
+@every_form
+def test_by_position_a_foreign_norm_is_refused(form):
+    """torch attaches state by position: moments cannot be told apart, norms can."""
+    network, fresh, lawn = loaded_in_another_order(form)
+    before = copy.deepcopy(network)
     with pytest.raises(ValueError, match=r"another order.*constrain\(again=True\)"):
         train(network, fresh, 3, 4)
     assert_equal(network, before)
@@ -1250,12 +1256,7 @@ def test_a_copy_continues_with_weights_that_the_loop_has_moved(form, copier):
 
 @every_form
 def test_a_copy_compares_norms_that_were_only_loaded(form):
-    network = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
-    network[1].weight.data.mul_(5)
-    optimizer, _ = make(form, network.parameters(), free_steps=1)
-    train(network, optimizer, 0, 3)
-    loaded, lawn = make(form, reversed(list(network.parameters())), free_steps=1)
-    loaded.load_state_dict(optimizer.state_dict())
+    network, _, lawn = loaded_in_another_order(form)
     others, twin = copy.deepcopy((network, lawn))
     with pytest.raises(ValueError, match="another order"):
         train(others, getattr(twin, "optimizer", twin), 3, 4)
