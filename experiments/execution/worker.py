@@ -46,18 +46,23 @@ def work(configs: Sequence[Config], log: Path, threads: int | None = None) -> in
 
 
 def _train(configs: Sequence[Config]) -> None:
+    """Train those that can begin; raises the error of one that cannot. A run in use is tried again for a while."""
     deadline = time.monotonic() + IN_USE_SECONDS
     while True:
+        failures: list[Exception] = []
         try:
             if len(configs) > 1:
-                train_vectorized(configs)
+                train_vectorized(configs, failures)
             else:
                 train(configs[0])
-            return
-        except RunInUseError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(1)
+        except RunInUseError as error:
+            failures = [error]
+        in_use = any(isinstance(error, RunInUseError) for error in failures)
+        if not in_use or time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    if failures:
+        raise failures[0]
 
 
 @contextmanager

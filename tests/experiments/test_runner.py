@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -211,6 +213,22 @@ def test_a_second_signal_is_a_line_in_the_log(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("experiments.execution.worker.train", interrupt)
     assert work([job.config], tmp_path / "output.log") == 130
     assert capsys.readouterr() == ("interrupted\n", "")  # in place of the log
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_a_run_in_use_does_not_keep_the_others_of_its_group(tmp_path, monkeypatch, capsys, seconds):
+    """It is tried again for a while; then it fails, and the others have been trained, once."""
+    monkeypatch.setattr("experiments.execution.worker.IN_USE_SECONDS", seconds)
+    configs = [compose(*SHORT, f"seed={seed}", f"runs_dir={tmp_path}/runs") for seed in (0, 1, 2)]
+    used, *others = [RunDirectory(config) for config in configs]
+    with ExitStack() as lock:
+        lock.enter_context(used.lock())
+        clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: lock.close())
+        monkeypatch.setattr("experiments.execution.worker.time", clock)
+        assert work(configs, tmp_path / "output.log") == (0 if seconds else 1)
+    assert used.done == (seconds > 0)
+    assert all(other.done for other in others)
+    assert ("another process uses this run directory" in capsys.readouterr().out) == (seconds == 0)
 
 
 def test_a_damaged_run_directory_is_that_runs_failure_alone(tmp_path):
