@@ -90,6 +90,7 @@ def summary(experiment: Experiment, found: list[Outcome]) -> list[str]:
         decided = [c for c in distinct if c.adjusted < LEVEL]
         if below := below_paper(decided):
             lines.append(f"{below[:1].upper()}{below[1:]}.")
+        lines += _undone_by_the_correction(distinct)
     if experiment.figure == "horizon":
         lines += _over_horizons(experiment, found)
     lines += _shared(found) + _rankings(experiment, found) + _spread(experiment, found)
@@ -115,6 +116,21 @@ def below_paper(decided: list[Pair]) -> str:
         f"in {len(below)} of the {len(decided)} decided comparisons the side that loses does not reach the paper's "
         f"number, so it may not be tuned as well: {'; '.join(below)}"
     )
+
+
+def _undone_by_the_correction(pairs: list[Pair]) -> list[str]:
+    """The comparisons that would be decided by themselves."""
+    undone = [
+        f"{c.rival} against {c.base} at {c.place} (p = {c.gain.p:.2g}, {c.adjusted:.2g} after it)"
+        for c in pairs
+        if c.gain.p < LEVEL <= c.adjusted
+    ]
+    if not undone:
+        return []
+    return [
+        f"By itself, but not after the correction, p < {LEVEL}: {'; '.join(undone)}. The correction is for the "
+        "comparisons that are complete, so a further one can change what is decided."
+    ]
 
 
 def method(pairs: list[Pair]) -> str:

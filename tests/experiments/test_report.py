@@ -716,6 +716,19 @@ def test_holm_is_over_the_table():
     assert all(isnan(pair.adjusted) and isnan(pair.gain.p) for pair in comparisons(experiment, single))
 
 
+def test_what_is_decided_by_itself_alone_is_named():
+    experiment, found = table()
+    values = {"Adam": (66.0, 67.0, 68.0), "Adam-LAWN": (63.3, 64.3, 65.3), "SGD": (60.0, 61.0)}
+    found = [made_up(o.cell, *values[o.cell.row]) for o in found]
+    first, second = comparisons(experiment, found)
+    assert first.gain.p < 0.05 < first.adjusted == 2 * first.gain.p == second.adjusted
+    (line,) = [line for line in summary(experiment, found) if line.startswith("By itself")]
+    for column in ("1k", "100k"):
+        assert f"Adam-LAWN against Adam at {column} (p = 0.03, 0.059 after it)" in line
+    alone = replace(experiment, cells=experiment.cells[:3])
+    assert not [line for line in summary(alone, found[:3]) if line.startswith("By itself")]
+
+
 @pytest.mark.parametrize(
     ("path", "blocks"),
     [

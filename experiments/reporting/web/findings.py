@@ -83,14 +83,16 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
     text = ""
     if len(pairs) > FEW:
         said = [verdict_of(pair) for pair in pairs]
-        better, worse = said.count("better"), said.count("worse")
+        better, worse, undecided = (said.count(each) for each in ("better", "worse", "not decided"))
         text = (
             f"Of {len(pairs)} comparisons with LAWN and without, LAWN is better in {better}, worse in {worse}, and "
-            f"{len(pairs) - better - worse} are not decided after Holm's correction."
+            f"{len(pairs) - better - worse} are not decided after Holm's correction ({undecided} before it)."
         )
         below = below_paper([pair for pair, verdict in zip(pairs, said, strict=True) if verdict in ("better", "worse")])
         text += f" But {below}." if below else ""
         text += _against_all_bases(verdicts)
+        if any(verdict == "not decided" and _needed_seeds(pair) for pair, verdict in zip(pairs, said, strict=True)):
+            text += " Seeds: of each row, for 80 % power, uncorrected."
     shown = tuple(dict.fromkeys(page.name for page, _ in measured.values()))
     listed = _by_column(pairs) if text else [_sentence(pair) for pair in pairs]
     return Finding("Is LAWN better than what it is compared with, both tuned?", text, listed, shown)
@@ -213,11 +215,11 @@ def _printed(pair: Pair) -> str:
 
 
 def _needed_seeds(pair: Pair) -> str:
-    """How many seeds would decide a gain as large as the paper's; empty if it has none."""
+    """How many seeds of each row would decide a gain as large as the paper's, to two digits; empty if it has none."""
     if isnan(pair.paper) or not pair.paper or min(pair.seeds) < 2:
         return ""
     needed = pair.gain.seeds_needed(pair.paper, pair.gain.seeds)
-    return f"{needed} seeds" if needed < inf else f"more than {MANY_SEEDS:,} seeds"
+    return f"{float(f'{needed:.2g}'):,.0f} seeds" if needed < inf else f"more than {MANY_SEEDS:,} seeds"
 
 
 def _capitalized(said: str) -> str:
