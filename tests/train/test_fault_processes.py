@@ -171,7 +171,7 @@ def test_a_data_worker_that_is_killed(tiny_data, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         after(4, kill, patch)
-        with pytest.raises(RunError, match=r"^a data worker has died \(DataLoader worker .*\); the same command"):
+        with pytest.raises(RunError, match=r"^a data worker has died \(DataLoader worker .*\); run the same command"):
             train(broken)
     state = RunDirectory(broken).load()
     assert state is not None
@@ -224,6 +224,5 @@ def test_little_shared_memory(tmp_path, devices):
         pytest.skip("only root can mount a filesystem")
     done = subprocess.run(["unshare", "-m", "sh", "-c", small], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1
-    assert re.fullmatch(
-        r"error: a data worker has used up the shared memory \(.*\); .*dataset.workers=0\n", done.stderr
-    )
+    line = done.stderr.partition("\n")[0]  # a data worker that outlives its rank for a moment may add to it
+    assert re.fullmatch(r"error: a data worker has used up the shared memory \(.*\); .*dataset.workers=0", line)
