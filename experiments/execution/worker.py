@@ -14,6 +14,7 @@ import torch
 from lawn.config import Config
 from lawn.errors import RunInUseError, UserError
 from lawn.train import train, train_vectorized
+from lawn.train.run_directory import RunDirectory
 from lawn.train.signals import end_with_parent, raise_on_signal
 
 IN_USE_SECONDS = 60.0  # for which the processes of an executor that was killed may outlive it
@@ -46,9 +47,11 @@ def work(configs: Sequence[Config], log: Path, threads: int | None = None) -> in
 
 
 def _train(configs: Sequence[Config]) -> None:
-    """Train those that can begin; raises the error of one that cannot. A run in use is tried again for a while."""
+    """Train those that can begin; raises the error of one that cannot. Waits a while for those in use."""
     deadline = time.monotonic() + IN_USE_SECONDS
     while True:
+        while any(map(_in_use, configs)) and time.monotonic() < deadline:
+            time.sleep(1)
         failures: list[Exception] = []
         try:
             if len(configs) > 1:
@@ -57,12 +60,18 @@ def _train(configs: Sequence[Config]) -> None:
                 train(configs[0])
         except RunInUseError as error:
             failures = [error]
-        in_use = any(isinstance(error, RunInUseError) for error in failures)
-        if not in_use or time.monotonic() > deadline:
+        taken = any(isinstance(error, RunInUseError) for error in failures)  # meanwhile, by another runner
+        if not taken or time.monotonic() >= deadline:
             break
-        time.sleep(1)
     if failures:
         raise failures[0]
+
+
+def _in_use(config: Config) -> bool:
+    try:
+        return RunDirectory(config).in_use
+    except (UserError, OSError):
+        return False  # its training will say what is wrong
 
 
 @contextmanager

@@ -215,12 +215,17 @@ def test_a_second_signal_is_a_line_in_the_log(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr() == ("interrupted\n", "")  # in place of the log
 
 
+def group(folder):
+    """Three runs that can be vectorized, and their directories."""
+    configs = [compose(*SHORT, f"seed={seed}", f"runs_dir={folder}/runs") for seed in (0, 1, 2)]
+    return configs, [RunDirectory(config) for config in configs]
+
+
 @pytest.mark.parametrize("seconds", [0.0, 60.0])
 def test_a_run_in_use_does_not_keep_the_others_of_its_group(tmp_path, monkeypatch, capsys, seconds):
-    """It is tried again for a while; then it fails, and the others have been trained, once."""
+    """They wait for it a while; then it fails alone."""
+    configs, (used, *others) = group(tmp_path)
     monkeypatch.setattr("experiments.execution.worker.IN_USE_SECONDS", seconds)
-    configs = [compose(*SHORT, f"seed={seed}", f"runs_dir={tmp_path}/runs") for seed in (0, 1, 2)]
-    used, *others = [RunDirectory(config) for config in configs]
     with ExitStack() as lock:
         lock.enter_context(used.lock())
         clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: lock.close())
@@ -229,6 +234,33 @@ def test_a_run_in_use_does_not_keep_the_others_of_its_group(tmp_path, monkeypatc
     assert used.done == (seconds > 0)
     assert all(other.done for other in others)
     assert ("another process uses this run directory" in capsys.readouterr().out) == (seconds == 0)
+
+
+def test_a_run_that_another_runner_takes_meanwhile_is_waited_for(tmp_path, monkeypatch):
+    configs, (used, *others) = group(tmp_path)
+    asked = []
+
+    def in_use(config):
+        asked.append(config)
+        if len(asked) > len(configs):
+            lock.close()
+        return False
+
+    monkeypatch.setattr("experiments.execution.worker._in_use", in_use)
+    with ExitStack() as lock:
+        lock.enter_context(used.lock())
+        assert work(configs, tmp_path / "output.log") == 0
+    assert len(asked) == 2 * len(configs)
+    assert all(each.done for each in (used, *others))
+
+
+def test_a_damaged_run_does_not_keep_the_others_of_its_group(tmp_path, capsys):
+    configs, (damaged, *others) = group(tmp_path)
+    damaged.path.mkdir(parents=True)
+    (damaged.path / "config.yaml").write_text("hash: [")
+    assert work(configs, tmp_path / "output.log") == 1
+    assert "config.yaml: cannot be read" in capsys.readouterr().out
+    assert all(other.done for other in others)
 
 
 def test_a_damaged_run_directory_is_that_runs_failure_alone(tmp_path):
