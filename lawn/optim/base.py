@@ -197,7 +197,7 @@ class LAWNOptimizer(Optimizer, ABC):
         Raises:
             ValueError: if a norm cannot be fixed, or a constrained weight has become zero (on a GPU one or two updates
                 later). The message names the parameter.
-            TypeError: if a constrained parameter has a sparse gradient, or a DTensor a gradient that is none.
+            TypeError: if a parameter has a sparse gradient, or a DTensor a gradient that is none.
             RuntimeError: if a CUDA graph is being captured.
         """
         loss = None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -98,3 +99,9 @@ def torch_keys(*kinds: type[Optimizer]) -> set[str]:
     """Return the param group keys of these torch optimizers, of all by default."""
     classes = kinds or [c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, Optimizer)]
     return {name for c in classes for name in signature(c).parameters} - {"params", "defaults"}
+
+
+def check_shape_known(name: str, p: Tensor) -> None:
+    """Raise ValueError for a parameter of a lazy module that has not seen its first input."""
+    if is_lazy(p):
+        raise ValueError(f"{name} has no shape yet, as its module is lazy: run the model on a batch first")

@@ -192,11 +192,20 @@ def gradients(params: list[Tensor]) -> list[Tensor]:
         found = [torch.zeros_like(p) if g is None else g for p, g in zip(sharding.local(params), given, strict=True)]
     else:
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    if any(g.is_sparse for g in found):
-        raise TypeError("LAWN does not support sparse gradients")
+    for p, g in zip(params, found, strict=True):
+        check_dense(p, g)
     if torch.compiler.is_compiling():
         return found
     return [g.resolve_neg() if g.is_neg() else g for g in found]
+
+
+def check_dense(p: Tensor, gradient: Tensor, who: str = "LAWN") -> None:
+    """Raise TypeError for a sparse gradient."""
+    if gradient.is_sparse:
+        raise TypeError(
+            f"{who} does not support sparse gradients, as of a parameter of shape {tuple(p.shape)}; use sparse=False, "
+            "or an optimizer of its own for it"
+        )
 
 
 def check_shapes(group: Group, params: list[Tensor], state: list[Tensor]) -> list[Tensor]:
@@ -205,7 +214,7 @@ def check_shapes(group: Group, params: list[Tensor], state: list[Tensor]) -> lis
     for p, t in zip(params, state, strict=True):
         if t.shape != p.shape:
             position = next(i for i, q in enumerate(group["params"]) if q is p)
-            name = (group.get("param_names") or {position: position})[position]
+            name = dict(enumerate(group.get("param_names") or [])).get(position, position)
             raise RuntimeError(
                 f"parameter {name!r} has the shape {tuple(p.shape)}, but its state {tuple(t.shape)}: the state is of "
                 "another parameter, or the parameter was replaced"

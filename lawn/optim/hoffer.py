@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lawn.optim.checks import check_shape_known
+
 
 class BoundedNorm(nn.Module):
     """Parametrization w = c v / ||v||, computed in the precision of c.
@@ -76,9 +78,11 @@ def bound_norms(model: nn.Module, select: Callable[[str], bool] | None = None) -
     for path, module in model.named_modules():
         inside = "parametrizations" in path.split(".")
         for attribute, p in module._parameters.items():
+            name = f"{path}.{attribute}" if path else attribute
+            if p is not None:
+                check_shape_known(name, p)
             if p is None or p.ndim < 2 or not p.is_floating_point():
                 continue
-            name = f"{path}.{attribute}" if path else attribute
             places.setdefault(p, []).append((module, attribute, name))
             if not inside and (select is None or select(name)):
                 chosen.setdefault(p, []).append(name)

@@ -183,9 +183,11 @@ def free_norm(group: Group, p: Tensor) -> Norm:
     return 0.0 if axes is None else torch.zeros(slices.count(p, axes), dtype=torch.float64, device="cpu")
 
 
-def fixed_norm(entry: Mapping[str, Any] | None) -> Norm:
+def fixed_norm(entry: dict[str, Any] | None) -> Norm:
     """Return the norm that the state of a parameter holds; 0.0 if none is fixed."""
     norm = (entry or {}).get(NORM, 0.0)
+    if entry and isinstance(norm, Tensor) and norm.device.type != "cpu":  # Lightning moves all state as it loads it
+        entry[NORM] = norm = norm.cpu()
     return norm if not isinstance(norm, Tensor) or norm.any() else 0.0
 
 
@@ -227,7 +229,7 @@ def constrains(group: Group, p: Tensor) -> bool:
     constrain = group.get("constrain")
     if constrain is None:  # a single number has no direction in which it could move
         return p.ndim >= 2 and p.numel() > (1 if group.get("blocks") is None else 0)
-    return p.numel() > 0 and bool(constrain)
+    return bool(constrain) and p.numel() > 0
 
 
 def slice_axes(group: Group, p: Tensor) -> tuple[int, ...] | None:

@@ -20,7 +20,7 @@ from lawn.optim.checks import (
     check_options,
     torch_keys,
 )
-from lawn.optim.group_update import GroupUpdate
+from lawn.optim.group_update import GroupUpdate, check_dense
 from lawn.optim.lamb_update import lamb
 
 BASE_RULE = BaseRule("betas", ADAM_STATE)
@@ -134,8 +134,8 @@ class LAMB(Optimizer):
         pending = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if any(p.grad.is_sparse for p in params):
-                raise TypeError("LAMB does not support sparse gradients")
+            for p in params:
+                check_dense(p, p.grad, "LAMB")
             idle = [p for p in group["params"] if p.grad is None and p.requires_grad and sharding.is_dtensor(p)]
             pending.append(lamb(self, group, params, idle, self.max_trust, self.trust_vectors))
         stages.finish([waiting for waiting in pending if waiting is not None])

@@ -11,6 +11,8 @@ from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
+from lawn.optim.checks import check_shape_known
+
 _DIMS = (1, 2, 3)
 _LINEAR: set[type] = {nn.Linear} | {getattr(nn, f"Conv{t}{d}d") for t in ("", "Transpose") for d in _DIMS}
 # Positively homogeneous: f(a x) = a f(x) for a > 0. Dropout is so for each mask, PReLU for each slope.
@@ -32,7 +34,8 @@ def all_weights(model: nn.Module, *, include_bias: bool = False) -> list[dict[st
         A group of constrained parameters and, if there are any, a group of free ones.
 
     Raises:
-        ValueError: if the model has no weights, or a bias cannot join a weight because one of them is computed.
+        ValueError: if the model has no weights, a lazy module has not seen its first input, or a bias cannot join a
+            weight because one of them is computed.
 
     References:
         Gupta et al. 2021, section 3, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
@@ -90,6 +93,7 @@ def final_homogeneous(model: nn.Module, *, include_bias: bool = False) -> list[d
         >>> [tuple(p.shape) for p in constrained["params"]]
         [(3, 4), (2, 3)]
     """
+    _check_shapes_known(model)
     weights: list[Tensor] = []
     last = "the start of the model"
     for name, module in _leaves(model):
@@ -178,6 +182,7 @@ def stacked(model: nn.Module, pattern: str | re.Pattern[str]) -> list[dict[str, 
         True None [(3, 4)]
         False None [(3,), (3, 4)]
     """
+    _check_shapes_known(model)
     named = model.named_parameters(remove_duplicate=False)
     compiled = _compiled(pattern)
     matched = {p for name, p in named if p.requires_grad and compiled.search(name)}
@@ -248,8 +253,15 @@ def _compiled(pattern: str | re.Pattern[str]) -> re.Pattern[str]:
 
 def _named_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights by name; a tied weight has several names."""
+    _check_shapes_known(model)
     named = model.named_parameters(remove_duplicate=False)
     return {name: p for name, p in named if _is_weight(p)}
+
+
+def _check_shapes_known(model: nn.Module) -> None:
+    """Raise ValueError if a lazy module has not seen its first input, so that its weights have no dimensions yet."""
+    for name, p in model.named_parameters():
+        check_shape_known(name, p)
 
 
 def _groups(model: nn.Module, weights: Iterable[Tensor], include_bias: bool) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lawn.optim import sharding, slices, update
-from lawn.optim.group_update import GroupUpdate, sum_products
+from lawn.optim.group_update import GroupUpdate, check_dense, sum_products
 from lawn.optim.keys import (
     NORM,
     Group,
@@ -175,8 +175,8 @@ def collect(group: Group, state: State) -> GroupUpdate:
         grad = p.grad
         if grad is None and not (p.requires_grad and sharding.is_dtensor(p)):
             continue
-        if grad is not None and grad.is_sparse and constrains(group, p):
-            raise TypeError("LAWN does not support sparse gradients")
+        if grad is not None and constrains(group, p):
+            check_dense(p, grad)
         entry = state.get(p)
         c = fixed_norm(entry)
         if not constrains(group, p):

@@ -90,6 +90,7 @@ class LAWN:
         self._free_steps = free_steps
         self._fused = fused
         self._zero_check = ZeroCheck(known)
+        self._state, self._groups = optimizer.state, list(optimizer.param_groups)  # as of the last look
         self._before: dict[Tensor, Tensor] = {}  # buffers of weights before the step
         self._gradients = ProjectedGradients()
         self._norms = HiddenNorms(optimizer)
@@ -156,13 +157,22 @@ class LAWN:
 
     def _load(self, optimizer: Optimizer) -> None:
         self._zero_check = ZeroCheck()
+        self._state = optimizer.state
         keys.restore_norms(optimizer.state)
 
     def _prepare_added(self) -> None:
         self._norms.show()  # after a step that raised
-        for index, group in enumerate(self.optimizer.param_groups):
+        groups = self.optimizer.param_groups
+        if self.optimizer.state is not self._state:  # loaded without torch's hooks, as bitsandbytes does
+            if len(groups) == len(self._groups):
+                for group, before in zip(groups, self._groups, strict=True):
+                    own = {key: before[key] for key in (slices.KEY, *keys.DEFAULTS) if key in before}
+                    group.update({**own, **group})
+            self._load(self.optimizer)
+        for index, group in enumerate(groups):
             if "switched" not in group:
                 _add_defaults(self.optimizer, index, self._free_steps, later=True)
+        self._groups = list(groups)
 
     @torch._disable_dynamo  # torch.compiler.disable would import the compiler at once
     def _begin(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:

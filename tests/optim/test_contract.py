@@ -1083,6 +1083,17 @@ def test_state_of_another_shape_is_refused(form, fused, shape):
         stepped(other, large)
 
 
+def test_a_parameter_without_a_name_in_a_group_of_names_has_its_position():
+    """Names are given to the constructor; parameters can be appended to a group later."""
+    optimizer = AdamLAWN([("w", nn.Parameter(torch.randn(3, 3)))], lr=1e-2, free_steps=2)
+    added = nn.Parameter(torch.randn(3, 3))
+    optimizer.param_groups[0]["params"].append(added)
+    stepped(optimizer, added)
+    added.data = torch.randn(5, 3)
+    with pytest.raises(RuntimeError, match=r"parameter 1 has the shape \(5, 3\), but its state"):
+        stepped(optimizer, added)
+
+
 @wrapped_form
 def test_a_step_that_calls_its_parents_counts_once(form):
     kind = AdamW if "AdamW" in form else SGD

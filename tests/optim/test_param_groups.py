@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import register_parametrization as parametrize
 from lawn.models.mlp import mlp
 from lawn.models.ncf import NCFMLP
 from lawn.models.vgg import VGG19
-from lawn.optim import SGDLAWN
+from lawn.optim import SGDLAWN, bound_norms
 from lawn.optim.param_groups import all_weights, final_homogeneous, matching, stacked
 
 LAYERS = {
@@ -289,3 +289,21 @@ def test_the_optimizer_holds_these_norms(include_bias):
         optimizer.step()
     assert norms()[1:] == pytest.approx(before[1:], rel=1e-12)
     assert abs(norms()[0] / before[0] - 1) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "make", [all_weights, final_homogeneous, lambda m: matching(m, "weight"), lambda m: stacked(m, "1"), bound_norms]
+)
+def test_lazy_modules_without_shapes_are_refused(make):
+    """Their weights have no dimensions yet, and would stay free."""
+    model = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match=r"0\.weight has no shape yet, as its module is lazy: run the model"):
+        make(model)
+    model(torch.zeros(1, 4))
+    if make is all_weights:
+        assert [p.ndim for p in make(model)[0]["params"]] == [2, 2]
+
+
+def test_lazy_weights_of_free_groups_may_have_decay():
+    lazy = nn.LazyLinear(2)
+    SGDLAWN([{"params": lazy.parameters(), "weight_decay": 0.1, "constrain": False}], lr=0.1)

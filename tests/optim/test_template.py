@@ -4,6 +4,7 @@ import copy
 import io
 import os
 import pickle
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -341,8 +342,81 @@ def test_sparse_gradients_are_refused(make):
     embedding = nn.Embedding(4, 3, sparse=True)
     optimizer = make(embedding.parameters(), lr=1e-2)
     embedding(torch.tensor([1])).sum().backward()
-    with pytest.raises(TypeError, match="sparse"):
+    with pytest.raises(TypeError, match=r"sparse gradients, as of a parameter of shape \(4, 3\)"):
         optimizer.step()
+
+
+class LoadsWithoutHooks(AdamW):
+    """As the optimizers of bitsandbytes: no hooks run, and the groups are those of the checkpoint alone."""
+
+    def load_state_dict(self, state_dict):
+        saved = copy.deepcopy(state_dict)
+        pairs = list(zip(saved["param_groups"], self.param_groups, strict=True))
+        params = {k: p for old, own in pairs for k, p in zip(old["params"], own["params"], strict=True)}
+        groups = [{**old, "params": own["params"]} for old, own in pairs]
+        state = {params[k]: entry for k, entry in saved["state"].items()}
+        self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
+
+
+def two_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False))
+
+
+def take_steps(model: nn.Module, optimizer: Optimizer, count: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        optimizer.zero_grad()
+        model(torch.randn(8, 6, generator=generator)).square().mean().backward()
+        optimizer.step()
+
+
+def test_a_warm_start_without_hooks_is_that_with_them():
+    results = []
+    for kind in (AdamW, LoadsWithoutHooks):
+        model = two_layers()
+        base = kind([{"params": [layer.weight]} for layer in model], lr=1e-2, weight_decay=0.0)
+        take_steps(model, base, 3)
+        first, second = model
+        given = [{"params": [first.weight], "constrain": False}, {"params": [second.weight], "norm_axes": 1}]
+        optimizer = kind(given, lr=1e-2, weight_decay=0.0)
+        LAWN(optimizer, free_steps=2)
+        optimizer.load_state_dict(base.state_dict())
+        take_steps(model, optimizer, 5)
+        norms = [torch.as_tensor(optimizer.state[p][keys.NORM]) for p in model.parameters()]
+        results.append([*model.parameters(), *norms])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert [norm.numel() for norm in results[0][2:]] == [1, 6]
+
+
+def test_other_weights_after_a_load_without_hooks_are_refused():
+    model = two_layers()
+    optimizer = LoadsWithoutHooks(model.parameters(), lr=1e-2, weight_decay=0.0)
+    LAWN(optimizer, free_steps=2)
+    take_steps(model, optimizer, 5)
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    take_steps(model, optimizer, 1)
+    optimizer.load_state_dict(saved)
+    with torch.no_grad():
+        model[0].weight.mul_(3)
+    with pytest.raises(ValueError, match="has the norm"):
+        take_steps(model, optimizer, 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_norms_of_slices_that_were_moved_to_the_gpu_come_back():
+    """Lightning moves all state to the device of the model after it has loaded it."""
+    model = two_layers().cuda()
+    optimizer = AdamLAWN([{"params": list(model.parameters()), "norm_axes": 1}], lr=1e-2, free_steps=1)
+    for count in (3, 1):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        for _ in range(count):
+            optimizer.step()
+        for entry in optimizer.state.values():
+            assert entry[keys.NORM].device.type == "cpu"
+            entry[keys.NORM] = entry[keys.NORM].cuda()
 
 
 @every_lawn
