@@ -351,7 +351,7 @@ def test_what_is_said_of_the_comparisons():
     (said,) = findings.findings([table_with(*(replace(each, paper=2.0) for each in many))])
     told = r"; 2k \+0\.100 \(.*?; the paper \+2\.00\): not decided \(\d seeds for the paper's\); "
     assert re.search(told, said.comparisons[0])
-    assert said.text.endswith(" Seeds: of each row, for 80 % power, uncorrected.")
+    assert said.text.endswith(" Seeds are for each row, at 80 % power, uncorrected.")
     (said,) = findings.findings([table_with(*many[1:], replace(many[0], differences=(-1.0, -2.0)))])
     assert said.text.endswith(
         " But in 1 of the 3 decided comparisons the side that loses does not reach the paper's number, so it may not "

@@ -92,7 +92,7 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
         text += f" But {below}." if below else ""
         text += _against_all_bases(verdicts)
         if any(verdict == "not decided" and _needed_seeds(pair) for pair, verdict in zip(pairs, said, strict=True)):
-            text += " Seeds: of each row, for 80 % power, uncorrected."
+            text += " Seeds are for each row, at 80 % power, uncorrected."
     shown = tuple(dict.fromkeys(page.name for page, _ in measured.values()))
     listed = _by_column(pairs) if text else [_sentence(pair) for pair in pairs]
     return Finding("Is LAWN better than what it is compared with, both tuned?", text, listed, shown)
