@@ -90,7 +90,7 @@ class LAWN:
         self._free_steps = free_steps
         self._fused = fused
         self._zero_check = ZeroCheck(known)
-        self._state, self._groups = optimizer.state, list(optimizer.param_groups)  # as of the last look
+        self._groups = list(optimizer.param_groups)  # as of the last look
         self._before: dict[Tensor, Tensor] = {}  # buffers of weights before the step
         self._gradients = ProjectedGradients()
         self._norms = HiddenNorms(optimizer)
@@ -157,17 +157,17 @@ class LAWN:
 
     def _load(self, optimizer: Optimizer) -> None:
         self._zero_check = ZeroCheck()
-        self._state = optimizer.state
+        self._groups = list(optimizer.param_groups)
         keys.restore_norms(optimizer.state)
 
     def _prepare_added(self) -> None:
         self._norms.show()  # after a step that raised
         groups = self.optimizer.param_groups
-        if self.optimizer.state is not self._state:  # loaded without torch's hooks, as bitsandbytes does
-            if len(groups) == len(self._groups):
-                for group, before in zip(groups, self._groups, strict=True):
-                    own = {key: before[key] for key in (slices.KEY, *keys.DEFAULTS) if key in before}
-                    group.update({**own, **group})
+        old = list(zip(groups, self._groups, strict=False))
+        if old and all(group is not before for group, before in old):  # loaded without hooks, as by bitsandbytes
+            for group, before in old:
+                own = {key: before[key] for key in (slices.KEY, *keys.DEFAULTS) if key in before}
+                group.update({**own, **group})
             self._load(self.optimizer)
         for index, group in enumerate(groups):
             if "switched" not in group:

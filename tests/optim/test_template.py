@@ -404,6 +404,26 @@ def test_other_weights_after_a_load_without_hooks_are_refused():
         take_steps(model, optimizer, 1)
 
 
+def test_a_state_that_is_made_anew_at_each_access_is_not_taken_for_a_load():
+    """As of optimizers that consist of several; weights that were clipped are then rescaled, not refused."""
+
+    class Composite(AdamW):
+        state = property(lambda self: defaultdict.copy(self.kept), lambda self, value: setattr(self, "kept", value))
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self.kept: dict[Any, Any] = defaultdict(dict)
+            super().__init__(*args, **options)
+
+    model = two_layers()
+    optimizer = Composite(model.parameters(), lr=1e-2, weight_decay=0.0)
+    lawn = LAWN(optimizer, free_steps=None)
+    known = lawn._zero_check
+    for _ in range(3):
+        assert optimizer.state is not optimizer.state
+        lawn._prepare_added()
+    assert lawn._zero_check is known
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_norms_of_slices_that_were_moved_to_the_gpu_come_back():
     """Lightning moves all state to the device of the model after it has loaded it."""
