@@ -210,7 +210,8 @@ def per_row(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         groups: result of another function of this module.
 
     Returns:
-        The groups, with a group of constrained weights for each number of dimensions.
+        The groups, with a group of constrained weights for each number of dimensions. Weights whose rows are single
+        numbers, such as the biases nn.Embedding(n, 1), are in a free group: a number on a fixed norm could not move.
 
     Raises:
         ValueError: if a group has `blocks` (`include_bias`), or constrains a parameter with fewer than two dimensions.
@@ -230,11 +231,14 @@ def per_row(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         if group.get("blocks") is not None:
             raise ValueError("a bias that shares the norm of a whole weight (include_bias) cannot have norms of rows")
-        for ndim in sorted({p.ndim for p in group["params"]}):
-            if ndim < 2:
-                raise ValueError("a constrained parameter with fewer than two dimensions has no rows")
-            params = [p for p in group["params"] if p.ndim == ndim]
+        if any(p.ndim < 2 for p in group["params"]):
+            raise ValueError("a constrained parameter with fewer than two dimensions has no rows")
+        rows = [p for p in group["params"] if p.numel() > p.shape[0]]
+        for ndim in sorted({p.ndim for p in rows}):
+            params = [p for p in rows if p.ndim == ndim]
             result.append({**group, "params": params, "norm_axes": tuple(range(1, ndim))})
+        if numbers := [p for p in group["params"] if p.numel() <= p.shape[0]]:  # a number could not move
+            result.append({**group, "params": numbers, "constrain": False})
     return result
 
 

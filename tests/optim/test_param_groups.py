@@ -14,7 +14,7 @@ from lawn.models.mlp import mlp
 from lawn.models.ncf import NCFMLP
 from lawn.models.vgg import VGG19
 from lawn.optim import SGDLAWN, bound_norms
-from lawn.optim.param_groups import all_weights, final_homogeneous, matching, stacked
+from lawn.optim.param_groups import all_weights, final_homogeneous, matching, per_row, stacked
 
 LAYERS = {
     "linear": lambda: nn.Linear(3, 3),
@@ -307,3 +307,16 @@ def test_lazy_modules_without_shapes_are_refused(make):
 def test_lazy_weights_of_free_groups_may_have_decay():
     lazy = nn.LazyLinear(2)
     SGDLAWN([{"params": lazy.parameters(), "weight_decay": 0.1, "constrain": False}], lr=0.1)
+
+
+def test_rows_of_a_single_number_stay_free():
+    """They could not move on a fixed norm."""
+    model = nn.ModuleList([nn.Embedding(6, 3), nn.Embedding(6, 1)])
+    rows, free = per_row(all_weights(model))
+    assert [rows["params"][0] is model[0].weight, rows["norm_axes"]] == [True, (1,)]
+    assert [free["params"][0] is model[1].weight, free["constrain"], "norm_axes" in free] == [True, False, False]
+    optimizer = SGDLAWN([rows, free], lr=0.1, free_steps=0)
+    before = model[1].weight.detach().clone()
+    model[1].weight.grad = torch.ones(6, 1)
+    optimizer.step()
+    torch.testing.assert_close(model[1].weight.detach(), before - 0.1)
