@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -101,7 +101,8 @@ def torch_keys(*kinds: type[Optimizer]) -> set[str]:
     return {name for c in classes for name in signature(c).parameters} - {"params", "defaults"}
 
 
-def check_shape_known(name: str, p: Tensor) -> None:
-    """Raise ValueError for a parameter of a lazy module that has not seen its first input."""
-    if is_lazy(p):
-        raise ValueError(f"{name} has no shape yet, as its module is lazy: run the model on a batch first")
+def check_shapes_known(model: nn.Module) -> None:
+    """Raise ValueError if a lazy module has not seen its first input, so that its weights have no dimensions yet."""
+    for name, p in model.named_parameters():
+        if is_lazy(p):
+            raise ValueError(f"{name} has no shape yet, as its module is lazy: run the model on a batch first")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lawn.optim.checks import check_shape_known
+from lawn.optim.checks import check_shapes_known
 
 
 class BoundedNorm(nn.Module):
@@ -73,16 +73,15 @@ def bound_norms(model: nn.Module, select: Callable[[str], bool] | None = None) -
         >>> layer.weight.detach()  # the norm stays 3 sqrt(2)
         tensor([[0.0000, 4.2426]])
     """
+    check_shapes_known(model)
     places: dict[Tensor, list[tuple[nn.Module, str, str]]] = {}  # module, attribute, qualified name
     chosen: dict[Tensor, list[str]] = {}
     for path, module in model.named_modules():
         inside = "parametrizations" in path.split(".")
         for attribute, p in module._parameters.items():
-            name = f"{path}.{attribute}" if path else attribute
-            if p is not None:
-                check_shape_known(name, p)
             if p is None or p.ndim < 2 or not p.is_floating_point():
                 continue
+            name = f"{path}.{attribute}" if path else attribute
             places.setdefault(p, []).append((module, attribute, name))
             if not inside and (select is None or select(name)):
                 chosen.setdefault(p, []).append(name)

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
-from lawn.optim.checks import check_shape_known
+from lawn.optim.checks import check_shapes_known
 
 _DIMS = (1, 2, 3)
 _LINEAR: set[type] = {nn.Linear} | {getattr(nn, f"Conv{t}{d}d") for t in ("", "Transpose") for d in _DIMS}
@@ -93,7 +93,7 @@ def final_homogeneous(model: nn.Module, *, include_bias: bool = False) -> list[d
         >>> [tuple(p.shape) for p in constrained["params"]]
         [(3, 4), (2, 3)]
     """
-    _check_shapes_known(model)
+    check_shapes_known(model)
     weights: list[Tensor] = []
     last = "the start of the model"
     for name, module in _leaves(model):
@@ -182,7 +182,7 @@ def stacked(model: nn.Module, pattern: str | re.Pattern[str]) -> list[dict[str, 
         True None [(3, 4)]
         False None [(3,), (3, 4)]
     """
-    _check_shapes_known(model)
+    check_shapes_known(model)
     named = model.named_parameters(remove_duplicate=False)
     compiled = _compiled(pattern)
     matched = {p for name, p in named if p.requires_grad and compiled.search(name)}
@@ -237,7 +237,7 @@ def per_row(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for ndim in sorted({p.ndim for p in rows}):
             params = [p for p in rows if p.ndim == ndim]
             result.append({**group, "params": params, "norm_axes": tuple(range(1, ndim))})
-        if numbers := [p for p in group["params"] if p.numel() <= p.shape[0]]:  # a number could not move
+        if numbers := [p for p in group["params"] if p.numel() <= p.shape[0]]:
             result.append({**group, "params": numbers, "constrain": False})
     return result
 
@@ -257,15 +257,9 @@ def _compiled(pattern: str | re.Pattern[str]) -> re.Pattern[str]:
 
 def _named_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights by name; a tied weight has several names."""
-    _check_shapes_known(model)
+    check_shapes_known(model)
     named = model.named_parameters(remove_duplicate=False)
     return {name: p for name, p in named if _is_weight(p)}
-
-
-def _check_shapes_known(model: nn.Module) -> None:
-    """Raise ValueError if a lazy module has not seen its first input, so that its weights have no dimensions yet."""
-    for name, p in model.named_parameters():
-        check_shape_known(name, p)
 
 
 def _groups(model: nn.Module, weights: Iterable[Tensor], include_bias: bool) -> list[dict[str, Any]]:

@@ -175,15 +175,16 @@ def collect(group: Group, state: State) -> GroupUpdate:
         grad = p.grad
         if grad is None and not (p.requires_grad and sharding.is_dtensor(p)):
             continue
-        if grad is not None and constrains(group, p):
-            check_dense(p, grad)
         entry = state.get(p)
         c = fixed_norm(entry)
         if not constrains(group, p):
             (idle if grad is None else free).append(p)
             if entry and is_fixed(c):  # constrain=False was set after the switch
                 entry[NORM] = 0.0
-        elif due or is_fixed(c):
+            continue
+        if grad is not None:
+            check_dense(p, grad)
+        if due or is_fixed(c):
             constrained.append(p)
             norms.append(c)
         else:

@@ -90,7 +90,7 @@ class LAWN:
         self._free_steps = free_steps
         self._fused = fused
         self._zero_check = ZeroCheck(known)
-        self._groups = list(optimizer.param_groups)  # as of the last look
+        self._groups = list(optimizer.param_groups)  # a load makes new ones
         self._before: dict[Tensor, Tensor] = {}  # buffers of weights before the step
         self._gradients = ProjectedGradients()
         self._norms = HiddenNorms(optimizer)
@@ -163,9 +163,9 @@ class LAWN:
     def _prepare_added(self) -> None:
         self._norms.show()  # after a step that raised
         groups = self.optimizer.param_groups
-        old = list(zip(groups, self._groups, strict=False))
-        if old and all(group is not before for group, before in old):  # loaded without hooks, as by bitsandbytes
-            for group, before in old:
+        pairs = list(zip(groups, self._groups, strict=False))
+        if pairs and all(group is not before for group, before in pairs):  # loaded without hooks, as by bitsandbytes
+            for group, before in pairs:
                 own = {key: before[key] for key in (slices.KEY, *keys.DEFAULTS) if key in before}
                 group.update({**own, **group})
             self._load(self.optimizer)
