@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -21,6 +22,8 @@ from lawn.train.threads import FreeCores
 from lawn.train.torch_errors import translate_torch_errors
 from lawn.train.trainer import Trainer
 from lawn.train.vectorized import VectorizedTrainer, max_vectorized_runs, vectorization_key
+
+State = dict[str, Any] | None  # of a checkpoint; None: the start of a run
 
 
 def train_many(configs: Sequence[Config]) -> list[Exception]:
@@ -103,17 +106,24 @@ def _kept(failures: list[Exception] | None) -> Iterator[None]:
 def _train_group(group: list[PreparedRun], dataset: object, world: World, failures: list[Exception] | None) -> None:
     with ExitStack() as locks, deferred_signals() as request, FreeCores() as cores:
         recorders: dict[Trainer, RunRecorder] = {}
-        locked = []
+        begun = []
         for run in group:
             with _kept(failures):
                 locks.enter_context(run.directory.lock())
-                locked.append(run)
-        for run in locked:
+                if run.directory.done:  # another process has finished it meanwhile
+                    report_done(run)
+                else:
+                    begun.append((run, list(run.directory.states())))
+        for (run, states), state in zip(begun, _states_of_one_epoch([states for _, states in begun]), strict=True):
             with _kept(failures):
+                if state is not states[0]:
+                    epoch, latest = (_epoch(each) for each in (state, states[0]))
+                    echo(f"{run.directory.path}: goes back from epoch {latest} to {epoch}, as others of its group do")
+                    run.directory.drop_checkpoint()
                 task = run.build_task(world.device, dataset)
-                config = replace(run.config, train=replace(run.config.train, compile="off"))
-                details = {"together": len(locked)}
-                trainer, recorder = start_or_resume(replace(run, config=config), task, world, run.directory, **details)
+                single = replace(run, config=replace(run.config, train=replace(run.config.train, compile="off")))
+                details = {"together": len(begun)}
+                trainer, recorder = start_or_resume(single, task, world, run.directory, state, **details)
                 assert recorder is not None  # there is a directory
                 if not trainer.between_epochs:  # it was paused when it ran alone; the group begins with whole epochs
                     trainer.train_epoch()
@@ -122,12 +132,40 @@ def _train_group(group: list[PreparedRun], dataset: object, world: World, failur
         vectorized = VectorizedTrainer(list(recorders))
         while trained := vectorized.train_epoch():
             for trainer in trained:
-                recorders[trainer].record_epoch(trainer)
+                recorders[trainer].log_epoch(trainer)
             if trained[0].execution.adaptive_threads:
                 cores.adapt()
-            if request.signal and any(trainer.status == "running" for trainer in recorders):
-                for trainer, recorder in recorders.items():
-                    recorder.save_checkpoint(trainer.state_dict())
+            stop = request.signal and any(trainer.status == "running" for trainer in recorders)
+            # All of them, or none: those behind the others after a kill would train in a smaller group, which rounds
+            # differently.
+            if stop or any(recorders[trainer].due or trainer.status != "running" for trainer in trained):
+                for trainer in trained:
+                    with trainer.clock("log"):
+                        recorders[trainer].save_checkpoint(trainer.state_dict())
+            if stop:
                 raise stopped(request, trained[0], f"{run_name(group[0].config)} with {len(group) - 1} others")
         for trainer, recorder in recorders.items():
             recorder.finish(trainer, cores.note())
+
+
+def _states_of_one_epoch(histories: Sequence[Sequence[State]]) -> list[State]:
+    """One of the states of each run (newest first): those of the latest epoch that all have reached, or the newest.
+
+    A run that has diverged has reached all later epochs, too.
+    """
+    for epoch in sorted({_epoch(state) for states in histories for state in states}, reverse=True):
+        found = [
+            [state for state in states if _epoch(state) == epoch or (_diverged(state) and _epoch(state) < epoch)]
+            for states in histories
+        ]
+        if all(found):
+            return [states[0] for states in found]
+    return [states[0] for states in histories]
+
+
+def _epoch(state: State) -> int:
+    return 0 if state is None else state["epoch"]
+
+
+def _diverged(state: State) -> bool:
+    return state is not None and state["divergence"] is not None

@@ -23,12 +23,16 @@ class RunRecorder:
 
     def record_epoch(self, trainer: Trainer) -> None:
         """Show and log the newest row; save a checkpoint if one is due or the run has ended."""
-        row = trainer.rows[-1]
-        with trainer.clock("log"):
-            self._progress.epoch(row)
-            self._logger.log(row)
-            if self.due or trainer.status != "running":
+        self.log_epoch(trainer)
+        if self.due or trainer.status != "running":
+            with trainer.clock("log"):
                 self.save_checkpoint(trainer.state_dict())
+
+    def log_epoch(self, trainer: Trainer) -> None:
+        """Show and log the newest row."""
+        with trainer.clock("log"):
+            self._progress.epoch(trainer.rows[-1])
+            self._logger.log(trainer.rows[-1])
 
     @property
     def due(self) -> bool:

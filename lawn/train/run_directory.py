@@ -156,12 +156,17 @@ class RunDirectory:
             temporary.write_bytes(buffer.getbuffer())
 
     def load(self) -> dict[str, Any] | None:
-        """The latest intact state, on the CPU; None without checkpoints.
+        """The first of `states`."""
+        return next(self.states())
 
-        A damaged checkpoint is reported and the previous one loaded. Raises RunError if all are damaged.
+    def states(self) -> Iterator[dict[str, Any] | None]:
+        """The states that the run can go on from, on the CPU, newest first: those of its intact checkpoints, then None,
+        the start, unless two have been written.
+
+        A damaged checkpoint is reported if the previous one is to be used. Raises RunError if all are damaged.
         """
         found = [path for path in self._checkpoints if path.exists()]
-        problems = []
+        problems, intact = [], 0
         for path in found:
             try:
                 state = self._read(path)
@@ -170,10 +175,21 @@ class RunDirectory:
                 continue
             for problem in problems:
                 echo(f"warning: {problem}; going on from {path.name}")
-            return state
-        if problems:
+            intact += 1
+            yield state
+        if problems and not intact:
             raise RunError(f"{'; '.join(problems)}; delete {' and '.join(p.name for p in found)} to start over")
-        return None
+        if len(found) < len(self._checkpoints):
+            yield None
+
+    def drop_checkpoint(self) -> None:
+        """Remove the newest checkpoint; the previous one, if any, takes its place."""
+        newest, previous = self._checkpoints
+        with self._writing():
+            if previous.exists():
+                previous.replace(newest)
+            else:
+                newest.unlink()
 
     @property
     def _checkpoints(self) -> tuple[Path, Path]:

@@ -30,16 +30,16 @@ def run_rank(run: PreparedRun, world: World) -> dict[str, Any]:
     Raises Stopped at a signal.
     """
     directory = run.directory if world.is_main else None
-    result = world.broadcast(directory.result() if directory and directory.done else None)
-    if result is not None:
-        if directory:
-            report_done(run)
+    if (result := _result_if_done(run, world)) is not None:
         return result
     cores = FreeCores()
     with world.main_process_first():
         task = run.build_task(world.device)
     with directory.lock() if directory else nullcontext(), deferred_signals() as request, cores:
-        trainer, recorder = start_or_resume(run, task, world, directory)
+        if (result := _result_if_done(run, world)) is not None:  # another process has finished it meanwhile
+            return result
+        state = world.broadcast(directory.load() if directory else None)
+        trainer, recorder = start_or_resume(run, task, world, directory, state)
         pause = _PauseCallback(trainer, recorder, request, cores)
         while trainer.status == "running":
             if trainer.train_epoch(pause) is not None and recorder:
@@ -47,6 +47,14 @@ def run_rank(run: PreparedRun, world: World) -> dict[str, Any]:
             if not trainer.between_epochs or (trainer.status == "running" and pause(at_once=True)):
                 raise stopped(request, trainer, run_name(run.config))
         return world.broadcast(recorder.finish(trainer, cores.note()) if recorder else {})
+
+
+def _result_if_done(run: PreparedRun, world: World) -> dict[str, Any] | None:
+    """The result of a run that is done already, which is reported; None of another."""
+    result = world.broadcast(run.directory.result() if world.is_main and run.directory.done else None)
+    if result is not None and world.is_main:
+        report_done(run)
+    return result
 
 
 def report_done(run: PreparedRun) -> None:
@@ -62,14 +70,18 @@ def report_done(run: PreparedRun) -> None:
 
 
 def start_or_resume(
-    run: PreparedRun, task: Task, world: World, directory: RunDirectory | None, **details: object
+    run: PreparedRun,
+    task: Task,
+    world: World,
+    directory: RunDirectory | None,
+    state: dict[str, Any] | None,
+    **details: object,
 ) -> tuple[Trainer, RunRecorder | None]:
-    """The run in the state of its last checkpoint, if there is one. `details` are added to env.json."""
+    """The run in the state of a checkpoint, or at its start. `details` are added to env.json."""
     trainer = Trainer(run.config, task, world)
     if directory:
         for warning in task.warnings:
             echo(f"warning: {warning}")
-    state = world.broadcast(directory.load() if directory else None)
     data = task.dataset.fingerprint
     if state is not None and (changed := differences(state.get("data", {}), data)):
         where = directory.path if directory else run_name(run.config)

@@ -36,11 +36,11 @@ def outcome(config: Config) -> tuple[dict[str, torch.Tensor], list[bytes]]:
 
 
 def check_equal(one: Config, other: Config) -> None:
-    """Bit by bit."""
+    """Bit by bit; NaN equals NaN."""
     (weights, files), (expected, expected_files) = outcome(one), outcome(other)
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
-        assert torch.equal(weight, expected[name]), name
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=0, equal_nan=True, msg=name)
     assert files == expected_files
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from multiprocessing import active_children, get_context
 from multiprocessing.process import BaseProcess
 
@@ -16,6 +17,7 @@ import torch
 from lawn.config import Config
 from lawn.errors import RunError
 from lawn.files import locked
+from lawn.task import task_builder
 from lawn.train import Stopped, train, train_many, train_vectorized
 from lawn.train.run_directory import RunDirectory
 from lawn.train.torch_errors import translate_torch_errors
@@ -93,6 +95,33 @@ def test_another_process_on_the_same_run_is_refused(tiny):
             train_vectorized([config, tiny(*DIGITS, "seed=1")])
     assert (RunDirectory(config).path / ".lock").exists()
     assert train(config)["status"] == "done"
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_run_that_another_process_finishes_meanwhile(tiny, together, monkeypatch, capsys):
+    """While this one reads data: it changes nothing then."""
+    configs = [tiny("seed=1"), tiny("seed=2")][: 1 + together]
+    paths = [RunDirectory(config).path for config in configs]
+
+    def contents():
+        return [path.read_bytes() for folder in paths for path in sorted(folder.iterdir())]
+
+    def build_slowly(config):
+        def build(*given):
+            if not files:
+                files.append(b"")
+                for one in configs:
+                    train(one)
+                files[1:] = contents()
+            return task_builder(config)(*given)
+
+        return build
+
+    files: list[bytes] = []
+    monkeypatch.setattr(import_module("lawn.train.prepare"), "task_builder", build_slowly)
+    train_vectorized(configs) if together else train(configs[0])
+    assert files[1:] == contents()
+    assert capsys.readouterr().out.count(": done already") == len(configs)
 
 
 @pytest.mark.slow

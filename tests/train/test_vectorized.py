@@ -1,6 +1,8 @@
 """Runs trained as one batched model, against the same runs alone."""
 
 import json
+import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from lawn.train.run_directory import RunDirectory
 from lawn.train.trainer import Trainer
 from lawn.train.vectorized import CPU_ROWS, VectorizedTrainer, max_vectorized_runs, vectorization_key
 from tests.helpers import compose
+from tests.train.faults import ALWAYS, NCF, check_equal
 
 CPU = torch.device("cpu")
 # Six optimizers, of which the LAWN ones switch at different steps; the schedules and seeds differ too.
@@ -166,6 +169,69 @@ def test_stopped_runs_go_on_vectorized_or_alone(tiny, tmp_path, monkeypatch):
         a, b = (torch.load(RunDirectory(c).path / "checkpoint.pt", weights_only=True) for c in (one, other))
         for name in a["model"]:
             torch.testing.assert_close(a["model"][name], b["model"][name], rtol=0, atol=1e-5)
+
+
+# The decay of the last one multiplies the weights by about -2 at each update, until the loss overflows.
+KILLED = [("seed=1",), ("optim.lr=0.02",), ("optim=adamw", "optim.lr=0.027", "optim.weight_decay=120", "seed=2")]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_killed_group_goes_on_as_it_was(seed, tiny_data, tmp_path, monkeypatch):
+    """Power cuts between the checkpoints of a group: all go on from one epoch, together, with the same bits."""
+    groups: dict[tuple[str, int], set[int]] = {}  # sizes of the group, of each folder and epoch
+    train_group = VectorizedTrainer._train
+
+    def spy(self, seeds):
+        first = self._stacked[0]
+        groups.setdefault((Path(first.config.runs_dir).name, first.epoch), set()).add(len(self._stacked))
+        return train_group(self, seeds)
+
+    monkeypatch.setattr(VectorizedTrainer, "_train", spy)
+    keys = (*NCF, "optim=adam_lawn", "train.epochs=6", f"data_dir={tiny_data}", "device=cpu", ALWAYS)
+    whole, cut = ([compose(*keys, *more, f"runs_dir={tmp_path}/{name}") for more in KILLED] for name in ("w", "c"))
+    train_vectorized(whole)
+    epochs = [RunDirectory(config).result()["last"]["epoch"] for config in whole]
+    assert epochs[:2] == [6, 6]
+    assert 2 <= epochs[2] <= 4
+    moments, cuts, save = random.Random(seed), 0, RunDirectory.save
+    while not all(RunDirectory(config).done for config in cut):
+        left = moments.randint(1, 12)
+
+        def save_some(self, state):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise PowerCutError
+            save(self, state)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunDirectory, "save", save_some)
+            try:
+                train_vectorized(cut)
+            except PowerCutError:
+                cuts += 1
+    assert cuts > 0
+    for epoch in range(1, 7):
+        assert groups["c", epoch] == groups["w", epoch]
+    for one, other in zip(cut, whole, strict=True):
+        check_equal(one, other)
+
+
+def test_runs_of_different_epochs_start_from_the_last_that_all_have():
+    def state(epoch, divergence=None):
+        return {"epoch": epoch, "divergence": divergence}
+
+    def epochs(*histories):
+        return [found and found["epoch"] for found in multirun._states_of_one_epoch(histories)]
+
+    assert epochs([state(8), state(4)], [state(8), state(4)]) == [8, 8]
+    assert epochs([state(8), state(4)], [state(4), state(2)]) == [4, 4]
+    assert epochs([state(4), None], [None]) == [None, None]
+    assert epochs([state(4), None], [state(2), None]) == [None, None]
+    assert epochs([state(9), state(8)], [state(4), state(2)]) == [9, 4]  # the second catches up
+    assert epochs([state(9), state(8)], [None]) == [9, None]
+    assert epochs([state(3, {}), state(2)], [state(8), state(4)]) == [3, 8]
+    assert epochs([state(3, {}), state(2)], [state(2), None]) == [2, 2]
 
 
 def test_as_many_at_once_as_there_is_room_for(tiny, monkeypatch, capsys):
