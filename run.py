@@ -30,8 +30,8 @@ from lawn.compose import CONF, overrides_of, refuse_sweeps, refuse_unknown_prese
 from lawn.config import Config, register
 from lawn.errors import ConfigError, UserError
 from lawn.explain import explain, is_hydra_error
+from lawn.output import echo
 from lawn.train import Stopped, launched_by_torchrun, prepare, report_submitit_jobs, train, train_many
-from lawn.train.progress import echo
 from lawn.train.signals import raise_on_signal
 from lawn.validation import validate
 

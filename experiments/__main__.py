@@ -28,6 +28,7 @@ from experiments.selection import EXPERIMENTS, SIMULATIONS, check_name, chosen_s
 from experiments.serve import LOOPBACK, ResultsServer
 from lawn.composition import compose_many
 from lawn.errors import ConfigError, UserError
+from lawn.output import echo, open_closed_streams
 from lawn.task import dataset_reader
 from lawn.train import Stopped
 from lawn.train.signals import raise_on_signal
@@ -36,15 +37,16 @@ OF_RESULTS = ("runs", "tuning", FOLDER, "index.html")
 
 
 def main(arguments: list[str] | None = None) -> int:
+    open_closed_streams()
     given = _parser().parse_args(arguments)
     try:
         with raise_on_signal():  # the pool stops its runs, each with a checkpoint
             return int(given.action(given))
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        echo(f"error: {error}", sys.stderr)
         return getattr(error, "exit_code", UserError.exit_code)
     except KeyboardInterrupt:
-        print("stopped; run the same command again to resume", file=sys.stderr)
+        echo("stopped; run the same command again to resume", sys.stderr)
         return Stopped.exit_code
 
 
@@ -59,13 +61,13 @@ def plan(given: argparse.Namespace) -> int:
         total += 1
         row = {"cell": simulation.name, "epochs": "", "tuning": "", "seeds": f"{int(done)}/1"}
         rows.append({**row, "time": duration(seconds)})
-    print(pd.DataFrame(rows).to_string(index=False))
+    echo(pd.DataFrame(rows).to_string(index=False))
     known = [value for value in each if value is not None]
     unknown = len(each) - len(known)
     time = (
         "an unknown time" if unknown and not known else f"{'at least' if unknown else 'about'} {duration(sum(known))}"
     )
-    print(
+    echo(
         f"\n{len(rows)} cells, {total} runs, {total - len(each)} done; the remaining runs take {time} "
         "if run sequentially (estimated from recorded runs"
         + (f" on {given.hardware})" if given.hardware else ")")
@@ -73,7 +75,7 @@ def plan(given: argparse.Namespace) -> int:
     )
     if known and max(given.num_devices, given.devices_per_node) > 1:
         hours = sum(known) / 3600
-        print(
+        echo(
             f"{hours:.1f} device hours: at least {duration(sum(known) / given.num_devices)} on {given.num_devices} "
             f"devices; {hours / given.devices_per_node:.1f} node hours of {given.devices_per_node} devices a node"
         )
@@ -88,7 +90,7 @@ def status(given: argparse.Namespace) -> int:
         done = simulation.record(given.results, given.short) is not None
         left = duration(0.0 if done else simulation.seconds[given.short])
         rows.append({"cell": simulation.name, "done": f"{int(done)}/1", "time left": left})
-    print(pd.DataFrame(rows).fillna("").to_string(index=False))
+    echo(pd.DataFrame(rows).fillna("").to_string(index=False))
     return 0
 
 
@@ -103,13 +105,13 @@ def execute(given: argparse.Namespace) -> int:
     try:
         for simulation in simulations:
             if simulation.record(given.results, given.short) is None:
-                print(f"{simulation.name}: takes about {duration(simulation.seconds[given.short])} on one core")
+                echo(f"{simulation.name}: takes about {duration(simulation.seconds[given.short])} on one core")
                 simulation.execute(given.results, given.short, given.set)
         write(given)
     finally:
         failed = _report_failures(chosen, unsuccessful, store)
         for name, reason in unreadable.items():
-            print(f"failed: all runs of dataset={name}: {reason}", file=sys.stderr)
+            echo(f"failed: all runs of dataset={name}: {reason}", sys.stderr)
     return UserError.exit_code if failed or unreadable else 0
 
 
@@ -132,11 +134,11 @@ def _report_failures(studies: list[Study], unsuccessful: list[JobResult], store:
     for ended in unsuccessful:
         name = f"{ended.job.name} ({shlex.join(ended.job.overrides)})"
         if ended.diverged:
-            print(f"diverged: {name}{_where(store.read(ended.job.name))}", file=sys.stderr)
+            echo(f"diverged: {name}{_where(store.read(ended.job.name))}", sys.stderr)
         else:
             failed[name] = str(ended.failure)
     for name, reason in failed.items():
-        print(f"failed: {name}: {reason}", file=sys.stderr)
+        echo(f"failed: {name}: {reason}", sys.stderr)
     return bool(failed)
 
 
@@ -165,10 +167,10 @@ def write(given: argparse.Namespace) -> int:
     for name, page in zip(names, pages, strict=True):
         report.write(page, given.results)
         if name in given.names:
-            print(f"{report.terminal(page)}\n\n{given.results / page.name}.md")
+            echo(f"{report.terminal(page)}\n\n{given.results / page.name}.md")
     if own or (not given.names and given.selection == "val"):
         report.write_index(pages, given.results)
-        print(given.results / "index.html")
+        echo(str(given.results / "index.html"))
     if own:
         report.update_blocks(pages)
     return 0
@@ -200,11 +202,11 @@ def serve(given: argparse.Namespace) -> int:
         return status_rows(chosen, asked, RuntimeEstimate(asked))
 
     with ResultsServer(given.results, page, status).listen(given.port) as server:
-        print(f"http://{LOOPBACK}:{server.server_port}/ on this machine alone; Ctrl-C ends it", flush=True)
+        echo(f"http://{LOOPBACK}:{server.server_port}/ on this machine alone; Ctrl-C ends it")
         try:
             server.serve_forever()
         except (KeyboardInterrupt, Stopped):
-            print("ended", file=sys.stderr)
+            echo("ended", sys.stderr)
     return 0
 
 

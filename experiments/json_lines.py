@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lawn.errors import RunError
 from lawn.files import exclusively, named, write_text
-from lawn.train.progress import echo
+from lawn.output import echo
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from yaml import YAMLError
 
 from lawn.errors import UserError
 from lawn.files import write_text
+from lawn.output import echo
 from lawn.train.run_directory import LAST_KEY, read_config, read_environment, read_result
 
 
@@ -67,7 +68,7 @@ def main() -> int:
     try:
         return rank_runs()
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        echo(f"error: {error}", sys.stderr)
         return getattr(error, "exit_code", 1)
 
 
@@ -98,7 +99,7 @@ def rank_runs() -> int:
     if not runs.empty and len(names := sorted(set(runs["dataset.name"]))) > 1:
         parser.error(f"runs of {', '.join(names)}: choose one dataset with --only dataset.name={names[0]}")
     if runs.empty:
-        print(f"error: {given.folder}: no finished runs with eval.split={given.split}", file=sys.stderr)
+        echo(f"error: {given.folder}: no finished runs with eval.split={given.split}", sys.stderr)
         return 1
     runs = runs.drop_duplicates("hash")  # a run may be in several folders
     if given.csv:
@@ -106,7 +107,7 @@ def rank_runs() -> int:
         kept = runs[["hash", "git", *varied(runs), "seed", *metrics]].dropna(axis=1, how="all")
         write_text(given.csv.resolve(), kept.to_csv(index=False, float_format="%.6g"))
     ranked = rank(runs).rename(columns={"mean": f"mean {given.split}_{runs['headline'].iloc[0]}"})
-    print(ranked.head(given.top).to_string(index=False), flush=True)
+    echo(ranked.head(given.top).to_string(index=False))
     return 0
 
 

@@ -1,5 +1,6 @@
 """Run the jobs of studies until all are done or the time is up."""
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from experiments.planning.grid import Job
 from experiments.planning.study import Study
 from experiments.records import Store
 from lawn.errors import UserError
+from lawn.output import echo, keep_going
+from lawn.train.progress import shows_bars
 from lawn.train.run_directory import RunDirectory
 
 MAX_VECTORIZED = 16
@@ -38,9 +41,9 @@ def run(
     """
     deadline = inf if budget is None else time.monotonic() + budget
     session = _Session(studies, store)
-    with executor, tqdm(total=session.total, unit="run", disable=None) as bar:
+    with executor, tqdm(total=session.total, unit="run", disable=not shows_bars(sys.stderr)) as bar:
         if session.total:
-            tqdm.write(
+            echo(
                 f"{session.total} runs to do, at most {executor.size} processes at the same time; the output of a run "
                 f"is {OUTPUT} in its run directory"
             )
@@ -53,17 +56,18 @@ def run(
             if not executor.running:
                 break
             if left <= 0:
-                tqdm.write("the time is up; run the same command again to resume")
+                echo("the time is up; run the same command again to resume")
                 break
             for ended in executor.wait(min(left, REFRESH_SECONDS)):
                 outcome = session.end(ended)
-                tqdm.write(
+                echo(
                     f"{ended.job.name}: {outcome} ({duration(ended.seconds)}); {session.done} of {session.total} done, "
                     f"{executor.running} running, {session.failed} failed, {session.time_left(executor.size)} left"
                 )
-            bar.total = session.total
-            bar.update(session.done - bar.n)
-            bar.refresh()
+            with keep_going(sys.stderr):
+                bar.total = session.total
+                bar.update(session.done - bar.n)
+                bar.refresh()
     store.sort()
     return session.unsuccessful
 
@@ -97,7 +101,7 @@ class _Session:
         except UserError:
             return False  # its process will say what is wrong
         if done:
-            tqdm.write(f"{job.name}: finished before, {self.end(JobResult(job, 0.0, None, 1))}")
+            echo(f"{job.name}: finished before, {self.end(JobResult(job, 0.0, None, 1))}")
         return done
 
     def end(self, ended: JobResult) -> str:

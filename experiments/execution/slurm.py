@@ -23,8 +23,8 @@ from experiments.execution.worker import work
 from experiments.planning.grid import Job
 from lawn.errors import ConfigError, RunError
 from lawn.files import exclusively
+from lawn.output import echo
 from lawn.train import Stopped
-from lawn.train.progress import echo
 from lawn.train.signals import deferred_signals
 from lawn.train.submitit_jobs import logs_of, reason_of_loss
 
@@ -63,7 +63,7 @@ class SubmititWork:
             try:
                 requeue(signal.SIGUSR2, None)
             except Exception as error:  # Slurm may not allow it; a job that has stopped is started again
-                print(f"not requeued: {error}", flush=True)
+                echo(f"not requeued: {error}")
         if code and self.ranks > 1:  # srun ends the other ranks, which would wait for this one
             atexit.register(os._exit, code)
         return code

@@ -5,7 +5,7 @@ import subprocess
 import time
 from math import inf
 
-from lawn.train.progress import echo
+from lawn.output import echo
 
 QUEUE_SECONDS = 30.0  # after which Slurm is asked again for its queue
 ENDED = (  # states of a job

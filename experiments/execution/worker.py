@@ -13,6 +13,7 @@ import torch
 
 from lawn.config import Config
 from lawn.errors import RunInUseError, UserError
+from lawn.output import echo
 from lawn.train import train, train_vectorized
 from lawn.train.run_directory import RunDirectory
 from lawn.train.signals import end_with_parent, raise_on_signal
@@ -34,14 +35,14 @@ def work(configs: Sequence[Config], log: Path, threads: int | None = None) -> in
                     end_with_parent()
                 _train(configs)
         except KeyboardInterrupt as stop:  # a Stopped among them
-            print(str(stop) or "interrupted", flush=True)
+            echo(str(stop) or "interrupted")
             return getattr(stop, "exit_code", 130)
         except (UserError, OSError) as error:
-            print(f"error: {error}", flush=True)
+            echo(f"error: {error}")
             return getattr(error, "exit_code", UserError.exit_code)
         except Exception as error:
             traceback.print_exc()
-            print(f"error: {type(error).__name__}: {error}".splitlines()[0], flush=True)
+            echo(f"error: {type(error).__name__}: {error}".splitlines()[0])
             return UserError.exit_code
     return 0
 

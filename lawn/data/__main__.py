@@ -13,6 +13,7 @@ from lawn.compose import compose
 from lawn.data.download import CountMismatch
 from lawn.data.folders import FolderImages
 from lawn.errors import DataError, UserError
+from lawn.output import echo
 from lawn.task import TASKS, dataset_reader
 
 # A dataset of conf/dataset, with overrides if it has several forms.
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
                 config.dataset.workers = given.workers
             show(name, dataset_reader(config)(), given.mode)
         except (UserError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            echo(f"error: {error}", sys.stderr)
             code = max(code, getattr(error, "exit_code", UserError.exit_code))
     return code
 
@@ -58,15 +59,15 @@ def show(name: str, data: Any, mode: str) -> None:
     """Print the output of the mode; the default one has the first three statistics. Raises DataError in mode verify."""
     statistics = {key: f"{v:,}" if isinstance(v, int) else v for key, v in data.statistics().items()}
     if mode == "stats":
-        print("\n".join([name, *(f"  {key}: {value}" for key, value in statistics.items())]))
+        echo("\n".join([name, *(f"  {key}: {value}" for key, value in statistics.items())]))
     else:
-        print(f"{name}: " + ", ".join(f"{value} {key}" for key, value in list(statistics.items())[:3]), flush=True)
+        echo(f"{name}: " + ", ".join(f"{value} {key}" for key, value in list(statistics.items())[:3]))
     for warning in data.warnings:
-        print(f"warning: {warning}", flush=True)
+        echo(f"warning: {warning}")
     if mode == "verify":
         damaged = list(data.damaged()) if isinstance(data, FolderImages) else []
         for line in damaged:
-            print(f"damaged: {line}", flush=True)
+            echo(f"damaged: {line}")
         wrong = [warning for warning in data.warnings if isinstance(warning, CountMismatch)]
         if damaged or wrong:
             raise DataError(f"{name}: {len(wrong)} counts are not as published, {len(damaged)} files are damaged")

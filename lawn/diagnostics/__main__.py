@@ -9,6 +9,7 @@ import pandas as pd
 from lawn.diagnostics import figure
 from lawn.errors import ConfigError, RunError, UserError
 from lawn.files import atomic
+from lawn.output import echo
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,9 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
         with atomic(given.out.resolve()) as temporary:
             figure.save(runs, temporary)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        echo(f"error: {error}", sys.stderr)
         return getattr(error, "exit_code", UserError.exit_code)
-    print(given.out)
+    echo(str(given.out))
     return 0
 
 

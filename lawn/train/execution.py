@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lawn.config import TrainConfig
 from lawn.optim import LAWNOptimizer, dispatch
-from lawn.train.progress import echo
+from lawn.output import echo
 
 WORTH_COMPILING = 1000  # updates: fewer may not make up for the time of compiling
 

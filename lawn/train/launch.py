@@ -10,9 +10,9 @@ import torch
 from lawn.compose import compose_unchecked, refuse_sweeps
 from lawn.config import Config
 from lawn.errors import ConfigError
+from lawn.output import echo
 from lawn.train.distributed import World, init_from_torchrun, launched_by_torchrun, local_device, set_device
 from lawn.train.prepare import prepare
-from lawn.train.progress import echo
 from lawn.train.session import run_rank
 from lawn.train.spawn import run_in_processes
 from lawn.train.torch_errors import translate_torch_errors

@@ -12,7 +12,7 @@ from lawn.arguments import arguments
 from lawn.config import Config
 from lawn.errors import ConfigError
 from lawn.identity import identity
-from lawn.train.progress import echo
+from lawn.output import echo
 
 TIMEOUT_SECONDS = 60.0  # of each call to wandb
 

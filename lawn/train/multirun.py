@@ -11,10 +11,10 @@ from lawn.config import Config
 from lawn.data.batching import Batching
 from lawn.errors import ConfigError, UserError
 from lawn.identity import config_hash, run_name
+from lawn.output import echo
 from lawn.train.distributed import World, local_device, set_device
 from lawn.train.launch import train
 from lawn.train.prepare import PreparedRun, prepare
-from lawn.train.progress import echo
 from lawn.train.recorder import RunRecorder
 from lawn.train.session import report_done, start_or_resume, stopped
 from lawn.train.signals import deferred_signals

@@ -1,32 +1,14 @@
 """Progress output: a bar on a terminal and in a notebook, a line every few seconds elsewhere."""
 
-import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import IO, Any
 
 from tqdm import tqdm
 
+from lawn.output import echo, keep_going
+
 SECONDS_BETWEEN_LINES = 10.0
-
-
-def echo(line: str, stream: IO[str] | None = None) -> None:
-    """Print a line to `stream` (stdout); a closed stream is ignored."""
-    with _ignore_closed(stream or sys.stdout):
-        print(line, file=stream, flush=True)
-
-
-@contextmanager
-def _ignore_closed(stream: IO[str]) -> Iterator[None]:
-    """In the body, an OSError of `stream` (a closed terminal) redirects it to the null device."""
-    try:
-        yield
-    except OSError:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
-        os.close(null)
 
 
 def shows_bars(stream: IO[str] | None) -> bool:
@@ -41,7 +23,7 @@ class Progress:
     def __init__(self, name: str, done: int, total: int) -> None:
         self._name, self._total, self._bar = name, total, None
         if shows_bars(sys.stderr):
-            with _ignore_closed(sys.stderr):
+            with keep_going(sys.stderr):
                 self._bar = tqdm(total=total, initial=done, desc=name, unit="epoch")
         self._last = 0.0
 
@@ -51,7 +33,7 @@ class Progress:
         shown = {k: v for k, v in row.items() if k not in hidden and "/" not in k and v is not None}
         text = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
         if self._bar is not None:
-            with _ignore_closed(sys.stderr):
+            with keep_going(sys.stderr):
                 self._bar.set_postfix_str(text, refresh=False)
                 self._bar.update()
         elif row["epoch"] == self._total or time.monotonic() - self._last > SECONDS_BETWEEN_LINES:
@@ -60,5 +42,5 @@ class Progress:
 
     def close(self) -> None:
         if self._bar is not None:
-            with _ignore_closed(sys.stderr):
+            with keep_going(sys.stderr):
                 self._bar.close()

@@ -4,8 +4,9 @@ import time
 from typing import Any
 
 from lawn.config import Config
+from lawn.output import echo
 from lawn.train.logger import Logger
-from lawn.train.progress import Progress, echo
+from lawn.train.progress import Progress
 from lawn.train.run_directory import RunDirectory, encode_outcomes
 from lawn.train.throughput import peak_flops
 from lawn.train.trainer import Trainer

@@ -32,7 +32,7 @@ from lawn.data.fingerprint import Fingerprint
 from lawn.errors import WRITTEN_AGAIN, RunError, RunInUseError
 from lawn.files import atomic, locked, still_at, write_text
 from lawn.identity import run_name
-from lawn.train.progress import echo
+from lawn.output import echo
 
 Row = dict[str, float | int | None]
 CHECKPOINT_VERSION = 4

@@ -9,11 +9,11 @@ from lawn.data.download import downloads_disabled
 from lawn.data.fingerprint import differences
 from lawn.errors import RunError, UserError
 from lawn.identity import run_name
+from lawn.output import echo
 from lawn.task import Task, dataset_reader
 from lawn.train.distributed import World
 from lawn.train.execution import constrained_step
 from lawn.train.prepare import PreparedRun
-from lawn.train.progress import echo
 from lawn.train.provenance import environment
 from lawn.train.recorder import RunRecorder
 from lawn.train.run_directory import RunDirectory

@@ -13,7 +13,7 @@ from unittest.mock import patch
 from hydra.core.utils import JobReturn, JobStatus
 
 from lawn.errors import ConfigError, RunError, UserError
-from lawn.train.progress import echo
+from lawn.output import echo
 
 
 @contextmanager

@@ -1,6 +1,10 @@
 """python -m experiments: what it prints, what it refuses."""
 
+import os
 import re
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -9,6 +13,7 @@ from experiments import __main__ as command
 from experiments.definitions.spec import Cell
 from experiments.execution.options import seconds
 from tests.experiments.helpers import MINI, TUNED
+from tests.helpers import ROOT
 
 
 @pytest.fixture
@@ -196,3 +201,15 @@ def test_times():
     assert seconds("2h") == 7200
     assert seconds("1h30m5s") == 5405
     assert seconds("90m") == 5400
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("redirected", ["2>&1 | true", ">/dev/full 2>&1", ">&- 2>&-"])
+def test_output_that_breaks_does_not_end_experiments(redirected, tmp_path):
+    """As | head -1 does it, a full disk, and a stream that was closed before the start."""
+    given = ["--seeds", "1", "--jobs", "1", "--results", f"{tmp_path}/results", "--set", f"runs_dir={tmp_path}/runs"]
+    words = [sys.executable, "-m", "experiments", "run", "demo", "--only", "optim=adam", *given]
+    command = f"set -o pipefail; {shlex.join(words)} {redirected}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    assert subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, timeout=300).returncode == 0
+    assert "1 run" in (tmp_path / "results" / "demo.md").read_text()

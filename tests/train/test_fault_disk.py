@@ -1,6 +1,5 @@
 """Full disks, quotas, used-up memory and output that breaks."""
 
-import os
 import resource
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import torch
 
 from lawn.errors import RunError
 from lawn.train import train
-from lawn.train.progress import echo
 from lawn.train.run_directory import RunDirectory
 from tests.helpers import ROOT
 from tests.train.faults import ALWAYS, DIGITS, after, check_equal, command, overrides
@@ -95,13 +93,3 @@ def test_output_that_breaks_does_not_end_a_run(tiny, output):
     command = ["bash", "-c", f"set -o pipefail; {sys.executable} run.py {' '.join(overrides(config))} {redirected}"]
     assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == 0
     assert RunDirectory(config).done
-
-
-def test_output_to_a_closed_stream_is_dropped():
-    """The stream is usable afterwards, and its last flush does not fail."""
-    reading, writing = os.pipe()
-    os.close(reading)
-    with os.fdopen(writing, "w") as stream:
-        echo("one", stream)
-        echo("two", stream)
-        assert Path(f"/proc/self/fd/{stream.fileno()}").readlink() == Path(os.devnull)
