@@ -14,6 +14,7 @@ from lawn.train.run_directory import RunDirectory
 
 OUTPUT = "output.log"  # in the run directory
 LOST = "lost with its process"
+CANCELLED = "cancelled"
 DISK_SECONDS = 60.0  # after which a remote disk shows what a job on another machine has written
 
 
@@ -27,6 +28,7 @@ class JobResult:
     group_size: int  # jobs that were vectorized in its process
     diverged: bool = False
     lost: bool = False  # with its process or node: it may succeed if it is started again
+    cancelled: bool = False  # by the user: it is not started again
 
 
 class Executor(Protocol):
@@ -89,15 +91,18 @@ def job_results(
 ) -> list[JobResult]:
     """The results of the jobs `asked` for of those that a process has `trained`.
 
-    `ended` has the exit code of each of its ranks, or why there is none; beginning with LOST, it may be worth to start
-    the job again, as it is after the exit code 75.
+    `ended` has the exit code of each of its ranks, or why there is none, which may begin with CANCELLED or LOST. It may
+    be worth to start a job again that was lost, as after the exit code 75.
     """
     words = [how for how in ended if isinstance(how, str)]
     lost = any(how == Stopped.exit_code or str(how).startswith(LOST) for how in ended)
+    cancelled = any(how.startswith(CANCELLED) for how in words)
     patience = DISK_SECONDS if ended[0] == 0 else 0.0
     reasons = [failure(job, output_of(trained), words[0] if words else None, patience) for job in asked]
     return [
-        JobResult(job, seconds / len(trained), reason, len(trained), lost=lost and reason is not None)
+        JobResult(
+            job, seconds / len(trained), reason, len(trained), lost=lost and reason is not None, cancelled=cancelled
+        )
         for job, reason in zip(asked, reasons, strict=True)
     ]
 

@@ -122,7 +122,7 @@ class _Session:
             self._losses[job.name] += 1
             self.agenda.put_back(job, alone=False)
             return f"{ended.failure}; once more"
-        if ended.group_size > 1:
+        if ended.group_size > 1 and not ended.cancelled:
             self.agenda.put_back(job, alone=True)
             return f"{ended.failure}; once more, alone"
         return self._fail(ended)

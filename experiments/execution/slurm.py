@@ -17,7 +17,16 @@ import submitit
 from submitit.core.utils import DelayedSubmission, FailedSubmissionError, UncompletedJobError, pickle_load
 from submitit.helpers import TorchDistributedEnvironment
 
-from experiments.execution.executor import DISK_SECONDS, LOST, JobResult, Resources, job_results, make_output, output_of
+from experiments.execution.executor import (
+    CANCELLED,
+    DISK_SECONDS,
+    LOST,
+    JobResult,
+    Resources,
+    job_results,
+    make_output,
+    output_of,
+)
 from experiments.execution.slurm_queue import SlurmQueue
 from experiments.execution.worker import work
 from experiments.planning.grid import Job
@@ -238,6 +247,8 @@ class SubmititExecutor:
                 raise RunError(f"the jobs could not be submitted: {_reason(error)}") from error
         now = time.monotonic()
         for handle, given in zip(handles, array, strict=True):
+            if self._queue is None:  # an earlier process had the same number
+                handle.paths.result_pickle.unlink(missing_ok=True)
             echo(f"job {handle.job_id}, submitted: {_names(given.jobs)}")
             self._running.append(_Submitted(handle, given, list(given.jobs), now))
 
@@ -253,9 +264,22 @@ class SubmititExecutor:
 
     def _results(self, submitted: _Submitted) -> list[JobResult]:
         seconds = time.monotonic() - submitted.start
-        results = job_results(submitted.jobs, submitted.work.jobs, [_exit_code(submitted.handle)], seconds)
-        _forget(submitted.handle, keep_logs=any(result.failure for result in results))
+        results = job_results(submitted.jobs, submitted.work.jobs, [self._exit_code(submitted.handle)], seconds)
+        _forget(submitted.handle, succeeded=not any(result.failure for result in results))
         return results
+
+    def _exit_code(self, handle: Any) -> int | str:
+        """What `work` returned, or why it did not return."""
+        path = handle.paths.result_pickle
+        try:
+            outcome, value = pickle_load(path)
+        except FileNotFoundError:
+            if self._queue is not None and self._queue.was_cancelled(handle.job_id):
+                return f"{CANCELLED}: job {handle.job_id}"
+            return f"{LOST}: {reason_of_loss(handle, '--time')}; see {logs_of(handle)}"
+        except Exception as error:  # unpickling raises many types
+            return f"{path}: cannot be read ({error})"
+        return int(value) if outcome == "success" else f"{value.strip().splitlines()[-1]}; see {logs_of(handle)}"
 
 
 def submitted_runs(runs_dir: Path) -> set[str]:
@@ -274,29 +298,19 @@ def _names(jobs: Sequence[Job]) -> str:
     return f"{jobs[0].name}{others}"
 
 
-def _exit_code(handle: Any) -> int | str:
-    """What `work` returned, or why it did not return."""
-    path = handle.paths.result_pickle
-    try:
-        outcome, value = pickle_load(path)
-    except FileNotFoundError:
-        return f"{LOST}: {reason_of_loss(handle)}; see {logs_of(handle)}"
-    except Exception as error:  # unpickling raises many types
-        return f"{path}: cannot be read ({error})"
-    return int(value) if outcome == "success" else f"{value.strip().splitlines()[-1]}; see {logs_of(handle)}"
-
-
 def _reason(error: Exception) -> str:
     """Why sbatch has failed, in one line: the last of sbatch, or the first of submitit."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0 if isinstance(error, FailedSubmissionError) else -1]
 
 
-def _forget(handle: Any, keep_logs: bool = True) -> None:
-    """Delete submitit's files of a job that has ended."""
-    unneeded = ["*_result.pkl"] if keep_logs else ["*_result.pkl", "*_log.out", "*_log.err"]
-    for path in [path for pattern in unneeded for path in handle.paths.folder.glob(f"{handle.job_id}_{pattern}")]:
-        path.unlink(missing_ok=True)
+def _forget(handle: Any, succeeded: bool = False) -> None:
+    """Delete submitit's files of a job that has ended. If it has failed, its result stays for another call that waits
+    for it, and its logs.
+    """
+    for pattern in ("*_result.pkl", "*_log.out", "*_log.err") if succeeded else ():
+        for path in handle.paths.folder.glob(f"{handle.job_id}_{pattern}"):
+            path.unlink(missing_ok=True)
     handle.paths.submitted_pickle.unlink(missing_ok=True)
 
 

@@ -15,17 +15,21 @@ ENDED = (  # states of a job
 
 
 class SlurmQueue:
-    """The jobs of this user that Slurm has not ended."""
+    """The jobs of this user, as far as Slurm still knows them."""
 
     def __init__(self) -> None:
-        self._jobs: set[str] | None = set()  # None: Slurm does not answer
+        self._states: dict[str, str] | None = {}  # None: Slurm does not answer
         self._asked = -inf
 
     def may_have(self, job_id: str) -> bool:
         """Whether a job waits or runs, as far as is known."""
         if time.monotonic() - self._asked >= QUEUE_SECONDS:
             self.ask()
-        return self._jobs is None or job_id in self._jobs
+        return self._states is None or self._states.get(job_id, ENDED[0]) not in ENDED
+
+    def was_cancelled(self, job_id: str) -> bool:
+        """Whether a job was cancelled (`scancel`), when Slurm was asked last."""
+        return self._states is not None and self._states.get(job_id) == "CANCELLED"
 
     def ask(self) -> None:
         """Ask Slurm now."""
@@ -33,10 +37,10 @@ class SlurmQueue:
         try:
             answer = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
         except (OSError, subprocess.SubprocessError) as error:
-            if self._jobs is not None:
+            if self._states is not None:
                 echo(f"{error}; until it succeeds, a job that is lost is not noticed")
-            self._jobs = None
+            self._states = None
         else:
-            states = [line.split() for line in answer.splitlines()]
-            self._jobs = {state[0] for state in states if state and state[-1] not in ENDED}
+            lines = [line.split() for line in answer.splitlines()]
+            self._states = {words[0]: words[-1] for words in lines if words}
         self._asked = time.monotonic()

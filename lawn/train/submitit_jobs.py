@@ -85,10 +85,10 @@ def logs_of(job: Any) -> str:
     return f"{job.paths.stdout} and {job.paths.stderr.name}"
 
 
-def reason_of_loss(job: Any) -> str:
-    """Why a job has no result: the last line of its standard error, if there is any."""
+def reason_of_loss(job: Any, limit: str = "hydra.launcher.timeout_min") -> str:
+    """Why a job has no result: the last line of its standard error, if any. `limit` is the option of its time."""
     lines = (job.stderr() or "").strip().splitlines()
-    return lines[-1] if lines else "ended without a result; killed, or out of memory or of hydra.launcher.timeout_min"
+    return lines[-1] if lines else f"ended without a result; killed, or out of memory or of {limit}"
 
 
 def _ended(result: dict[str, Any]) -> str:

@@ -17,11 +17,12 @@ import pandas as pd
 import pytest
 
 from experiments.definitions.spec import Cell, Experiment
-from experiments.execution.executor import failure
+from experiments.execution.executor import JobResult, failure
 from experiments.execution.pool import Pool, visible_gpus
 from experiments.execution.runner import run
 from experiments.execution.worker import work
 from experiments.planning.estimate import RuntimeEstimate, duration
+from experiments.planning.grid import Job
 from experiments.planning.study import Study, studies
 from experiments.record import Record
 from experiments.records import Store
@@ -31,7 +32,7 @@ from lawn.compose import compose
 from lawn.identity import config_hash
 from lawn.train import train
 from lawn.train.run_directory import RunDirectory
-from tests.experiments.helpers import ACCURACY, MINI, SHORT, TUNED, miniature, run_experiment
+from tests.experiments.helpers import ACCURACY, MINI, SHORT, TUNED, SerialPool, miniature, run_experiment
 from tests.helpers import FIXTURES, ROOT
 
 TABLES = [e for e in EXPERIMENTS.values() if e.name not in ("demo", "figure2", "tuning_curves")]  # others' cells
@@ -303,6 +304,21 @@ def test_vectorized_runs_that_failed_are_tried_alone(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("killed by SIGKILL; once more, alone") == 2
     assert "2 of 2 done" in out
+
+
+class CancelledPool(SerialPool):
+    """All that it starts is cancelled."""
+
+    def start(self, jobs: list[Job]) -> None:
+        self._ended = [JobResult(job, 0.0, "cancelled: job 7", len(jobs), cancelled=True) for job in jobs]
+
+
+def test_vectorized_runs_that_are_cancelled_are_not_started_again(tmp_path, capsys):
+    cells = tuple(Cell(f"{lr}", (*SHORT, f"optim.lr={lr}")) for lr in (0.01, 0.02))
+    experiment = Experiment("two", "Two", cells, (ACCURACY,))
+    ended = run_experiment(experiment, tmp_path, 1, executor=CancelledPool(["cpu"]))
+    assert [result.failure for result in ended] == 2 * ["cancelled: job 7"]
+    assert "once more" not in capsys.readouterr().out
 
 
 # Kill the process that writes to output.log of a run directory with this prefix, after the first line on an epoch.

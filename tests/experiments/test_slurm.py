@@ -146,7 +146,7 @@ def test_files_of_jobs_that_are_gone(command, tmp_path):
         (folder / f"{job}_submitted.pkl").write_bytes(b"of another version")
         (folder / f"{job}_0_result.pkl").write_bytes(b"")
     executor_of(tmp_path).__enter__()
-    assert files(tmp_path) == []
+    assert files(tmp_path) == ["3_0_result.pkl", "4_0_0_result.pkl"]  # another call may wait for these jobs
     for content in (b"", b"of another version", cloudpickle.dumps(len), cloudpickle.dumps([])[:-1]):
         (folder / "5_1_submitted.pkl").write_bytes(content)
         with pytest.raises(RunError, match=r"5_1_submitted.pkl: cannot be read .*; delete it if its job has ended"):
@@ -197,7 +197,26 @@ def test_a_job_that_fails(command, tmp_path, content, failure):
     (ended,) = executor.wait(1)
     assert failure in ended.failure
     assert not ended.lost
-    assert files(tmp_path) == []
+
+
+def test_two_commands_wait_for_a_job_that_fails(command, tmp_path):
+    """Both say why, whichever reads its result first; neither submits it again."""
+    (job,) = jobs_of(tmp_path)
+    first, second = submit(tmp_path, [job]), submit(tmp_path, [job])
+    (tmp_path / "runs" / job.name / "output.log").write_text("error: the disk is full\n")
+    (tmp_path / "runs" / ".submitit" / "7_0_result.pkl").write_bytes(cloudpickle.dumps(("success", 1)))
+    (tmp_path / "queue").write_text("7 COMPLETED\n")
+    for executor in (first, second):
+        (ended,) = executor.wait(1)
+        assert (ended.failure, ended.lost) == ("the disk is full", False)
+        executor_of(tmp_path).__enter__()  # deletes what is not needed any more
+
+
+def test_a_job_that_is_cancelled_is_not_lost(command, tmp_path):
+    executor = submit(tmp_path, jobs_of(tmp_path))
+    (tmp_path / "queue").write_text("7 CANCELLED\n")
+    (ended,) = executor.wait(1)
+    assert (ended.failure, ended.lost, ended.cancelled) == ("cancelled: job 7", False, True)
 
 
 def made(folder: Path, *options: str) -> SubmititExecutor:
