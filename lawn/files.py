@@ -102,6 +102,18 @@ def locked(path: Path) -> Iterator[IO[str] | None]:
                 _held.remove(file)
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock file `path`. It need not be writable."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 @contextmanager
 def exclusively(path: Path) -> Iterator[None]:
     """In the body, no other process is in such a body for `path`; waits for the others."""

@@ -30,7 +30,7 @@ from torch import Tensor
 from lawn.config import Config
 from lawn.data.fingerprint import Fingerprint
 from lawn.errors import WRITTEN_AGAIN, RunError, RunInUseError
-from lawn.files import atomic, locked, still_at, write_text
+from lawn.files import atomic, is_locked, locked, still_at, write_text
 from lawn.identity import run_name
 from lawn.output import echo
 
@@ -66,10 +66,7 @@ class RunDirectory:
     @property
     def in_use(self) -> bool:
         """Whether a process holds the lock."""
-        if not (self.path / LOCK).exists():
-            return False
-        with locked(self.path / LOCK) as held:
-            return held is None
+        return is_locked(self.path / LOCK)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

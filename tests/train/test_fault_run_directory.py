@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from experiments.records import Store
-from lawn.errors import RunError, UserError
-from lawn.train import train
+from lawn.errors import ConfigError, RunError, UserError
+from lawn.train import train, train_vectorized
 from lawn.train.run_directory import RunDirectory
 from tests.train.faults import ALWAYS, DIGITS, after, check_equal, copied
 
@@ -166,3 +166,26 @@ def test_a_damaged_file_of_a_finished_run_is_named_or_not_needed(stopped_run, tm
     assert not list((tmp_path / "results").rglob("*.json"))
     if name not in needed:
         assert train(config)["status"] == "done"
+
+
+def test_a_reader_sees_that_a_run_is_in_use(tiny, monkeypatch):
+    """Also one that may not write."""
+    directory, opened, plain = RunDirectory(tiny()), [], Path.open
+
+    def spy(path, mode="r", *rest):
+        opened.append(mode)
+        return plain(path, mode, *rest)
+
+    assert not directory.in_use
+    with directory.lock():
+        monkeypatch.setattr(Path, "open", spy)
+        assert directory.in_use
+    assert not directory.in_use
+    assert opened == ["r", "r"]
+
+
+def test_vectorized_runs_have_a_folder_each(tiny, tmp_path):
+    configs = [tiny(f"seed={seed}", f"run_dir={tmp_path}/one") for seed in range(2)]
+    with pytest.raises(ConfigError, match=f"^run_dir={tmp_path}/one: is the folder of one run; for several, set runs_"):
+        train_vectorized(configs)
+    assert not (tmp_path / "one").exists()
