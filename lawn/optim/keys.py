@@ -12,7 +12,7 @@ loaded unchanged. torch would cast a tensor to the weight's dtype as it loads it
 Each param group has the keys:
 
     constrain     True constrains all parameters, False none, None those with two or more dimensions and more than one
-                  element
+                  element, or more than one in each slice
     blocks        None, or an int per parameter: constrained parameters with the same int share one norm
     free_steps    number of updates before the switch; None waits for a call of `constrain`
     steps         number of updates of the group so far
@@ -226,10 +226,13 @@ def describe(group: Group, index: int, p: Tensor) -> str:
 
 def constrains(group: Group, p: Tensor) -> bool:
     """Whether parameter `p` of the group is constrained in the second phase."""
-    constrain = group.get("constrain")
-    if constrain is None:  # a single number has no direction in which it could move
-        return p.ndim >= 2 and p.numel() > (1 if group.get("blocks") is None else 0)
-    return bool(constrain) and p.numel() > 0
+    constrain, axes = group.get("constrain"), group.get(slices.KEY)
+    if constrain is not None or p.ndim < 2:
+        return bool(constrain) and p.numel() > 0
+    if group.get("blocks") is not None:
+        return p.numel() > 0
+    # A single number on a fixed norm has no direction in which it could move.
+    return p.numel() > (1 if axes is None else slices.count(p, slices.slice_axes(axes, p)))
 
 
 def slice_axes(group: Group, p: Tensor) -> tuple[int, ...] | None:

@@ -19,7 +19,7 @@ _LINEAR: set[type] = {nn.Linear} | {getattr(nn, f"Conv{t}{d}d") for t in ("", "T
 _HOMOGENEOUS: set[type] = {nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout}
 _HOMOGENEOUS |= {getattr(nn, name.format(d)) for name in ("Dropout{}d", "ZeroPad{}d") for d in _DIMS}
 _HOMOGENEOUS |= {getattr(nn, f"{pool}Pool{d}d") for pool in ("Max", "Avg", "AdaptiveMax", "AdaptiveAvg") for d in _DIMS}
-_CONTAINERS: set[type] = {nn.Sequential, nn.ModuleList, nn.ModuleDict}
+_CONTAINERS: set[type] = {nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict}
 
 
 def all_weights(model: nn.Module, *, include_bias: bool = False) -> list[dict[str, Any]]:

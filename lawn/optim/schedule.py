@@ -1,6 +1,8 @@
 """Learning rate schedules with linear warmup."""
 
+import warnings
 from math import inf
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -58,6 +60,25 @@ class LinearWarmup(LRScheduler):
             One learning rate for each group.
         """
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a schedule with its numbers of steps, as torch's schedules do.
+
+        Warns if they are not those that this schedule was made with: a run that is meant to go on for longer than the
+        loaded schedule would train with a learning rate of zero.
+
+        Args:
+            state_dict: result of `state_dict`.
+        """
+        made = {key: value for key, value in vars(self).items() if key in ("warmup_steps", "total_steps")}
+        super().load_state_dict(state_dict)
+        for key, value in made.items():
+            if getattr(self, key) != value:
+                warnings.warn(
+                    f"the loaded schedule has {key}={getattr(self, key)}, which replaces {value}; to keep that, set "
+                    f"{key} after loading",
+                    stacklevel=2,
+                )
 
 
 class LinearWarmupDecay(LinearWarmup):

@@ -320,3 +320,11 @@ def test_rows_of_a_single_number_stay_free():
     model[1].weight.grad = torch.ones(6, 1)
     optimizer.step()
     torch.testing.assert_close(model[1].weight.detach(), before - 0.1)
+
+
+def test_empty_containers_of_parameters_do_not_end_the_sub_network():
+    """Models of PEFT have them in each of their layers."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.ParameterDict(), nn.ParameterList(), nn.Linear(3, 2))
+    assert [tuple(p.shape) for p in final_homogeneous(model)[0]["params"]] == [(3, 4), (2, 3)]
+    model[2].append(torch.ones(2, 2))
+    assert [tuple(p.shape) for p in final_homogeneous(model)[0]["params"]] == [(2, 3)]

@@ -76,3 +76,16 @@ def test_survives_a_checkpoint():
 def test_bad_lengths(warmup, total):
     with pytest.raises(ValueError, match="warmup_steps"):
         LinearWarmupDecay(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0), warmup, total)
+
+
+def test_a_loaded_schedule_of_another_length_warns():
+    """It would train on at a rate of zero, in silence."""
+    optimizer, other = (torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0) for _ in range(2))
+    longer = LinearWarmupDecay(other, 2, 20)
+    with pytest.warns(UserWarning, match="^the loaded schedule has total_steps=10, which replaces 20; to keep that, "):
+        longer.load_state_dict(LinearWarmupDecay(optimizer, 2, 10).state_dict())
+    longer.total_steps = 20
+    for _ in range(12):
+        other.step()
+        longer.step()
+    assert longer.get_last_lr() == [pytest.approx(8 / 18)]

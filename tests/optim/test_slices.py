@@ -423,3 +423,23 @@ def test_a_compiled_step_runs_eagerly():
         step()
         theirs.step()
     torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+@every_kind
+def test_weights_whose_slices_are_single_numbers_stay_free(kind):
+    """As if they were in a group with constrain=False."""
+    runs = []
+    for groups in (
+        lambda matrix, numbers: [{"params": [matrix, numbers], "norm_axes": 1}],
+        lambda matrix, numbers: [{"params": [matrix], "norm_axes": 1}, {"params": [numbers], "constrain": False}],
+    ):
+        params = [nn.Parameter(random((4, 3), 0)), nn.Parameter(random((6, 1), 1))]
+        optimizer = kind(groups(*params), lr=0.1, free_steps=2)
+        for step in range(5):
+            for k, p in enumerate(params):
+                p.grad = random(p.shape, 10 * step + k)
+            optimizer.step()
+        assert optimizer.state[params[1]][NORM] == 0.0
+        runs.append(params)
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)
