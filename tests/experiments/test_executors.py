@@ -327,4 +327,4 @@ def test_a_preempted_slurm_job_is_requeued(slurm, tmp_path, capsys, allowed):
     assert times_resumed(tmp_path / "results") == [0, 0, 1]
     logs = [path.read_text() for path in (tmp_path / "runs").glob("*/output.log")]
     assert sum("SIGUSR1: " in log and "has stopped in epoch" in log for log in logs) == 1
-    assert list((tmp_path / "runs" / ".submitit").glob("*.pkl")) == []
+    assert list((tmp_path / "runs" / ".submitit").glob("*_submitted.pkl")) == []
