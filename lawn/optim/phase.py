@@ -25,12 +25,14 @@ from lawn.optim.keys import (
 )
 
 KnownBlocks = dict[Tensor, list[Tensor]]  # by their first parameter
+NORMS32, NORMS64 = (1e-19, 1e19), (1e-154, 1e154)  # whose squares are numbers that the updates compute with
 REMEDY = "leave it free with a param group that has constrain=False, or give it more free steps"
 REMEDY_OF_SLICES = "put other values there (nn.Embedding has zeros at padding_idx), or give the whole weight one norm"
 
 
 class NonFiniteError(ValueError):
-    """Raised when the norm of a weight is infinite or NaN at the switch, because training has diverged.
+    """Raised when the norm of a weight is infinite, NaN or beyond 1e19 (float64: 1e154) at the switch, because training
+    has diverged.
 
     Examples:
         >>> import torch
@@ -217,13 +219,14 @@ def _blocks(group: Group, constrained: list[Tensor]) -> list[list[Tensor]]:
 def _measure_norms(group_update: GroupUpdate, index: int) -> list[Norm]:
     """Compute the present norms of each block. Raises ValueError for a norm that cannot be fixed."""
     norms = _present_norms(group_update)
+    lowest, highest = NORMS64 if all(p.dtype.to_real() == torch.float64 for p in group_update.params) else NORMS32
     for block, c in enumerate(_flatten(norms)):
-        if 0 < c < float("inf"):
+        if lowest <= c <= highest:
             continue
         name, _ = replace(group_update, norms=norms).describe(index, block)
-        if c == 0:
+        if c < lowest:
             remedy = REMEDY_OF_SLICES if group_update.slice_axes else REMEDY
-            raise ValueError(f"cannot constrain {name}: its norm is 0.0; {remedy}")
+            raise ValueError(f"cannot constrain {name}: its norm is {c}; {remedy}")
         raise NonFiniteError(f"cannot constrain {name}: its norm is {c}")
     return norms
 

@@ -1,5 +1,6 @@
 """LAWN on any torch optimizer, through step hooks."""
 
+import operator
 import sys
 from dataclasses import replace
 from itertools import chain
@@ -164,7 +165,7 @@ class LAWN:
         self._norms.show()  # after a step that raised
         groups = self.optimizer.param_groups
         pairs = list(zip(groups, self._groups, strict=False))
-        if pairs and all(group is not before for group, before in pairs):  # loaded without hooks, as by bitsandbytes
+        if pairs and all(_is_loaded(group, before) for group, before in pairs):  # without hooks, as by bitsandbytes
             for group, before in pairs:
                 own = {key: before[key] for key in (slices.KEY, *keys.DEFAULTS) if key in before}
                 group.update({**own, **group})
@@ -311,6 +312,12 @@ class LAWN:
             frame = frame.f_back
         self._step, self._nested_calls = call, 0
         return False
+
+
+def _is_loaded(group: keys.Group, before: keys.Group) -> bool:
+    """Whether a param group replaces another one with the same parameters."""
+    params, others = group["params"], before["params"]
+    return group is not before and len(params) == len(others) and all(map(operator.is_, params, others))
 
 
 def _frame_of_step() -> FrameType | None:

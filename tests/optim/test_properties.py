@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from lawn import LAMB, LAMBLAWN, SGDLAWN, AdamLAWN
-from lawn.optim import blocks, cpu_kernels
+from lawn.optim import NonFiniteError, blocks, cpu_kernels
 from lawn.optim.keys import is_constrained
 from lawn.optim.reference import ReferenceLAWN
 from tests.optim.helpers import Maker, fixed_norms, wrapped
@@ -296,3 +296,22 @@ def test_resume_is_exact(kind, sizes, seed, dtype, fused, free_steps, saved_afte
     assert is_constrained(again.param_groups)
     assert all(torch.equal(p, q) for p, q in zip(through, resumed, strict=True))
     assert fixed_norms(again) == fixed_norms(optimizer)
+
+
+@in_both_ways
+@pytest.mark.parametrize("kind", [SGDLAWN, wrapped_sgd], ids=["SGDLAWN", "LAWN(SGD)"])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 19), (torch.bfloat16, 19), (torch.float64, 154)])
+def test_norms_that_cannot_be_squared_are_refused_at_the_switch(kind, dtype, limit, fused):
+    """Before a weight changes. One that is too large is a divergence of the free phase."""
+    for power, error in ((limit + 1, NonFiniteError), (-limit - 1, ValueError), (limit - 1, None), (1 - limit, None)):
+        weight = torch.nn.Parameter(torch.full((4, 4), 10.0**power / 4, dtype=torch.float64).to(dtype))
+        before = weight.detach().clone()
+        optimizer = kind([weight], lr=0.1, free_steps=0, fused=fused)
+        weight.grad = torch.eye(4).to(dtype)
+        if error is None:
+            optimizer.step()
+            assert weight.double().norm().item() == pytest.approx(10.0**power, rel=0.02)
+        else:
+            with pytest.raises(error, match="its norm is "):
+                optimizer.step()
+            assert torch.equal(weight, before)

@@ -443,3 +443,42 @@ def test_weights_whose_slices_are_single_numbers_stay_free(kind):
         runs.append(params)
     for one, other in zip(*runs, strict=True):
         assert torch.equal(one, other)
+
+
+def pop_first(groups: list[dict[str, Any]]) -> None:
+    groups.pop(0)
+
+
+@pytest.mark.parametrize("steps", [1, 4], ids=["free", "constrained"])
+@pytest.mark.parametrize("edit", [pop_first, list.reverse, list.clear], ids=["pop", "reverse", "clear"])
+def test_groups_that_are_removed_or_moved_keep_their_keys(edit, steps):
+    """Under LAWN as in AdamLAWN: by their positions they would get those of other groups."""
+    seen = []
+    for kind in (AdamLAWN, wrapped(torch.optim.Adam)):
+        first, second, new = (nn.Parameter(random(shape, k)) for k, shape in enumerate([(4, 3), (5, 3), (6, 3)]))
+        groups = [
+            {"params": [first], "norm_axes": 1},
+            {"params": [second]},
+            {"params": [random((4,), 3)], "constrain": False},
+        ]
+        optimizer = kind(groups, lr=0.01, free_steps=3)
+
+        def advance(optimizer=optimizer):
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = random(p.shape, p.numel())
+            optimizer.step()
+
+        for _ in range(steps):
+            advance()
+        edit(optimizer.param_groups)
+        optimizer.add_param_group({"params": [new]})
+        for _ in range(4):
+            advance()
+        keys = ("constrain", "norm_axes", "free_steps", "steps", "switched")
+        seen.append([[group.get(key) for key in keys] for group in optimizer.param_groups])
+        assert optimizer.param_groups[-1]["switched"]
+        assert optimizer.state[new][NORM] == pytest.approx(new.norm().item())
+        present = [p for group in optimizer.param_groups for p in group["params"]]
+        seen[-1].append([torch.as_tensor(optimizer.state[p][NORM]).shape for p in present])
+    assert seen[0] == seen[1]
