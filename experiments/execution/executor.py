@@ -118,7 +118,7 @@ def failure(job: Job, log: Path, why: str | None = None, patience: float = 0.0) 
         try:
             if RunDirectory(job.config).done:
                 return None
-        except UserError as error:
+        except (UserError, OSError) as error:
             return str(error)
         if time.monotonic() >= deadline:
             break

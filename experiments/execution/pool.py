@@ -64,14 +64,14 @@ class Pool:
         return sum(len(running.jobs) for running in self._running)
 
     def start(self, jobs: list[Job]) -> None:
-        all_slots = jobs[0].uses_all_devices
+        log, all_slots = make_output(jobs), jobs[0].uses_all_devices
         slots = [self._free.pop(0) for _ in (self._slots if all_slots else self._slots[:1])]
         devices = list(dict.fromkeys(slots))
         configs = [replace(job.config, device=slots[0]) for job in jobs]
         if len(devices) > 1:
             configs = [replace(c, device="cuda", train=replace(c.train, devices=len(devices))) for c in configs]
         threads = max(1, torch.get_num_threads() * len(slots) // len(self._slots))
-        process = self._context.Process(target=_work, args=(configs, devices, threads, make_output(jobs)))
+        process = self._context.Process(target=_work, args=(configs, devices, threads, log))
         with signals_blocked(self._context.get_start_method()):
             process.start()
         self._running.append(_Running(jobs, process, slots, time.monotonic()))

@@ -51,7 +51,7 @@ def run(
             while jobs := session.agenda.take(executor.places, vectorize):
                 missing = [job for job in jobs if not session.finished_before(job)]
                 if missing:
-                    executor.start(missing)
+                    session.start(executor, missing)
             left = deadline - time.monotonic()
             if not executor.running:
                 break
@@ -98,11 +98,19 @@ class _Session:
             return True
         try:
             done = RunDirectory(job.config).done
-        except UserError:
+        except (UserError, OSError):
             return False  # its process will say what is wrong
         if done:
             echo(f"{job.name}: finished before, {self.end(JobResult(job, 0.0, None, 1))}")
         return done
+
+    def start(self, executor: Executor, jobs: list[Job]) -> None:
+        """Start a process for these jobs. They have failed if its output cannot be written."""
+        try:
+            executor.start(jobs)
+        except OSError as error:
+            for job in jobs:
+                echo(f"{job.name}: {self.end(JobResult(job, 0.0, str(error), len(jobs)))}")
 
     def end(self, ended: JobResult) -> str:
         """Record a job that has ended, or let it be started once more; returns its outcome in words."""

@@ -19,6 +19,7 @@ class SlurmQueue:
 
     def __init__(self) -> None:
         self._states: dict[str, str] | None = {}  # None: Slurm does not answer
+        self._cancelled: set[str] = set()  # Slurm may soon forget them
         self._asked = -inf
 
     def may_have(self, job_id: str) -> bool:
@@ -28,8 +29,8 @@ class SlurmQueue:
         return self._states is None or self._states.get(job_id, ENDED[0]) not in ENDED
 
     def was_cancelled(self, job_id: str) -> bool:
-        """Whether a job was cancelled (`scancel`), when Slurm was asked last."""
-        return self._states is not None and self._states.get(job_id) == "CANCELLED"
+        """Whether a job was cancelled (`scancel`), as far as is known."""
+        return job_id in self._cancelled
 
     def ask(self) -> None:
         """Ask Slurm now."""
@@ -43,4 +44,5 @@ class SlurmQueue:
         else:
             lines = [line.split() for line in answer.splitlines()]
             self._states = {words[0]: words[-1] for words in lines if words}
+            self._cancelled |= {job_id for job_id, state in self._states.items() if state == "CANCELLED"}
         self._asked = time.monotonic()

@@ -71,14 +71,16 @@ def train_vectorized(configs: Sequence[Config], failures: list[Exception] | None
     if len(set(folders)) < len(folders):
         raise ConfigError(f"run_dir={configs[0].run_dir}: is the folder of one run; for several, set runs_dir")
     set_device(device)
-    waiting = []
+    runs: list[PreparedRun | None] = []  # None for one that is done or cannot begin
     for config in configs:
+        runs.append(None)
         with _kept(failures):
             run = prepare(config)
             if run.directory.done:
                 report_done(run)
             else:
-                waiting.append(run)
+                runs[-1] = run
+    waiting = [run for run in runs if run is not None]
     if not waiting:
         return
     task = waiting[0].build_task(device)
@@ -87,12 +89,12 @@ def train_vectorized(configs: Sequence[Config], failures: list[Exception] | None
     size = max_vectorized_runs(task, batch)
     if size == 1 and len(waiting) > 1:
         echo(f"train.vectorize: {len(waiting)} runs train alone: together they are no faster, or do not fit in memory")
-    while waiting:
-        group, waiting = waiting[:size], waiting[size:]
+    for first in range(0, len(runs), size):  # the same groups in a call that resumes, when some of the runs are done
+        group = [run for run in runs[first : first + size] if run is not None]
         if len(group) == 1:
             with _kept(failures):
                 train(group[0].config)
-        else:
+        elif group:
             _train_group(group, task.dataset, World(device), failures)
 
 
@@ -117,10 +119,10 @@ def _train_group(group: list[PreparedRun], dataset: object, world: World, failur
                 if run.directory.done:  # another process has finished it meanwhile
                     report_done(run)
                 else:
-                    begun.append((run, list(run.directory.states())))
+                    begun.append((run, list(run.directory.states()) if run.directory.begun else []))
         for (run, states), state in zip(begun, _states_of_one_epoch([states for _, states in begun]), strict=True):
             with _kept(failures):
-                if state is not states[0]:
+                if states and state is not states[0]:
                     epoch, latest = (_epoch(each) for each in (state, states[0]))
                     echo(f"{run.directory.path}: goes back from epoch {latest} to {epoch}, as others of its group do")
                     run.directory.drop_checkpoint()
@@ -155,16 +157,17 @@ def _train_group(group: list[PreparedRun], dataset: object, world: World, failur
 def _states_of_one_epoch(histories: Sequence[Sequence[State]]) -> list[State]:
     """One of the states of each run (newest first): those of the latest epoch that all have reached, or the newest.
 
-    A run that has diverged has reached all later epochs, too.
+    A run that has diverged has reached all later epochs, too. One without states has never begun: the others do not go
+    back for it.
     """
     for epoch in sorted({_epoch(state) for states in histories for state in states}, reverse=True):
         found = [
             [state for state in states if _epoch(state) == epoch or (_diverged(state) and _epoch(state) < epoch)]
             for states in histories
         ]
-        if all(found):
-            return [states[0] for states in found]
-    return [states[0] for states in histories]
+        if all(here or not states for here, states in zip(found, histories, strict=True)):
+            return [here[0] if here else None for here in found]
+    return [states[0] if states else None for states in histories]
 
 
 def _epoch(state: State) -> int:

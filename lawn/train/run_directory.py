@@ -11,6 +11,7 @@ import base64
 import csv
 import io
 import json
+import os
 import sys
 import time
 import zlib
@@ -54,7 +55,7 @@ class RunDirectory:
         name = run_name(config)
         self.hash = name.rpartition("-")[2]
         self.path = Path(config.run_dir) if config.run_dir else Path(config.runs_dir) / name
-        self.name = self.path.resolve().name  # not "." for run_dir=.
+        self.name = os.path.basename(os.path.realpath(self.path))  # noqa: PTH119 (not "." for run_dir=., nor an error)
         self._config = config
         self._lock: IO[str] | None = None
         self._check_owner()
@@ -62,6 +63,11 @@ class RunDirectory:
     @property
     def done(self) -> bool:
         return (self.path / "DONE").exists()
+
+    @property
+    def begun(self) -> bool:
+        """Whether a process has begun the run."""
+        return (self.path / "env.json").exists() or any(checkpoint.exists() for checkpoint in self._checkpoints)
 
     @property
     def in_use(self) -> bool:
@@ -112,7 +118,7 @@ class RunDirectory:
         """Write config.yaml and env.json. A resumed run keeps its first environment and lists the later ones."""
         content = {"hash": self.hash, **asdict(self._config)}
         now, path = {**execution, "command": sys.argv[1:]}, self.path / "env.json"
-        if path.exists() or any(checkpoint.exists() for checkpoint in self._checkpoints):
+        if self.begun:
             try:
                 first = read_environment(self.path)
             except RunError as error:  # it was killed while it wrote the file

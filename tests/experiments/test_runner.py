@@ -275,6 +275,16 @@ def test_a_damaged_run_directory_is_that_runs_failure_alone(tmp_path):
     assert len(list(Store(tmp_path / "results").all())) == 1
 
 
+def test_a_run_directory_that_cannot_be_made_is_that_runs_failure_alone(tmp_path):
+    experiment = replace(MINI, cells=(MINI.cells[0], MINI.cells[2]))
+    (study, _) = studies(experiment, extra=(f"runs_dir={tmp_path}/runs",))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / study.outstanding(Store(tmp_path))[0].name).symlink_to(tmp_path / "nowhere")
+    (failed,) = run_experiment(experiment, tmp_path, 1, executor=Pool(["cpu"]))
+    assert "File exists" in str(failed.failure)
+    assert len(list(Store(tmp_path / "results").all())) == 1
+
+
 @pytest.mark.parametrize(
     ("sweep", "overrides", "problem"),
     [

@@ -219,6 +219,16 @@ def test_a_job_that_is_cancelled_is_not_lost(command, tmp_path):
     assert (ended.failure, ended.lost, ended.cancelled) == ("cancelled: job 7", False, True)
 
 
+def test_slurm_may_forget_a_job_that_was_cancelled(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm, "DISK_SECONDS", 0.2)
+    executor = submit(tmp_path, jobs_of(tmp_path))
+    (tmp_path / "queue").write_text("7 CANCELLED\n")
+    assert executor.wait(0) == []
+    (tmp_path / "queue").write_text("")
+    (ended,) = executor.wait(2)
+    assert ended.cancelled
+
+
 def made(folder: Path, *options: str) -> SubmititExecutor:
     parser = argparse.ArgumentParser()
     add_options(parser)

@@ -166,9 +166,11 @@ with locked(Path(sys.argv[1])) as free:
 def test_one_of_many_that_fails_does_not_keep_the_others(tiny, tmp_path):
     """Nor does a vectorized group of which one run cannot go on."""
     good = [tiny("train.vectorize=2", f"seed={seed}", "train.epochs=1") for seed in range(2)]
-    bad = [tiny("train.vectorize=2", f"seed={seed}", "model.widths=[8]", f"run_dir={tmp_path}/bad") for seed in (1, 2)]
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "config.yaml").write_text("hash: other")
+    keys = ("train.vectorize=2", "model.widths=[8]")
+    bad = [tiny(*keys, f"seed={seed}", f"run_dir={tmp_path}/bad{seed}") for seed in (1, 2)]
+    for seed in (1, 2):
+        (tmp_path / f"bad{seed}").mkdir()
+        (tmp_path / f"bad{seed}" / "config.yaml").write_text("hash: other")
     (failure,) = train_many([*bad, *good])
     assert "holds run other" in str(failure)
     assert all(RunDirectory(config).done for config in good)

@@ -217,6 +217,37 @@ def test_a_killed_group_goes_on_as_it_was(seed, tiny_data, tmp_path, monkeypatch
         check_equal(one, other)
 
 
+def test_groups_do_not_depend_on_what_is_done(tiny_data, tmp_path, monkeypatch):
+    """Two of four runs fit in memory. A power cut after the first result leaves the others their groups."""
+    monkeypatch.setattr(multirun, "max_vectorized_runs", lambda *_: 2)
+    groups: dict[str, set[tuple[int, ...]]] = {"w": set(), "c": set()}
+    stack = VectorizedTrainer._stack
+
+    def spy(self, trainers):
+        groups[Path(trainers[0].config.runs_dir).name].add(tuple(trainer.config.seed for trainer in trainers))
+        stack(self, trainers)
+
+    monkeypatch.setattr(VectorizedTrainer, "_stack", spy)
+    keys = (*NCF, "optim=adam_lawn", "train.epochs=3", f"data_dir={tiny_data}", "device=cpu")
+    whole, cut = ([compose(*keys, f"seed={k}", f"runs_dir={tmp_path}/{name}") for k in range(4)] for name in ("w", "c"))
+    train_vectorized(whole)
+    finish = RunDirectory.finish
+
+    def finish_first(self, result):
+        if RunDirectory(cut[0]).done:
+            raise PowerCutError
+        finish(self, result)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "finish", finish_first)
+        with pytest.raises(PowerCutError):
+            train_vectorized(cut)
+    train_vectorized(cut)
+    assert groups["c"] == groups["w"] == {(0, 1), (2, 3)}
+    for one, other in zip(cut, whole, strict=True):
+        check_equal(one, other)
+
+
 def test_runs_of_different_epochs_start_from_the_last_that_all_have():
     def state(epoch, divergence=None):
         return {"epoch": epoch, "divergence": divergence}
@@ -230,6 +261,8 @@ def test_runs_of_different_epochs_start_from_the_last_that_all_have():
     assert epochs([state(4), None], [state(2), None]) == [None, None]
     assert epochs([state(9), state(8)], [state(4), state(2)]) == [9, 4]  # the second catches up
     assert epochs([state(9), state(8)], [None]) == [9, None]
+    assert epochs([state(9), None], []) == [9, None]  # the second has never begun
+    assert epochs([state(9), state(8)], [state(8), None], []) == [8, 8, None]
     assert epochs([state(3, {}), state(2)], [state(8), state(4)]) == [3, 8]
     assert epochs([state(3, {}), state(2)], [state(2), None]) == [2, 2]
 
