@@ -1,9 +1,9 @@
 """Several runs in this process: one after the other, or vectorized as one batched model."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ def train_vectorized(configs: Sequence[Config], failures: list[Exception] | None
     keys = {vectorization_key(config) for config in configs}
     if len(keys) > 1 or None in keys:
         raise ConfigError("runs that differ in more than seed, optimizer and schedule cannot be trained together")
-    folders = [Path(config.run_dir).resolve() for config in configs if config.run_dir]
+    folders = [os.path.realpath(config.run_dir) for config in configs if config.run_dir]
     if len(set(folders)) < len(folders):
         raise ConfigError(f"run_dir={configs[0].run_dir}: is the folder of one run; for several, set runs_dir")
     set_device(device)
