@@ -80,9 +80,10 @@ def output_of(jobs: Sequence[Job]) -> Path:
 
 
 def make_output(jobs: Sequence[Job]) -> Path:
-    """The same, in a folder that exists."""
+    """The same, as a file that can be written. Raises OSError if it cannot."""
     path = output_of(jobs)
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.open("ab").close()
     return path
 
 

@@ -1,6 +1,7 @@
 """Run the jobs of studies until all are done or the time is up."""
 
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -105,10 +106,12 @@ class _Session:
         return done
 
     def start(self, executor: Executor, jobs: list[Job]) -> None:
-        """Start a process for these jobs. They have failed if its output cannot be written."""
+        """Start a process for these jobs. They have failed if its output cannot be written, but others can."""
         try:
             executor.start(jobs)
         except OSError as error:
+            if not _is_writable(jobs[0].config.runs_dir):
+                raise
             for job in jobs:
                 echo(f"{job.name}: {self.end(JobResult(job, 0.0, str(error), len(jobs)))}")
 
@@ -143,3 +146,11 @@ class _Session:
         self.failed += 1
         self.unsuccessful.append(ended)
         return str(ended.failure)
+
+
+def _is_writable(folder: str) -> bool:
+    try:
+        with tempfile.TemporaryDirectory(dir=folder):
+            return True
+    except OSError:
+        return False

@@ -275,13 +275,18 @@ def test_a_damaged_run_directory_is_that_runs_failure_alone(tmp_path):
     assert len(list(Store(tmp_path / "results").all())) == 1
 
 
-def test_a_run_directory_that_cannot_be_made_is_that_runs_failure_alone(tmp_path):
+@pytest.mark.parametrize("problem", ["File exists", "Is a directory"])
+def test_a_run_directory_that_cannot_be_written_is_that_runs_failure_alone(tmp_path, problem):
     experiment = replace(MINI, cells=(MINI.cells[0], MINI.cells[2]))
     (study, _) = studies(experiment, extra=(f"runs_dir={tmp_path}/runs",))
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / study.outstanding(Store(tmp_path))[0].name).symlink_to(tmp_path / "nowhere")
+    folder = tmp_path / "runs" / study.outstanding(Store(tmp_path))[0].name
+    if problem == "File exists":
+        folder.parent.mkdir()
+        folder.symlink_to(tmp_path / "nowhere")
+    else:
+        (folder / "output.log").mkdir(parents=True)
     (failed,) = run_experiment(experiment, tmp_path, 1, executor=Pool(["cpu"]))
-    assert "File exists" in str(failed.failure)
+    assert problem in str(failed.failure)
     assert len(list(Store(tmp_path / "results").all())) == 1
 
 
