@@ -18,7 +18,7 @@ class SlurmQueue:
     """The jobs of this user, as far as Slurm still knows them."""
 
     def __init__(self) -> None:
-        self._states: dict[str, str] | None = {}  # None: Slurm does not answer
+        self._jobs: set[str] | None = set()  # that it has not ended; None: it does not answer
         self._cancelled: set[str] = set()  # Slurm may soon forget them
         self._asked = -inf
 
@@ -26,7 +26,7 @@ class SlurmQueue:
         """Whether a job waits or runs, as far as is known."""
         if time.monotonic() - self._asked >= QUEUE_SECONDS:
             self.ask()
-        return self._states is None or self._states.get(job_id, ENDED[0]) not in ENDED
+        return self._jobs is None or job_id in self._jobs
 
     def was_cancelled(self, job_id: str) -> bool:
         """Whether a job was cancelled (`scancel`), as far as is known."""
@@ -38,11 +38,11 @@ class SlurmQueue:
         try:
             answer = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
         except (OSError, subprocess.SubprocessError) as error:
-            if self._states is not None:
+            if self._jobs is not None:
                 echo(f"{error}; until it succeeds, a job that is lost is not noticed")
-            self._states = None
+            self._jobs = None
         else:
-            lines = [line.split() for line in answer.splitlines()]
-            self._states = {words[0]: words[-1] for words in lines if words}
-            self._cancelled |= {job_id for job_id, state in self._states.items() if state == "CANCELLED"}
+            states = [line.split() for line in answer.splitlines()]
+            self._jobs = {state[0] for state in states if state and state[-1] not in ENDED}
+            self._cancelled |= {state[0] for state in states if state and state[-1] == "CANCELLED"}
         self._asked = time.monotonic()
