@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,20 +70,15 @@ class HiddenNorms:
         """In the body, the norms are in the states again; then not, in the same dicts, which the optimizer may hold."""
         state = self._optimizer.state
         present = {*state}
-        shared = {p for p, entry in keys.entries(state) if keys.NORM in entry}  # with a state dict of the closure
         self.show()
         try:
             yield
         finally:
             for p, entry in keys.entries(state):
-                if keys.NORM not in entry or (p in shared and len(entry) > 1):
-                    continue
-                alone = p in shared or p not in present
-                self._hidden[p] = entry[keys.NORM], alone
-                if alone:
-                    del state[p]
-                else:
-                    del entry[keys.NORM]
+                if keys.NORM in entry:
+                    self._hidden[p] = entry.pop(keys.NORM), p not in present
+                    if p not in present:
+                        del state[p]
 
     def fix(self, p: Tensor, norm: Norm) -> None:
         """Let `show` give a parameter this norm, while the norms are hidden."""
@@ -98,6 +94,15 @@ class HiddenNorms:
                 if p in present and (p in state or alone):
                     state[p][keys.NORM] = norm
             self.forget()
+
+    def add_to_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Add the norms that are hidden to a state dict: hooks and closures may make one inside a step."""
+        state = state_dict["state"]
+        for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+            for p, index in zip(group["params"], packed["params"], strict=True):
+                norm, alone = self._hidden.get(p, (None, False))
+                if norm is not None and (index in state or alone):
+                    state[index] = {**state.get(index, {}), keys.NORM: norm}
 
     def forget(self) -> None:
         self._hidden.clear()

@@ -103,6 +103,7 @@ class LAWN:
             optimizer.register_step_pre_hook(self._begin),
             optimizer.register_step_post_hook(self._end),
             optimizer.register_state_dict_pre_hook(lambda _: self._prepare_added()),
+            optimizer.register_state_dict_post_hook(self._norms.add_to_state_dict),
             optimizer.register_load_state_dict_pre_hook(self._complete_state_dict),
             optimizer.register_load_state_dict_post_hook(self._load),
         ]
@@ -141,6 +142,7 @@ class LAWN:
         """
         if not self._hooks:
             raise ValueError("LAWN was detached from the optimizer")
+        self._norms.show()  # after a step that raised
         self._prepare_added()
         self._zero_check.constrain(self.optimizer, again=again)
 
@@ -153,6 +155,7 @@ class LAWN:
         keys.remove_keys(self.optimizer)
 
     def _complete_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        self._norms.show()
         self._prepare_added()
         return keys.complete_state_dict(state_dict, optimizer.param_groups, [slices.KEY, *keys.DEFAULTS])
 
@@ -162,7 +165,6 @@ class LAWN:
         keys.restore_norms(optimizer.state)
 
     def _prepare_added(self) -> None:
-        self._norms.show()  # after a step that raised
         groups = self.optimizer.param_groups
         pairs = list(zip(groups, self._groups, strict=False))
         if pairs and all(_is_loaded(group, before) for group, before in pairs):  # without hooks, as by bitsandbytes
@@ -183,6 +185,7 @@ class LAWN:
         self._gradients.drop_used()  # after a step that raised
         self._gradients.restore()
         self._group_updates, self._waits = None, False
+        self._norms.show()
         self._prepare_added()
         # GradScaler expects a fused optimizer to skip a step whose gradients overflowed.
         found_inf = getattr(self.optimizer, "found_inf", None)

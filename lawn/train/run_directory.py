@@ -166,9 +166,11 @@ class RunDirectory:
         """The states that the run can go on from, on the CPU, newest first: those of its intact checkpoints, then None,
         the start, unless two have been written.
 
-        A damaged checkpoint is reported if the previous one is to be used. Raises RunError if all are damaged.
+        A damaged checkpoint is reported if the previous one is to be used. Raises RunError if all are damaged, or if
+        another version of this package has written one: it is not damaged, and the run would overwrite it.
         """
         found = [path for path in self._checkpoints if path.exists()]
+        start_over = f"delete {' and '.join(path.name for path in found)} to start over"
         problems, intact = [], 0
         for path in found:
             try:
@@ -176,12 +178,16 @@ class RunDirectory:
             except RunError as error:
                 problems.append(str(error))
                 continue
+            if state["version"] != CHECKPOINT_VERSION:
+                raise RunError(
+                    f"{self._differing(path, state)}; {start_over}, or go on with the version of lawn that wrote it"
+                )
             for problem in problems:
                 echo(f"warning: {problem}; going on from {path.name}")
             intact += 1
             yield state
         if problems and not intact:
-            raise RunError(f"{'; '.join(problems)}; delete {' and '.join(p.name for p in found)} to start over")
+            raise RunError(f"{'; '.join(problems)}; {start_over}")
         if len(found) < len(self._checkpoints):
             yield None
 
@@ -205,14 +211,18 @@ class RunDirectory:
             if damaged is not None:
                 raise BadZipFile(f"checksum mismatch in {damaged}")
             state = torch.load(path, map_location="cpu", weights_only=True)
-            found = state.get("version"), state.get("hash")
+            found = state["version"], state["hash"]
         except Exception as error:  # both raise many types
             raise RunError(f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})") from error
-        if found != (CHECKPOINT_VERSION, self.hash):
-            raise RunError(
-                f"{path}: has format {found[0]} and run hash {found[1]}; expected {CHECKPOINT_VERSION} and {self.hash}"
-            )
+        if found[1] != self.hash:
+            raise RunError(self._differing(path, state))
         return state
+
+    def _differing(self, path: Path, state: dict[str, Any]) -> str:
+        return (
+            f"{path}: has format {state['version']} and run hash {state['hash']}; "
+            f"expected {CHECKPOINT_VERSION} and {self.hash}"
+        )
 
     def draw(self) -> None:
         """Draw diagnostics.png from metrics.csv."""

@@ -93,9 +93,13 @@ def start_or_resume(
     if state is not None:
         try:
             trainer.load_state_dict(state)
-        except KeyError as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "loading state_dict" not in str(error):  # as out of memory
+                raise
             where = directory.path if directory else run_name(run.config)
-            raise RunError(f"{where}: its checkpoint lacks {error}; delete it to start over") from error
+            lines = map(str.strip, str(error).splitlines())
+            reason = f"lacks {error}" if isinstance(error, KeyError) else f"does not fit the code ({' '.join(lines)})"
+            raise RunError(f"{where}: its checkpoint {reason}; delete it to start over") from error
     if not directory:
         return trainer, None
     if state is not None:

@@ -1554,6 +1554,31 @@ def test_a_state_dict_of_a_closure_leaves_new_states_empty(free_steps):
     assert [saved[-1]["state"][position][NORM] for position in (0, 2)] == fixed
 
 
+@pytest.mark.parametrize("free_steps", [0, 2])
+@pytest.mark.parametrize("name", sorted(TORCHS))
+def test_a_hook_before_the_step_that_saves_the_optimizer_changes_nothing(name, free_steps):
+    """A hook that is registered after LAWN's runs inside its step; what it saves continues the same training."""
+    outcomes = []
+    for saves in (False, True):
+        torch.manual_seed(0)
+        network, saved = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(2))), []
+        optimizer = torchs(name, network.parameters())
+        LAWN(optimizer, free_steps=free_steps)
+        if saves:
+            optimizer.register_step_pre_hook(lambda it, *_, saved=saved: saved.append(copy.deepcopy(it.state_dict())))
+        closure = closure_of(optimizer, network)
+        for _ in range(4):
+            closure()
+            optimizer.step(closure if name == "LBFGS" else None)
+        outcomes.append((network, optimizer.state_dict()["state"]))
+    (plain, ours), (network, theirs) = outcomes
+    assert_equal(plain, network)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+    assert [saved[-1]["state"][position][NORM] for position in (0, 1)] == [state[NORM] for state in theirs.values()]
+    assert [group["steps"] for group in saved[-1]["param_groups"]] == [3]
+
+
 class Iterating(SGD):
     """Has a hyperparameter with the name of a key of LAWN."""
 

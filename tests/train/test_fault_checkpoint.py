@@ -61,6 +61,18 @@ def test_two_damaged_or_foreign_checkpoints_are_an_error(stopped_run, tmp_path):
         train(config)
 
 
+def test_a_checkpoint_of_a_newer_version_is_not_passed_over(stopped_run, tmp_path):
+    config = copied(stopped_run[0], tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint.pt"
+    newer = CHECKPOINT_VERSION + 1
+    torch.save({**torch.load(path, weights_only=True), "version": newer}, path)
+    written = path.read_bytes()
+    problem = f"checkpoint.pt: has format {newer} .*; delete .* to start over, or go on with the version"
+    with pytest.raises(RunError, match=problem):
+        train(config)
+    assert path.read_bytes() == written
+
+
 @pytest.mark.parametrize("age", ["checkpoint", "config", "key", "no config"])
 def test_files_of_an_older_version(stopped_run, tmp_path, age):
     """Of another format: named, and what to delete. Made with a key that is no more: it is another run's."""

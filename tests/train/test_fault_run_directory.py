@@ -146,6 +146,18 @@ def test_a_checkpoint_without_a_part_is_one_line(stopped_run, tmp_path):
         train(config)
 
 
+@pytest.mark.parametrize("part", ["model", "optimizer", "scheduler"])
+def test_a_checkpoint_of_other_code_is_one_line(stopped_run, tmp_path, part):
+    """As after a change of the model's class, which is not part of the config."""
+    config = copied(stopped_run[0], tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    state[part] = {"another": 1} if part in ("model", "optimizer") else 1
+    torch.save(state, path)
+    with pytest.raises(RunError, match=r"^/.*/run: its checkpoint (lacks|does not fit the code) .*to start over$"):
+        train(config)
+
+
 @pytest.mark.parametrize("damage", [emptied, cut, a_folder, unreadable])
 @pytest.mark.parametrize("name", ["config.yaml", "env.json", "metrics.csv", "result.json", "timing.json"])
 def test_a_damaged_file_of_a_finished_run_is_named_or_not_needed(stopped_run, tmp_path, name, damage):
