@@ -28,6 +28,7 @@ from experiments.selection import EXPERIMENTS, SIMULATIONS, check_name, chosen_s
 from experiments.serve import LOOPBACK, ResultsServer
 from lawn.composition import compose_many
 from lawn.errors import ConfigError, UserError
+from lawn.files import is_writable
 from lawn.output import echo, open_closed_streams
 from lawn.task import dataset_reader
 from lawn.train import Stopped
@@ -97,6 +98,8 @@ def status(given: argparse.Namespace) -> int:
 def execute(given: argparse.Namespace) -> int:
     """Run the missing runs, then write the pages."""
     store = Store(given.results)
+    if not is_writable(given.results):
+        raise ConfigError(f"--results {given.results}: cannot be written")
     chosen, simulations = chosen_studies(given), chosen_simulations(given)
     executor = make_executor(given, Path(compose_many(*given.set).checked.runs_dir))
     unreadable = _unreadable_datasets(chosen, store)

@@ -19,7 +19,7 @@ from lawn.train.run_directory import decode_outcomes
 
 DAMAGE = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)  # raised by reading a damaged record
 OF_ALL = ("code",)  # properties that every record must have
-OF_A_RUN = (*OF_ALL, "headline", "seconds_per_epoch", "hardware", "machines", "packages", "warnings")
+OF_A_RUN = (*OF_ALL, "headline", "seconds_per_epoch", "hardware", "machines", "packages", "warnings", "data")
 
 
 @dataclass(frozen=True)

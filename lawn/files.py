@@ -33,7 +33,11 @@ def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
         raise UserError(f"{path}: is a device or a pipe, which cannot be replaced by a file")
     made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    except OSError as error:
+        error.filename = str(path)  # not the temporary file's
+        raise
     os.close(handle)
     temporary = Path(name)
     try:
@@ -130,6 +134,16 @@ def still_at(path: Path, file: IO[str]) -> bool:
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
+        return False
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in a folder; if it does not exist, in the nearest one that does."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=nearest):
+            return True
+    except OSError:
         return False
 
 

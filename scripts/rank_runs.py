@@ -25,14 +25,15 @@ from lawn.train.run_directory import LAST_KEY, read_config, read_environment, re
 def read(folder: Path, split: str) -> pd.DataFrame:
     """A row for each finished run of `split`: the flattened config, code version, metrics and headline `score`."""
     rows = []
-    for marker in sorted(folder.glob("*/DONE")):
-        folder = marker.parent
-        result, environment = read_result(folder), read_environment(folder)
+    for run in sorted(folder.iterdir()):
+        if not (run / "DONE").exists():
+            continue
+        result, environment = read_result(run), read_environment(run)
         if result["split"] != split:
             continue
         rows.append(
             {
-                **pd.json_normalize(read_config(folder, "hash", LAST_KEY)).iloc[0].to_dict(),
+                **pd.json_normalize(read_config(run, "hash", LAST_KEY)).iloc[0].to_dict(),
                 "git": environment["git"],
                 "status": result["status"],
                 **{key: result["last"].get(key) for key in ("train_loss", "margin_p50", "weight_norm")},

@@ -1,12 +1,12 @@
 """Run the jobs of studies until all are done or the time is up."""
 
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -17,6 +17,7 @@ from experiments.planning.grid import Job
 from experiments.planning.study import Study
 from experiments.records import Store
 from lawn.errors import UserError
+from lawn.files import is_writable
 from lawn.output import echo, keep_going
 from lawn.train.progress import shows_bars
 from lawn.train.run_directory import RunDirectory
@@ -110,7 +111,7 @@ class _Session:
         try:
             executor.start(jobs)
         except OSError as error:
-            if not _is_writable(jobs[0].config.runs_dir):
+            if not is_writable(Path(jobs[0].config.runs_dir)):
                 raise
             for job in jobs:
                 echo(f"{job.name}: {self.end(JobResult(job, 0.0, str(error), len(jobs)))}")
@@ -146,11 +147,3 @@ class _Session:
         self.failed += 1
         self.unsuccessful.append(ended)
         return str(ended.failure)
-
-
-def _is_writable(folder: str) -> bool:
-    try:
-        with tempfile.TemporaryDirectory(dir=folder):
-            return True
-    except OSError:
-        return False

@@ -74,7 +74,7 @@ def show(name: str, data: Any, mode: str) -> None:
 
 
 def _natural(text: str) -> int:
-    if not text.isdigit():
+    if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no number of processes")
     return int(text)
 

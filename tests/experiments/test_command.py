@@ -173,6 +173,12 @@ def test_a_place_that_is_none(call, tmp_path):
     assert f"{tmp_path}/file/runs" in err
 
 
+def test_results_that_cannot_be_written_are_found_before_the_runs(call, tmp_path):
+    (tmp_path / "results").write_text("")
+    code, out, err = call("run", "mini", "--set", f"runs_dir={tmp_path}/runs")
+    assert (code, out, err) == (2, "", f"error: --results {tmp_path}/results: cannot be written\n")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
