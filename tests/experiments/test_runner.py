@@ -178,7 +178,7 @@ def test_a_job_that_dies_or_is_refused_does_not_keep_the_others(tmp_path, monkey
     absent = Cell("absent", ("dataset=imagenet", "optim=adam_lawn"))
     experiment = Experiment("three", "Three", (long, absent, MINI.cells[0]), (ACCURACY,))
     extra = (f"runs_dir={tmp_path}/runs", f"data_dir={tmp_path}/nowhere")
-    killer = subprocess.Popen([sys.executable, "-c", KILL, str(tmp_path / "runs"), "digits-mlp-adam-"])
+    killer = subprocess.Popen([sys.executable, "-c", KILL, str(tmp_path / "runs"), "digits-mlp-adam-", "1"])
     store = Store(tmp_path / "results")
     failed = run(studies(experiment, extra=extra, seeds=1), store, Pool(["cpu", "cpu"]))
     assert killer.wait(10) == 0
@@ -313,7 +313,7 @@ def test_a_cell_that_cannot_be_composed_says_why(sweep, overrides, problem):
 def test_vectorized_runs_that_failed_are_tried_alone(tmp_path, capsys):
     cells = tuple(Cell(f"{lr}", (*SHORT[:1], *SHORT[2:], "train.epochs=600", f"optim.lr={lr}")) for lr in (0.01, 0.02))
     experiment = Experiment("two", "Two", cells, (ACCURACY,))
-    killer = subprocess.Popen([sys.executable, "-c", KILL, str(tmp_path / "runs"), "digits-mlp-adam_lawn-"])
+    killer = subprocess.Popen([sys.executable, "-c", KILL, str(tmp_path / "runs"), "digits-mlp-adam_lawn-", "1"])
     assert run_experiment(experiment, tmp_path, 1, executor=Pool(["cpu"])) == []
     assert killer.wait(10) == 0
     out = capsys.readouterr().out
@@ -336,14 +336,15 @@ def test_vectorized_runs_that_are_cancelled_are_not_started_again(tmp_path, caps
     assert "once more" not in capsys.readouterr().out
 
 
-# Kill the process that writes to output.log of a run directory with this prefix, after the first line on an epoch.
+# Kill the processes that write to output.log of run directories with this prefix, after the first line on an epoch.
 KILL = """
 import os, signal, sys, time
 from pathlib import Path
-folder, prefix = Path(sys.argv[1]), sys.argv[2]
+folder, prefix, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+killed = set()
 for _ in range(600):
     for log in folder.glob(prefix + "*/output.log"):
-        if "  epoch " not in log.read_text():
+        if log in killed or "  epoch " not in log.read_text():
             continue
         for process in Path("/proc").glob("[0-9]*"):
             try:
@@ -352,7 +353,9 @@ for _ in range(600):
                 continue
             if writes:
                 os.kill(int(process.name), signal.SIGKILL)
-                sys.exit(0)
+                killed.add(log)
+                if len(killed) == number:
+                    sys.exit(0)
     time.sleep(0.1)
 sys.exit(1)
 """
@@ -518,8 +521,8 @@ def test_ten_of_forty_end_badly(tmp_path):
     pytest.importorskip("adamp")
     store = Store(tmp_path / "results")
     with driver("FORTY", tmp_path, "--seeds", "1", "--jobs", "2") as command:
-        for _ in DIE:
-            subprocess.run([sys.executable, "-c", KILL, str(tmp_path / "runs"), "digits-mlp-adamp-"], check=True)
+        kill = [sys.executable, "-c", KILL, str(tmp_path / "runs"), "digits-mlp-adamp-", str(len(DIE))]
+        subprocess.run(kill, check=True)
         out, err = command.communicate(timeout=300)
     assert command.returncode == 1
     statuses = [record.result["status"] for record in store.all()]
