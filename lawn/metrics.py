@@ -21,7 +21,9 @@ def classification_rows(logits: Tensor, labels: Tensor) -> Tensor:
 
     Returns:
         A float64 tensor [B, 5] with the columns confidence, top-1 correct, top-5 correct, negative log-likelihood
-            (nats) and Brier score. Where the logits are not finite, no prediction is correct.
+            (nats) and Brier score. Of classes with equal logits top-1 predicts the first; for top-5 they all rank
+            before the label, so that a network that has collapsed has no hits. Where the logits are not finite, no
+            prediction is correct.
 
     Examples:
         >>> import torch

@@ -1,5 +1,6 @@
 """Base class of the LAWN optimizers: two phases, with an update rule for each."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -14,6 +15,8 @@ from lawn.optim.blocks import batch_elements
 from lawn.optim.checks import IGNORED_KEYS, BaseRule, check_not_negative, check_options, check_spelling, torch_keys
 from lawn.optim.group_update import GroupUpdate
 from lawn.optim.zero_check import ZeroCheck
+
+ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 
 
 class LAWNOptimizer(Optimizer, ABC):
@@ -70,7 +73,7 @@ class LAWNOptimizer(Optimizer, ABC):
         free_steps = keys.check_free_steps(free_steps)
         self._zero_check = ZeroCheck()
         self._may_trace = False  # set by a step that is not traced, which makes state and compares loaded norms
-        self._is_constructed = False
+        self._is_constructed = self._had_weights = False
         defaults = {**defaults, "weight_decay": 0.0, "free_steps": free_steps, "fused": fused}
         super().__init__(params, defaults if mode == "nearest" else {**defaults, rounding.KEY: mode})
         self._is_constructed = True
@@ -83,6 +86,7 @@ class LAWNOptimizer(Optimizer, ABC):
         self._zero_check = ZeroCheck(state.get("known"))  # none are known after `load_state_dict`
         self._may_trace = False
         self._is_constructed = True
+        self._had_weights = getattr(self, "_had_weights", False) or keys.has_weights(self.param_groups)
         keys.restore_norms(self.state)
         for _, entry in keys.entries(self.state):
             if "step" in entry:  # on the host, so that reading it does not wait for the device
@@ -124,7 +128,7 @@ class LAWNOptimizer(Optimizer, ABC):
         """Add a param group.
 
         After the first step it starts in the phase of the other groups and switches with the last of them, unless it
-        has its own `free_steps`, another number than the default, which are counted from then on.
+        has its own `free_steps`, which are counted from then on.
 
         Args:
             param_group: the group, with `params` and any keys of its own.
@@ -134,8 +138,9 @@ class LAWNOptimizer(Optimizer, ABC):
                 weight decay.
             TypeError: if parameters cannot be updated, as in the constructor.
         """
-        # ZeroRedundancyOptimizer fills in the default.
-        given = param_group.get("free_steps", self.defaults["free_steps"]) != self.defaults["free_steps"]
+        given = "free_steps" in param_group
+        if sys._getframe(1).f_globals["__name__"] == ZERO:  # which fills in its default
+            given = given and param_group["free_steps"] != self.defaults["free_steps"]
         index = len(self.param_groups)
         self._check_keys(param_group, index, self._unsupported_keys())
         check_spelling(param_group, index, {*self._supported_keys()} - keys.RUN)
@@ -151,6 +156,7 @@ class LAWNOptimizer(Optimizer, ABC):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        self._had_weights |= keys.has_weights([added])
 
     @property
     def constrained(self) -> bool:
@@ -226,6 +232,7 @@ class LAWNOptimizer(Optimizer, ABC):
             self._make_state()
             return
         phase.check_capture()
+        keys.check_not_flattened(self.param_groups, self._had_weights)
         for index, group in enumerate(self.param_groups):
             rounding.check(group.get(rounding.KEY, "nearest"), f"param group {index}: ")
         results: list[tuple[GroupUpdate, int, Tensor | None]] = []

@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lawn.optim import sharding, slices
@@ -41,6 +42,7 @@ State = Mapping[Tensor, dict[str, Any]]
 Norm = float | Tensor  # of a parameter, 0.0 if it is not fixed; or one for each of its slices, all fixed
 NORM = "lawn_norm"
 DEFAULTS: Group = {"constrain": None, "blocks": None, "free_steps": None, "steps": 0, "switched": False}
+FLAT = "each with parts of several weights, which have no norm of their own; use fully_shard (FSDP2)"
 
 GIVEN = ("constrain", "blocks", "free_steps", slices.KEY)  # by users
 RUN = {"steps", "switched"}  # what a group has done, which a group dict that was used for another optimizer still has
@@ -101,9 +103,11 @@ def check_group(group: Group, index: int, label: str = "param group") -> None:
     flat = [p for p in group["params"] if getattr(p, "_fsdp_flattened", False)]
     if flat and group.get("constrain") is not False and all(p.ndim < 2 for p in flat):  # NO_SHARD keeps the shapes
         raise TypeError(
-            f"{label} {index} holds flat parameters of FullyShardedDataParallel, each with parts of several weights, "
-            "which have no norm of their own; use fully_shard (FSDP2)"
+            f"{label} {index} holds flat parameters of FullyShardedDataParallel, {FLAT}, or constrain=False if the "
+            "group has only biases and the like"
         )
+    if any(hasattr(p, "ds_id") for p in group["params"]) and group.get("constrain") is not False:
+        raise TypeError(f"{label} {index} holds flat parameters of DeepSpeed's ZeRO, {FLAT}")
     blocks = group.get("blocks")
     if blocks is not None and len(blocks) != len(group["params"]):
         raise ValueError(f"{label} {index}: blocks must have an int for each of {len(group['params'])} parameters")
@@ -121,6 +125,21 @@ def check_group(group: Group, index: int, label: str = "param group") -> None:
         raise ValueError(
             f"{label} {index}: weight_decay={group['weight_decay']}, but LAWN replaces weight decay: "
             "set it to 0 there, or constrain=False to leave the group free"
+        )
+
+
+def has_weights(groups: list[Group]) -> bool:
+    """Whether there are parameters with two or more dimensions."""
+    return any(not is_lazy(p) and p.ndim >= 2 for group in groups for p in group["params"])
+
+
+def check_not_flattened(groups: list[Group], had_weights: bool) -> None:
+    """Raise TypeError if an optimizer that `had_weights` has none any more, but parameters of one dimension."""
+    flat = [i for i, group in enumerate(groups) if group["params"] and group.get("constrain") is not False]
+    if had_weights and flat and not has_weights(groups):
+        raise TypeError(
+            f"param group {flat[0]} holds flat parameters in the place of the weights that the optimizer was made "
+            f"with, as those of DeepSpeed's ZeRO, {FLAT}, or ZeRO stage 0; constrain=False leaves a group free"
         )
 
 

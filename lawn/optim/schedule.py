@@ -13,7 +13,8 @@ class LinearWarmup(LRScheduler):
     """Linear warmup to the initial learning rate of each param group, which then stays constant.
 
     Update t (from 0) uses the initial learning rate times (t + 1) / (warmup_steps + 1) during warmup, so the first
-    update has a positive learning rate. Call `step` after each step of the optimizer.
+    update has a positive learning rate. Call `step` after each step of the optimizer. A param group that is added
+    between the two follows the schedule, too.
 
     Args:
         optimizer: optimizer whose learning rates are scheduled.
@@ -57,8 +58,12 @@ class LinearWarmup(LRScheduler):
         """Compute the learning rate of each param group for the next update.
 
         Returns:
-            One learning rate for each group.
+            One learning rate for each group. The initial one of a group that was added since the last call is its
+                present one.
         """
+        for group in self.optimizer.param_groups[len(self.base_lrs) :]:
+            lr = group["lr"]
+            self.base_lrs.append(lr.clone() if isinstance(lr, Tensor) else lr)
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -112,10 +112,14 @@ def _version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version  # inference tensors do not count their changes
 
 
+def _format(t: Tensor) -> tuple[Any, ...]:
+    return t.shape, t.stride(), t.dtype, t.device  # torch's fused optimizers take the strides for those of the weight
+
+
 def buffers(given: dict[Tensor, Tensor], params: list[Tensor], like: list[Tensor]) -> list[Tensor]:
     """Return a buffer for each parameter with the format of `like`; allocate those that are missing or differ."""
     for p, t in zip(params, like, strict=True):
         old = given.get(p)
-        if old is None or old.shape != t.shape or old.dtype != t.dtype or old.device != t.device:
+        if old is None or _format(old) != _format(t):
             given[p] = torch.empty_like(t)
     return [given[p] for p in params]

@@ -2,6 +2,8 @@
 
 import operator
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from types import FrameType
@@ -92,6 +94,7 @@ class LAWN:
         self._fused = fused
         self._zero_check = ZeroCheck(known)
         self._groups = list(optimizer.param_groups)  # a load makes new ones
+        self._had_weights = keys.has_weights(self._groups)
         self._before: dict[Tensor, Tensor] = {}  # buffers of weights before the step
         self._gradients = ProjectedGradients()
         self._norms = HiddenNorms(optimizer)
@@ -175,6 +178,7 @@ class LAWN:
         for index, group in enumerate(groups):
             if "switched" not in group:
                 _add_defaults(self.optimizer, index, self._free_steps, later=True)
+                self._had_weights |= keys.has_weights([group])
         self._groups = list(groups)
 
     @torch._disable_dynamo  # torch.compiler.disable would import the compiler at once
@@ -187,6 +191,7 @@ class LAWN:
         self._group_updates, self._waits = None, False
         self._norms.show()
         self._prepare_added()
+        keys.check_not_flattened(self.optimizer.param_groups, self._had_weights)
         # GradScaler expects a fused optimizer to skip a step whose gradients overflowed.
         found_inf = getattr(self.optimizer, "found_inf", None)
         self._skipped = found_inf is not None and bool(found_inf.item())
@@ -214,9 +219,10 @@ class LAWN:
                 )
             self._waits = False
             self._gradients.restore()
-            loss = closure()
-            with self._norms.shown_inside_step():
-                self._project()
+            with self._on_spheres():
+                loss = closure()
+                with self._norms.shown_inside_step():
+                    self._project()
             self._keep_norms()
             return loss
 
@@ -259,6 +265,20 @@ class LAWN:
             keys.forget_removed(self._before, self.optimizer.param_groups)
             self._gradients.forget_removed(self.optimizer.param_groups)
 
+    @contextmanager
+    def _on_spheres(self) -> Iterator[None]:
+        """In the body, a step that asks for the loss again finds it on the spheres, where it would end now.
+
+        Otherwise a line search would compare losses of weights that the end of the step rescales.
+        """
+        moved = {p: p.detach().clone() for group in self._group_updates or [] for p in group.norms_by_param()}
+        with torch.no_grad():
+            self._retract()
+        yield
+        with torch.no_grad():
+            for p, weight in moved.items():
+                p.copy_(weight)
+
     def _keep_norms(self) -> None:
         """Keep the norms that the step has fixed: after an error, the weights may have others."""
         for group_update in self._group_updates or []:
@@ -283,6 +303,15 @@ class LAWN:
             for group in self.optimizer.param_groups:
                 for p in filter(lambda p: p.grad is not None, group["params"]):
                     state[p].setdefault(keys.NORM, keys.free_norm(group, p))
+        results = self._retract()
+        for group_update in self._group_updates or []:
+            group_update.record(state)
+        self._gradients.restore(getattr(self.optimizer, "grad_scale", None))  # which GradScaler sets
+        for single, index, zero in results:
+            self._zero_check.check(single, index, zero)
+
+    def _retract(self) -> list[tuple[GroupUpdate, int, Tensor | None]]:
+        """Complete the updates of constrained weights; returns what the zero check needs."""
         results: list[tuple[GroupUpdate, int, Tensor | None]] = []
         pending: list[tuple[GroupUpdate, int, stages.Pending]] = []
         for index, group_update in enumerate(self._group_updates or []):
@@ -295,12 +324,8 @@ class LAWN:
                 before = [self._before[p] for p in part.params]
                 if before:
                     pending.append((part, index, stages.retract(part, before, self._fused)))
-            group_update.record(state)
         zeros = stages.finish([waiting for _, _, waiting in pending])
-        results += [(part, index, zero) for (part, index, _), zero in zip(pending, zeros, strict=True)]
-        self._gradients.restore(getattr(self.optimizer, "grad_scale", None))  # which GradScaler sets
-        for single, index, zero in results:
-            self._zero_check.check(single, index, zero)
+        return results + [(part, index, zero) for (part, index, _), zero in zip(pending, zeros, strict=True)]
 
     def _is_nested(self) -> bool:
         """Whether the current step calls the `step` of a parent class, for which torch runs hooks as well.

@@ -76,7 +76,8 @@ def outcome(trainer: Trainer) -> dict[str, Any]:
         "outcomes": None if trainer.outcomes is None else encode_outcomes(trainer.outcomes),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "samples_per_second": round(rate, 1),
-        "peak_share": round(rate * trainer.flops / (trainer.world.size * peak), 4) if trainer.flops else None,
+        # Beside other processes the measured peak may be lower than the rate of the run.
+        "peak_share": min(1.0, round(rate * trainer.flops / (trainer.world.size * peak), 4)) if trainer.flops else None,
         "seconds": {what: round(value, 3) for what, value in trainer.seconds.items()},
         "warnings": [*trainer.task.warnings, *trainer.warnings],
     }

@@ -32,7 +32,7 @@ from lawn.config import Config
 from lawn.data.fingerprint import Fingerprint
 from lawn.errors import WRITTEN_AGAIN, RunError, RunInUseError
 from lawn.files import atomic, is_locked, locked, still_at, write_text
-from lawn.identity import run_name
+from lawn.identity import NOT_IDENTITY, run_name
 from lawn.output import echo
 
 Row = dict[str, float | int | None]
@@ -247,17 +247,34 @@ class RunDirectory:
     def _check_owner(self) -> None:
         """Raises RunError if the directory belongs to another run."""
         if any((self.path / name).exists() for name in FILES):
-            owner = self._owner()
-            if owner != self.hash:
+            try:
+                owner = read_config(self.path, "hash")
+            except RunError as error:
+                raise RunError(f"{error}, or choose another run_dir") from error
+            if owner["hash"] != self.hash:
                 raise RunError(
-                    f"run_dir={self.path}: holds run {owner}, this config is run {self.hash}; choose another"
+                    f"run_dir={self.path}: holds run {owner['hash']}, this config is run {self.hash}; choose another"
+                    + self._changes(owner)
                 )
 
-    def _owner(self) -> str:
-        try:
-            return str(read_config(self.path, "hash")["hash"])
-        except RunError as error:
-            raise RunError(f"{error}, or choose another run_dir") from error
+    def _changes(self, owner: dict[str, Any]) -> str:
+        """The keys that another run has with other values, as text."""
+        theirs = dict(_leaves(owner))
+        changed = [
+            f"{key} is {theirs[key]} there, {value} here"
+            for key, value in _leaves(asdict(self._config))
+            if key not in NOT_IDENTITY and theirs.get(key, value) != value
+        ]
+        return f" ({'; '.join(changed)})" if changed else ""
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested dicts, with their keys joined by points."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def read_config(folder: Path, *needed: str) -> dict[str, Any]:

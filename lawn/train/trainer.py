@@ -16,6 +16,7 @@ from lawn.data.batching import Batching
 from lawn.diagnostics import FlatteningOnset, weight_norm
 from lawn.errors import ConfigError, RunError
 from lawn.optim import LAWNOptimizer, NonFiniteError, attenuate_logits
+from lawn.optim.keys import is_constrained
 from lawn.optimizers import IN_STEPS, OPTIMIZERS, SCHEDULES, optimizer_arguments
 from lawn.task import Batch, Recommendation, Task
 from lawn.train.batchnorm import refuse_single_values
@@ -53,6 +54,8 @@ class Trainer:
                 arguments[key] = None if epochs == "auto" else _steps(epochs, self._updates, total)
         self.optimizer = OPTIMIZERS[config.optim.name](self.model, **arguments)
         self.onset = FlatteningOnset(self._updates) if config.optim.free_epochs == "auto" else None
+        if self.onset and not isinstance(self.optimizer, LAWNOptimizer):
+            raise ConfigError(f"optim.free_epochs=auto: optim={config.optim.name} has no method `constrain`")
         self.diagnostics = None
         if config.diagnostics.name == "on":
             self.diagnostics = RunDiagnostics(config, task, self.model, self.optimizer, self._updates)
@@ -123,7 +126,7 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "lr": ended.lr,
-            "constrained": int(isinstance(self.optimizer, LAWNOptimizer) and self.optimizer.constrained),
+            "constrained": int(is_constrained(self.optimizer.param_groups)),
             "train_loss": _finite(loss),
             "margin_p50": _finite(margin),
             "weight_norm": _finite(weight_norm(self.model).item()),

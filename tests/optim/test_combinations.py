@@ -354,6 +354,45 @@ def test_flat_parameters_beside_a_matrix_are_refused(make):
     make([whole, matrix], 1e-2)
 
 
+@pytest.mark.parametrize("constrain", [None, True])
+@pytest.mark.parametrize("make", [*OWN, lambda params, lr: LAWN(torch.optim.Adam(params, lr), free_steps=2).optimizer])
+def test_weights_that_are_replaced_by_flat_ones_are_refused(make, constrain):
+    """As DeepSpeed's ZeRO replaces them, before the first step: nothing that it trains has the norm of a weight."""
+    weights = [nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4))]
+    optimizer = make([{"params": weights, "constrain": constrain}], 1e-2)
+    optimizer.load_state_dict(optimizer.state_dict())
+    flat = nn.Parameter(torch.cat([w.detach().flatten() for w in weights]))
+    optimizer.param_groups[0]["params"] = [flat]
+    if constrain:
+        optimizer.param_groups[0]["blocks"] = None
+    flat.grad = torch.ones_like(flat)
+    with pytest.raises(TypeError, match=r"holds flat parameters .* those of DeepSpeed's ZeRO, .*; use fully_shard"):
+        optimizer.step()
+    optimizer.param_groups[0]["constrain"] = False
+    optimizer.step()
+    flat.ds_id = 0  # as its stage 3 marks them, before there is an optimizer
+    with pytest.raises(TypeError, match="param group 0 holds flat parameters of DeepSpeed's ZeRO"):
+        make([flat], 1e-2)
+
+
+def test_a_new_layout_of_a_constrained_weight_under_a_fused_optimizer():
+    """torch's fused optimizers take gradients for as strided as their weights."""
+    trained = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Conv2d(3, 4, 3)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, fused=fused)
+        LAWN(optimizer, free_steps=1)
+        for t in range(6):
+            if t == 3:
+                layer.to(memory_format=torch.channels_last)
+            optimizer.zero_grad()
+            layer(torch.randn(2, 3, 6, 6)).square().sum().backward()
+            optimizer.step()
+        trained.append(layer.weight.detach().contiguous())
+    torch.testing.assert_close(*trained, rtol=1e-5, atol=1e-6)
+
+
 @pytest.fixture
 def one_rank(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

@@ -507,6 +507,18 @@ def test_a_group_that_comes_later_with_free_steps_of_its_own(form):
 
 
 @every_form
+def test_free_steps_of_a_later_group_count_if_they_are_those_of_the_constructor_too(form):
+    network, head = model(), nn.Linear(3, 2)
+    optimizer, _ = make(form, network.parameters(), free_steps=2)
+    train(network, optimizer, 0, 3)
+    optimizer.add_param_group({"params": head.parameters(), "free_steps": 2})
+    both = nn.Sequential(*network, head)
+    for t in range(3, 7):
+        assert optimizer.param_groups[1].get("switched", False) == (t > 5)
+        train(both, optimizer, t, t + 1)
+
+
+@every_form
 @pytest.mark.parametrize("told", ["edited", "loaded", "in the group"])
 def test_a_group_that_comes_later_switches_with_the_others(form, told):
     """Whatever the number of free steps was when the optimizer was made."""
@@ -1577,6 +1589,33 @@ def test_a_hook_before_the_step_that_saves_the_optimizer_changes_nothing(name, f
 
     assert [saved[-1]["state"][position][NORM] for position in (0, 1)] == [state[NORM] for state in theirs.values()]
     assert [group["steps"] for group in saved[-1]["param_groups"]] == [3]
+
+
+@pytest.mark.parametrize("axes", [None, 1], ids=["tensor", "rows"])
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_line_search_finds_the_minimum_on_the_spheres(axes, fused, dtype):
+    """The smallest eigenvalue is the minimum; the closure finds the weights on the spheres whenever it is called."""
+    generator = torch.Generator().manual_seed(0)
+    root, start = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (6, 3))
+    matrix = root @ root.T
+    w = nn.Parameter(start.to(dtype))
+    group = {"params": [w]} if axes is None else {"params": [w], "norm_axes": axes}
+    optimizer = torch.optim.LBFGS([group], line_search_fn="strong_wolfe", max_iter=8)
+    LAWN(optimizer, free_steps=0, fused=fused)
+    fixed = start.norm(dim=axes)
+
+    def closure() -> Tensor:
+        torch.testing.assert_close(w.detach().double().norm(dim=axes), fixed, rtol=1e-6, atol=0)
+        optimizer.zero_grad()
+        loss = (w @ matrix.to(dtype) * w).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(20):
+        optimizer.step(closure)
+    lowest = np.linalg.eigvalsh(matrix.numpy())[0] * start.square().sum().item()
+    assert closure().item() == pytest.approx(lowest, rel=1e-3)
 
 
 class Iterating(SGD):

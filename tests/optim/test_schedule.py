@@ -33,6 +33,22 @@ def test_warmup_alone_is_the_first_part():
             LinearWarmup(optimizer, wrong)
 
 
+def test_a_group_that_is_added_later_follows_the_schedule():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
+    schedule = LinearWarmupDecay(optimizer, 2, 10)
+    for t in range(10):
+        optimizer.step()
+        if t == 4:
+            optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": 0.25})
+        schedule.step()
+        found = [group["lr"] for group in optimizer.param_groups]
+        assert found == [rates(2, 10)[t + 1], rates(2, 10, peak=0.25)[t + 1]][: len(found)]
+        assert len(found) == 1 + (t >= 4)
+    again = LinearWarmupDecay(optimizer, 2, 10)
+    again.load_state_dict(schedule.state_dict())
+    assert again.base_lrs == [0.5, 0.25]
+
+
 def test_a_schedule_has_an_end():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
     for wrong in (3, float("nan"), float("inf")):

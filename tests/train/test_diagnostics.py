@@ -5,18 +5,22 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
+from lawn import LAWN
+from lawn.config import OptimConfig
 from lawn.diagnostics import LossSurface, UpdateMonitor, figure
 from lawn.diagnostics.__main__ import main as diagnostics_main
 from lawn.diagnostics.figure import draw
 from lawn.diagnostics.onset import THRESHOLD
 from lawn.errors import ConfigError, RunError
 from lawn.identity import config_hash
+from lawn.optimizers import OPTIMIZERS
 from lawn.train import train, train_many
 from lawn.train.run_directory import RunDirectory
 from lawn.train.trainer import Trainer
@@ -156,6 +160,21 @@ def test_watched_runs_are_trained_alone(tiny, capsys):
 def test_refused(tiny, keys, message):
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
         train(tiny(*keys))
+
+
+def test_an_optimizer_under_lawn_is_one_with_two_phases(tiny, monkeypatch):
+    """Added to the mapping as CONTRIBUTING says; it cannot wait for `constrain`."""
+
+    def rms_lawn(model, *, lr, free_steps):
+        return LAWN(torch.optim.RMSprop(model.parameters(), lr=lr), free_steps).optimizer
+
+    optim = OptimConfig(name="rms_lawn", lr=1e-3, free_epochs=1.0)
+    monkeypatch.setitem(OPTIMIZERS, "rms_lawn", rms_lawn)
+    config = replace(tiny(), optim=optim)
+    train(config)
+    assert [row["constrained"] for row in rows(config)] == ["0", "1", "1", "1"]
+    with pytest.raises(ConfigError, match="free_epochs=auto: optim=rms_lawn has no method `constrain`"):
+        train(replace(config, optim=replace(optim, free_epochs="auto")))
 
 
 def test_the_figure_at_the_end_and_of_several_runs(tiny, tmp_path, capsys, monkeypatch):

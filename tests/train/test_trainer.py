@@ -315,9 +315,10 @@ def test_a_resumed_run_is_fused_as_the_command_says(tiny, monkeypatch, optim):
 
 
 def test_another_runs_directory_is_refused(tiny, tmp_path):
-    train(tiny(f"run_dir={tmp_path}/here"))
-    with pytest.raises(RunError, match="holds run"):
-        train(tiny(f"run_dir={tmp_path}/here", "seed=1"))
+    config = tiny(f"run_dir={tmp_path}/here")
+    train(config)
+    with pytest.raises(RunError, match=r"holds run .*; choose another \(seed is 0 there, 1 here\)$"):
+        train(tiny(f"run_dir={tmp_path}/here", "seed=1", "train.checkpoint_seconds=9"))
 
 
 def test_a_damaged_checkpoint_is_named(tiny, monkeypatch):
