@@ -213,7 +213,7 @@ def _blocks(group: Group, constrained: list[Tensor]) -> list[list[Tensor]]:
         if constrains(group, p):
             members.setdefault(key, []).append(p)
     blocks = [[p for p in block if p.requires_grad] or block for block in members.values()]
-    return [block for block in blocks if needed.intersection(block)]
+    return [block for block in blocks if any(p in needed for p in block)]
 
 
 def _measure_norms(group_update: GroupUpdate, index: int) -> list[Norm]:
