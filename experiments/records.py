@@ -9,6 +9,7 @@ sorted by name at the end.
 import json
 import shlex
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -96,10 +97,10 @@ class Store:
         return self._read[name]
 
     def sort(self) -> None:
-        """Sort the files by name, in which two histories of them are easily merged."""
+        """Sort the files by name, in which two histories of them are easily merged; not those of other users."""
         for path in self._paths():
             file = self._file(path)
-            with file.locked(self._taker(file)):
+            with suppress(PermissionError), file.locked(self._taker(file)):
                 by_name = {json.loads(line)["name"]: line for line in file.lines()}
                 file.replace([by_name[name] for name in sorted(by_name)])
 

@@ -135,7 +135,7 @@ class SubmititExecutor:
     def _find(self) -> None:
         """Find the jobs that other calls have submitted, and delete the files of those that have ended."""
         known = {submitted.handle.job_id for submitted in (*self._running, *self._found.values())}
-        paths = {path.name.removesuffix("_submitted.pkl"): path for path in self._folder.glob("*_submitted.pkl")}
+        paths = {path.name.removesuffix("_submitted.pkl"): path for path in _submitted_files(self._folder)}
         new = sorted(paths.keys() - known)
         if new and self._queue is not None:
             self._queue.ask()
@@ -240,6 +240,7 @@ class SubmititExecutor:
         self._submitit.update_parameters(
             nodes=nodes, tasks_per_node=tasks, cpus_per_task=self._resources.cpus, gpus_per_node=gpus or None
         )
+        earlier = self._results_at_hand()
         with _detached():
             try:
                 handles = self._submitit.submit_array(array)
@@ -247,10 +248,19 @@ class SubmititExecutor:
                 raise RunError(f"the jobs could not be submitted: {_reason(error)}") from error
         now = time.monotonic()
         for handle, given in zip(handles, array, strict=True):
-            if self._queue is None:  # an earlier process had the same number
-                handle.paths.result_pickle.unlink(missing_ok=True)
+            path = handle.paths.result_pickle
+            if path in earlier and earlier[path] == self._results_at_hand().get(path):  # of a job with the same number
+                path.unlink()
             echo(f"job {handle.job_id}, submitted: {_names(given.jobs)}")
             self._running.append(_Submitted(handle, given, list(given.jobs), now))
+
+    def _results_at_hand(self) -> dict[Path, int]:
+        """The results in the folder, with the times of their last change."""
+        found = {}
+        for path in self._folder.glob("*_result.pkl"):
+            with suppress(FileNotFoundError):  # another call has deleted it
+                found[path] = path.stat().st_mtime_ns
+        return found
 
     def _has_ended(self, submitted: _Submitted) -> bool:
         """Whether a job has a result, or is gone for so long that there will be none."""
@@ -272,6 +282,8 @@ class SubmititExecutor:
         """What `work` returned, or why it did not return."""
         path = handle.paths.result_pickle
         try:
+            if not _is_own(path):
+                return f"{path}: cannot be read (it is another user's)"
             outcome, value = pickle_load(path)
         except FileNotFoundError:
             if self._queue is not None and self._queue.was_cancelled(handle.job_id):
@@ -284,13 +296,26 @@ class SubmititExecutor:
 
 def submitted_runs(runs_dir: Path) -> set[str]:
     """The names of the runs whose jobs are queued or at work, or were lost since the last call."""
-    paths = [path for folder in FOLDERS.values() for path in (runs_dir / folder).glob("*_submitted.pkl")]
+    paths = [path for folder in FOLDERS.values() for path in _submitted_files(runs_dir / folder)]
     names: set[str] = set()
     for path in paths:
         with suppress(Exception):  # it has just ended, or another version has written it
             work: Any = DelayedSubmission.load(path).function
             names |= {job.name for job in work.jobs}
     return names
+
+
+def _submitted_files(folder: Path) -> list[Path]:
+    """submitit's files of this user's jobs. Those of others are neither unpickled nor deleted."""
+    return [path for path in folder.glob("*_submitted.pkl") if _is_own(path)]
+
+
+def _is_own(path: Path) -> bool:
+    """Whether this user has made a file; of one that is missing, an error says so later."""
+    try:
+        return path.stat().st_uid == os.geteuid()
+    except FileNotFoundError:
+        return True
 
 
 def _names(jobs: Sequence[Job]) -> str:

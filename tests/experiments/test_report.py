@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 
+from experiments import json_lines
 from experiments.definitions.spec import Cell, Experiment, Measure, PaperResult
 from experiments.planning.study import Tuning, studies
 from experiments.record import Record
@@ -31,6 +32,7 @@ from experiments.selection import EXPERIMENTS, SIMULATIONS
 from lawn.compose import compose
 from lawn.composition import compose_many
 from lawn.errors import RunError
+from lawn.files import exclusively
 from lawn.identity import run_name
 from lawn.plotting import Figure
 from lawn.train.run_directory import encode_outcomes
@@ -512,6 +514,22 @@ def test_a_line_without_an_end_does_not_stop_the_sorting(tuned):
     path.write_text(f"{text}\n{text[:100]}")
     Store(tuned / "results").sort()
     assert path.read_text() == text
+
+
+def test_a_file_of_another_user_does_not_stop_the_sorting(tuned, monkeypatch):
+    path = tuned / "results" / "tuning" / "tuned.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(reversed(lines)))
+    (path.parent / "another.jsonl").write_text("")
+
+    def locked(path):
+        if path.name == "another.jsonl":
+            raise PermissionError(13, "Permission denied", str(path))
+        return exclusively(path)
+
+    monkeypatch.setattr(json_lines, "exclusively", locked)
+    Store(tuned / "results").sort()
+    assert path.read_text() == "".join(lines)
 
 
 @pytest.mark.parametrize("longer", [True, False])

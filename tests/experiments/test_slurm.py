@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ pytest.importorskip("submitit")
 import cloudpickle
 
 from experiments.execution import slurm, slurm_queue
-from experiments.execution.slurm import SubmititExecutor
+from experiments.execution.slurm import SubmititExecutor, submitted_runs
 
 SUBMITTED = "echo Submitted batch job 7; echo '7 PENDING' >> queue"
 
@@ -151,6 +152,44 @@ def test_files_of_jobs_that_are_gone(command, tmp_path):
         (folder / "5_1_submitted.pkl").write_bytes(content)
         with pytest.raises(RunError, match=r"5_1_submitted.pkl: cannot be read .*; delete it if its job has ended"):
             executor_of(tmp_path).__enter__()
+
+
+def test_the_result_of_an_earlier_job_of_the_same_number_is_not_that_of_the_new_one(command, tmp_path):
+    """Slurm begins again with 1 if its state is lost, and two clusters may share a disk."""
+    folder = tmp_path / "runs" / ".submitit"
+    folder.mkdir(parents=True)
+    (folder / "7_0_result.pkl").write_bytes(cloudpickle.dumps(("success", 1)))
+    executor = submit(tmp_path, jobs_of(tmp_path))
+    assert executor.wait(0.1) == []
+    assert files(tmp_path) == ["7_submitted.pkl"]
+
+
+class Mischief:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files of others")
+def test_files_of_other_users_are_left_alone(command, tmp_path):
+    folder, made = tmp_path / "runs" / ".submitit", tmp_path / "made"
+    folder.mkdir(parents=True)
+    for name in ("8_submitted.pkl", "9_submitted.pkl"):
+        (folder / name).write_bytes(cloudpickle.dumps(Mischief(made)))
+        os.chown(folder / name, 65534, 65534)
+    (tmp_path / "queue").write_text("9 RUNNING\n")
+    assert submitted_runs(tmp_path / "runs") == set()
+    executor = submit(tmp_path, jobs_of(tmp_path))
+    assert files(tmp_path) == ["7_submitted.pkl", "8_submitted.pkl", "9_submitted.pkl"]
+    (folder / "7_0_result.pkl").write_bytes(cloudpickle.dumps(Mischief(made)))
+    os.chown(folder / "7_0_result.pkl", 65534, 65534)
+    (ended,) = executor.wait(1)
+    assert "7_0_result.pkl: cannot be read (it is another user's)" in str(ended.failure)
+    assert not made.exists()
 
 
 def test_two_commands_do_not_submit_a_job_twice(command, tmp_path, capsys):
