@@ -84,8 +84,9 @@ def start_or_resume(
             echo(f"warning: {warning}")
     data = task.dataset.fingerprint
     if state is not None and (changed := differences(state.get("data", {}), data)):
-        where = directory.path if directory else run_name(run.config)
-        raise RunError(f"{where}: was started on other data ({changed}); put those back, or delete it to start over")
+        raise RunError(
+            f"{run.directory.path}: was started on other data ({changed}); put those back, or delete it to start over"
+        )
     if directory:
         step = {} if details else constrained_step(trainer.optimizer)  # vectorized runs have a step of their own
         execution = {"ranks": world.size, "execution": asdict(trainer.execution), **step}
@@ -96,10 +97,9 @@ def start_or_resume(
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "loading state_dict" not in str(error):  # as out of memory
                 raise
-            where = directory.path if directory else run_name(run.config)
             lines = map(str.strip, str(error).splitlines())
             reason = f"lacks {error}" if isinstance(error, KeyError) else f"does not fit the code ({' '.join(lines)})"
-            raise RunError(f"{where}: its checkpoint {reason}; delete it to start over") from error
+            raise RunError(f"{run.directory.path}: its checkpoint {reason}; delete it to start over") from error
     if not directory:
         return trainer, None
     if state is not None:
