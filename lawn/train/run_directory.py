@@ -288,8 +288,12 @@ def read_config(folder: Path, *needed: str) -> dict[str, Any]:
             content[key]
     except Exception as error:  # of the system or YAML, with several lines
         reason = f"no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
-        raise RunError(f"{path}: cannot be read ({reason}); put it back") from error
+        raise RunError(f"{path}: cannot be read ({reason}); {_remedy(error, 'put it back')}") from error
     return content
+
+
+def _remedy(error: Exception, otherwise: str) -> str:
+    return "make it readable" if isinstance(error, PermissionError) else otherwise
 
 
 def _yaml(text: str) -> Any:
@@ -318,7 +322,7 @@ def _json(path: Path, *needed: str) -> dict[str, Any]:
         if not isinstance(content, dict) or not set(needed) <= set(content):
             raise ValueError(f"without {', '.join(needed)}")
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read ({error}); {WRITTEN_AGAIN}") from error
+        raise RunError(f"{path}: cannot be read ({error}); {_remedy(error, WRITTEN_AGAIN)}") from error
     return content
 
 

@@ -12,7 +12,7 @@ import torch
 from experiments.records import Store
 from lawn.errors import ConfigError, RunError, UserError
 from lawn.train import train, train_vectorized
-from lawn.train.run_directory import RunDirectory
+from lawn.train.run_directory import RunDirectory, read_config, read_result
 from tests.train.faults import ALWAYS, DIGITS, after, check_equal, copied
 
 
@@ -134,6 +134,21 @@ def test_a_damaged_file_of_a_stopped_run_is_named_or_has_no_effect(stopped_run, 
     lost = name == "env.json"
     assert env["git"] == (None if lost else now["git"])
     assert ("the run's initial environment is unknown" in capsys.readouterr().out) == lost
+
+
+def test_a_file_without_permission_is_not_to_be_deleted(stopped_run, tmp_path, monkeypatch):
+    config = copied(stopped_run[1], tmp_path / "run")
+    read = Path.read_text
+
+    def denied(path, *arguments, **keys):
+        if path.parent == tmp_path / "run":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path, *arguments, **keys)
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    for name, call in {"config.yaml": read_config, "result.json": read_result}.items():
+        with pytest.raises(RunError, match=f"{name}: cannot be read .*Permission denied.*; make it readable$"):
+            call(Path(config.run_dir))
 
 
 def test_a_checkpoint_without_a_part_is_one_line(stopped_run, tmp_path):
