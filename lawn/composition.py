@@ -16,6 +16,7 @@ from lawn.compose import compose_choices, compose_unchecked, parse_override, swe
 from lawn.config import GROUPS, Config
 from lawn.errors import ConfigError
 from lawn.explain import explain, is_hydra_error
+from lawn.identity import leaves
 from lawn.validation import check, normalize, resolve
 
 _LOCK = RLock()  # of composed configs and the schema, while values are set on them
@@ -81,7 +82,7 @@ class _Members:
         tree = OmegaConf.to_container(self._composed, resolve=False)
         assert isinstance(tree, dict)
         tree.pop("hydra")
-        self.raw = dict(_leaves(tree))  # values before interpolation
+        self.raw = dict(leaves(tree))  # values before interpolation
         self._interpolated = [key for key, value in self.raw.items() if "${" in str(value)]
 
     @cached_property
@@ -159,15 +160,6 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
         sections.setdefault(section, {})[name] = value
     config = replace(config, **sections.pop("", {}))
     return replace(config, **{name: replace(getattr(config, name), **each) for name, each in sections.items()})
-
-
-def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of a tree of mappings, with their keys joined by points."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _sets_value(override: Override) -> bool:

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import is_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from lawn.config import Config, rules
@@ -29,6 +30,25 @@ def identity(config: Config) -> dict[str, Any]:
         for key, value in tree.items()
         if value != {}
     }
+
+
+def changed_keys(other: Mapping[str, Any], config: Config) -> str:
+    """The keys of a run's identity that the config of another run, as a tree, has with other values, as text."""
+    theirs = dict(leaves(other))
+    return "; ".join(
+        f"{key} is {theirs[key]} there, {value} here"
+        for key, value in leaves(asdict(config))
+        if key not in NOT_IDENTITY and theirs.get(key, value) != value
+    )
+
+
+def leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a tree of mappings, with their keys joined by points."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def config_hash(config: Config) -> str:

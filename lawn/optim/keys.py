@@ -67,6 +67,8 @@ def add_defaults(groups: list[Group], index: int, free_steps: int | None, *, lat
     """
     group = groups[index]
     check_group(group, index)
+    if group.get("constrain") is not False and any(hasattr(p, "ds_id") for p in group["params"]):
+        raise TypeError(f"param group {index} holds flat parameters of DeepSpeed's ZeRO, {FLAT}")
     phase: Group = {"free_steps": free_steps}
     if later and "free_steps" not in group:
         phase = _phase_of(groups[:index]) or phase
@@ -106,8 +108,6 @@ def check_group(group: Group, index: int, label: str = "param group") -> None:
             f"{label} {index} holds flat parameters of FullyShardedDataParallel, {FLAT}, or constrain=False if the "
             "group has only biases and the like"
         )
-    if any(hasattr(p, "ds_id") for p in group["params"]) and group.get("constrain") is not False:
-        raise TypeError(f"{label} {index} holds flat parameters of DeepSpeed's ZeRO, {FLAT}")
     blocks = group.get("blocks")
     if blocks is not None and len(blocks) != len(group["params"]):
         raise ValueError(f"{label} {index}: blocks must have an int for each of {len(group['params'])} parameters")

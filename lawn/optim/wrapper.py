@@ -145,8 +145,7 @@ class LAWN:
         """
         if not self._hooks:
             raise ValueError("LAWN was detached from the optimizer")
-        self._norms.show()  # after a step that raised
-        self._prepare_added()
+        self._prepare()
         self._zero_check.constrain(self.optimizer, again=again)
 
     def detach(self) -> None:
@@ -158,14 +157,17 @@ class LAWN:
         keys.remove_keys(self.optimizer)
 
     def _complete_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        self._norms.show()
-        self._prepare_added()
+        self._prepare()
         return keys.complete_state_dict(state_dict, optimizer.param_groups, [slices.KEY, *keys.DEFAULTS])
 
     def _load(self, optimizer: Optimizer) -> None:
         self._zero_check = ZeroCheck()
         self._groups = list(optimizer.param_groups)
         keys.restore_norms(optimizer.state)
+
+    def _prepare(self) -> None:
+        self._norms.show()  # after a step that raised
+        self._prepare_added()
 
     def _prepare_added(self) -> None:
         groups = self.optimizer.param_groups
@@ -189,8 +191,7 @@ class LAWN:
         self._gradients.drop_used()  # after a step that raised
         self._gradients.restore()
         self._group_updates, self._waits = None, False
-        self._norms.show()
-        self._prepare_added()
+        self._prepare()
         keys.check_not_flattened(self.optimizer.param_groups, self._had_weights)
         # GradScaler expects a fused optimizer to skip a step whose gradients overflowed.
         found_inf = getattr(self.optimizer, "found_inf", None)

@@ -32,7 +32,7 @@ from lawn.config import Config
 from lawn.data.fingerprint import Fingerprint
 from lawn.errors import WRITTEN_AGAIN, RunError, RunInUseError
 from lawn.files import atomic, is_locked, locked, still_at, write_text
-from lawn.identity import NOT_IDENTITY, run_name
+from lawn.identity import changed_keys, run_name
 from lawn.output import echo
 
 Row = dict[str, float | int | None]
@@ -254,27 +254,8 @@ class RunDirectory:
             if owner["hash"] != self.hash:
                 raise RunError(
                     f"run_dir={self.path}: holds run {owner['hash']}, this config is run {self.hash}; choose another"
-                    + self._changes(owner)
+                    + (f" ({changed})" if (changed := changed_keys(owner, self._config)) else "")
                 )
-
-    def _changes(self, owner: dict[str, Any]) -> str:
-        """The keys that another run has with other values, as text."""
-        theirs = dict(_leaves(owner))
-        changed = [
-            f"{key} is {theirs[key]} there, {value} here"
-            for key, value in _leaves(asdict(self._config))
-            if key not in NOT_IDENTITY and theirs.get(key, value) != value
-        ]
-        return f" ({'; '.join(changed)})" if changed else ""
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested dicts, with their keys joined by points."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def read_config(folder: Path, *needed: str) -> dict[str, Any]:

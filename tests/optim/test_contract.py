@@ -493,9 +493,11 @@ def test_constrained_by_hand_before_the_first_update(form):
 
 
 @every_form
-def test_a_group_that_comes_later_with_free_steps_of_its_own(form):
+@pytest.mark.parametrize("free_steps", [1, 2])
+def test_a_group_that_comes_later_with_free_steps_of_its_own(form, free_steps):
+    """Even if they are those of the constructor."""
     network, head = model(), nn.Linear(3, 2)
-    optimizer, _ = make(form, network.parameters(), free_steps=1)
+    optimizer, _ = make(form, network.parameters(), free_steps=free_steps)
     train(network, optimizer, 0, 3)
     optimizer.add_param_group({"params": head.parameters(), "free_steps": 2})
     moved = []
@@ -504,18 +506,6 @@ def test_a_group_that_comes_later_with_free_steps_of_its_own(form):
         train(nn.Sequential(*network, head), optimizer, t, t + 1)
         moved.append(norms(head) != pytest.approx(before, rel=1e-6))
     assert moved == [True, True, False, False]
-
-
-@every_form
-def test_free_steps_of_a_later_group_count_if_they_are_those_of_the_constructor_too(form):
-    network, head = model(), nn.Linear(3, 2)
-    optimizer, _ = make(form, network.parameters(), free_steps=2)
-    train(network, optimizer, 0, 3)
-    optimizer.add_param_group({"params": head.parameters(), "free_steps": 2})
-    both = nn.Sequential(*network, head)
-    for t in range(3, 7):
-        assert optimizer.param_groups[1].get("switched", False) == (t > 5)
-        train(both, optimizer, t, t + 1)
 
 
 @every_form
