@@ -83,7 +83,7 @@ def status_rows(studies: Sequence[Study], store: Store, estimate: RuntimeEstimat
 def _submitted_runs(studies: Sequence[Study]) -> set[str]:
     if find_spec("submitit") is None:
         return set()
-    from experiments.execution.slurm import submitted_runs
+    from experiments.execution.submitit_files import submitted_runs
 
     folders = {Path(study.grid.config.runs_dir) for study in studies if not study.problem}
     return {name for folder in folders for name in submitted_runs(folder)}

@@ -28,6 +28,7 @@ from experiments.execution.executor import (
     output_of,
 )
 from experiments.execution.slurm_queue import SlurmQueue
+from experiments.execution.submitit_files import FOLDERS, forget, is_own, results_at_hand, submitted_files
 from experiments.execution.worker import work
 from experiments.planning.grid import Job
 from lawn.errors import ConfigError, RunError
@@ -37,7 +38,6 @@ from lawn.train import Stopped
 from lawn.train.signals import deferred_signals
 from lawn.train.submitit_jobs import logs_of, reason_of_loss
 
-FOLDERS = {"slurm": ".submitit", "local": ".submitit_local"}  # in runs_dir
 POLL_SECONDS = 1.0
 MAX_ARRAY = 1000  # jobs, less than Slurm's default MaxArraySize
 TIMEOUTS = 1000  # after so many time limits a job is not requeued
@@ -135,14 +135,14 @@ class SubmititExecutor:
     def _find(self) -> None:
         """Find the jobs that other calls have submitted, and delete the files of those that have ended."""
         known = {submitted.handle.job_id for submitted in (*self._running, *self._found.values())}
-        paths = {path.name.removesuffix("_submitted.pkl"): path for path in _submitted_files(self._folder)}
+        paths = {path.name.removesuffix("_submitted.pkl"): path for path in submitted_files(self._folder)}
         new = sorted(paths.keys() - known)
         if new and self._queue is not None:
             self._queue.ask()
         for job_id in new:
             path = paths[job_id]
             if not self._is_alive(self._handle(job_id, ranks=1)):
-                _forget(self._handle(job_id, ranks=1))
+                forget(self._handle(job_id, ranks=1))
                 continue
             try:
                 work: Any = DelayedSubmission.load(path).function
@@ -240,27 +240,19 @@ class SubmititExecutor:
         self._submitit.update_parameters(
             nodes=nodes, tasks_per_node=tasks, cpus_per_task=self._resources.cpus, gpus_per_node=gpus or None
         )
-        earlier = self._results_at_hand()
+        earlier = results_at_hand(self._folder)
         with _detached():
             try:
                 handles = self._submitit.submit_array(array)
             except (OSError, subprocess.SubprocessError, FailedSubmissionError, UncompletedJobError) as error:
                 raise RunError(f"the jobs could not be submitted: {_reason(error)}") from error
-        now = time.monotonic()
+        later, now = results_at_hand(self._folder), time.monotonic()
         for handle, given in zip(handles, array, strict=True):
             path = handle.paths.result_pickle
-            if path in earlier and earlier[path] == self._results_at_hand().get(path):  # of a job with the same number
+            if path in earlier and earlier[path] == later.get(path):  # of a job with the same number
                 path.unlink()
             echo(f"job {handle.job_id}, submitted: {_names(given.jobs)}")
             self._running.append(_Submitted(handle, given, list(given.jobs), now))
-
-    def _results_at_hand(self) -> dict[Path, int]:
-        """The results in the folder, with the times of their last change."""
-        found = {}
-        for path in self._folder.glob("*_result.pkl"):
-            with suppress(FileNotFoundError):  # another call has deleted it
-                found[path] = path.stat().st_mtime_ns
-        return found
 
     def _has_ended(self, submitted: _Submitted) -> bool:
         """Whether a job has a result, or is gone for so long that there will be none."""
@@ -275,14 +267,14 @@ class SubmititExecutor:
     def _results(self, submitted: _Submitted) -> list[JobResult]:
         seconds = time.monotonic() - submitted.start
         results = job_results(submitted.jobs, submitted.work.jobs, [self._exit_code(submitted.handle)], seconds)
-        _forget(submitted.handle, succeeded=not any(result.failure for result in results))
+        forget(submitted.handle, succeeded=not any(result.failure for result in results))
         return results
 
     def _exit_code(self, handle: Any) -> int | str:
         """What `work` returned, or why it did not return."""
         path = handle.paths.result_pickle
         try:
-            if not _is_own(path):
+            if not is_own(path):
                 return f"{path}: cannot be read (it is another user's)"
             outcome, value = pickle_load(path)
         except FileNotFoundError:
@@ -294,30 +286,6 @@ class SubmititExecutor:
         return int(value) if outcome == "success" else f"{value.strip().splitlines()[-1]}; see {logs_of(handle)}"
 
 
-def submitted_runs(runs_dir: Path) -> set[str]:
-    """The names of the runs whose jobs are queued or at work, or were lost since the last call."""
-    paths = [path for folder in FOLDERS.values() for path in _submitted_files(runs_dir / folder)]
-    names: set[str] = set()
-    for path in paths:
-        with suppress(Exception):  # it has just ended, or another version has written it
-            work: Any = DelayedSubmission.load(path).function
-            names |= {job.name for job in work.jobs}
-    return names
-
-
-def _submitted_files(folder: Path) -> list[Path]:
-    """submitit's files of this user's jobs. Those of others are neither unpickled nor deleted."""
-    return [path for path in folder.glob("*_submitted.pkl") if _is_own(path)]
-
-
-def _is_own(path: Path) -> bool:
-    """Whether this user has made a file; of one that is missing, an error says so later."""
-    try:
-        return path.stat().st_uid == os.geteuid()
-    except FileNotFoundError:
-        return True
-
-
 def _names(jobs: Sequence[Job]) -> str:
     others = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
     return f"{jobs[0].name}{others}"
@@ -327,16 +295,6 @@ def _reason(error: Exception) -> str:
     """Why sbatch has failed, in one line: the last of sbatch, or the first of submitit."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0 if isinstance(error, FailedSubmissionError) else -1]
-
-
-def _forget(handle: Any, succeeded: bool = False) -> None:
-    """Delete submitit's files of a job that has ended. If it has failed, its result stays for another call that waits
-    for it, and its logs.
-    """
-    for pattern in ("*_result.pkl", "*_log.out", "*_log.err") if succeeded else ():
-        for path in handle.paths.folder.glob(f"{handle.job_id}_{pattern}"):
-            path.unlink(missing_ok=True)
-    handle.paths.submitted_pickle.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -23,7 +23,8 @@ pytest.importorskip("submitit")
 import cloudpickle
 
 from experiments.execution import slurm, slurm_queue
-from experiments.execution.slurm import SubmititExecutor, submitted_runs
+from experiments.execution.slurm import SubmititExecutor
+from experiments.execution.submitit_files import submitted_runs
 
 SUBMITTED = "echo Submitted batch job 7; echo '7 PENDING' >> queue"
 
