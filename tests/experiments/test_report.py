@@ -10,11 +10,14 @@ from dataclasses import replace
 from math import isnan, nan, sqrt
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fontTools.pens.recordingPen import RecordingPen  # comes with matplotlib
+from fontTools.svgLib.path import parse_path
 
 from experiments import json_lines
 from experiments.definitions.spec import Cell, Experiment, Measure, PaperResult
@@ -34,7 +37,7 @@ from lawn.composition import compose_many
 from lawn.errors import RunError
 from lawn.files import exclusively
 from lawn.identity import run_name
-from lawn.plotting import Figure
+from lawn.plotting import Figure, rc_context
 from lawn.train.run_directory import encode_outcomes
 from tests.experiments.helpers import (
     ACCURACY,
@@ -648,6 +651,32 @@ def test_a_figure_is_drawn_again_only_if_it_would_be_another(tmp_path):
     assert len(drawn) == 4
     drawing.save(again, path)
     assert len(drawn) == 4
+
+
+def test_svg_files_have_the_paths_of_matplotlib(tmp_path):
+    figure = Figure()
+    axis = figure.subplots()
+    axis.plot([3.0, 1.0, 2.0], "o-")
+    axis.set(xlabel="a curved label", yscale="log")
+    with io.StringIO() as file, rc_context(drawing.STYLE):
+        figure.savefig(file, format="svg")
+        expected = _svg_paths(file.getvalue())
+    drawing.save(drawing.Drawing(lambda _: figure, None), tmp_path / "figure")
+    saved = _svg_paths((tmp_path / "figure.svg").read_text("utf8"))
+    assert len(saved) == len(expected) > 20
+    for path, of_matplotlib in zip(saved, expected, strict=True):
+        assert [step for step, _ in path] == [step for step, _ in of_matplotlib]
+        for (_, points), (_, exact) in zip(path, of_matplotlib, strict=True):
+            np.testing.assert_allclose(points, exact, atol=0.0501)
+
+
+def _svg_paths(svg: str) -> list[list[tuple[str, Any]]]:
+    """As an independent reader of SVG understands them."""
+    pens = []
+    for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}path"):
+        pens.append(RecordingPen())
+        parse_path(element.get("d", ""), pens[-1])
+    return [pen.value for pen in pens]
 
 
 def test_every_record_is_shown():
