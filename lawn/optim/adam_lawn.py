@@ -1,6 +1,6 @@
 """Adam-LAWN (paper, Algorithm 1)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -67,6 +67,7 @@ class AdamLAWN(LAWNOptimizer):
     """
 
     _base_rule = BaseRule("betas", ADAM_STATE, decoupled=True)
+    _trust: ClassVar[bool] = False  # whether constrained updates have LAMB's trust ratios
 
     def __init__(
         self,
@@ -115,24 +116,16 @@ class AdamLAWN(LAWNOptimizer):
         return None
 
     def _constrained_update(self, group_update: GroupUpdate) -> Tensor | None:
-        return self._constrained_adam(group_update, trust=False)
-
-    def _constrained_adam(self, group_update: GroupUpdate, *, trust: bool) -> Tensor | None:
-        """Apply the constrained update of Adam-LAWN, or with `trust` that of LAMB-LAWN."""
         group = group_update.group
         blocks, corrections = self._begin(group_update)
         backend = dispatch.backend(blocks, group["fused"])
         options = {"lr": group["lr"], "betas": group["betas"], "eps": group["eps"]}
-        return backend.adam(blocks, corrections, trust=trust, **options)
+        return backend.adam(blocks, corrections, trust=self._trust, **options)
 
     def _sharded_update(self, part: GroupUpdate) -> stages.Pending:
-        return self._sharded_adam(part, trust=False)
-
-    def _sharded_adam(self, part: GroupUpdate, *, trust: bool) -> stages.Pending:
-        """Begin the update of `_constrained_adam` for sharded blocks."""
         group = part.group
         beta1, beta2 = group["betas"]
-        options = {"lr": group["lr"], "eps": group["eps"], "trust": trust, "fused": group["fused"]}
+        options = {"lr": group["lr"], "eps": group["eps"], "trust": self._trust, "fused": group["fused"]}
         return stages.step(part, *self._begin(part), factors=(beta1, 1 - beta1, beta2, 1 - beta2), **options)
 
     def _begin(self, group_update: GroupUpdate) -> tuple[Blocks, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lawn.optim import sharding, stages
+from lawn.optim import rounding, sharding, slices, stages
 from lawn.optim.adam_lawn import AdamLAWN
 from lawn.optim.checks import (
     ADAM_STATE,
@@ -20,7 +20,7 @@ from lawn.optim.checks import (
     check_options,
     torch_keys,
 )
-from lawn.optim.group_update import GroupUpdate, check_dense
+from lawn.optim.group_update import check_dense
 from lawn.optim.lamb_update import lamb
 
 BASE_RULE = BaseRule("betas", ADAM_STATE)
@@ -32,8 +32,9 @@ class LAMB(Optimizer):
 
     Implementations of LAMB differ. This one follows Algorithm 2 of You et al.: bias-corrected moments, weight decay
     added to the Adam update r before the trust ratio ||w|| / ||r + decay w|| is computed, their phi the identity, a
-    ratio of 1 where either norm is zero, and a ratio for every parameter. It does not clip gradients. (timm's Lamb
-    clips the global gradient norm to 1 and has no ratio for parameters without decay.)
+    ratio of 1 where either norm is zero, and a ratio for every parameter, or every slice where a param group has
+    `norm_axes`. It does not clip gradients. (timm's Lamb clips the global gradient norm to 1 and has no ratio for
+    parameters without decay.)
 
     Args:
         params: parameters, named parameters or param groups, of any shapes.
@@ -110,6 +111,10 @@ class LAMB(Optimizer):
 
     def _check_group(self, group: dict[str, Any], index: int) -> None:
         check_options(self, group, index, torch_keys(Adam, SGD) - {*self.defaults})
+        slices.check(group.get(slices.KEY), f"param group {index}: ")
+        if group.get(rounding.KEY, "nearest") != "nearest":
+            name = type(self).__name__
+            raise ValueError(f"param group {index}: {name} rounds to nearest, got rounding={group[rounding.KEY]!r}")
         values = {**self.defaults, **group}
         check_not_negative(values, "lr", "weight_decay")
         check_adam(values)
@@ -220,12 +225,7 @@ class LAMBLAWN(AdamLAWN):
     """
 
     _base_rule = BASE_RULE
+    _trust = True
 
     def _free_update(self, group: dict[str, Any], params: list[Tensor], idle: list[Tensor]) -> stages.Pending | None:
         return lamb(self, group, params, idle, float("inf"), True)
-
-    def _constrained_update(self, group_update: GroupUpdate) -> Tensor | None:
-        return self._constrained_adam(group_update, trust=True)
-
-    def _sharded_update(self, part: GroupUpdate) -> stages.Pending:
-        return self._sharded_adam(part, trust=True)

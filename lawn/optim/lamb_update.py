@@ -40,7 +40,8 @@ def lamb(
     weights, updates = waiting.enter_context(_moved(optimizer, group, sharded))
     trusted = [trust_vectors or p.ndim >= 2 for p in sharded]
     update_of = dict(zip(sharded, updates, strict=True))
-    members = [p for p in group["params"] if p in update_of or p in set(idle)]  # in the same order on all ranks
+    taking_part = {*sharded, *idle}
+    members = [p for p in group["params"] if p in taking_part]  # in the same order on all ranks
     shards = real(sharding.local(members))
     moves = [update_of.get(p, shard.new_zeros(0)) for p, shard in zip(members, shards, strict=True)]
 

@@ -2,7 +2,8 @@
 
 import ctypes
 import os
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,6 +16,30 @@ from lawn.optim import LAWNOptimizer, dispatch
 from lawn.output import echo
 
 WORTH_COMPILING = 1000  # updates: fewer may not make up for the time of compiling
+
+
+@contextmanager
+def settings_of_a_new_process() -> Iterator[None]:
+    """In the body, torch has the settings of a new process, afterwards those of the caller again."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    precision = torch.get_float32_matmul_precision()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    torch.set_default_dtype(torch.float32)
+    try:
+        with ExitStack() as contexts, torch.inference_mode(False), torch.enable_grad():
+            if device.type != "cpu":  # this context would slow every call of torch
+                contexts.enter_context(torch.device("cpu"))
+            for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+                contexts.enter_context(torch.autocast(kind, enabled=False))
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_float32_matmul_precision(precision)
+        if torch.are_deterministic_algorithms_enabled() != deterministic:
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = cudnn
 
 
 @dataclass(frozen=True)

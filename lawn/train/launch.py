@@ -1,17 +1,14 @@
 """Train one run, in this process or in several."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-
-import torch
 
 from lawn.compose import compose_unchecked, refuse_sweeps
 from lawn.config import Config
 from lawn.errors import ConfigError
 from lawn.output import echo
 from lawn.train.distributed import World, init_from_torchrun, launched_by_torchrun, local_device, set_device
+from lawn.train.execution import settings_of_a_new_process
 from lawn.train.prepare import prepare
 from lawn.train.session import run_rank
 from lawn.train.spawn import run_in_processes
@@ -48,10 +45,11 @@ def run(*overrides: str) -> dict[str, Any]:
     return train(validate(composed))
 
 
+@settings_of_a_new_process()
 def train(config: Config) -> dict[str, Any]:
     """Train the run of a config, resume it, or find it done; returns its result.
 
-    It trains in the precision of the config, whatever torch's default dtype is in this process. Everything that can be
+    It trains as in a new process, whatever torch's defaults are in this one. Everything that can be
     refused is refused before data is read. A loss that is not finite ends the run with status "diverged": that is a
     result, not an error. Under torchrun this process is one rank of the run; otherwise `train.devices` ranks are
     started here. A signal ends the run between two updates, with a checkpoint.
@@ -60,23 +58,6 @@ def train(config: Config) -> dict[str, Any]:
         UserError: in one line, what is wrong.
         Stopped: at a signal (see `lawn.train.signals`).
     """
-    with _own_defaults():
-        return _train(config)
-
-
-@contextmanager
-def _own_defaults() -> Iterator[None]:
-    """In the body, torch makes float32 tensors and computes gradients, as in a new process."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-
-
-def _train(config: Config) -> dict[str, Any]:
     prepared = prepare(config)
     if launched_by_torchrun():
         with init_from_torchrun(config) as world:

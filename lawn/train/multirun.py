@@ -14,6 +14,7 @@ from lawn.errors import ConfigError, UserError
 from lawn.identity import config_hash, run_name
 from lawn.output import echo
 from lawn.train.distributed import World, local_device, set_device
+from lawn.train.execution import settings_of_a_new_process
 from lawn.train.launch import train
 from lawn.train.prepare import PreparedRun, prepare
 from lawn.train.recorder import RunRecorder
@@ -52,6 +53,7 @@ def train_many(configs: Sequence[Config]) -> list[Exception]:
     return failures
 
 
+@settings_of_a_new_process()
 @translate_torch_errors(rank=0)
 def train_vectorized(configs: Sequence[Config], failures: list[Exception] | None = None) -> None:
     """Train runs of one `vectorization_key` as one batched model, in as many groups as the memory requires.

@@ -15,6 +15,7 @@ from lawn.config import Config
 from lawn.data.batching import Batching
 from lawn.diagnostics import FlatteningOnset, weight_norm
 from lawn.errors import ConfigError, RunError
+from lawn.identity import run_name
 from lawn.optim import LAWNOptimizer, NonFiniteError, attenuate_logits
 from lawn.optim.keys import is_constrained
 from lawn.optimizers import IN_STEPS, OPTIMIZERS, SCHEDULES, optimizer_arguments
@@ -203,6 +204,8 @@ class Trainer:
             except NonFiniteError:
                 state.total_losses = self.world.all_reduce_sum(state.losses.values).cpu()
                 return math.nan, math.nan
+            except ValueError as error:  # a weight whose norm is zero
+                raise RunError(f"{run_name(self.config)}: {error}") from error
             if micro_batch.update.stop < task.dataset.num_train and pause():
                 return None
         margins = self.world.all_gather_rows(state.margins.values)

@@ -6,6 +6,8 @@ import torch
 from lawn.compose import compose
 from lawn.errors import ConfigError
 from lawn.train import run, train
+from lawn.train.multirun import train_many
+from lawn.train.run_directory import RunDirectory
 from tests.helpers import run as command
 
 SHORT = ("dataset=digits", "train.epochs=2", "model.widths=[8]", "dataset.limit=100", "device=cpu")
@@ -44,6 +46,38 @@ def test_the_state_of_torch_in_a_notebook_does_not_matter(tmp_path):
     assert result["last"] == alone["last"]
     with torch.inference_mode():
         assert run(*SHORT, f"run_dir={tmp_path}/in inference mode")["last"] == alone["last"]
+    with torch.device("meta"):
+        assert run(*SHORT, f"run_dir={tmp_path}/on meta")["last"] == alone["last"]
+
+
+def test_a_run_leaves_the_settings_of_torch(tmp_path):
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.benchmark = True
+    try:
+        run(*SHORT, f"run_dir={tmp_path}/run")
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.cudnn.benchmark
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.benchmark = False
+
+
+def test_vectorized_runs_do_not_depend_on_the_state_of_torch(tmp_path):
+    def losses(folder: str) -> list[float]:
+        configs = [compose(*SHORT, "train.vectorize=2", f"seed={k}", f"runs_dir={tmp_path}/{folder}") for k in (0, 1)]
+        assert not train_many(configs)
+        return [RunDirectory(config).result()["last"]["train_loss"] for config in configs]
+
+    alone = losses("alone")
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert losses("in float64") == alone
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.slow
