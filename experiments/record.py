@@ -137,7 +137,7 @@ class Record:
         return [self.environment, *self.environment.get("resumed", [])]
 
 
-def record_of(path: Path, name: str, content: dict[str, Any], needed: tuple[str, ...] = OF_ALL) -> Record:
+def record_of(path: Path, name: str, content: dict[str, Any], needed: tuple[str, ...]) -> Record:
     """Raises one of DAMAGE if the content does not match the name or lacks a `needed` property."""
     if not identity_hash(content["config"]) == content["hash"] == name.rpartition("-")[2]:
         raise ValueError("its config does not match its name")
@@ -158,10 +158,10 @@ def record_of(path: Path, name: str, content: dict[str, Any], needed: tuple[str,
     return record
 
 
-def read_record(path: Path, needed: tuple[str, ...] = OF_ALL) -> Record:
+def read_record(path: Path) -> Record:
     """Read a record. Raises RunError if it is damaged or does not match its name."""
     try:
-        return record_of(path, path.stem, json.loads(decode(path, read_bytes(path))), needed)
+        return record_of(path, path.stem, json.loads(decode(path, read_bytes(path))), OF_ALL)
     except DAMAGE as error:
         raise RunError(f"{path}: damaged record ({error}); delete it and run again") from error
 

@@ -162,7 +162,7 @@ def _history(run: Path, epochs: list[int]) -> dict[str, list[float | int | None]
 
 
 def _recorded(config: Config, epochs: int) -> list[int]:
-    """The epochs that the record of a run of so many has.
+    """The epochs that the record of a run of `epochs` keeps.
 
     Of more than EPOCHS it is every second, third, ... and the last, unless some epochs measure what others do not.
     """

@@ -5,7 +5,6 @@ Both are matrix factorizations: popularity is a bias of each item. They are eval
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
@@ -14,8 +13,8 @@ from scipy.sparse import csr_matrix
 
 from lawn.compose import compose
 from lawn.data.interactions import Interactions
-from lawn.errors import ConfigError
 from lawn.models.mf import MF
+from lawn.packages import check_installed
 from lawn.task import Recommendation, task_builder
 
 
@@ -34,8 +33,7 @@ def run(settings: Settings, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     Raises ConfigError without the package `implicit`.
     """
-    if find_spec("implicit") is None:
-        raise ConfigError("references: the package implicit is not installed; pip install '.[references]'")
+    check_installed("implicit", "references", "'.[references]'")
 
     def load(split: str, factors: int) -> tuple[Recommendation, MF]:
         task = task_builder(

@@ -33,7 +33,7 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def changed_keys(other: Mapping[str, Any], config: Config) -> str:
-    """The keys of a run's identity that the config of another run, as a tree, has with other values, as text."""
+    """Describe the keys of the run's identity whose values differ in `other`, the config tree of another run."""
     theirs = dict(leaves(other))
     return "; ".join(
         f"{key} is {theirs[key]} there, {value} here"

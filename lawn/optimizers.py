@@ -6,7 +6,6 @@ A builder takes the model and the config keys of its optimizer as keyword argume
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from lawn.optim import (
     output_layer,
     param_groups,
 )
+from lawn.packages import check_installed
 
 Groups = list[dict[str, Any]]
 
@@ -218,6 +218,6 @@ def optimizer_arguments(config: Config) -> dict[str, Any]:
     name = config.optim.name
     if name not in OPTIMIZERS:
         raise ConfigError(f"optim={name}: no such optimizer; choose from {', '.join(OPTIMIZERS)}")
-    if name in PACKAGES and find_spec(PACKAGES[name]) is None:
-        raise ConfigError(f"optim={name}: the package {PACKAGES[name]} is not installed; pip install '.[baselines]'")
+    if name in PACKAGES:
+        check_installed(PACKAGES[name], f"optim={name}", "'.[baselines]'")
     return arguments("optim", config.optim, OPTIMIZERS[name], IN_STEPS)

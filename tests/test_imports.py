@@ -15,7 +15,7 @@ LAYERS = """
     lawn.optim
     lawn.__init__
     lawn.errors
-    lawn.files lawn.output lawn.child_signals lawn.plotting
+    lawn.files lawn.output lawn.packages lawn.child_signals lawn.plotting
     lawn.arguments lawn.config
     lawn.explain lawn.identity
     lawn.validation

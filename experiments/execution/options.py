@@ -2,7 +2,6 @@
 
 import argparse
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from experiments.execution.executor import Executor, Resources
 from experiments.execution.pool import Pool
 from lawn.errors import ConfigError
+from lawn.packages import check_installed
 
 MAX_SEEDS = 1_000  # of a cell
 MAX_NUMBER = 100_000  # of jobs, GPUs, cores or nodes
@@ -65,8 +65,7 @@ def make_executor(given: argparse.Namespace, runs_dir: Path) -> Executor:
     if name == LOCAL:
         return Pool(_slots("auto" if given.devices is None else given.devices, given.jobs))
     package, extra = PACKAGES[name]
-    if find_spec(package) is None:
-        raise ConfigError(f"--executor {name}: the package {package} is not installed; pip install '.[{extra}]'")
+    check_installed(package, f"--executor {name}", f"'.[{extra}]'")
     elsewhere = name != SUBMITIT_LOCAL
     if name != RAY and given.gpus is not None and given.gpus % 1:
         raise ConfigError(f"--gpus {given.gpus}: Slurm jobs do not share a GPU; a fraction needs --executor {RAY}")

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence, Set
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from experiments.planning.grid import Job
 from experiments.planning.study import Study
 from experiments.records import Store
 from lawn.errors import UserError
+from lawn.packages import is_installed
 from lawn.train.run_directory import RunDirectory
 
 Row = dict[str, Any]
@@ -81,7 +81,7 @@ def status_rows(studies: Sequence[Study], store: Store, estimate: RuntimeEstimat
 
 
 def _submitted_runs(studies: Sequence[Study]) -> set[str]:
-    if find_spec("submitit") is None:
+    if not is_installed("submitit"):
         return set()
     from experiments.execution.submitit_files import submitted_runs
 

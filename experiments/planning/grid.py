@@ -19,7 +19,7 @@ from lawn.explain import explain
 from lawn.identity import run_name
 from lawn.validation import check, normalize
 
-_INDEPENDENT: set[tuple[Any, ...]] = set()  # keys, and the interpolations of a grid, of which none depends on the key
+_INDEPENDENT: set[tuple[Any, ...]] = set()  # (key, interpolations) where no interpolation depends on the key
 
 
 @dataclass(frozen=True)

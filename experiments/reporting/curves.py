@@ -48,7 +48,6 @@ def curves_page(experiment: Experiment, store: Store, selection: str = "val") ->
             *_filters(complete),
         ],
         frame=_frame(complete),
-        records=[],
         chart=(chart := chart_of(experiment, found)),
         figure=figure_of(experiment, chart, found),
         figure_shown=bool(complete),

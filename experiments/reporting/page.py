@@ -24,7 +24,7 @@ SPREAD = "(standard error, number of seeds)"  # what follows a mean in the pages
 
 @dataclass(frozen=True)
 class Page:
-    """The content of the page of an experiment or a simulation, as plain data."""
+    """The content of the page of an experiment or a simulation."""
 
     name: str  # of its files
     title: str
@@ -34,7 +34,6 @@ class Page:
     provenance: str  # code versions and hardware, in a line
     summary: list[str]  # what the numbers show, in sentences
     frame: pd.DataFrame  # the numbers as tidy data
-    records: list[Record]
     chart: Chart | None = None
     figure: Drawing | None = None  # of the chart, or of what no chart describes
     figure_shown: bool = True  # in the index
@@ -69,7 +68,6 @@ def experiment_page(experiment: Experiment, store: Store, selection: str = "val"
         provenance=provenance(records, [record for outcome in found for _, record in outcome.tried]),
         summary=summary(experiment, found),
         frame=_frame(experiment, found),
-        records=records,
         chart=(chart := chart_of(experiment, found)),
         figure=figure_of(experiment, chart, found),
         figure_shown=bool(records),

@@ -94,7 +94,6 @@ def simulation_page(simulation: Simulation, results: Path) -> Page:
         provenance=provenance([] if record is None else [record]),
         summary=shown.summary,
         frame=shown.frame,
-        records=[] if record is None else [record],
         figure=figure,
         figure_shown=record is not None,
         source="" if record is None else f"{FOLDER}/{record.name}.json",

@@ -1,4 +1,4 @@
-"""Cache directories of compiled code."""
+"""Cache directories."""
 
 import atexit
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def cache_directories() -> Iterator[Path]:
-    """Yield the directories to try for compiled CPU kernels, the preferred one first."""
+    """Yield the directories to try for compiled CPU kernels and composed configs, the preferred one first."""
     if given := os.environ.get("XDG_CACHE_HOME"):
         yield Path(given) / "lawn"
     with suppress(RuntimeError):  # the user has no home directory

@@ -24,12 +24,12 @@ class ZeroCheck:
 
     def begin(self, optimizer: "Optimizer", fused: bool | None = None) -> list[GroupUpdate]:
         """Begin a step as `phase.begin_step` does. Raises ValueError for a weight that an earlier step found zero."""
-        arrived, waiting = [], []
-        for entry in self._pending:
-            (arrived if entry[-1].query() else waiting).append(entry)
-        self._pending = waiting
-        for group_update, index, zero, _ in arrived:
-            _check_zero(group_update, index, zero)
+        arrived = [entry[-1].query() for entry in self._pending]
+        pending = list(zip(self._pending, arrived, strict=True))
+        self._pending = [entry for entry, here in pending if not here]
+        for (group_update, index, zero, _), here in pending:
+            if here:
+                _check_zero(group_update, index, zero)
         return phase.begin_step(optimizer, self.known, fused)
 
     def constrain(self, optimizer: "Optimizer", *, again: bool) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from typing import Any, ClassVar
@@ -13,6 +12,7 @@ from lawn.config import Config
 from lawn.errors import ConfigError
 from lawn.identity import identity
 from lawn.output import echo
+from lawn.packages import check_installed
 
 TIMEOUT_SECONDS = 60.0  # of each call to wandb
 
@@ -94,13 +94,7 @@ def logger_builder(config: Config) -> Callable[[str, Path], Logger]:
     if config.logger.name not in LOGGERS:
         raise ConfigError(f"logger={config.logger.name}: no such logger; choose from {', '.join(LOGGERS)}")
     kind = LOGGERS[config.logger.name]
-    if kind is WandbLogger and not _installed("wandb"):
-        raise ConfigError("logger=wandb: the package wandb is not installed; pip install wandb")
+    if kind is WandbLogger:
+        check_installed("wandb", "logger=wandb", "wandb")
     given = arguments("logger", config.logger, kind)
     return lambda run_id, directory: kind(config, run_id, directory, **given)
-
-
-def _installed(package: str) -> bool:
-    """A folder of that name is no package: wandb leaves one wherever it has run."""
-    spec = find_spec(package)
-    return spec is not None and spec.origin is not None

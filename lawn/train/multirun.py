@@ -130,8 +130,7 @@ def _train_group(group: list[PreparedRun], dataset: object, world: World, failur
                     run.directory.drop_checkpoint()
                 task = run.build_task(world.device, dataset)
                 single = replace(run, config=replace(run.config, train=replace(run.config.train, compile="off")))
-                details = {"together": len(begun)}
-                trainer, recorder = start_or_resume(single, task, world, run.directory, state, **details)
+                trainer, recorder = start_or_resume(single, task, world, run.directory, state, together=len(begun))
                 assert recorder is not None  # there is a directory
                 if not trainer.between_epochs:  # it was paused when it ran alone; the group begins with whole epochs
                     trainer.train_epoch()

@@ -4,8 +4,8 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
-from importlib.metadata import version
-from importlib.util import find_spec
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,22 @@ def environment(device: torch.device, code: Sequence[str] = ("lawn", "conf", "ru
     return {
         **_version(code),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES if find_spec(name.replace("-", "_"))},
+        "packages": _versions(PACKAGES),
         "system": platform.platform(terse=True),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    """Those of the packages that are installed."""
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _version(code: Sequence[str]) -> dict[str, str | bool | None]:

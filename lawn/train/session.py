@@ -75,9 +75,9 @@ def start_or_resume(
     world: World,
     directory: RunDirectory | None,
     state: dict[str, Any] | None,
-    **details: object,
+    together: int | None = None,
 ) -> tuple[Trainer, RunRecorder | None]:
-    """The run in the state of a checkpoint, or at its start. `details` are added to env.json."""
+    """The run in the state of a checkpoint, or at its start; `together` is the number of runs that are vectorized."""
     trainer = Trainer(run.config, task, world)
     if directory:
         for warning in task.warnings:
@@ -88,9 +88,10 @@ def start_or_resume(
             f"{run.directory.path}: was started on other data ({changed}); put those back, or delete it to start over"
         )
     if directory:
-        step = {} if details else constrained_step(trainer.optimizer)  # vectorized runs have a step of their own
+        # Vectorized runs have a step of their own.
+        step = constrained_step(trainer.optimizer) if together is None else {"together": together}
         execution = {"ranks": world.size, "execution": asdict(trainer.execution), **step}
-        directory.begin({**environment(world.device), "data": data, **execution, **details})
+        directory.begin({**environment(world.device), "data": data, **execution})
     if state is not None:
         try:
             trainer.load_state_dict(state)

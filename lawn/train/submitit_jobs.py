@@ -5,7 +5,6 @@ The launchers do not print where the output of a job is or how it ended, and sto
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from importlib.util import find_spec
 from io import StringIO
 from typing import Any
 from unittest.mock import patch
@@ -14,6 +13,7 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from lawn.errors import ConfigError, RunError, UserError
 from lawn.output import echo
+from lawn.packages import check_installed
 
 
 @contextmanager
@@ -27,8 +27,7 @@ def report_submitit_jobs(arguments: Sequence[str], fail: Callable[[Exception], N
     if launcher is None:
         yield
         return
-    if find_spec("submitit") is None:
-        raise ConfigError(f"{launcher}: the package submitit is not installed; pip install '.[slurm]'")
+    check_installed("submitit", launcher, "'.[slurm]'")
     import submitit
 
     submitted: list[Any] = []

@@ -25,8 +25,8 @@ def to_meta(model: nn.Module) -> nn.Module:
 
 
 @lru_cache
-def peak_flops(device: torch.device, precision: str = "fp32") -> float:
-    """Matrix multiplication rate of the device, FLOP/s, in that precision: the best of three timed products."""
+def peak_flops(device: torch.device, precision: str) -> float:
+    """Matrix multiplication rate of the device, FLOP/s, in that precision: the best of four timed products."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = 8192 if device.type == "cuda" else 1024 if dtype == torch.float32 else 256  # few CPUs have units for bf16
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)

@@ -29,19 +29,25 @@ from lawn.train.vectorized_step import VectorizedStep
 MODELS = ("mlp", "ncf_mlp")  # small, so that one run leaves a device idle, and without batch norm
 CPU_ROWS = 160_000  # of the batches of all runs: one run with more keeps a CPU busy, and its caches full
 CPU_WEIGHTS = 1_000_000  # bytes of a model: several runs of a larger one gain nothing on a CPU
-SAMPLE_BYTES = 40  # of an epoch of a recommender that has a seed of its own
+SAMPLE_BYTES = 40  # for each sample of a recommender's epoch: runs of different seeds hold their own
 OWN_WEIGHTS = ("adam_hoffer",)  # optimizers that replace the model's weights
 
 
 def vectorization_key(config: Config) -> str | None:
     """Runs with the same key can be vectorized; None for a run that cannot."""
     train = config.train
-    alone = train.micro_batch_size or (train.devices or 1) > 1 or train.compile not in (None, "off")
-    alone = alone or train.precision == "bf16" or launched_by_torchrun()
     alone = (
-        alone or config.optim.free_epochs == "auto" or config.diagnostics.name == "on"
-    )  # these read each update of one run
-    if config.model.name not in MODELS or config.optim.name in OWN_WEIGHTS or alone:
+        config.model.name not in MODELS,
+        config.optim.name in OWN_WEIGHTS,
+        train.micro_batch_size is not None,
+        (train.devices or 1) > 1 or launched_by_torchrun(),
+        train.compile not in (None, "off"),
+        train.precision == "bf16",
+        # These read each update of one run.
+        config.optim.free_epochs == "auto",
+        config.diagnostics.name == "on",
+    )
+    if any(alone):
         return None
     shared = identity(config)
     del shared["seed"], shared["optim"], shared["schedule"]

@@ -202,7 +202,7 @@ class CPUWeights:
         return ww, wg
 
     def advance(self, g: list[Tensor], along: Tensor | None, scales: list[Tensor]) -> None:
-        """As that of a weight."""
+        """See `VectorizedWeight.advance`."""
         self._scales = torch.stack(scales) if scales else torch.empty(0)
         self._blocks.grads = g
         share = torch.zeros(len(self._rows)) if along is None else along
@@ -214,13 +214,13 @@ class CPUWeights:
         return wr, rr
 
     def move(self, keep: Tensor | None, take: Tensor) -> None:
-        """As that of a weight."""
+        """See `VectorizedWeight.move`."""
         share = torch.ones(len(self._rows)) if keep is None else keep
         self._kernels.move(self._blocks, share, take, self._scales, self._eps)
         self._blocks.grads = self._rows  # the gradients are not needed any more
 
     def restore_norms(self, off: Tensor) -> None:
-        """As that of a weight, with a look at the mask."""
+        """See `VectorizedWeight.restore_norms`; this one reads the mask."""
         for row in off.nonzero().flatten().tolist():
             length = torch.linalg.vector_norm(self._rows[row], dtype=torch.float64)
             if length > 0:

@@ -17,6 +17,7 @@ from experiments.execution.executor import Executor, JobResult
 from experiments.execution.pool import Pool
 from experiments.planning.grid import Job
 from experiments.planning.study import studies
+from experiments.record import Record
 from experiments.records import Store
 from experiments.reporting import report
 from experiments.reporting.page import Page
@@ -97,6 +98,10 @@ class SerialPool(Pool):
     def wait(self, timeout: float) -> list[JobResult]:
         ended, self._ended = self._ended, []
         return ended
+
+
+def records_of(page: Page) -> list[Record]:
+    return [record for outcome in page.outcomes for record in outcome.records]
 
 
 def run_experiment(

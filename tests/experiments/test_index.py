@@ -265,7 +265,7 @@ def panel_commands() -> list[tuple[Experiment, str, set[Cell]]]:
 
 
 def empty_page(experiment: Experiment, panels: list[Panel], **more) -> Page:
-    given = {"records": [], "summary": [], "provenance": "", "measured": "", "notes": [], "figure_shown": False}
+    given = {"summary": [], "provenance": "", "measured": "", "notes": [], "figure_shown": False}
     return Page(
         **{"name": experiment.name, "title": experiment.title, "frame": pd.DataFrame(), **given, **more},
         panels=panels,

@@ -47,6 +47,7 @@ from tests.experiments.helpers import (
     committed_page,
     committed_store,
     records_in,
+    records_of,
     run_experiment,
     unfolded,
     write_records,
@@ -204,8 +205,8 @@ def test_a_selection_on_the_test_split_leaves_whole_records(tmp_path):
     for selection in ("test", "val"):
         assert run_experiment(TUNED, tmp_path, selection=selection) == []
     page = report.experiment_page(TUNED, Store(tmp_path / "results"))
-    assert len(page.records) == 3  # one more has been run already
-    assert all(record.scores is not None and record.columns for record in page.records)
+    assert len(records_of(page)) == 3  # one more has been run already
+    assert all(record.scores is not None and record.columns for record in records_of(page))
 
 
 @pytest.mark.parametrize("folder", ["runs", "tuning"])
@@ -567,7 +568,7 @@ def test_dirty_and_different_versions_of_the_code_are_shown(results):
     write_records(path, records)
     page = report.experiment_page(replace(MINI, cells=MINI.cells[:2]), Store(results))
     a, b = "a" * 10, "b" * 10
-    assert provenance(page.records * 2) == provenance(page.records)  # shown in two cells
+    assert provenance(records_of(page) * 2) == provenance(records_of(page))  # shown in two cells
     assert page.provenance.startswith(
         f"4 runs, code {a} (1), {a} with uncommitted changes (1), no git (1), {a} then {b} (1); torch "
     )

@@ -32,7 +32,7 @@ from lawn.compose import compose
 from lawn.identity import config_hash
 from lawn.train import train
 from lawn.train.run_directory import RunDirectory
-from tests.experiments.helpers import ACCURACY, MINI, SHORT, TUNED, SerialPool, miniature, run_experiment
+from tests.experiments.helpers import ACCURACY, MINI, SHORT, TUNED, SerialPool, miniature, records_of, run_experiment
 from tests.helpers import FIXTURES, ROOT
 
 TABLES = [e for e in EXPERIMENTS.values() if e.name not in ("demo", "figure2", "tuning_curves")]  # others' cells
@@ -59,7 +59,7 @@ def test_a_miniature_of_each_table(experiment, tmp_path, tiny_data):
     report.write(page, tmp_path / "results")
     report.write_index([page], tmp_path / "results")
     text = (tmp_path / "results" / f"{experiment.name}.md").read_text()
-    assert all(f'(runs/{experiment.name}.jsonl "{record.name}")' in text for record in page.records)
+    assert all(f'(runs/{experiment.name}.jsonl "{record.name}")' in text for record in records_of(page))
 
 
 def test_diverged_runs_are_results(tmp_path, capsys):

@@ -918,6 +918,37 @@ def test_rounding_is_not_the_wrappers():
         LAWN(AdamW([group], weight_decay=0.0))
 
 
+def test_lamb_refuses_what_it_would_not_do():
+    w = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, match="param group 0: LAMB rounds to nearest, got rounding='stochastic'"):
+        LAMB([{"params": [w], "rounding": "stochastic"}])
+    with pytest.raises(ValueError, match="param group 0: norm_axes must be None, an int or a tuple of ints, got 'row'"):
+        LAMB([{"params": [w], "norm_axes": "row"}])
+
+
+def test_a_zero_mask_of_a_gpu_is_checked_once_when_it_has_arrived():
+    class Event:
+        """Of a copy to the host that is seen to be complete when it is asked for the second time."""
+
+        asked = 0
+
+        def query(self) -> bool:
+            self.asked += 1
+            return self.asked > 1
+
+    w = nn.Parameter(torch.ones(2, 2))
+    optimizer = AdamLAWN([w], free_steps=0)
+    w.grad = torch.rand_like(w)
+    optimizer.step()
+    check = optimizer._zero_check
+    (group_update,) = check.begin(optimizer)
+    check._pending.append((group_update, 0, torch.tensor([True]), Event()))
+    optimizer.step()
+    with pytest.raises(ValueError, match="is zero, but was constrained"):
+        optimizer.step()
+    optimizer.step()  # the weight has been restored
+
+
 def test_a_key_of_the_wrapped_optimizer_is_its_own():
     class Constrained(SGD):
         def __init__(self, params):

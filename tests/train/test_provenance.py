@@ -33,6 +33,13 @@ def test_a_copy_inside_another_repository_has_no_version(other, monkeypatch):
     assert (found["git"], found["dirty"]) == (None, None)
 
 
+def test_a_folder_with_the_name_of_a_package_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "absent").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(provenance, "PACKAGES", ("torch", "absent"))
+    assert provenance.environment(CPU)["packages"].keys() == {"torch"}
+
+
 def test_the_environments_repository_is_not_this_one(other, monkeypatch):
     if not (ROOT / ".git").exists():
         pytest.skip("not a checkout")

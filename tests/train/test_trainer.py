@@ -271,6 +271,13 @@ def test_divergence_before_the_switch_is_a_result_too(tiny):
     assert result["status"] == "diverged"
 
 
+def test_a_weight_that_is_zero_at_the_switch_is_one_line(tiny_data, tmp_path):
+    keys = ("dataset=movielens100k", f"data_dir={tiny_data}", f"runs_dir={tmp_path}", "dataset.candidates=20")
+    config = compose(*keys, "model=mf", "model.init_std=1e-30", "optim.free_epochs=0")
+    with pytest.raises(RunError, match=r"^movielens100k-mf-adam_lawn-s0-\w+: cannot constrain .* its norm is 0.0;"):
+        train(config)
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
