@@ -66,9 +66,8 @@ def _unreadable(override: str) -> str:
     inner = "'" if '"' in value else '"'
     outer = "'" if inner == '"' else '"'
     quoted = f"{key}={inner}{value}{inner}"
-    whole = (
-        quoted if outer in value else f"{outer}{quoted}{outer}"
-    )  # with quotes of both kinds inside, the shell's are up to the user
+    # With quotes of both kinds inside, the shell's are up to the user.
+    whole = quoted if outer in value else f"{outer}{quoted}{outer}"
     return f"{override}: cannot be read; quote the value, once for Hydra and once for the shell: {whole}"
 
 

@@ -81,9 +81,8 @@ def _flush_folder(path: Path) -> None:
 
 
 _held: set[IO[str]] = set()
-os.register_at_fork(
-    after_in_child=lambda: [file.close() for file in _held]
-)  # so that a lock does not outlive its owner
+# A lock does not outlive its owner in a child.
+os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])
 
 
 @contextmanager

@@ -22,8 +22,9 @@ def echo(line: str, stream: IO[str] | None = None) -> None:
 
 @contextmanager
 def keep_going(stream: IO[str]) -> Iterator[None]:
-    """In the body, an OSError of `stream` redirects it to the null device. If it is not that nobody reads any more (a
-    closed pipe or terminal), a line on stderr says so.
+    """In the body, an OSError of `stream` redirects it to the null device.
+
+    Unless its reader is gone (a closed pipe or terminal), a line on stderr says so.
     """
     try:
         yield

@@ -62,8 +62,9 @@ class Experiment:
     title: str
     cells: tuple[Cell, ...]
     measures: tuple[Measure, ...]
-    figure: str | None = None  # "epochs": curves of every cell; "batch", "horizon": the first measure over the batch
-    # size, or over the epochs of a run, by panel; "diagnostics": what diagnostics=on measures, of each cell's first run
+    # "epochs": curves of every cell; "batch", "horizon": the first measure over the batch size, or over the epochs of a
+    # run, by panel; "diagnostics": what diagnostics=on measures, of each cell's first run.
+    figure: str | None = None
     compared_row: str | None = None  # a row to be compared with the best of the others, in every column
     pairs: tuple[tuple[str, str], ...] = ()  # rows to compare: a method, and what LAWN makes of it
     notes: tuple[str, ...] = ()  # what the reader has to know

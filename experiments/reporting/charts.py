@@ -7,7 +7,7 @@ from itertools import cycle
 import numpy as np
 
 from experiments.definitions.spec import Cell, Experiment
-from experiments.reporting.outcomes import Outcome, comparisons, paper, places
+from experiments.reporting.outcomes import Outcome, at_place, comparisons, paper, places
 from experiments.reporting.statistics import mean_and_error
 from experiments.reporting.trials import best_of_curves
 
@@ -171,7 +171,7 @@ def over_trials(experiment: Experiment, found: list[Outcome]) -> Chart:
                 if best is not None:
                     k = np.arange(1, len(best.mean) + 1).tolist()
                     lines.append(Line(row, color, k, best.mean.tolist(), best.low.tolist(), best.high.tolist()))
-            epochs = next(o.epochs for o in found if (o.cell.panel, o.cell.column) == (panel, column))
+            epochs = at_place(found, panel, column)[0].epochs
             low = min((min(line.y) for line in lines), default=0.0)
             subplots.append(
                 Subplot(

@@ -13,7 +13,7 @@ from experiments.definitions.spec import Measure
 from experiments.record import Record
 from experiments.records import Store
 from experiments.reporting.layout import Table, format_mean
-from experiments.reporting.outcomes import Outcome, outcomes, paper
+from experiments.reporting.outcomes import Outcome, at_place, outcomes, paper
 from experiments.reporting.references import METRICS, REFERENCES
 
 PANEL, COLUMN = "MovieLens-1M", "batch 10k"  # of table 4
@@ -26,7 +26,7 @@ HEAD = (
 def literature_table(store: Store, found: Sequence[Outcome], selection: str) -> Table | None:
     """A row for each method, from the outcomes of table 4 and the records of the other methods; None without any."""
     loaded: Any = OmegaConf.to_container(OmegaConf.load(Path(definitions.__file__).with_name("literature.yaml")))
-    ours = {o.cell.row: o for o in found if (o.cell.panel, o.cell.column) == (PANEL, COLUMN)}
+    ours = {o.cell.row: o for o in at_place(found, PANEL, COLUMN)}
     ours |= {o.cell.row: o for o in outcomes(MATRIX_FACTORIZATION, store, selection)}
     references = REFERENCES.record(store.runs.parent)
     rows = [_row(row, loaded["sources"], ours.get(row.get("here", "")), references) for row in loaded["rows"]]

@@ -219,6 +219,11 @@ def places(found: Iterable[Outcome]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((outcome.cell.panel, outcome.cell.column) for outcome in found))
 
 
+def at_place(found: Iterable[Outcome], panel: str, column: str) -> list[Outcome]:
+    """The outcomes in a column of a table."""
+    return [o for o in found if (o.cell.panel, o.cell.column) == (panel, column)]
+
+
 def place(panel: str, column: str) -> str:
     return ", ".join(filter(None, (panel, column)))
 

@@ -6,7 +6,7 @@ from math import inf, isnan
 
 from experiments.definitions.spec import Experiment
 from experiments.planning import search
-from experiments.reporting.outcomes import Outcome, Pair, comparisons, gain, paper, place, places, same_data
+from experiments.reporting.outcomes import Outcome, Pair, at_place, comparisons, gain, paper, place, places, same_data
 from experiments.reporting.statistics import mean_and_error
 
 LEVEL = 0.05  # of significance
@@ -20,7 +20,7 @@ def against_the_best(experiment: Experiment, found: list[Outcome]) -> list[str]:
     sign = -1 if measure.smaller_is_better else 1
     lines, paired = [], []
     for panel, column in places(found):
-        filled = [o for o in found if (o.cell.panel, o.cell.column) == (panel, column) and o.values(measure)]
+        filled = [o for o in at_place(found, panel, column) if o.values(measure)]
         rival = next((o for o in filled if o.cell.row == experiment.compared_row), None)
         if rival is None:
             continue
@@ -150,8 +150,8 @@ def _shared(found: list[Outcome]) -> list[str]:
     lines = []
     for panel, column in places(found):
         rows: dict[str, list[str]] = {}  # by the first run
-        for outcome in found:
-            if (outcome.cell.panel, outcome.cell.column) == (panel, column) and outcome.records:
+        for outcome in at_place(found, panel, column):
+            if outcome.records:
                 rows.setdefault(outcome.records[0].name, []).append(outcome.cell.row)
         lines += [
             f"At {place(panel, column)} the search chose the same setting for {' and '.join(map(repr, same))}: their "
@@ -168,13 +168,10 @@ def _over_horizons(experiment: Experiment, found: list[Outcome]) -> list[str]:
     direction = 1 if measure.smaller_is_better else -1
     lines = []
     for panel, column in places(found):
-        here = [o for o in found if (o.cell.panel, o.cell.column) == (panel, column) and o.values(measure)]
+        here = [o for o in at_place(found, panel, column) if o.values(measure)]
         if len(here) > 1:
-            order = sorted(here, key=lambda o: direction * o.mean(measure))
-            means = [f"{o.mean(measure):.2f}" for o in order]
-            signs = ["", *(" = " if a == b else " > " for a, b in pairwise(means))]
-            said = (f"{sign}{o.cell.row} {mean}" for sign, o, mean in zip(signs, order, means, strict=True))
-            lines.append(f"After {column}: {''.join(said)}.")
+            rows = ((f"{o.cell.row} {o.mean(measure):.2f}", direction * o.mean(measure)) for o in here)
+            lines.append(f"After {column}: {_order(rows)}.")
     for row in dict.fromkeys(o.cell.row for o in found):
         chosen = [f"{' '.join(o.setting)} for {o.cell.column}" for o in found if o.cell.row == row and o.setting]
         if len(chosen) > 1:
@@ -238,7 +235,7 @@ def _rankings(experiment: Experiment, found: list[Outcome]) -> list[str]:
     sign = 1 if measure.smaller_is_better else -1
     lines = []
     for panel, column in places(found):
-        here = [o for o in found if (o.cell.panel, o.cell.column) == (panel, column) and o.cell.paper is not None]
+        here = [o for o in at_place(found, panel, column) if o.cell.paper is not None]
         if len(here) < 3 or not all(o.records for o in here) or len({o.epochs for o in here}) > 1:
             continue
         ours = _order((o.cell.row, sign * o.mean(measure)) for o in here)
@@ -249,6 +246,7 @@ def _rankings(experiment: Experiment, found: list[Outcome]) -> list[str]:
 
 
 def _order(rows: Iterable[tuple[str, float]]) -> str:
+    """Rows in the order of their means, the lowest first, with the signs between them."""
     ordered = sorted(rows, key=lambda row: inf if isnan(row[1]) else row[1])
     means = [f"{mean:.2f}" for _, mean in ordered]
     signs = ["", *(" = " if a == b else " > " for a, b in pairwise(means))]

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from experiments.record import Record
-from experiments.reporting.outcomes import mean_and_error
+from experiments.reporting.statistics import mean_and_error
 from experiments.spherical_motion import measurements as smd
 from lawn.diagnostics import equilibrium_angle, equilibrium_norm
 from lawn.plotting import Axes, Figure, Line2D

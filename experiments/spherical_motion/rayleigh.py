@@ -40,9 +40,8 @@ class UpdateStatistics:
     square: Tensor  # ||w||^2 before it
     unit_gradient: Tensor  # squared norm of the gradient at w / ||w||
     excess: Tensor  # of the quotient before it, over the smallest eigenvalue
-    carried: (
-        Tensor  # 2 a g.b ||w||^2, with the momentum buffer b of the update before: 0 on average without correlation
-    )
+    # 2 a g.b ||w||^2, with the momentum buffer b of the update before: 0 on average without correlation.
+    carried: Tensor
 
 
 def eigenvalues(dimension: int) -> Tensor:

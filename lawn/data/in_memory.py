@@ -84,9 +84,8 @@ class InMemoryImages:
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        train, test = (
-            images.permute(0, 2, 3, 1) for images in (self.train_images, self.test_images)
-        )  # the layout in memory
+        # In the layout of the memory.
+        train, test = (images.permute(0, 2, 3, 1) for images in (self.train_images, self.test_images))
         return {
             "training images": self.num_train,
             "evaluation images": len(self.test_labels),

@@ -62,9 +62,8 @@ def _handled(request: StopRequest, action: Callable[[], None]) -> Iterator[None]
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal interrupts
         interrupts += number == signal.SIGINT
-        if (
-            interrupts > 1 and not launched_by_torchrun()
-        ):  # torchrun sends its ranks the SIGINT that they have received already
+        # torchrun sends its ranks the SIGINT that they have received already.
+        if interrupts > 1 and not launched_by_torchrun():
             signal.default_int_handler(number, frame)
         if request.signal is None:
             request.signal = signal.Signals(number).name

@@ -70,9 +70,8 @@ def report_submitit_jobs(arguments: Sequence[str], fail: Callable[[Exception], N
     except AssertionError:
         if submitted:
             raise
-        raise ConfigError(
-            f"{' '.join(arguments)}: expands to no job"
-        ) from None  # the launcher asserts that there are jobs
+        # The launcher asserts that there are jobs.
+        raise ConfigError(f"{' '.join(arguments)}: expands to no job") from None
     except KeyboardInterrupt:
         if waiting:
             echo(f"not waited for, and not cancelled: jobs {', '.join(job.job_id for job in waiting)}")
