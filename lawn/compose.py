@@ -31,7 +31,23 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 def compose(*overrides: str) -> Config:
-    """The checked config of `python run.py OVERRIDES`. Raises ConfigError."""
+    """Compose and check the config of `python run.py OVERRIDES`.
+
+    Args:
+        *overrides: Hydra overrides such as "dataset=digits".
+
+    Returns:
+        The config, which `lawn.train.train` takes.
+
+    Raises:
+        ConfigError: in one line, which key is wrong.
+
+    Examples:
+        >>> from lawn.compose import compose
+        >>> config = compose("dataset=digits", "optim=adam_lawn", "optim.free_epochs=2")
+        >>> config.optim.name, config.optim.free_epochs
+        ('adam_lawn', 2.0)
+    """
     return validate(compose_unchecked(*overrides)[0])
 
 

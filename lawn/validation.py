@@ -39,7 +39,24 @@ REQUIRED_KEYS = frozenset(_required_keys(Config))
 
 
 def validate(composed: DictConfig) -> Config:
-    """Resolve a composed config and check every value. Raises ConfigError with one line that names the key."""
+    """Resolve what Hydra has composed and check every value.
+
+    Args:
+        composed: the config that a function with `@hydra.main` gets.
+
+    Returns:
+        The config, with every interpolation and path resolved.
+
+    Raises:
+        ConfigError: in one line, which key is wrong.
+
+    Examples:
+        >>> from lawn.compose import compose_unchecked
+        >>> from lawn.validation import validate
+        >>> composed, _ = compose_unchecked("dataset=digits")
+        >>> validate(composed).dataset.name
+        'digits'
+    """
     config = resolve(composed)
     check(config)
     return config

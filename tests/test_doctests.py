@@ -9,7 +9,11 @@ import lawn
 import lawn.diagnostics
 import lawn.optim
 from lawn import losses, metrics
+from lawn.compose import compose
 from lawn.optim import param_groups
+from lawn.train import run, train, train_many, train_vectorized
+from lawn.train.prepare import prepare
+from lawn.validation import validate
 from tests.helpers import ROOT
 
 WITH_EXAMPLES = [path for path in sorted((ROOT / "lawn").rglob("*.py")) if ">>> " in path.read_text("utf8")]
@@ -20,6 +24,7 @@ PUBLIC += [
     for name, value in vars(module).items()
     if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
 ]
+PUBLIC += [compose, prepare, run, train, train_many, train_vectorized, validate]
 
 
 @pytest.mark.parametrize("path", WITH_EXAMPLES, ids=lambda path: path.stem)

@@ -1,5 +1,6 @@
 """Detection of the onset of loss flattening, to switch phase automatically (paper section 3)."""
 
+import operator
 from statistics import median_low
 from typing import Any
 
@@ -29,6 +30,7 @@ class FlatteningOnset:
 
     Raises:
         ValueError: if `updates_per_epoch` is less than 1.
+        TypeError: if it is no integer.
 
     References:
         Gupta et al. 2021, end of section 3, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
@@ -49,7 +51,7 @@ class FlatteningOnset:
     """
 
     def __init__(self, updates_per_epoch: int, threshold: float = THRESHOLD) -> None:
-        if updates_per_epoch < 1:
+        if operator.index(updates_per_epoch) < 1:
             raise ValueError(f"updates_per_epoch must be at least 1, got {updates_per_epoch}")
         self._every = max(1, updates_per_epoch // CHECKS)
         self._epoch = updates_per_epoch // self._every  # number of checks

@@ -49,14 +49,26 @@ def run(*overrides: str) -> dict[str, Any]:
 def train(config: Config) -> dict[str, Any]:
     """Train the run of a config, resume it, or find it done; returns its result.
 
-    It trains as in a new process, whatever torch's defaults are in this one. Everything that can be
-    refused is refused before data is read. A loss that is not finite ends the run with status "diverged": that is a
-    result, not an error. Under torchrun this process is one rank of the run; otherwise `train.devices` ranks are
-    started here. A signal ends the run between two updates, with a checkpoint.
+    It trains as in a new process, whatever torch's defaults are in this one. Everything that can be refused is refused
+    before data is read. A loss that is not finite ends the run with status "diverged": that is a result, not an error.
+    Under torchrun this process is one rank of the run; otherwise `train.devices` ranks are started here. A signal ends
+    the run between two updates, with a checkpoint.
+
+    Args:
+        config: what `lawn.compose.compose` has returned.
+
+    Returns:
+        The content of result.json, as `run` returns it.
 
     Raises:
         UserError: in one line, what is wrong.
         Stopped: at a signal (see `lawn.train.signals`).
+
+    Examples:
+        >>> from lawn.compose import compose
+        >>> from lawn.train import train
+        >>> train(compose("dataset=digits", "optim=adam_lawn", "train.epochs=5"))["status"]  # doctest: +SKIP
+        'done'
     """
     prepared = prepare(config)
     if launched_by_torchrun():

@@ -31,7 +31,21 @@ State = dict[str, Any] | None  # of a checkpoint; None: the start of a run
 def train_many(configs: Sequence[Config]) -> list[Exception]:
     """Train runs, up to `train.vectorize` compatible ones at a time as one batched model.
 
-    Returns the errors of those that failed, one where a whole group did; the others are trained nevertheless.
+    Args:
+        configs: the configs of the runs, with `train.vectorize` set.
+
+    Returns:
+        The errors of those that failed, one where a whole group did; the others are trained nevertheless.
+
+    Raises:
+        Stopped: at a signal (see `lawn.train.signals`); the same call resumes the runs.
+
+    Examples:
+        >>> from lawn.compose import compose
+        >>> from lawn.train import train_many
+        >>> configs = [compose("dataset=digits", "train.vectorize=8", f"seed={seed}") for seed in range(8)]
+        >>> train_many(configs)  # doctest: +SKIP
+        []
     """
     failures: list[Exception] = []
     different = {(config_hash(config), config.run_dir or config.runs_dir): config for config in configs}
@@ -59,11 +73,19 @@ def train_vectorized(configs: Sequence[Config], failures: list[Exception] | None
     """Train runs of one `vectorization_key` as one batched model, in as many groups as the memory requires.
 
     Each run has the directory and, to rounding, the result of the run alone; env.json has the size of its group.
-    Raises ConfigError for runs that cannot be vectorized.
 
     Args:
         configs: the configs of the runs.
         failures: receives the errors of runs that cannot begin, which do not keep the others then; None raises them.
+
+    Raises:
+        ConfigError: if the runs cannot be vectorized.
+        Stopped: at a signal (see `lawn.train.signals`); the same call resumes the runs.
+
+    Examples:
+        >>> from lawn.compose import compose
+        >>> from lawn.train import train_vectorized
+        >>> train_vectorized([compose("dataset=digits", f"seed={seed}") for seed in range(8)])  # doctest: +SKIP
     """
     device = local_device(configs[0].device)
     keys = {vectorization_key(config) for config in configs}

@@ -30,7 +30,24 @@ class PreparedRun:
 
 
 def prepare(config: Config) -> PreparedRun:
-    """Check everything that can be checked before data is read. Raises ConfigError."""
+    """Check everything that can be checked before data is read.
+
+    Args:
+        config: what `lawn.compose.compose` or `lawn.validation.validate` has returned.
+
+    Returns:
+        The run, which can build its task and start its logger.
+
+    Raises:
+        ConfigError: in one line, what does not fit together.
+
+    Examples:
+        >>> from lawn.compose import compose
+        >>> from lawn.train.prepare import prepare
+        >>> run = prepare(compose("dataset=digits", "device=cpu"))
+        >>> run.config.model.name
+        'mlp'
+    """
     if not isinstance(config, Config):
         raise ConfigError(f"a config of type {type(config).__name__}: pass what lawn.validation.validate makes of it")
     build_task = task_builder(config)
