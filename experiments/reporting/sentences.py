@@ -52,49 +52,59 @@ def summary(experiment: Experiment, found: list[Outcome]) -> list[str]:
     if experiment.compared_row:
         return against_the_best(experiment, found)
     pairs = comparisons(experiment, found)
-    lines = []
-    if len(pairs) == 1:
-        (c,) = pairs
-        low, high = c.gain.interval()
-        known = f"95 % interval {low:+.3g} to {high:+.3g}, p = {c.gain.p:.2g}, {method([c])}"
-        lines.append(f"{c.rival} against {c.base}: {c.gain.difference:+.3g} ({NO_TEST if isnan(c.gain.p) else known}).")
-    elif pairs:
-        distinct = _distinct(pairs)
-        ahead = [c for c in distinct if c.gain.difference > 0]
-        behind = [c for c in distinct if c.gain.difference < 0]
-        equal = len(distinct) - len(ahead) - len(behind)
-        names = f" ({len(pairs)} by name: some are of the same runs)" if len(distinct) < len(pairs) else ""
-        tested = [c for c in distinct if not isnan(c.gain.p)]
-        lines.append(
-            f"With LAWN the number is better in {len(ahead)} of {len(distinct)} comparisons{names}"
-            f"{_small(ahead, tested)}, "
-            + (f"exactly equal in {equal}, " if equal else "")
-            + f"and worse in {len(behind)}{_small(behind, tested)}; "
-            + (f"{method(tested)}, p after Holm's correction for {len(tested)} comparisons" if tested else NO_TEST)
-            + (f"; in {len(distinct) - len(tested)}, {NO_TEST}." if 0 < len(tested) < len(distinct) else ".")
-        )
-        printed = [c for c in distinct if not isnan(c.paper)]
-        differing = "; ".join(
-            f"{c.rival} against {c.base} at {c.place} "
-            f"(here {c.gain.difference:+.3g}, "
-            f"{NO_TEST if isnan(c.adjusted) else f'p = {c.adjusted:.2g}'}, paper {c.paper:+.3g})"
-            for c in printed
-            if c.sign < 0
-        )
-        if printed:
-            agree = sum(c.sign > 0 for c in printed)
-            lines.append(
-                f"The sign agrees with the paper in {agree} of the {len(printed)} comparisons that the paper has"
-                + (f"; it differs for: {differing}." if differing else ".")
-            )
-        decided = [c for c in distinct if c.adjusted < LEVEL]
-        if below := below_paper(decided):
-            lines.append(f"{below[:1].upper()}{below[1:]}.")
-        lines += _undone_by_the_correction(distinct)
+    lines = _one_comparison(pairs[0]) if len(pairs) == 1 else _all_comparisons(pairs)
     if experiment.figure == "horizon":
         lines += _over_horizons(experiment, found)
     lines += _shared(found) + _rankings(experiment, found) + _spread(experiment, found)
     return lines + _the_papers_gains(_distinct(pairs)) + _where_the_paper_fails(experiment, found)
+
+
+def _one_comparison(pair: Pair) -> list[str]:
+    low, high = pair.gain.interval()
+    known = f"95 % interval {low:+.3g} to {high:+.3g}, p = {pair.gain.p:.2g}, {method([pair])}"
+    said = NO_TEST if isnan(pair.gain.p) else known
+    return [f"{pair.rival} against {pair.base}: {pair.gain.difference:+.3g} ({said})."]
+
+
+def _all_comparisons(pairs: list[Pair]) -> list[str]:
+    """How often LAWN is better, whether the paper's signs agree, and what may mislead; none without pairs."""
+    distinct = _distinct(pairs)
+    decided = [c for c in distinct if c.adjusted < LEVEL]
+    below = [f"{said[:1].upper()}{said[1:]}." for said in [below_paper(decided)] if said]
+    counted = [_wins(pairs, distinct)] if pairs else []
+    return counted + _signs_of_the_paper(distinct) + below + _undone_by_the_correction(distinct)
+
+
+def _wins(pairs: list[Pair], distinct: list[Pair]) -> str:
+    ahead = [c for c in distinct if c.gain.difference > 0]
+    behind = [c for c in distinct if c.gain.difference < 0]
+    equal = len(distinct) - len(ahead) - len(behind)
+    names = f" ({len(pairs)} by name: some are of the same runs)" if len(distinct) < len(pairs) else ""
+    tested = [c for c in distinct if not isnan(c.gain.p)]
+    return (
+        f"With LAWN the number is better in {len(ahead)} of {len(distinct)} comparisons{names}{_small(ahead, tested)}, "
+        + (f"exactly equal in {equal}, " if equal else "")
+        + f"and worse in {len(behind)}{_small(behind, tested)}; "
+        + (f"{method(tested)}, p after Holm's correction for {len(tested)} comparisons" if tested else NO_TEST)
+        + (f"; in {len(distinct) - len(tested)}, {NO_TEST}." if 0 < len(tested) < len(distinct) else ".")
+    )
+
+
+def _signs_of_the_paper(pairs: list[Pair]) -> list[str]:
+    printed = [c for c in pairs if not isnan(c.paper)]
+    if not printed:
+        return []
+    agree = sum(c.sign > 0 for c in printed)
+    differing = "; ".join(
+        f"{c.rival} against {c.base} at {c.place} (here {c.gain.difference:+.3g}, "
+        f"{NO_TEST if isnan(c.adjusted) else f'p = {c.adjusted:.2g}'}, paper {c.paper:+.3g})"
+        for c in printed
+        if c.sign < 0
+    )
+    return [
+        f"The sign agrees with the paper in {agree} of the {len(printed)} comparisons that the paper has"
+        + (f"; it differs for: {differing}." if differing else ".")
+    ]
 
 
 def _small(pairs: list[Pair], tested: list[Pair]) -> str:
