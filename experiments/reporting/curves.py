@@ -13,17 +13,16 @@ from experiments.reporting.layout import Entry, Table
 from experiments.reporting.outcomes import Outcome, outcomes, place, places
 from experiments.reporting.page import Page, chart_of, figure_of, page_name, panels, provenance
 from experiments.reporting.statistics import BestOf
-from experiments.reporting.trials import best_of_curves, score
+from experiments.reporting.trials import Best, best_by_place, best_of_curves, score
 
 K = 5  # trials that a user may afford
-Best = dict[tuple[str, str, str], BestOf]  # by panel, column and row
 
 
 def curves_page(experiment: Experiment, store: Store, selection: str = "val") -> Page:
     """The page of the tuning curves, from the grids instead of the final runs."""
     found = outcomes(experiment, store, selection)
     complete = best_of_curves(found)
-    best = {(o.cell.panel, o.cell.column, o.cell.row): curve for o, curve in complete}
+    best = best_by_place(found)
 
     def entry_of(outcome: Outcome, measure: Measure, cells: list[Outcome]) -> Entry:
         curve = best.get((outcome.cell.panel, outcome.cell.column, outcome.cell.row))

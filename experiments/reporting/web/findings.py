@@ -13,7 +13,7 @@ from experiments.reporting.outcomes import Pair, places
 from experiments.reporting.page import Page
 from experiments.reporting.sentences import LEVEL, below_paper
 from experiments.reporting.statistics import MANY_SEEDS, mean_interval
-from experiments.reporting.trials import best_of_curves
+from experiments.reporting.trials import best_by_place
 
 FEW = 6  # comparisons that are listed by themselves
 
@@ -124,7 +124,7 @@ def _horizon(page: Page) -> Finding | None:
 
 def _tuning(page: Page) -> Finding | None:
     """How much more the best of K random settings is expected to give with LAWN, over the grids of short schedules."""
-    best = {(o.cell.panel, o.cell.column, o.cell.row): curve for o, curve in best_of_curves(list(page.outcomes))}
+    best = best_by_place(list(page.outcomes))
     said = []
     for base, rival in page.experiment.pairs if page.experiment else ():
         at = {
