@@ -171,12 +171,15 @@ def _attenuated(page: Page) -> Finding | None:
 
 
 def _by_column(pairs: Sequence[Pair]) -> list[str]:
-    """A sentence for each two rows of a panel, with their comparisons in all columns; the tables have the seeds."""
+    """A sentence for each two rows of a panel, with their comparisons in all columns; the tables have the seeds.
+
+    The first says what the intervals are.
+    """
     gains: dict[str, list[str]] = {}
     for pair in pairs:
         names = ", ".join(filter(None, (f"{pair.rival} against {pair.base}", pair.panel)))
         told = gains.setdefault(names, [])
-        interval = _interval(*pair.gain.interval()).removeprefix("95 % interval " if told else "")
+        interval = _interval(*pair.gain.interval()).removeprefix("95 % interval " if told or len(gains) > 1 else "")
         said = verdict_of(pair)
         needed = _needed_seeds(pair) if said == "not decided" else ""
         told.append(
