@@ -233,8 +233,9 @@ class LAWNOptimizer(Optimizer, ABC):
             return
         phase.check_capture()
         keys.check_not_flattened(self.param_groups, self._had_weights)
+        unsupported = self._unsupported_keys() - IGNORED_KEYS
         for index, group in enumerate(self.param_groups):
-            rounding.check(group.get(rounding.KEY, "nearest"), f"param group {index}: ")
+            self._check_keys(group, index, unsupported)
         results: list[tuple[GroupUpdate, int, Tensor | None]] = []
         pending: list[tuple[GroupUpdate, int, stages.Pending]] = []
         for index, group_update in enumerate(self._zero_check.begin(self)):

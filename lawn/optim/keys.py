@@ -48,14 +48,14 @@ GIVEN = ("constrain", "blocks", "free_steps", slices.KEY)  # by users
 RUN = {"steps", "switched"}  # what a group has done, which a group dict that was used for another optimizer still has
 
 
-def check_free_steps(free_steps: Any) -> int | None:
+def check_free_steps(free_steps: Any, place: str = "") -> int | None:
     """Convert `free_steps` to an int or None. Raises ValueError for anything else and for negative numbers."""
     try:
         steps = None if free_steps is None else operator.index(free_steps)
     except TypeError:
         steps = -1
     if isinstance(free_steps, bool) or (steps is not None and steps < 0):
-        raise ValueError(f"free_steps must be a non-negative integer or None, got {free_steps!r}")
+        raise ValueError(f"{place}free_steps must be a non-negative integer or None, got {free_steps!r}")
     return steps
 
 
@@ -67,11 +67,16 @@ def add_defaults(groups: list[Group], index: int, free_steps: int | None, *, lat
     """
     group = groups[index]
     check_group(group, index)
+    seen: set[Tensor] = set()
+    for p in group["params"]:
+        if p in seen:  # torch only warns
+            raise ValueError(f"{describe(group, index, p)} is there twice; list each parameter once")
+        seen.add(p)
     if group.get("constrain") is not False and any(hasattr(p, "ds_id") for p in group["params"]):
         raise TypeError(f"param group {index} holds flat parameters of DeepSpeed's ZeRO, {FLAT}")
     phase: Group = {"free_steps": free_steps}
     if later and "free_steps" not in group:
-        phase = _phase_of(groups[:index]) or phase
+        phase = _phase_of([each for each in groups if each is not group and "switched" in each]) or phase
     phase = {**DEFAULTS, **phase, **{key: group[key] for key in DEFAULTS if key in group}}
     group.update({**phase, "free_steps": check_free_steps(phase["free_steps"])})
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lawn.optim import keys, rounding, sharding, stages
+from lawn.optim import rounding, sharding, slices, stages
 from lawn.optim.adam_lawn import moments
 from lawn.optim.blocks import batch_elements, real
 from lawn.optim.group_update import gradients
@@ -137,8 +137,8 @@ def _scaled(tensors: list[Tensor], factors: list[Tensor]) -> list[Tensor]:
 
 
 def _norms(group: dict[str, Any], params: list[Tensor], tensors: list[Tensor]) -> Sequence[Tensor]:
-    """Compute the norms of one tensor for each parameter, those of its slices if its group has `norm_axes`."""
-    slice_axes = [keys.slice_axes(group, p) for p in params]
+    """Compute the norms of one tensor for each parameter, those of its slices if its group has `norm_axes` for it."""
+    slice_axes = [_slice_axes(group.get(slices.KEY), p) for p in params]
     if slice_axes.count(None) == len(params):
         return torch._foreach_norm(tensors)
     norms = []
@@ -146,6 +146,17 @@ def _norms(group: dict[str, Any], params: list[Tensor], tensors: list[Tensor]) -
         over = None if axes is None else tuple(axis for axis in range(t.ndim) if axis not in axes)
         norms.append(torch.linalg.vector_norm(t, dim=over, keepdim=over is not None))
     return norms
+
+
+def _slice_axes(axes: slices.NormAxes, p: Tensor) -> tuple[int, ...] | None:
+    """The slice axes of a parameter, which need not be constrained; None for one that has no slices of several numbers.
+
+    A param group with `norm_axes` may have vectors beside its weights.
+    """
+    if not slices.fit(axes, p):
+        return None
+    found = slices.slice_axes(axes, p)
+    return found if p.numel() > slices.count(p, found) else None
 
 
 def _squares(tensors: list[Tensor]) -> Tensor:

@@ -154,7 +154,7 @@ def stacked(model: nn.Module, pattern: str | re.Pattern[str]) -> list[dict[str, 
 
     Examples are the experts of a mixture, with weights [experts, in, out], and the members of an ensemble. Each slice
     is treated as a parameter of its own: it is constrained if it has two or more dimensions. Stacked biases
-    [experts, out] thus stay free.
+    [experts, out] thus stay free, with a trust ratio of LAMB for each slice.
 
     Args:
         model: model whose parameters are grouped.
@@ -180,7 +180,7 @@ def stacked(model: nn.Module, pattern: str | re.Pattern[str]) -> list[dict[str, 
         ...     print(group["constrain"], group.get("norm_axes"), [tuple(p.shape) for p in group["params"]])
         True (1, 2) [(3, 4, 4)]
         True None [(3, 4)]
-        False None [(3,), (3, 4)]
+        False 1 [(3,), (3, 4)]
     """
     check_shapes_known(model)
     named = model.named_parameters(remove_duplicate=False)
@@ -196,7 +196,8 @@ def stacked(model: nn.Module, pattern: str | re.Pattern[str]) -> list[dict[str, 
             part = (stacks if p.ndim > 2 else free) if p in matched else (weights if p.ndim > 1 else free)
             part.append(p)
     groups = per_row([{"params": stacks, "constrain": True}])
-    groups += [{"params": weights, "constrain": True}, {"params": free, "constrain": False}]
+    slices_of_biases = {"norm_axes": 1} if any(p.ndim == 2 for p in free) else {}
+    groups += [{"params": weights, "constrain": True}, {"params": free, "constrain": False, **slices_of_biases}]
     return [group for group in groups if group["params"]]
 
 

@@ -7,12 +7,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lawn.optim import sharding, slices, update
+from lawn.optim.blocks import real
 from lawn.optim.group_update import GroupUpdate, check_dense, sum_products
 from lawn.optim.keys import (
     NORM,
     Group,
     Norm,
     State,
+    check_free_steps,
     check_group,
     constrains,
     describe,
@@ -24,6 +26,7 @@ from lawn.optim.keys import (
     is_fixed,
 )
 
+HALF = torch.bfloat16, torch.float16
 KnownBlocks = dict[Tensor, list[Tensor]]  # by their first parameter
 NORMS32, NORMS64 = (1e-19, 1e19), (1e-154, 1e154)  # whose squares are numbers that the updates compute with
 REMEDY = "leave it free with a param group that has constrain=False, or give it more free steps"
@@ -85,6 +88,7 @@ def begin_step(optimizer: Optimizer, known: KnownBlocks, fused: bool | None = No
     groups = optimizer.param_groups
     for index, group in enumerate(groups):
         check_group(group, index)
+        check_free_steps(group["free_steps"], f"param group {index}: ")
     group_updates = [collect(group, optimizer.state) for group in groups]
     sum_products([part for group_update in group_updates for part in group_update.sharded], fused)
     count = len(known)
@@ -285,8 +289,8 @@ def _check_loaded_norms(group_update: GroupUpdate, index: int, known: KnownBlock
     owners = [(b, new) for b, new, c in zip(blocks, unknown, present, strict=True) for _ in _flatten([c])]
     pairs = zip(owners, _flatten(group_update.norms), _flatten(present), strict=True)
     for number, ((block, new), c, now) in enumerate(pairs):
-        tolerance = 0.02 if block[0].dtype.itemsize < 4 else 1e-3
-        if new and now > 0 and not abs(now / c - 1) <= tolerance:  # nor NaN
+        off = abs(now / c - 1) if new and now > 0 else 0.0
+        if not off <= (0.02 if off > 1e-3 and _has_half_precision(block) else 1e-3):  # nor NaN
             name, _ = group_update.describe(index, number)
             raise ValueError(
                 f"{name} has the norm {now:.6g}, but its state says {c:.6g}: parameters may be in another order "
@@ -294,3 +298,8 @@ def _check_loaded_norms(group_update: GroupUpdate, index: int, known: KnownBlock
                 "name, or adopt the current norms with constrain(again=True)"
             )
     known.update((block[0], block) for block in blocks)
+
+
+def _has_half_precision(block: list[Tensor]) -> bool:
+    """Whether the values have the precision of float16 or bfloat16; they may have been loaded into another dtype."""
+    return any(all(torch.equal(t, t.to(half).to(t.dtype)) for t in real(sharding.local(block))) for half in HALF)

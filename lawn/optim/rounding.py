@@ -10,14 +10,14 @@ therefore draws the same numbers, and neither batches nor kernels nor devices ma
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, count
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lawn.optim import sharding
-from lawn.optim.keys import Group
+from lawn.optim.keys import Group, entries
 
 KEY = "rounding"  # of a param group
 SEED = "lawn_seed"  # of a parameter's state
@@ -39,13 +39,17 @@ def is_stochastic(group: Group, p: Tensor) -> bool:
 def make_seeds(optimizer: Optimizer, group: Group, params: list[Tensor]) -> None:
     """Store a seed in the state of each parameter that needs one and has none: its position in the optimizer.
 
-    All ranks of a distributed run then have the same seeds.
+    All ranks of a distributed run then have the same seeds. If param groups were removed, another parameter may have
+    that seed; it is the next one then.
     """
     missing = [p for p in params if is_stochastic(group, p) and SEED not in optimizer.state[p]]
     if missing:
         position = {p: i for i, p in enumerate(p for each in optimizer.param_groups for p in each["params"])}
+        taken = {entry.get(SEED) for _, entry in entries(optimizer.state)}
         for p in missing:
-            optimizer.state[p][SEED] = position[p]
+            seed = next(number for number in count(position[p]) if number not in taken)
+            optimizer.state[p][SEED] = seed
+            taken.add(seed)
 
 
 def streams(optimizer: Optimizer, group: Group, params: list[Tensor]) -> Tensor | None:

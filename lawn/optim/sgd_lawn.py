@@ -74,7 +74,11 @@ class SGDLAWN(LAWNOptimizer):
         fused: bool | None = None,
         rounding: str = "nearest",
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum}, free_steps, fused, rounding)
+        # torch's SGD, which can load a state dict of this optimizer, needs `dampening` there.
+        super().__init__(params, {"lr": lr, "momentum": momentum, "dampening": 0.0}, free_steps, fused, rounding)
+
+    def _unsupported_keys(self) -> set[str]:
+        return super()._unsupported_keys() | {"dampening"}
 
     def _check_values(self, group: dict[str, Any]) -> None:
         super()._check_values(group)

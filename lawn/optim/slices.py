@@ -31,14 +31,21 @@ def check(axes: object, place: str) -> None:
 
 def check_param(axes: Any, p: Tensor, place: str) -> None:
     """Raise ValueError or TypeError if a constrained parameter has no slices with these axes."""
-    inside = [axis for axis in _sequence(axes) if -p.ndim <= axis < p.ndim]
-    if len(inside) < len(_sequence(axes)) or len({axis % p.ndim for axis in inside}) < len(inside):
+    if not fit(axes, p):
         raise ValueError(f"{place}{KEY}={axes!r} are not different axes of a parameter of shape {tuple(p.shape)}")
     if sharding.is_dtensor(p):
         raise TypeError(
             f"{place}{KEY} is not supported for DTensors: their norms would be known to some ranks only; leave it out, "
             "or keep the weight whole on each rank"
         )
+
+
+def fit(axes: NormAxes, p: Tensor) -> bool:
+    """Whether these are different axes of a parameter."""
+    if axes is None:
+        return False
+    inside = {axis % p.ndim for axis in _sequence(axes) if -p.ndim <= axis < p.ndim}
+    return len(inside) == len(_sequence(axes))
 
 
 def slice_axes(axes: NormAxes, p: Tensor) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ class ProjectedGradients:
 
     def replace(self, params: list[Tensor], projected: list[Tensor]) -> None:
         for p, tangent in zip(params, projected, strict=True):
-            self._replaced[p] = p.grad, _version(tangent)
+            self._replaced[p] = p.grad, version(tangent)
             p.grad = tangent
 
     def forget_removed(self, groups: list[keys.Group]) -> None:
@@ -41,9 +41,9 @@ class ProjectedGradients:
 
     def drop_used(self) -> None:
         """Leave a buffer to the caller who has written to it, as `zero_grad(set_to_none=False)` does."""
-        for p, (_, version) in self._replaced.items():
+        for p, (_, seen) in self._replaced.items():
             buffer = self._buffers.get(p)
-            if p.grad is buffer and buffer is not None and _version(buffer) != version:
+            if p.grad is buffer and buffer is not None and version(buffer) != seen:
                 del self._buffers[p]
 
 
@@ -108,7 +108,7 @@ class HiddenNorms:
         self._hidden.clear()
 
 
-def _version(t: Tensor) -> int:
+def version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version  # inference tensors do not count their changes
 
 

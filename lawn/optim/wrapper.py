@@ -18,7 +18,7 @@ from lawn.optim.base import LAWNOptimizer
 from lawn.optim.blocks import Blocks
 from lawn.optim.checks import check_spelling
 from lawn.optim.group_update import GroupUpdate, gradients, sum_products
-from lawn.optim.substitutes import HiddenNorms, ProjectedGradients, buffers
+from lawn.optim.substitutes import HiddenNorms, ProjectedGradients, buffers, version
 from lawn.optim.zero_check import ZeroCheck
 
 OPTIMIZER_FILE = sys.modules[Optimizer.__module__].__file__  # torch runs step hooks in this file
@@ -158,7 +158,8 @@ class LAWN:
 
     def _complete_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._prepare()
-        return keys.complete_state_dict(state_dict, optimizer.param_groups, [slices.KEY, *keys.DEFAULTS])
+        known = {key for group in optimizer.param_groups for key in group} - {"params", "param_names"}
+        return keys.complete_state_dict(state_dict, optimizer.param_groups, sorted(known))
 
     def _load(self, optimizer: Optimizer) -> None:
         self._zero_check = ZeroCheck()
@@ -210,10 +211,10 @@ class LAWN:
         self._norms.hide()
         self._waits = True
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        versions = [p._version for p in params]
+        versions = list(map(version, params))
 
         def projecting() -> Any:  # the closure computes the gradients inside the step
-            if self._group_updates is None and versions != [p._version for p in params]:
+            if self._group_updates is None and versions != list(map(version, params)):
                 raise RuntimeError(
                     f"{type(self.optimizer).__name__} changes the weights before it calls the closure, as sharpness-"
                     "aware optimizers do, but LAWN measures them there; put LAWN on its base optimizer"

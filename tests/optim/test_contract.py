@@ -321,14 +321,93 @@ def test_warm_start_from_the_base_optimizer(form):
     assert phases == [False, False, True, True]
 
 
-@pytest.mark.parametrize("form", ["AdamLAWN", "LAWN(AdamW)", "LAWN(SGD)"])
-def test_the_base_optimizer_takes_a_lawn_checkpoint(form):
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("form", ["AdamLAWN", "SGDLAWN", "LAWN(AdamW)", "LAWN(SGD)"])
+def test_the_base_optimizer_takes_a_lawn_checkpoint(form, wrapped):
     network = model()
     optimizer, _ = make(form, network.parameters(), free_steps=1)
     train(network, optimizer, 0, 3)
     plain = base(form, network.parameters())
+    if wrapped:
+        LAWN(plain)
     plain.load_state_dict(optimizer.state_dict())
     train(network, plain, 3, 5)
+
+
+@every_form
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_that_is_listed_twice_is_refused(form):
+    w, b = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"parameter 1 of param group 0 \(shape \(2, 2\)\) is there twice"):
+        make(form, [b, w, w])
+
+
+@every_form
+@pytest.mark.parametrize("value", [float("inf"), 5.0, -1, True, "3"])
+def test_free_steps_that_are_no_number_of_steps_are_refused_by_the_next_step(form, value):
+    network = model()
+    optimizer, _ = make(form, network.parameters(), free_steps=3)
+    train(network, optimizer, 0, 1)
+    optimizer.param_groups[0]["free_steps"] = value
+    with pytest.raises(ValueError, match="param group 0: free_steps must be a non-negative integer or None, got"):
+        train(network, optimizer, 1, 2)
+
+
+@own_form
+@pytest.mark.parametrize("name", ["maximize", "amsgrad", "nesterov", "dampening"])
+def test_an_option_that_is_set_later_is_refused_by_the_next_step(form, name):
+    network = model()
+    optimizer, _ = make(form, network.parameters())
+    optimizer.param_groups[0][name] = True
+    with pytest.raises(ValueError, match=f"param group 0: {form} has no {name}"):
+        train(network, optimizer, 0, 1)
+
+
+@every_form
+def test_a_group_that_is_added_and_moved_to_the_front_has_the_phase_of_the_others(form):
+    network, head = model(), nn.Linear(4, 3)
+    optimizer, _ = make(form, network.parameters(), free_steps=1)
+    train(network, optimizer, 0, 3)
+    optimizer.add_param_group({"params": head.parameters()})
+    optimizer.param_groups.insert(0, optimizer.param_groups.pop())
+    before = norms(head)
+    optimizer.zero_grad()
+    head(torch.randn(5, 4)).pow(2).mean().backward()
+    optimizer.step()
+    assert optimizer.param_groups[0]["switched"]
+    assert norms(head) == pytest.approx(before)
+
+
+@every_form
+def test_half_precision_weights_go_on_in_float32(form):
+    refused = 0
+    for seed in range(20):
+        small = model(seed, torch.bfloat16)
+        optimizer, _ = make(form, small.parameters(), free_steps=1)
+        train(small, optimizer, 0, 4)
+        into = copy.deepcopy(small).float()
+        fresh, _ = make(form, into.parameters(), free_steps=1)
+        fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        exact = optimizer.state[small[0].weight][NORM]
+        refused += abs(norms(into)[0] / exact - 1) > 1e-3  # by the tolerance of float32
+        train(into, fresh, 4, 5)
+        assert norms(into)[0] == pytest.approx(exact, rel=1e-5)
+    assert refused
+
+
+@every_form
+def test_a_closure_in_inference_mode(form):
+    """As evolution strategies compute gradients."""
+    with torch.inference_mode():
+        w = nn.Parameter(torch.tensor([[3.0, 4.0]]))
+        optimizer, _ = make(form, [w], free_steps=0)
+
+        def closure() -> float:
+            w.grad = torch.tensor([[1.0, -1.0]])
+            return 0.5
+
+        assert optimizer.step(closure) == 0.5
+        assert w.norm().item() == pytest.approx(5.0)
 
 
 @wrapped_form

@@ -36,6 +36,16 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
     assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
 
 
+def test_a_parameter_in_the_place_of_a_removed_one_has_a_seed_of_its_own():
+    a, b, c = (nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16)) for _ in range(3))
+    optimizer = SGDLAWN([{"params": [a]}, {"params": [b]}], rounding="stochastic")
+    advance(optimizer, 0, 1)
+    del optimizer.param_groups[0]
+    optimizer.add_param_group({"params": [c]})
+    advance(optimizer, 1, 2)
+    assert [optimizer.state[p][rounding.SEED] for p in (b, c)] == [1, 2]
+
+
 @both_dtypes
 def test_the_mean_is_the_value(dtype):
     """Each mean of n roundings, in units of its standard error; subnormal numbers, both signs and zero among them."""

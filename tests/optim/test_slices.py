@@ -406,11 +406,29 @@ def test_stacked():
         (True, (1, 2), [(2, 4, 4)]),
         (True, (1, 2, 3, 4), [(2, 4, 1, 3, 3)]),
         (True, None, [(3, 4)]),
-        (False, None, [(2, 4), (3,)]),
+        (False, 1, [(2, 4), (3,)]),
     ]
     for pattern in ("^b$", "frozen", "missing"):
         with pytest.raises(ValueError, match="matches no trainable parameter with three or more dimensions"):
             stacked(model, pattern)
+
+
+def test_stacked_biases_have_the_trust_ratios_of_their_members():
+    stack = nn.ParameterDict({"w": nn.Parameter(random((3, 4, 5), 0)), "b": nn.Parameter(random((3, 5), 1))})
+    stack["b"].data *= torch.tensor([[1.0], [10.0], [100.0]])
+    members = [[nn.Parameter(stack[name].detach()[k].clone()) for name in ("w", "b")] for k in range(3)]
+    together = LAMBLAWN(stacked(stack, "."), lr=0.1, free_steps=2)
+    alone = [LAMBLAWN(member, lr=0.1, free_steps=2) for member in members]
+    for t in range(4):
+        for i, name in enumerate(("w", "b")):
+            stack[name].grad = random(tuple(stack[name].shape), 10 * t + i)
+            for k in range(3):
+                members[k][i].grad = stack[name].grad[k]
+        for optimizer in (together, *alone):
+            optimizer.step()
+    for k in range(3):
+        for i, name in enumerate(("w", "b")):
+            torch.testing.assert_close(stack[name].detach()[k], members[k][i].detach())
 
 
 @pytest.mark.slow
