@@ -1,6 +1,7 @@
 """Several runs in this process: one after the other, or vectorized as one batched model."""
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -19,7 +20,7 @@ from lawn.train.launch import train
 from lawn.train.prepare import PreparedRun, prepare
 from lawn.train.recorder import RunRecorder
 from lawn.train.session import report_done, start_or_resume, stopped
-from lawn.train.signals import deferred_signals
+from lawn.train.signals import Stopped, deferred_signals
 from lawn.train.threads import FreeCores
 from lawn.train.torch_errors import translate_torch_errors
 from lawn.train.trainer import Trainer
@@ -48,22 +49,28 @@ def train_many(configs: Sequence[Config]) -> list[Exception]:
         []
     """
     failures: list[Exception] = []
+    failed: list[Exception] = []  # of the present group
     different = {(config_hash(config), config.run_dir or config.runs_dir): config for config in configs}
     waiting = [(config, vectorization_key(config)) for config in different.values()]
     if alone := sum(key is None for _, key in waiting):
         echo(f"warning: train.vectorize: {alone} of {len(waiting)} runs cannot be vectorized and train alone")
-    while waiting:
-        first, key = waiting[0]
-        group = [entry for entry in waiting if key is not None and entry[1] == key] or waiting[:1]
-        group = group[: first.train.vectorize]
-        waiting = [entry for entry in waiting if entry not in group]
-        failed: list[Exception] = []
-        with _kept(failed):
-            if len(group) > 1:
-                train_vectorized([config for config, _ in group], failed)
-            else:
-                train(first)
-        failures += failed if len(failed) < len(group) else failed[:1]
+    try:
+        while waiting:
+            first, key = waiting[0]
+            group = [entry for entry in waiting if key is not None and entry[1] == key] or waiting[:1]
+            group = group[: first.train.vectorize]
+            waiting = [entry for entry in waiting if entry not in group]
+            failed = []
+            with _kept(failed):
+                if len(group) > 1:
+                    train_vectorized([config for config, _ in group], failed)
+                else:
+                    train(first)
+            failures += failed if len(failed) < len(group) else failed[:1]
+    except Stopped:
+        for failure in dict.fromkeys((*failures, *failed)):  # which are not returned
+            echo(f"error: {failure}", sys.stderr)
+        raise
     return failures
 
 

@@ -18,7 +18,7 @@ from lawn.config import Config
 from lawn.errors import RunError
 from lawn.files import locked
 from lawn.task import task_builder
-from lawn.train import Stopped, train, train_many, train_vectorized
+from lawn.train import Stopped, multirun, train, train_many, train_vectorized
 from lawn.train.run_directory import RunDirectory
 from lawn.train.torch_errors import translate_torch_errors
 from tests.helpers import ROOT, Paused, compose, write_folders
@@ -174,6 +174,22 @@ def test_one_of_many_that_fails_does_not_keep_the_others(tiny, tmp_path):
     (failure,) = train_many([*bad, *good])
     assert "holds run other" in str(failure)
     assert all(RunDirectory(config).done for config in good)
+
+
+def test_a_run_that_failed_is_named_where_a_later_one_is_stopped(tiny, tmp_path, monkeypatch, capsys):
+    bad, good = (tiny(f"seed={seed}", f"run_dir={tmp_path}/{seed}") for seed in range(2))
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "config.yaml").write_text("hash: other")
+
+    def stopped(config):
+        if config is good:
+            raise Stopped("stopped by SIGTERM")
+        return train(config)
+
+    monkeypatch.setattr(multirun, "train", stopped)
+    with pytest.raises(Stopped):
+        train_many([bad, good])
+    assert "holds run other" in capsys.readouterr().err
 
 
 def test_a_bad_run_does_not_keep_its_vectorized_group(tiny, tmp_path, capsys):
