@@ -1,5 +1,6 @@
 """What stands at the top of the page: how much of the paper has been run, and what the records say, with intervals."""
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isnan
@@ -117,8 +118,10 @@ def _against_all_bases(verdicts: Mapping[tuple[str, str, str], Sequence[tuple[Ha
 
 
 def _horizon(page: Page) -> Finding | None:
-    """The gain after each number of epochs."""
-    said = _by_column([pair for pair in page.pairs if not isnan(pair.gain.p)])
+    """The gain after each number of epochs, of rows that were compared after several."""
+    pairs = [pair for pair in page.pairs if not isnan(pair.gain.p)]
+    times = Counter((pair.rival, pair.base, pair.panel) for pair in pairs)
+    said = _by_column([pair for pair in pairs if times[pair.rival, pair.base, pair.panel] > 1])
     return Finding("How does the gain change with the number of epochs?", "", said, (page.name,)) if said else None
 
 
