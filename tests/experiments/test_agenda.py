@@ -235,7 +235,7 @@ def test_options_that_do_not_fit(tmp_path, options, message):
 
 @pytest.mark.parametrize("name", ["slurm", "submitit_local", "ray"])
 def test_a_package_that_is_missing(tmp_path, name, monkeypatch):
-    monkeypatch.setattr("experiments.execution.options.find_spec", lambda _: None)
+    monkeypatch.setattr("lawn.packages.find_spec", lambda _: None)
     extra = "ray" if name == "ray" else "slurm"
     with pytest.raises(ConfigError, match=rf"is not installed; pip install '.\[{extra}\]'"):
         executor_of(tmp_path, "--executor", name)

@@ -135,7 +135,7 @@ def small_task_builder(config):
 
 def test_references_without_their_package_are_one_line(tmp_path, capsys, monkeypatch):
     given = ["run", "references", "--short", "--results", str(tmp_path), "--set", f"data_dir={tmp_path}"]
-    monkeypatch.setattr("experiments.references.find_spec", lambda _: None)
+    monkeypatch.setattr("lawn.packages.find_spec", lambda _: None)
     assert command.main(given) == ConfigError.exit_code
     assert capsys.readouterr().err == (
         "error: references: the package implicit is not installed; pip install '.[references]'\n"
