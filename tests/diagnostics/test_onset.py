@@ -69,3 +69,5 @@ def test_never_before_the_end_of_the_first_epoch(batch_size):
 def test_an_epoch_without_updates_is_refused():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         FlatteningOnset(0)
+    with pytest.raises(TypeError):
+        FlatteningOnset(10.5)  # type: ignore[arg-type]
