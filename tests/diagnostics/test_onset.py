@@ -70,4 +70,4 @@ def test_an_epoch_without_updates_is_refused():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         FlatteningOnset(0)
     with pytest.raises(TypeError):
-        FlatteningOnset(10.5)  # type: ignore[arg-type]
+        FlatteningOnset(10.5)
