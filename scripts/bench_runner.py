@@ -14,7 +14,6 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
-from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from experiments.execution.runner import run
 from experiments.planning.grid import Job
 from experiments.planning.study import studies
 from experiments.records import Store
+from lawn.packages import is_installed
 from lawn.train import train
 from lawn.train.run_directory import RunDirectory, read_environment, read_result
 from scripts import bench
@@ -105,11 +105,11 @@ def executors() -> Iterator[dict[str, Callable[[Path], Executor]]]:
     found: dict[str, Callable[[Path], Executor]] = {"pool of this machine": lambda _: Pool(["cpu", "cpu"])}
     cpu = Resources(gpus=0)
     with ExitStack() as stack:
-        if find_spec("submitit") is not None:
+        if is_installed("submitit"):
             from experiments.execution.slurm import SubmititExecutor
 
             found["submitit, processes of this machine"] = lambda runs: SubmititExecutor(runs, cpu, 2, "local")
-        if find_spec("ray") is not None:
+        if is_installed("ray"):
             from ray.cluster_utils import Cluster
 
             from experiments.execution.ray_cluster import RayExecutor

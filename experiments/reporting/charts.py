@@ -9,7 +9,7 @@ import numpy as np
 from experiments.definitions.spec import Cell, Experiment
 from experiments.reporting.outcomes import Outcome, at_place, comparisons, paper, places
 from experiments.reporting.statistics import mean_and_error
-from experiments.reporting.trials import best_by_place
+from experiments.reporting.trials import best_by_place, best_of_curves
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def over_trials(experiment: Experiment, found: list[Outcome]) -> Chart:
     that it is compared with, one for each batch size and schedule.
     """
     families = {rival: [base for base, other in experiment.pairs if other == rival] for _, rival in experiment.pairs}
-    best_at = best_by_place(found)
+    best_at = best_by_place(best_of_curves(found))
     rows = []
     for rival, bases in families.items():
         subplots: list[Subplot] = []

@@ -22,7 +22,7 @@ def curves_page(experiment: Experiment, store: Store, selection: str = "val") ->
     """The page of the tuning curves, from the grids instead of the final runs."""
     found = outcomes(experiment, store, selection)
     complete = best_of_curves(found)
-    best = best_by_place(found)
+    best = best_by_place(complete)
 
     def entry_of(outcome: Outcome, measure: Measure, cells: list[Outcome]) -> Entry:
         curve = best.get((outcome.cell.panel, outcome.cell.column, outcome.cell.row))

@@ -95,7 +95,7 @@ def _save_svg(figure: Figure, path: Path, fingerprint: str) -> None:
 
 
 def _shortened(coordinates: str) -> str:
-    """In SVG, points after those of a move or a line are lines too."""
+    """Round coordinates to tenths; leave out the L of a line after a line, since SVG takes further points for lines."""
     tenths = re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.1f}", coordinates)
     return re.sub(r"([ML])([^A-Za-z\"]+(?:L[^A-Za-z\"]+)+)", lambda run: run[1] + run[2].replace(" \nL ", " "), tenths)
 

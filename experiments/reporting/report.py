@@ -22,7 +22,6 @@ from lawn.files import write_text
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
-    autoescape=False,  # Markdown
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

@@ -68,11 +68,13 @@ def _one_comparison(pair: Pair) -> list[str]:
 
 def _all_comparisons(pairs: list[Pair]) -> list[str]:
     """How often LAWN is better, whether the paper's signs agree, and what may mislead; none without pairs."""
+    if not pairs:
+        return []
     distinct = _distinct(pairs)
-    decided = [c for c in distinct if c.adjusted < LEVEL]
-    below = [f"{said[:1].upper()}{said[1:]}." for said in [below_paper(decided)] if said]
-    counted = [_wins(pairs, distinct)] if pairs else []
-    return counted + _signs_of_the_paper(distinct) + below + _undone_by_the_correction(distinct)
+    lines = [_wins(pairs, distinct), *_signs_of_the_paper(distinct)]
+    if below := below_paper([c for c in distinct if c.adjusted < LEVEL]):
+        lines.append(f"{below[:1].upper()}{below[1:]}.")
+    return lines + _undone_by_the_correction(distinct)
 
 
 def _wins(pairs: list[Pair], distinct: list[Pair]) -> str:

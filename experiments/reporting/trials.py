@@ -13,8 +13,9 @@ def best_of_curves(found: list[Outcome]) -> list[tuple[Outcome, BestOf]]:
     return [(outcome, best_of([score(record) for _, record in outcome.tried])) for outcome in complete]
 
 
-def best_by_place(found: list[Outcome]) -> Best:
-    return {(o.cell.panel, o.cell.column, o.cell.row): curve for o, curve in best_of_curves(found)}
+def best_by_place(curves: list[tuple[Outcome, BestOf]]) -> Best:
+    """The result of `best_of_curves`, to look up."""
+    return {(o.cell.panel, o.cell.column, o.cell.row): curve for o, curve in curves}
 
 
 def score(record: Record) -> float:

@@ -26,6 +26,7 @@ stochastic rounding the state of each half-precision parameter has `lawn_seed`, 
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -67,11 +68,9 @@ def add_defaults(groups: list[Group], index: int, free_steps: int | None, *, lat
     """
     group = groups[index]
     check_group(group, index)
-    seen: set[Tensor] = set()
-    for p in group["params"]:
-        if p in seen:  # torch only warns
+    for p, times in Counter[Tensor](group["params"]).items():
+        if times > 1:  # torch only warns
             raise ValueError(f"{describe(group, index, p)} is there twice; list each parameter once")
-        seen.add(p)
     if group.get("constrain") is not False and any(hasattr(p, "ds_id") for p in group["params"]):
         raise TypeError(f"param group {index} holds flat parameters of DeepSpeed's ZeRO, {FLAT}")
     phase: Group = {"free_steps": free_steps}

@@ -39,8 +39,8 @@ def is_stochastic(group: Group, p: Tensor) -> bool:
 def make_seeds(optimizer: Optimizer, group: Group, params: list[Tensor]) -> None:
     """Store a seed in the state of each parameter that needs one and has none: its position in the optimizer.
 
-    All ranks of a distributed run then have the same seeds. If param groups were removed, another parameter may have
-    that seed; it is the next one then.
+    All ranks of a distributed run then have the same seeds. Where another parameter has that seed, as after a param
+    group was removed, the next number that none has is taken.
     """
     missing = [p for p in params if is_stochastic(group, p) and SEED not in optimizer.state[p]]
     if missing:

@@ -68,7 +68,7 @@ def train_many(configs: Sequence[Config]) -> list[Exception]:
                     train(first)
             failures += failed if len(failed) < len(group) else failed[:1]
     except Stopped:
-        for failure in dict.fromkeys((*failures, *failed)):  # which are not returned
+        for failure in (*failures, *failed):  # which are not returned
             echo(f"error: {failure}", sys.stderr)
         raise
     return failures

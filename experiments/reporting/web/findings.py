@@ -14,7 +14,7 @@ from experiments.reporting.outcomes import Pair, places
 from experiments.reporting.page import Page
 from experiments.reporting.sentences import LEVEL, below_paper
 from experiments.reporting.statistics import MANY_SEEDS, mean_interval
-from experiments.reporting.trials import best_by_place
+from experiments.reporting.trials import best_by_place, best_of_curves
 
 FEW = 6  # comparisons that are listed by themselves
 
@@ -127,7 +127,7 @@ def _horizon(page: Page) -> Finding | None:
 
 def _tuning(page: Page) -> Finding | None:
     """How much more the best of K random settings is expected to give with LAWN, over the grids of short schedules."""
-    best = best_by_place(list(page.outcomes))
+    best = best_by_place(best_of_curves(list(page.outcomes)))
     said = []
     for base, rival in page.experiment.pairs if page.experiment else ():
         at = {
@@ -176,7 +176,7 @@ def _attenuated(page: Page) -> Finding | None:
 def _by_column(pairs: Sequence[Pair]) -> list[str]:
     """A sentence for each two rows of a panel, with their comparisons in all columns; the tables have the seeds.
 
-    The first says what the intervals are.
+    Only the first interval is introduced as one of 95 %.
     """
     gains: dict[str, list[str]] = {}
     for pair in pairs:
