@@ -1,9 +1,9 @@
 """Records of finished runs: the lines of results/runs/EXPERIMENT.jsonl, named like their run directories.
 
 A record has the run's identity and hash, the command that repeats it, its environment, its result (with the outcome
-of each evaluation sample) and the columns of metrics.csv, thinned to about EPOCHS epochs. Records of tuning runs are
-in results/tuning/, those on the validation split without outcomes and metrics. Lines are appended while runs end, and
-sorted by name at the end.
+of each evaluation sample; numbers have the nine significant digits of float32) and the columns of metrics.csv, thinned
+to about EPOCHS epochs, with six digits. Records of tuning runs are in results/tuning/, those on the validation split
+without outcomes and metrics. Lines are appended while runs end, and sorted by name at the end.
 """
 
 import json
@@ -13,6 +13,7 @@ from contextlib import suppress
 from functools import partial
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -66,7 +67,7 @@ class Store:
         directory = RunDirectory(config)
         if not directory.done:
             raise RunError(f"{directory.path}: not finished, so it cannot be recorded")
-        environment, result = read_environment(directory.path), directory.result()
+        environment, result = read_environment(directory.path), _rounded(directory.result())
         for start in (environment, *environment.get("resumed", [])):
             start.pop("command", None)  # has the folders of this machine
         name = run_name(config)
@@ -175,3 +176,12 @@ def _short(value: float) -> float | int | None:
     if pd.isna(value):
         return None
     return int(value) if float(value).is_integer() else float(f"{value:.6g}")
+
+
+def _rounded(tree: Any) -> Any:
+    """A tree of JSON whose floats have nine significant digits, which distinguish all numbers of float32."""
+    if isinstance(tree, dict):
+        return {key: _rounded(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_rounded(value) for value in tree]
+    return float(f"{tree:.9g}") if isinstance(tree, float) else tree

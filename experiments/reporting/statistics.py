@@ -17,7 +17,8 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard error of the mean; NaN where there are too few values."""
     array = np.asarray(values, float)
     mean = float(array.mean()) if len(array) else nan
-    return mean, float(array.std(ddof=1) / np.sqrt(len(array))) if len(array) > 1 else nan
+    differences = array - array[:1]  # all exactly 0 if the values are equal
+    return mean, float(differences.std(ddof=1) / np.sqrt(len(array))) if len(array) > 1 else nan
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:

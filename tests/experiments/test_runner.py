@@ -133,6 +133,8 @@ def test_the_best_setting_on_validation_fills_the_cell(tuned):
     for record in records:
         assert command_of(record) == record.hash
         assert record.scores.mean() == pytest.approx(record.value("headline"))
+        last = json.loads((tuned / "runs" / record.name / "result.json").read_text())["last"]
+        assert record.result["last"] == {key: float(f"{value:.9g}") for key, value in last.items()}
 
 
 def command_of(record: Record) -> str:

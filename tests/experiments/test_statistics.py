@@ -9,7 +9,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from experiments.reporting.statistics import Comparison, best_of, compare, compare_paired, holm
+from experiments.reporting.statistics import (
+    Comparison,
+    best_of,
+    compare,
+    compare_paired,
+    holm,
+    mean_and_error,
+)
 
 
 def hits(rng: np.random.Generator, seeds: int, users: np.ndarray, spread: float, shift: float = 0.0) -> np.ndarray:
@@ -207,3 +214,15 @@ def test_best_of_trials_that_diverged():
     assert found.mean.tolist() == [-math.inf, pytest.approx(200 / 3), 70]
     with pytest.raises(ValueError, match="no scores"):
         best_of([])
+
+
+@given(st.floats(-1e3, 1e3), st.integers(2, 9))
+def test_equal_values_have_no_error(value, count):
+    """Their mean may differ from them by rounding."""
+    assert mean_and_error([value] * count) == (pytest.approx(value), 0.0)
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=9))
+def test_mean_and_error_are_scipys(values):
+    assume(np.ptp(values) > 1e-6)
+    assert mean_and_error(values) == pytest.approx((np.mean(values), stats.sem(values)), rel=1e-6)
