@@ -25,7 +25,7 @@ from lawn.errors import WRITTEN_AGAIN, RunError
 from lawn.identity import identity, run_name
 from lawn.train.run_directory import RunDirectory, read_environment
 
-EPOCHS = 50  # in a record, about, if every epoch measures the same
+EPOCHS = 30  # in a record, about, if every epoch measures the same
 
 
 class Store:
