@@ -5,7 +5,7 @@ from lawn.optim.attenuation import attenuate_logits, output_layer
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.hoffer import bound_norms, release
 from lawn.optim.lamb import LAMB, LAMBLAWN, LAMBPlus
-from lawn.optim.phase import NonFiniteError
+from lawn.optim.norms import NonFiniteError
 from lawn.optim.schedule import LinearWarmup, LinearWarmupDecay
 from lawn.optim.sgd_lawn import SGDLAWN
 from lawn.optim.wrapper import LAWN

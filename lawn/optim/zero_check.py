@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 from lawn.optim import phase
 from lawn.optim.group_update import GroupUpdate
+from lawn.optim.norms import KnownBlocks, is_known
 
 
 class ZeroCheck:
@@ -18,8 +19,8 @@ class ZeroCheck:
     A mask on a GPU is copied to the host asynchronously and checked at the start of a later step.
     """
 
-    def __init__(self, known: phase.KnownBlocks | None = None) -> None:
-        self.known: phase.KnownBlocks = dict(known or {})  # see `phase.begin_step`
+    def __init__(self, known: KnownBlocks | None = None) -> None:
+        self.known: KnownBlocks = dict(known or {})  # see `phase.begin_step`
         self._pending: list[tuple[GroupUpdate, int, Tensor, torch.cuda.Event]] = []
 
     def begin(self, optimizer: "Optimizer", fused: bool | None = None) -> list[GroupUpdate]:
@@ -40,7 +41,7 @@ class ZeroCheck:
 
     def knows(self, group_update: GroupUpdate) -> bool:
         """Whether the norms of all blocks are known to be theirs, so that `begin` would not compare them."""
-        return all(phase.is_known(self.known, block) for block in group_update.blocks())
+        return all(is_known(self.known, block) for block in group_update.blocks())
 
     def check(self, group_update: GroupUpdate, index: int, zero: Tensor | None) -> None:
         """Raise ValueError if a block is zero; on a GPU a later `begin` raises it.
@@ -63,5 +64,11 @@ class ZeroCheck:
 
 
 def _check_zero(group_update: GroupUpdate, index: int, zero: Tensor) -> None:
-    if zero.any():
-        phase.raise_zero(group_update, index, int(zero.nonzero()[0]))
+    """Raise ValueError for a block that has become zero since its norm was fixed."""
+    if not zero.any():
+        return
+    name, c = group_update.describe(index, int(zero.nonzero()[0]))
+    raise ValueError(
+        f"{name} is zero, but was constrained to the norm {c:.6g}: a weight of "
+        "zero has no direction in which it could be rescaled; restore it, or set constrain=False for its param group"
+    )

@@ -16,6 +16,7 @@ from lawn.optim import keys, phase, slices, update
 from lawn.optim.adam_lawn import AdamLAWN
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.lamb import LAMB, LAMBLAWN, LAMBPlus
+from lawn.optim.norms import NonFiniteError
 from lawn.optim.sgd_lawn import SGDLAWN
 from lawn.train.vectorized_weight import CPUWeights, Rule, VectorizedWeight, expand_runs
 
@@ -112,7 +113,7 @@ class VectorizedStep:
                 try:
                     phase.switch(optimizer, due)
                     switched = True
-                except phase.NonFiniteError:
+                except NonFiniteError:
                     failed.add(k)
             for group in optimizer.param_groups:
                 group["steps"] += 1
