@@ -22,14 +22,16 @@ from lawn.output import echo
 from lawn.train.run_directory import LAST_KEY, read_config, read_environment, read_result
 
 
-def read(folder: Path, split: str) -> pd.DataFrame:
-    """A row for each finished run of `split`: the flattened config, code version, metrics and headline `score`."""
-    rows = []
+def read(folder: Path, split: str) -> tuple[pd.DataFrame, int]:
+    """A row for each finished run of `split`: the flattened config, code version, metrics and headline `score`; and the
+    number of finished runs of the other split."""
+    rows, others = [], 0
     for run in sorted(folder.iterdir()):
         if not (run / "DONE").exists():
             continue
         result, environment = read_result(run), read_environment(run)
         if result["split"] != split:
+            others += 1
             continue
         rows.append(
             {
@@ -42,7 +44,7 @@ def read(folder: Path, split: str) -> pd.DataFrame:
                 "score": result["last"].get(f"{split}_{result['headline']}"),
             }
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows), others
 
 
 def varied(runs: pd.DataFrame) -> list[str]:
@@ -85,7 +87,7 @@ def rank_runs() -> int:
         parser.error(f"--top {given.top}: must be a positive number")
     if not given.folder.is_dir():
         parser.error(f"{given.folder}: no such folder")
-    runs = read(given.folder, given.split)
+    runs, others = read(given.folder, given.split)
     if given.only and not runs.empty:
         key, _, value = given.only.partition("=")
         if key not in runs:
@@ -100,8 +102,9 @@ def rank_runs() -> int:
     if not runs.empty and len(names := sorted(set(runs["dataset.name"]))) > 1:
         parser.error(f"runs of {', '.join(names)}: choose one dataset with --only dataset.name={names[0]}")
     if runs.empty:
-        echo(f"error: {given.folder}: no finished runs with eval.split={given.split}", sys.stderr)
-        return 1
+        other = "val" if given.split == "test" else "test"
+        hint = f"; rank the {others} with eval.split={other} by --split {other}" if others else ""
+        raise UserError(f"{given.folder}: no finished runs with eval.split={given.split}{hint}")
     runs = runs.drop_duplicates("hash")  # a run may be in several folders
     if given.csv:
         metrics = runs.columns[runs.columns.get_loc("status") :].drop(["headline", "score"])

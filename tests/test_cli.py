@@ -218,6 +218,12 @@ def test_rank_runs(tmp_path, monkeypatch, capsys):
     assert (best[0], best[-2:]) == ("0.01", ["2", "0"])  # setting, seeds, diverged
     with (tmp_path / "table.csv").open() as file:
         assert len(file.readlines()) == 5
+    monkeypatch.setattr(sys, "argv", ["rank_runs.py", f"{tmp_path}/runs", "--split", "test"])
+    assert rank_runs.main() == 1
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}/runs: no finished runs with eval.split=test; rank the 5 with eval.split=val by "
+        "--split val\n"
+    )
     for wrong in (["--only", "optim.lr=[1"], ["--only", "optim.lr=${oc.env:ABSENT}"], ["--top", "0"]):
         monkeypatch.setattr(sys, "argv", ["rank_runs.py", f"{tmp_path}/runs", *wrong])
         with pytest.raises(SystemExit, match="2"):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from lawn.diagnostics.lanczos import top_eigenvalue
@@ -313,8 +314,9 @@ class LossSurface:
         weights = self._weights()
         self._model.eval()
         try:
-            # torch.func does not need autograd, which would only store its operations.
-            with torch.set_grad_enabled(differentiable), _DecomposedWeightNorm():
+            # torch.func does not need autograd, which would only store its operations. Only the plain attention has
+            # second derivatives.
+            with torch.set_grad_enabled(differentiable), _DecomposedWeightNorm(), sdpa_kernel(SDPBackend.MATH):
                 yield {name: w.requires_grad_(differentiable) for name, w in weights.items()}
         finally:
             for module, training in modes:  # modules may have had different modes

@@ -54,7 +54,8 @@ def binary_margin(logits: Tensor, labels: Tensor) -> Tensor:
 def weight_norm(model: nn.Module) -> Tensor:
     """Compute the joint Euclidean norm of all weights with two or more dimensions.
 
-    A tied weight counts once. For a parametrized weight the value is used with which the model computes.
+    A tied weight counts once. Of a weight with `torch.nn.utils.parametrize` the value counts with which the model
+    computes; of one that `torch.nn.utils.prune` or the older `torch.nn.utils.weight_norm` has replaced, its parameters.
 
     Args:
         model: any model.

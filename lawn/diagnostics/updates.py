@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lawn.optim.nesting import StepNesting
+
 QUANTITIES = ("norm", "gradient_norm", "radial", "angle", "effective_lr")
 
 
@@ -15,14 +17,16 @@ class UpdateMonitor:
     The quantities of an update of weight w with gradient g are:
 
     - `norm`: norm ||w|| before the update.
-    - `gradient_norm`: norm ||g|| of the gradient before `step`. Gradients of a closure are not measured.
+    - `gradient_norm`: norm ||g|| of the unscaled gradient, before the optimizer or a hook such as LAWN's changes it. If
+      there is a closure, its first call counts.
     - `radial`: |cos(g, w)|, the fraction of the gradient along w; 0 if the loss does not depend on ||w||.
     - `angle`: angle between w before and after the update, in radians.
     - `effective_lr`: angle / (||w|| ||g||), the learning rate at which gradient descent would turn a weight of norm 1
       by the same angle; lr / ||w||^2 for SGD on a scale-invariant weight.
 
-    The host does not wait for the device. A weight without gradient does not count in the means of that update. Create
-    the monitor after other step hooks on the same optimizer (such as those of `lawn.LAWN`), so that its hooks run last.
+    The host does not wait for the device. A weight without gradient does not count in the means of that update, and
+    neither does an update that GradScaler skips. Create the monitor after other step hooks that change the weights,
+    such as those of `lawn.LAWN`, which then run before it at the end of a step. At its beginning the monitor is first.
 
     Args:
         model: model whose weights are measured.
@@ -58,10 +62,13 @@ class UpdateMonitor:
         self._updates = 0
         # Before an update: indices of the measured weights, copies of w, w.g and ||g||.
         self._before: tuple[list[int], list[Tensor], Tensor, Tensor] | None = None
+        self._nesting = StepNesting()
         device = next(iter(self.weights.values())).device
         shape = (len(self.weights), 1 + len(QUANTITIES))  # number of measurements, and sums
         self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
-        self._hooks = [optimizer.register_step_pre_hook(self._keep), optimizer.register_step_post_hook(self._measure)]
+        self._hooks = [optimizer.register_step_pre_hook(self._begin), optimizer.register_step_post_hook(self._end)]
+        hooks: Any = optimizer._optimizer_step_pre_hooks
+        hooks.move_to_end(self._hooks[0].id, last=False)
 
     def detach(self) -> None:
         """Remove the hooks from the optimizer."""
@@ -95,21 +102,42 @@ class UpdateMonitor:
         self._updates = state["updates"]
         self._sums.copy_(state["sums"])
 
-    @torch.no_grad()
-    def _keep(self, *_: object) -> None:
+    @torch._disable_dynamo
+    def _begin(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if not self._nesting.begin():
+            return None
         self._before = None  # after an update that raised
-        if self._updates % self._every == 0:
-            found = [(i, p, p.grad) for i, p in enumerate(self.weights.values()) if p.grad is not None]
-            if found:
-                weights = [_to_float(p).clone() for _, p, _ in found]
-                gradients = [_to_float(g) for *_, g in found]
-                # The optimizer may overwrite the gradients, so their products are computed now.
-                self._before = [i for i, *_ in found], weights, _dots(weights, gradients), _norms(gradients)
         self._updates += 1
+        if (self._updates - 1) % self._every:
+            return None
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if closure is None:
+            self._keep(getattr(optimizer, "grad_scale", None))  # which GradScaler sets on fused optimizers
+            return None
+
+        def kept() -> Any:
+            loss = closure()
+            if self._before is None:
+                self._keep()
+            return loss
+
+        return ((args[0], kept, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": kept})
 
     @torch.no_grad()
-    def _measure(self, *_: object) -> None:
-        if self._before is None:
+    def _keep(self, grad_scale: Tensor | None = None) -> None:
+        found = [(i, p, p.grad) for i, p in enumerate(self.weights.values()) if p.grad is not None]
+        if found:
+            weights = [_to_float(p).clone() for _, p, _ in found]
+            gradients = [_to_float(g) for *_, g in found]
+            # The optimizer may overwrite the gradients, so their products are computed now.
+            products = _dots(weights, gradients), _norms(gradients)
+            along, size = products if grad_scale is None else (product / grad_scale for product in products)
+            self._before = [i for i, *_ in found], weights, along, size
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def _end(self, optimizer: Optimizer, *_: object) -> None:
+        if not self._nesting.end() or self._before is None:
             return
         found, weights, along, gradient_norm = self._before
         after = list(self.weights.values())
@@ -122,14 +150,18 @@ class UpdateMonitor:
         product = (norm * gradient_norm).clamp(min=smallest)
         ones = torch.ones_like(norm)
         rows = torch.stack([ones, norm, gradient_norm, along.abs() / product, angle, angle / product], dim=1)
+        found_inf = getattr(optimizer, "found_inf", None)  # of GradScaler, for fused optimizers, which skip the update
+        if found_inf is not None:
+            rows = torch.where(found_inf > 0, 0.0, rows)
         sums = self._sums.unbind()
         torch._foreach_add_([sums[i] for i in found], list(rows.unbind()))
         self._before = None
 
 
 def _to_float(t: Tensor) -> Tensor:
-    """Convert to at least float32."""
-    return t.detach().to(torch.promote_types(t.dtype, torch.float32))
+    """Convert to at least float32, and a complex number to two real ones."""
+    t = t.detach().to(torch.promote_types(t.dtype, torch.float32))
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:

@@ -96,7 +96,7 @@ class LAWNOptimizer(Optimizer, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer, or of the optimizer that it equals in the free phase.
 
-        Keys of param groups that the other optimizer does not have keep their values.
+        Keys of param groups that the other optimizer does not have keep their values, and so does `fused`.
 
         Args:
             state_dict: result of the optimizer's `state_dict`.
@@ -119,7 +119,8 @@ class LAWNOptimizer(Optimizer, ABC):
             unsupported = self._unsupported_keys() | (torch_keys() - {*own, *self._supported_keys()})
             self._check_keys(known, index, unsupported)
             self._check_values({**self.defaults, **known})
-            groups.append({key: value for key, value in known.items() if key not in unsupported})
+            kept = {key: value for key, value in known.items() if key not in unsupported}
+            groups.append({**kept, "fused": own.get("fused")})  # how a step is computed, not what
         self._base_rule.check(self, state_dict)
         state_dict = {**state_dict, "param_groups": groups}
         return keys.complete_state_dict(state_dict, self.param_groups, self._supported_keys())
@@ -144,7 +145,10 @@ class LAWNOptimizer(Optimizer, ABC):
         index = len(self.param_groups)
         self._check_keys(param_group, index, self._unsupported_keys())
         check_spelling(param_group, index, {*self._supported_keys()} - keys.RUN)
-        self._check_values({**self.defaults, **param_group})
+        try:
+            self._check_values({**self.defaults, **param_group})
+        except ValueError as error:
+            raise ValueError(f"param group {index}: {error}") from None
         if keys.RUN & param_group.keys():  # another optimizer may have the dict
             param_group = keys.without_run(param_group)
         super().add_param_group(param_group)

@@ -92,6 +92,8 @@ class BaseRule:
             if param in params and entry and not {*self.state} <= entry.keys():
                 missing = next(key for key in self.state if key not in entry)
                 raise ValueError(f"the loaded state has no {missing}: it is of another optimizer than {name}")
+        if self.state == ADAM_STATE and any("capturable" in g and "amsgrad" not in g for g in saved["param_groups"]):
+            raise ValueError(f"the loaded state is of another optimizer than {name}, as torch's RAdam")
 
 
 @cache

@@ -79,7 +79,7 @@ def bound_norms(model: nn.Module, select: Callable[[str], bool] | None = None) -
     for path, module in model.named_modules():
         inside = "parametrizations" in path.split(".")
         for attribute, p in module._parameters.items():
-            if p is None or p.ndim < 2 or not p.is_floating_point():
+            if p is None or p.ndim < 2 or p.numel() == 1 or not p.is_floating_point():
                 continue
             name = f"{path}.{attribute}" if path else attribute
             places.setdefault(p, []).append((module, attribute, name))

@@ -81,14 +81,20 @@ def add_defaults(groups: list[Group], index: int, free_steps: int | None, *, lat
 
 
 def _phase_of(groups: list[Group]) -> Group:
-    """Return the keys of the group that switches last, without those that never do (`constrain=False`) if there are
+    """Return the keys of the group that switches last, without those that have nothing to constrain if there are
     others; nothing before the first step.
     """
-    groups = [group for group in groups if group.get("constrain") is not False] or groups
+    groups = _constraining(groups)
     if not any(group["steps"] or group["switched"] for group in groups):
         return {}
     last = max(groups, key=_remaining)
     return {key: last[key] for key in ("free_steps", "steps", "switched")}
+
+
+def _constraining(groups: list[Group]) -> list[Group]:
+    """Return the groups with a parameter to constrain, or all if there are none."""
+    found = [group for group in groups if any(not is_lazy(p) and constrains(group, p) for p in group["params"])]
+    return found or groups
 
 
 def _remaining(group: Group) -> float:
@@ -220,8 +226,8 @@ def is_fixed(norm: Norm) -> bool:
 
 
 def is_constrained(groups: list[Group]) -> bool:
-    """Whether a param group is in its second phase."""
-    return any(group.get("switched") for group in groups)
+    """Whether a param group is in its second phase; those without a parameter to constrain count if all are."""
+    return any(group.get("switched") for group in _constraining(groups))
 
 
 def is_due(group: Group) -> bool:

@@ -1,5 +1,6 @@
 """The norms of weights: measured where they are to be fixed, and compared with those that were loaded."""
 
+import operator
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,8 @@ from lawn.optim.group_update import GroupUpdate
 from lawn.optim.keys import Norm, describe, is_fixed
 
 HALF = torch.bfloat16, torch.float16
-KnownBlocks = dict[Tensor, list[Tensor]]  # by their first parameter
+Layout = tuple[list[Tensor], tuple[int, ...]]  # the parameters of a block, and their slice axes
+KnownBlocks = dict[Tensor, Layout]  # by their first parameter
 NORMS32, NORMS64 = (1e-19, 1e19), (1e-154, 1e154)  # whose squares are numbers that the updates compute with
 REMEDY = "leave it free with a param group that has constrain=False, or give it more free steps"
 REMEDY_OF_SLICES = "put other values there (nn.Embedding has zeros at padding_idx), or give the whole weight one norm"
@@ -34,10 +36,22 @@ class NonFiniteError(ValueError):
     """
 
 
-def is_known(known: KnownBlocks, block: list[Tensor]) -> bool:
-    """Whether the norm of a block is known to be that of exactly these parameters, see `begin_step`."""
-    other = known.get(block[0], [])
-    return len(other) == len(block) and all(p is q for p, q in zip(other, block, strict=True))
+def layouts(group_update: GroupUpdate) -> list[Layout]:
+    """What the norm of each block is that of."""
+    blocks = group_update.blocks()
+    return list(zip(blocks, group_update.slice_axes or [()] * len(blocks), strict=True))
+
+
+def is_known(known: KnownBlocks, layout: Layout) -> bool:
+    """Whether the norms of a block are known to be those of exactly these parameters or slices, see `begin_step`."""
+    block, axes = layout
+    others, other_axes = known.get(block[0], ([], axes))
+    return axes == other_axes and len(others) == len(block) and all(map(operator.is_, others, block))
+
+
+def remember(known: KnownBlocks, found: list[Layout]) -> None:
+    """Add blocks whose norms are known to be theirs."""
+    known.update((block[0], (block, axes)) for block, axes in found)
 
 
 def measure_norms(group_update: GroupUpdate, index: int) -> list[Norm]:
@@ -101,12 +115,12 @@ def check_counts(group_update: GroupUpdate, index: int) -> None:
 
 def check_loaded_norms(group_update: GroupUpdate, index: int, known: KnownBlocks) -> None:
     """Raise ValueError for a loaded norm that belongs to another weight or block."""
-    blocks = group_update.blocks()
-    unknown = [not is_known(known, block) for block in blocks]
+    found = layouts(group_update)
+    unknown = [not is_known(known, layout) for layout in found]
     if not any(unknown):
         return
     present = _present(group_update)
-    owners = [(b, new) for b, new, c in zip(blocks, unknown, present, strict=True) for _ in _flatten([c])]
+    owners = [(block, new) for (block, _), new, c in zip(found, unknown, present, strict=True) for _ in _flatten([c])]
     pairs = zip(owners, _flatten(group_update.norms), _flatten(present), strict=True)
     for number, ((block, new), c, now) in enumerate(pairs):
         if not (new and now > 0):
@@ -120,7 +134,7 @@ def check_loaded_norms(group_update: GroupUpdate, index: int, known: KnownBlocks
             "it was saved, in other blocks, or the weights were replaced, averaged or clipped; load by name, or adopt "
             "the current norms with constrain(again=True)"
         )
-    known.update((block[0], block) for block in blocks)
+    remember(known, found)
 
 
 def _has_half_precision(block: list[Tensor]) -> bool:

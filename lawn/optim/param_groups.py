@@ -193,7 +193,7 @@ def stacked(model: nn.Module, pattern: str | re.Pattern[str]) -> list[dict[str, 
     free: list[Tensor] = []
     for p in model.parameters():
         if p.requires_grad:
-            part = (stacks if p.ndim > 2 else free) if p in matched else (weights if p.ndim > 1 else free)
+            part = (stacks if p.ndim > 2 else free) if p in matched else (weights if _is_weight(p) else free)
             part.append(p)
     groups = per_row([{"params": stacks, "constrain": True}])
     slices_of_biases = {"norm_axes": 1} if any(p.ndim == 2 for p in free) else {}

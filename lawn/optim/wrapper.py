@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
-from types import FrameType
 from typing import Any
 
 import torch
@@ -18,10 +17,9 @@ from lawn.optim.base import LAWNOptimizer
 from lawn.optim.blocks import Blocks
 from lawn.optim.checks import check_spelling
 from lawn.optim.group_update import GroupUpdate, gradients, sum_products
+from lawn.optim.nesting import StepNesting
 from lawn.optim.substitutes import HiddenNorms, ProjectedGradients, buffers, version
 from lawn.optim.zero_check import ZeroCheck
-
-OPTIMIZER_FILE = sys.modules[Optimizer.__module__].__file__  # torch runs step hooks in this file
 
 
 class LAWN:
@@ -73,8 +71,8 @@ class LAWN:
         before = [dict(group) for group in optimizer.param_groups]
         trained = any(entry and entry.get("step") != 0 for _, entry in keys.entries(optimizer.state))
         for index, group in enumerate(before):
-            if group["params"] and keys.RUN & group.keys() and not trained:
-                optimizer.param_groups[index] = keys.without_run(group)  # another optimizer may have the dict
+            if group["params"] and group.get("steps") and not trained:  # another optimizer may have the dict
+                optimizer.param_groups[index] = keys.without_run(group)
         try:
             for index in range(len(before)):
                 added = "switched" not in before[index] and any("switched" in group for group in before[:index])
@@ -100,8 +98,7 @@ class LAWN:
         self._norms = HiddenNorms(optimizer)
         self._group_updates: list[GroupUpdate] | None = None  # of the current step
         self._skipped = self._dummy = self._waits = False  # of the current step: no update; waits for its closure
-        self._step: FrameType | None = None  # frame of the current step
-        self._nested_calls = 0  # number of steps of parent classes that run inside it
+        self._nesting = StepNesting()
         self._hooks = [
             optimizer.register_step_pre_hook(self._begin),
             optimizer.register_step_post_hook(self._end),
@@ -118,10 +115,13 @@ class LAWN:
     def __getstate__(self) -> dict[str, Any]:
         self._norms.show()
         known = self._zero_check.known  # a copy has the same parameters
-        return {"optimizer": self.optimizer, "free_steps": self._free_steps, "fused": self._fused, "known": known}
+        arguments = {"optimizer": self.optimizer, "free_steps": self._free_steps, "fused": self._fused, "known": known}
+        return {"arguments": arguments, "attached": bool(self._hooks)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._attach(**state)
+        self._attach(**state["arguments"])
+        if not state["attached"]:
+            self.detach()
 
     def __copy__(self) -> Any:
         raise TypeError("a shallow copy would put LAWN on the same optimizer twice; use copy.deepcopy")
@@ -186,8 +186,7 @@ class LAWN:
 
     @torch._disable_dynamo  # torch.compiler.disable would import the compiler at once
     def _begin(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        if self._is_nested():
-            self._nested_calls += 1
+        if not self._nesting.begin():
             return None
         self._gradients.drop_used()  # after a step that raised
         self._gradients.restore()
@@ -290,10 +289,8 @@ class LAWN:
     @torch._disable_dynamo
     @torch.no_grad()
     def _end(self, *arguments: Any) -> None:
-        if self._nested_calls:
-            self._nested_calls -= 1
+        if not self._nesting.end():
             return
-        self._step = None
         self._norms.show()
         if self._waits:
             raise RuntimeError(
@@ -329,33 +326,11 @@ class LAWN:
         zeros = stages.finish([waiting for _, _, waiting in pending])
         return results + [(part, index, zero) for (part, index, _), zero in zip(pending, zeros, strict=True)]
 
-    def _is_nested(self) -> bool:
-        """Whether the current step calls the `step` of a parent class, for which torch runs hooks as well.
-
-        A step that has raised is not current.
-        """
-        call = _frame_of_step()
-        frame: FrameType | None = sys._getframe()
-        while self._step is not None and frame is not None:
-            if frame is self._step and frame is not call:
-                return True
-            frame = frame.f_back
-        self._step, self._nested_calls = call, 0
-        return False
-
 
 def _is_loaded(group: keys.Group, before: keys.Group) -> bool:
     """Whether a param group replaces another one with the same parameters."""
     params, others = group["params"], before["params"]
     return group is not before and len(params) == len(others) and all(map(operator.is_, params, others))
-
-
-def _frame_of_step() -> FrameType | None:
-    """Return the frame in which torch runs the hooks of a step."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename != OPTIMIZER_FILE:
-        frame = frame.f_back
-    return frame
 
 
 def _check_wrappable(optimizer: Optimizer) -> None:

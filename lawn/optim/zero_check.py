@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 from lawn.optim import phase
 from lawn.optim.group_update import GroupUpdate
-from lawn.optim.norms import KnownBlocks, is_known
+from lawn.optim.norms import KnownBlocks, is_known, layouts, remember
 
 
 class ZeroCheck:
@@ -37,11 +37,11 @@ class ZeroCheck:
         """Fix norms as `phase.constrain` does, which are known from then on."""
         for group_update in phase.constrain(optimizer, again=again):
             for part in group_update.parts():
-                self.known.update((block[0], block) for block in part.blocks())
+                remember(self.known, layouts(part))
 
     def knows(self, group_update: GroupUpdate) -> bool:
         """Whether the norms of all blocks are known to be theirs, so that `begin` would not compare them."""
-        return all(is_known(self.known, block) for block in group_update.blocks())
+        return all(is_known(self.known, layout) for layout in layouts(group_update))
 
     def check(self, group_update: GroupUpdate, index: int, zero: Tensor | None) -> None:
         """Raise ValueError if a block is zero; on a GPU a later `begin` raises it.

@@ -8,7 +8,6 @@ from typing import Any
 from lawn.data.download import downloads_disabled
 from lawn.data.fingerprint import differences
 from lawn.errors import RunError, UserError
-from lawn.identity import run_name
 from lawn.output import echo
 from lawn.task import Task, dataset_reader
 from lawn.train.distributed import World
@@ -45,7 +44,7 @@ def run_rank(run: PreparedRun, world: World) -> dict[str, Any]:
             if trainer.train_epoch(pause) is not None and recorder:
                 recorder.record_epoch(trainer)
             if not trainer.between_epochs or (trainer.status == "running" and pause(at_once=True)):
-                raise stopped(request, trainer, run_name(run.config))
+                raise stopped(request, trainer, run.directory.name)
         return world.broadcast(recorder.finish(trainer, cores.note()) if recorder else {})
 
 

@@ -15,7 +15,6 @@ from torch import multiprocessing
 from lawn.child_signals import signals_blocked
 from lawn.config import Config
 from lawn.errors import RunError, UserError
-from lawn.identity import run_name
 from lawn.train.distributed import init_on_one_machine
 from lawn.train.prepare import PreparedRun, prepare
 from lawn.train.session import run_rank
@@ -43,7 +42,7 @@ def run_in_processes(run: PreparedRun, size: int, method: str) -> dict[str, Any]
         except (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException) as error:
             cause = _cause(ranks.processes, errors)
             if cause is None and request.signal:  # it came before the first update, or after the last
-                cause = Stopped(f"{request.signal}: {run_name(run.config)} has stopped; {RESUME_HINT}")
+                cause = Stopped(f"{request.signal}: {run.directory.name} has stopped; {RESUME_HINT}")
             raise cause or error from None
         finally:
             for process in ranks.processes:

@@ -359,7 +359,7 @@ def _refuse_if_logits_cannot_be_scaled(model: nn.Module, factor: float) -> None:
 
 
 def _steps(epochs: float, steps_per_epoch: int, total: int) -> int:
-    """The updates in so many epochs: at least 1 unless `epochs` is 0, and at most all but one."""
+    """The updates in so many epochs: at most all but one; where that allows it, at least 1 unless `epochs` is 0."""
     return min(max(round(epochs * steps_per_epoch), int(epochs > 0)), total - 1)
 
 

@@ -392,3 +392,18 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="no trainable parameter"):
         LossSurface(nn.Linear(3, 2).requires_grad_(False), F.cross_entropy, x, y)
     assert LossSurface(model, F.cross_entropy, x[:1], y[:1]).gradient_covariance_trace() == 0
+
+
+def test_attention_has_second_derivatives():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(4, 2, 4, batch_first=True)
+    x, y = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+    surface = LossSurface(model, F.mse_loss, x, y)
+    v = torch.randn(sum(p.numel() for p in model.parameters()))
+    product = surface.hessian_vector(v)
+    before = nn.utils.parameters_to_vector(model.parameters()).detach()
+    sides = []
+    for step in (1e-2, -1e-2):
+        nn.utils.vector_to_parameters(before + step * v, model.parameters())
+        sides.append(surface.gradient())
+    torch.testing.assert_close(product, (sides[0] - sides[1]) / 2e-2, rtol=0.05, atol=0.02)

@@ -132,6 +132,93 @@ def test_after_lawn_has_done_its_part(wrapped):
     assert optimizer.state  # the same object, not a copy
 
 
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_the_gradient_is_that_before_lawns_projection(first, closure):
+    model, w = vector(3, 4)
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    monitor = UpdateMonitor(model, optimizer) if first else None
+    LAWN(optimizer, free_steps=0)
+    monitor = monitor or UpdateMonitor(model, optimizer)
+    for gradient in (torch.tensor([[6.0, 8.0]]), torch.tensor([[0.0, 5.0]])):
+        before = w.detach().double().squeeze(0).clone()
+
+        def give(gradient=gradient):
+            w.grad = gradient.double()
+            return 1.0
+
+        if closure:
+            assert optimizer.step(give) == 1.0
+        else:
+            give()
+            optimizer.step()
+        found, g = monitor.means()["w"], gradient.double().squeeze(0)
+        assert found["gradient_norm"] == pytest.approx(g.norm().item())
+        assert found["radial"] == pytest.approx((before @ g / before.norm() / g.norm()).item())
+
+
+def test_the_first_call_of_a_closure_is_measured():
+    """Also where it is a keyword, and one that calls it again: a line search moves the weights meanwhile."""
+    model, w = vector(3, 4)
+    optimizer = torch.optim.LBFGS([w], lr=0.1, max_iter=4)
+    monitor = UpdateMonitor(model, optimizer)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = w.square().sum() / 2
+        loss.backward()
+        return loss
+
+    optimizer.step(closure=closure)
+    found = monitor.means()["w"]
+    assert (found["norm"], found["gradient_norm"]) == pytest.approx((5, 5))
+
+
+class Descendant(torch.optim.Adam):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_step_inside_a_step_counts_once(every):
+    torch.optim.Adam([nn.Parameter(torch.ones(1))])  # whose `step` has hooks from now on
+    model, w = vector(3, 4)
+    monitor = UpdateMonitor(model, optimizer := Descendant([w], lr=0.1), every)
+    for _ in range(4):
+        step(optimizer, w, 1, 1)
+    assert monitor.state_dict()["updates"] == 4
+    assert monitor.state_dict()["sums"][0, 0] == 4 // every
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_are_unscaled_and_skipped_updates_not_measured(fused):
+    model, w = vector(3, 4, dtype=torch.float32)
+    optimizer = torch.optim.Adam([w], lr=0.1, fused=fused)
+    monitor = UpdateMonitor(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for factor in (1.0, math.inf, 1.0):
+        optimizer.zero_grad()
+        scaler.scale((w * factor).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert monitor.state_dict()["sums"][0, 0] == 2
+    found = monitor.means()["w"]
+    assert found["gradient_norm"] == pytest.approx(2**0.5)
+    assert found["effective_lr"] == pytest.approx(found["angle"] / 5 / 2**0.5, rel=0.1)
+
+
+def test_complex_weights():
+    """A gradient i w turns a weight without changing its norm."""
+    model, w = vector(3 + 1j, 4 - 2j, dtype=torch.complex64)
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    monitor = UpdateMonitor(model, optimizer)
+    w.grad = 1j * w.detach()
+    optimizer.step()
+    found = monitor.means()["w"]
+    assert found["radial"] == pytest.approx(0, abs=1e-6)
+    assert found["angle"] == pytest.approx(math.atan(0.1), rel=1e-5)
+
+
 def test_only_weights_with_gradients_are_measured():
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

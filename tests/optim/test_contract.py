@@ -873,6 +873,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(kind, other):
         (lambda params: SGD(params, lr=5.0), "has no betas: it is of another optimizer than"),
         (torch.optim.Adagrad, "has no betas"),
         (torch.optim.Adamax, "the loaded state has no exp_avg"),
+        (torch.optim.RAdam, "of another optimizer than"),
         (partial(Adam, maximize=True), "has no maximize"),
         (partial(Adam, amsgrad=True), "has no amsgrad"),
     ],
@@ -1772,3 +1773,52 @@ def test_a_closure_is_taken_to_begin_where_the_step_does():
     for _ in range(10):
         optimizer.step(closure)
     assert closure().item() < 0.5 * losses[0]
+
+
+@every_form
+def test_the_phase_is_that_of_the_groups_with_weights(form):
+    """Biases that have nothing to fix do not make an optimizer constrained, whether they say so or not."""
+    net = model()
+    weights = [p for p in net.parameters() if p.ndim > 1]
+    biases = [p for p in net.parameters() if p.ndim < 2]
+    groups = [
+        {"params": weights, "free_steps": None},
+        {"params": biases[:1], "constrain": False},
+        {"params": biases[1:]},
+    ]
+    optimizer, lawn = make(form, groups, free_steps=2)
+    for _ in range(4):
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert not lawn.constrained
+        assert not any(optimizer.state[w][NORM] for w in weights)
+    lawn.constrain()
+    assert lawn.constrained
+
+
+@wrapped_form
+def test_a_phase_without_an_update_survives_a_load_before_the_wrapping(form):
+    optimizer, lawn = make(form, model().parameters(), free_steps=None)
+    lawn.constrain()
+    loaded = base(form, model().parameters())
+    loaded.load_state_dict(optimizer.state_dict())
+    assert LAWN(loaded, free_steps=None).constrained
+
+
+def test_a_checkpoint_does_not_choose_how_a_step_is_computed():
+    """Its other hyperparameters are loaded."""
+    (w,) = params = [nn.Parameter(torch.ones(2, 2))]
+    plain = Adam(params, lr=0.5, fused=True)
+    w.grad = torch.ones(2, 2)
+    plain.step()
+    for fused in (None, False, True):
+        optimizer = AdamLAWN(params, fused=fused)
+        optimizer.load_state_dict(plain.state_dict())
+        assert (optimizer.param_groups[0]["fused"], optimizer.param_groups[0]["lr"]) == (fused, 0.5)
+
+
+def test_a_hyperparameter_that_is_refused_has_its_group():
+    groups = [{"params": [torch.ones(2, 2)]}, {"params": [torch.ones(2, 2)], "eps": torch.tensor(1e-6)}]
+    with pytest.raises(ValueError, match="param group 1: eps must be a number"):
+        AdamLAWN(groups)

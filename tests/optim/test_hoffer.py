@@ -274,3 +274,8 @@ def test_modules_that_hand_their_weights_to_a_kernel(model):
                 p.mul_(3)
         torch.testing.assert_close(output(), before)
     torch.testing.assert_close(output(), before)
+
+
+def test_a_weight_of_one_element_stays_free():
+    """It could only change its sign."""
+    assert bound_norms(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 4))) == ["1.weight"]

@@ -328,3 +328,11 @@ def test_empty_containers_of_parameters_do_not_end_the_sub_network():
     assert [tuple(p.shape) for p in final_homogeneous(model)[0]["params"]] == [(3, 4), (2, 3)]
     model[2].append(torch.ones(2, 2))
     assert [tuple(p.shape) for p in final_homogeneous(model)[0]["params"]] == [(2, 3)]
+
+
+def test_a_weight_of_one_element_is_free_beside_stacks():
+    model = nn.ModuleDict({"gate": nn.Linear(1, 1), "experts": nn.ParameterList([torch.ones(3, 4, 4)])})
+    stacks, free = stacked(model, "^experts")
+    assert stacks["params"] == [model["experts"][0]]
+    assert free["params"] == [*model["gate"].parameters()]
+    assert free["constrain"] is False

@@ -500,3 +500,20 @@ def test_groups_that_are_removed_or_moved_keep_their_keys(edit, steps):
         present = [p for group in optimizer.param_groups for p in group["params"]]
         seen[-1].append([torch.as_tensor(optimizer.state[p][NORM]).shape for p in present])
     assert seen[0] == seen[1]
+
+
+@every_kind
+@pytest.mark.parametrize(("shape", "norm_axes", "other"), [((4, 4), 1, 0), ((4, 4, 4), (1, 2), (0, 1))])
+def test_other_axes_with_as_many_slices_are_refused(kind, shape, norm_axes, other):
+    """The norms of rows are not those of columns."""
+    w = nn.Parameter(random(shape, 0))
+    optimizer = kind([{"params": [w], "norm_axes": norm_axes}], lr=0.01, free_steps=0)
+    w.grad = random(shape, 1)
+    optimizer.step()
+    optimizer.param_groups[0]["norm_axes"] = other
+    before = w.detach().clone()
+    with pytest.raises(ValueError, match="but its state says"):
+        optimizer.step()
+    assert torch.equal(w, before)
+    optimizer.param_groups[0]["norm_axes"] = norm_axes
+    optimizer.step()

@@ -255,6 +255,10 @@ def test_copies_of_a_wrapper_go_on_alike_with_their_own_optimizer(steps, copier)
     assert twin.optimizer.param_groups[0]["steps"] == steps + 3
     twin.detach()
     assert lawn.constrained
+    late = copier(twin)  # of one that is detached
+    quadratic(late.optimizer, *late.optimizer.param_groups[0]["params"], 3)
+    assert not late.constrained
+    assert "switched" not in late.optimizer.param_groups[0]
 
 
 # Gradients

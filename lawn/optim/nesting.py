@@ -1,0 +1,44 @@
+"""Steps of parent classes, for which torch runs step hooks as well."""
+
+import sys
+from types import FrameType
+
+from torch.optim import Optimizer
+
+OPTIMIZER_FILE = sys.modules[Optimizer.__module__].__file__  # torch runs step hooks in this file
+
+
+class StepNesting:
+    """Tells the step that a user calls from those of parent classes that run inside it. Call it from step hooks."""
+
+    def __init__(self) -> None:
+        self._step: FrameType | None = None  # frame of the current step
+        self._nested_calls = 0  # number of steps of parent classes that run inside it
+
+    def begin(self) -> bool:
+        """Whether the step that begins is not inside another one. A step that has raised is not current."""
+        call = _frame_of_step()
+        frame: FrameType | None = sys._getframe()
+        while self._step is not None and frame is not None:
+            if frame is self._step and frame is not call:
+                self._nested_calls += 1
+                return False
+            frame = frame.f_back
+        self._step, self._nested_calls = call, 0
+        return True
+
+    def end(self) -> bool:
+        """Whether the step that ends is not inside another one."""
+        if self._nested_calls:
+            self._nested_calls -= 1
+            return False
+        self._step = None
+        return True
+
+
+def _frame_of_step() -> FrameType | None:
+    """Return the frame in which torch runs the hooks of a step."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != OPTIMIZER_FILE:
+        frame = frame.f_back
+    return frame
