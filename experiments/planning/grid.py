@@ -17,8 +17,11 @@ from lawn.config import Config
 from lawn.errors import ConfigError
 from lawn.explain import explain
 from lawn.identity import run_name
+from lawn.optimizers import IN_STEPS
+from lawn.train.trainer import updates_in
 from lawn.validation import check, normalize
 
+IN_EPOCHS = ("schedule.warmup_epochs", *(f"optim.{key}" for key in IN_STEPS))
 _INDEPENDENT: set[tuple[Any, ...]] = set()  # (key, interpolations) where no interpolation depends on the key
 
 
@@ -146,6 +149,27 @@ class Grid:
         """The runs at these points, or of the whole grid, with each of the seeds."""
         asked = [(point, seed) for point in (self.points if points is None else points) for seed in seeds]
         return [job for point, seed in asked if (job := self.job(point, seed)) is not None]
+
+    def is_repeated(self, point: Point, updates_per_epoch: int) -> bool:
+        """Whether a point beyond an end is the same run as that at the end, as epochs are rounded to whole updates."""
+        ends = [
+            (*point[:axis], min(max(index, 0), size - 1), *point[axis + 1 :])
+            for axis, (index, size) in enumerate(zip(point, self.shape, strict=True))
+            if not 0 <= index < size
+        ]
+        return bool(ends) and self._in_updates(point, updates_per_epoch) in [
+            self._in_updates(end, updates_per_epoch) for end in ends
+        ]
+
+    def _in_updates(self, point: Point, updates_per_epoch: int) -> Config | None:
+        """The config of a point with its numbers of epochs as numbers of updates."""
+        job = self.job(point)
+        if job is None:
+            return None
+        config, total = job.config, updates_per_epoch * job.config.train.epochs
+        values = {key: reduce(getattr, key.split("."), config) for key in IN_EPOCHS}
+        rounded = {k: updates_in(v, updates_per_epoch, total) for k, v in values.items() if isinstance(v, float)}
+        return with_values(config, rounded)
 
     def score(self, store: Store, point: Point, seed: int = 0) -> float | None:
         """The headline metric of a point; None without a record."""

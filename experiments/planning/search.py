@@ -48,7 +48,7 @@ def points_to_try(
 ) -> list[Point]:
     """The points to try with the whole budget, as far as they follow from the known scores.
 
-    `possible` is False for points beyond an end of the grid that cannot be run.
+    `possible` is False for points beyond an end of the grid that cannot be run, or are the run of another point.
 
     `start`: the points of the grid, in the order of a shorter budget, the best first; at most `limit` points are tried.
     Without a limit all of the grid are, in one step.

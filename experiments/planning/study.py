@@ -98,9 +98,13 @@ class Study:
         def known(point: Point) -> list[float]:
             return [value for value in scores(point) if value is not None]
 
-        tried = search.points_to_try(
-            self.grid.shape, start, limit, score, lambda point: self.grid.job(point) is not None
-        )
+        updates = self._updates_per_epoch(store)
+
+        def possible(point: Point) -> bool:
+            repeated = updates is not None and self.grid.is_repeated(point, updates)
+            return self.grid.job(point) is not None and not repeated
+
+        tried = search.points_to_try(self.grid.shape, start, limit, score, possible)
         full = self.grid.jobs(tried)
         if any(score(point) is None for point in tried):
             return Tuning(full=full, unknown=max(0, (limit or len(start)) - len(full)) + CONFIRMING)
@@ -108,6 +112,14 @@ class Study:
         confirming = self.grid.jobs(confirmed, search.CONFIRMING_SEEDS)
         done = all(None not in scores(point) for point in confirmed)
         return Tuning([], full, confirming, 0, search.best_point(confirmed, known) if done else None)
+
+    def _updates_per_epoch(self, store: Store) -> int | None:
+        """That of the records of the grid; None if no run has finished an epoch."""
+        for job in self.grid.jobs():
+            record = store.read(job.name)
+            if record is not None and not record.diverged:
+                return int(record.result["last"]["step"] // record.result["last"]["epoch"])
+        return None
 
     def final_runs(self, store: Store) -> Iterator[Job]:
         """The final runs of the cell, for the seeds 0, 1, ... without end; none before the tuning has ended."""

@@ -52,7 +52,7 @@ class Trainer:
         for key in IN_STEPS.values():
             if key in arguments:
                 epochs = arguments[key]
-                arguments[key] = None if epochs == "auto" else _steps(epochs, self._updates, total)
+                arguments[key] = None if epochs == "auto" else updates_in(epochs, self._updates, total)
         self.optimizer = OPTIMIZERS[config.optim.name](self.model, **arguments)
         self.onset = FlatteningOnset(self._updates) if config.optim.free_epochs == "auto" else None
         if self.onset and not isinstance(self.optimizer, LAWNOptimizer):
@@ -62,7 +62,7 @@ class Trainer:
             self.diagnostics = RunDiagnostics(config, task, self.model, self.optimizer, self._updates)
         self.network = world.wrap_ddp(self.execution.compiled(self.model))
         self._weights = dict(self.model.named_parameters())
-        warmup = _steps(config.schedule.warmup_epochs, self._updates, total)
+        warmup = updates_in(config.schedule.warmup_epochs, self._updates, total)
         self.scheduler = SCHEDULES[config.schedule.name](self.optimizer, warmup, total)
         self.logit_scale = config.train.logit_scale
         if self.logit_scale is not None:
@@ -358,9 +358,9 @@ def _refuse_if_logits_cannot_be_scaled(model: nn.Module, factor: float) -> None:
         raise ConfigError(f"train.logit_scale={factor:g}: {error}") from error
 
 
-def _steps(epochs: float, steps_per_epoch: int, total: int) -> int:
+def updates_in(epochs: float, updates_per_epoch: int, total: int) -> int:
     """The updates in so many epochs: at most all but one; where that allows it, at least 1 unless `epochs` is 0."""
-    return min(max(round(epochs * steps_per_epoch), int(epochs > 0)), total - 1)
+    return min(max(round(epochs * updates_per_epoch), int(epochs > 0)), total - 1)
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from experiments.definitions.spec import Cell, Experiment
 from experiments.planning import search
+from experiments.planning.grid import Grid
 from experiments.planning.study import studies
 from experiments.records import Store
 from experiments.reporting import report
@@ -213,3 +214,24 @@ def test_a_setting_that_cannot_be_stops_only_its_cell(tmp_path):
     assert run_experiment(both, tmp_path) == []
     page = report.experiment_page(both, Store(tmp_path / "results"))
     assert [len(outcome.records) for outcome in page.outcomes] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("point", "updates", "repeated"),
+    [
+        ({"optim.free_epochs": -1}, 5, True),
+        ({"optim.free_epochs": -1}, 50, False),
+        ({"optim.free_epochs": 0}, 5, False),
+        ({"optim.free_epochs": 3}, 5, False),
+        ({"optim.lr": -1}, 5, False),
+        ({"schedule.warmup_epochs": -1}, 5, False),
+        ({"optim.free_epochs": -1, "optim.lr": -1}, 5, True),  # the point beyond the end of optim.lr alone
+    ],
+)
+def test_values_that_round_to_the_updates_of_the_end_are_no_other_run(point, updates, repeated):
+    """E_free of 0.2 epochs, and of 0.08 beyond the end, is one of 5 updates in an epoch; of 50 it is 10, and 4."""
+    overrides = ("dataset=cifar10", "optim=adam_lawn", "train.batch_size=10000", "train.epochs=30")
+    grid = Grid(overrides, "cifar/adam_lawn", "val", (), "x")
+    indices = tuple(point.get(key, 1) for key in grid.axes)
+    assert grid.job(indices) is not None
+    assert grid.is_repeated(indices, updates) == repeated
