@@ -108,7 +108,7 @@ class Pair:
 
 
 def outcomes(experiment: Experiment, store: Store, selection: str = "val") -> list[Outcome]:
-    """An outcome for each cell, at the longest of its budgets with all final runs, or else with any run."""
+    """An outcome for each cell, at the longest of its budgets with all final runs, or else with the most runs."""
     recorded = store.kinds()
     return [_outcome(cell, store, recorded, selection, cell.seeds or experiment.seeds) for cell in experiment.cells]
 
@@ -131,7 +131,7 @@ def _outcome(cell: Cell, store: Store, recorded: frozenset[tuple[str, ...]], sel
         tried = [(job, record) for job in tuning.jobs if (record := store.read(job.name)) is not None]
         found.append(Outcome(cell, study, study.results(store), tuning, tried))
     # The first of equals.
-    return max(found, key=lambda o: (min(len(o.records), seeds), bool(o.tried)), default=nothing)
+    return max(found, key=lambda o: (min(len(o.records), seeds), len(o.tried)), default=nothing)
 
 
 def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Pair]:

@@ -38,6 +38,7 @@ from lawn.errors import RunError
 from lawn.files import exclusively
 from lawn.identity import run_name
 from lawn.plotting import Figure, rc_context
+from lawn.train import train
 from lawn.train.run_directory import encode_outcomes
 from tests.experiments.helpers import (
     ACCURACY,
@@ -388,6 +389,23 @@ def test_the_longest_budget_that_is_filled_is_shown(tmp_path):
         assert page.outcomes[0].epochs == epochs
         assert page.panels[0].columns == [head]
     assert [row[0].ours.partition(" after ")[2] for _, row in page.panels[0].rows] == ["4 epochs", "2 epochs"]
+
+
+def test_without_final_runs_the_budget_with_most_runs_is_shown(tmp_path):
+    """Both begin with the same grid on the shortest schedule."""
+    cell = replace(TUNED.cells[0], overrides=tuple(o for o in TUNED.cells[0].overrides if "epochs" not in o))
+    experiment = replace(TUNED, cells=(replace(cell, epochs=(4, 3), grid_epochs=2),))
+    store = Store(tmp_path / "results")
+    (long,), (short,) = studies(experiment), studies(experiment, -1)
+    for study, epochs in ((long, 4), (short, 3)):
+        for job in study.tuning(store).jobs:
+            config = replace(job.config, runs_dir=f"{tmp_path}/runs")
+            train(config)
+            store.write(config, job.overrides, experiment.name, tunes=True)
+        (outcome,) = outcomes(experiment, store)
+        assert not outcome.records
+        assert outcome.study.budget == epochs
+        assert {record.name for _, record in outcome.tried} == {record.name for record in store.all()}
 
 
 def test_a_grid_with_holes_keeps_its_settings(tuned):
