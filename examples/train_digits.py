@@ -61,7 +61,7 @@ def main(arguments=None):
     train_set, test_set = (x[:1437], y[:1437]), (x[1437:], y[1437:])
 
     initial = nn.Sequential(nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 10))
-    free_steps = FREE_EPOCHS * given.epochs // EPOCHS * (len(train_set[0]) // BATCH_SIZE)
+    free_steps = max(1, FREE_EPOCHS * given.epochs // EPOCHS) * (len(train_set[0]) // BATCH_SIZE)
     adam, lawn = copy.deepcopy(initial), copy.deepcopy(initial)
     runs = {
         "Adam": (adam, torch.optim.Adam(adam.parameters(), lr=LEARNING_RATE)),

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lawn.optim import sharding
 from lawn.optim.nesting import StepNesting
 
 QUANTITIES = ("norm", "gradient_norm", "radial", "angle", "effective_lr")
 
 
 class UpdateMonitor:
-    """Measures updates of any optimizer for each trainable weight with two or more dimensions, through step hooks.
+    """Measures an optimizer's updates of each trainable weight with two or more dimensions, through step hooks.
 
     The quantities of an update of weight w with gradient g are:
 
@@ -24,17 +25,22 @@ class UpdateMonitor:
     - `effective_lr`: angle / (||w|| ||g||), the learning rate at which gradient descent would turn a weight of norm 1
       by the same angle; lr / ||w||^2 for SGD on a scale-invariant weight.
 
+    Where w or g is zero, quantities that it leaves undefined count as 0.
+
     The host does not wait for the device. A weight without gradient does not count in the means of that update, and
     neither does an update that GradScaler skips. Create the monitor after other step hooks that change the weights,
     such as those of `lawn.LAWN`, which then run before it at the end of a step. At its beginning the monitor is first.
 
     Args:
         model: model whose weights are measured.
-        optimizer: optimizer that updates them.
+        optimizer: optimizer that updates them. Weights of the model that other optimizers have are not measured, unless
+            it has copies of all, which it writes back in its step.
         every: interval of measured updates.
 
     Raises:
         ValueError: if `every` is less than 1, or the model has no trainable weight with two or more dimensions.
+        TypeError: if the optimizer calls no hooks, or a weight is a DTensor. A monitor cannot be copied either: make a
+            new one for a copy of the optimizer, and load its state.
 
     References:
         Van Laarhoven 2017, [arXiv:1706.05350](https://arxiv.org/abs/1706.05350).
@@ -58,6 +64,10 @@ class UpdateMonitor:
         self.weights = {name: p for name, p in model.named_parameters() if p.ndim >= 2 and p.requires_grad}
         if not self.weights:
             raise ValueError("nothing to follow: no trainable parameter with two or more dimensions")
+        if any(map(sharding.is_dtensor, self.weights.values())):
+            raise TypeError("weights that are DTensors cannot be followed: no rank has the whole of them")
+        if not hasattr(optimizer, "_optimizer_load_state_dict_post_hooks"):
+            raise TypeError(f"{type(optimizer).__name__} calls no hooks; follow the optimizer inside it")
         self._every = every
         self._updates = 0
         # Before an update: indices of the measured weights, copies of w, w.g and ||g||.
@@ -69,6 +79,9 @@ class UpdateMonitor:
         self._hooks = [optimizer.register_step_pre_hook(self._begin), optimizer.register_step_post_hook(self._end)]
         hooks: Any = optimizer._optimizer_step_pre_hooks
         hooks.move_to_end(self._hooks[0].id, last=False)
+
+    def __getstate__(self) -> Any:
+        raise TypeError("a copy would measure nothing, as torch copies no hooks; make a new one and load its state")
 
     def detach(self) -> None:
         """Remove the hooks from the optimizer."""
@@ -98,7 +111,12 @@ class UpdateMonitor:
 
         Args:
             state: result of `state_dict`.
+
+        Raises:
+            ValueError: if it is of a model with another number of weights.
         """
+        if state["sums"].shape != self._sums.shape:
+            raise ValueError(f"the state is of {len(state['sums'])} weights, not of {len(self._sums)}")
         self._updates = state["updates"]
         self._sums.copy_(state["sums"])
 
@@ -112,26 +130,30 @@ class UpdateMonitor:
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if closure is None:
-            self._keep(getattr(optimizer, "grad_scale", None))  # which GradScaler sets on fused optimizers
+            self._keep(optimizer)
             return None
+        weights = [_to_float(p).clone() for p in self.weights.values()]  # the optimizer may move them before the call
 
         def kept() -> Any:
             loss = closure()
             if self._before is None:
-                self._keep()
+                self._keep(optimizer, weights)
             return loss
 
         return ((args[0], kept, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": kept})
 
     @torch.no_grad()
-    def _keep(self, grad_scale: Tensor | None = None) -> None:
-        found = [(i, p, p.grad) for i, p in enumerate(self.weights.values()) if p.grad is not None]
+    def _keep(self, optimizer: Optimizer, copies: list[Tensor] | None = None) -> None:
+        owned = {p for group in optimizer.param_groups for p in group["params"]}.intersection(self.weights.values())
+        given = [(i, p, p.grad) for i, p in enumerate(self.weights.values()) if p in owned or not owned]
+        found = [(i, p, g) for i, p, g in given if g is not None]
         if found:
-            weights = [_to_float(p).clone() for _, p, _ in found]
-            gradients = [_to_float(g) for *_, g in found]
+            weights = [_to_float(p).clone() if copies is None else copies[i] for i, p, _ in found]
+            gradients = [_to_float(g.to_dense() if g.is_sparse else g) for *_, g in found]
             # The optimizer may overwrite the gradients, so their products are computed now.
             products = _dots(weights, gradients), _norms(gradients)
-            along, size = products if grad_scale is None else (product / grad_scale for product in products)
+            scale = getattr(optimizer, "grad_scale", None)  # which GradScaler sets on fused optimizers
+            along, size = products if scale is None else (product / scale for product in products)
             self._before = [i for i, *_ in found], weights, along, size
 
     @torch._disable_dynamo
@@ -143,13 +165,13 @@ class UpdateMonitor:
         after = list(self.weights.values())
         changes = [_to_float(after[i]) - w for i, w in zip(found, weights, strict=True)]
         norm, size = _norms(weights), _norms(changes)
-        smallest = torch.finfo(torch.float64).tiny  # avoids division by zero
-        radial = _dots(weights, changes) / norm.clamp(min=smallest)
+        radial = _ratio(_dots(weights, changes), norm)
         tangent = (size.square() - radial.square()).clamp(min=0).sqrt()
         angle = torch.atan2(tangent, norm + radial)  # accurate for small angles, unlike an arc cosine
-        product = (norm * gradient_norm).clamp(min=smallest)
-        ones = torch.ones_like(norm)
-        rows = torch.stack([ones, norm, gradient_norm, along.abs() / product, angle, angle / product], dim=1)
+        angle = torch.where(norm > 0, angle, 0.0)
+        product = norm * gradient_norm
+        quantities = norm, gradient_norm, _ratio(along.abs(), product), angle, _ratio(angle, product)
+        rows = torch.stack([torch.ones_like(norm), *quantities], dim=1)
         found_inf = getattr(optimizer, "found_inf", None)  # of GradScaler, for fused optimizers, which skip the update
         if found_inf is not None:
             rows = torch.where(found_inf > 0, 0.0, rows)
@@ -162,6 +184,11 @@ def _to_float(t: Tensor) -> Tensor:
     """Convert to at least float32, and a complex number to two real ones."""
     t = t.detach().to(torch.promote_types(t.dtype, torch.float32))
     return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """0 where the denominator is."""
+    return torch.where(denominator > 0, numerator / denominator, 0.0)
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 from math import inf
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def output_layer(model: nn.Module) -> nn.Linear:
@@ -43,7 +43,8 @@ def attenuate_logits(model: nn.Module, factor: float) -> None:
 
     Raises:
         ValueError: if `factor` is not positive, the model has no linear layer, or its weight or bias is computed from
-            others (a parametrization) or shared with another module, which would change as well.
+            others (a parametrization) or shared with another module, which would change as well; or if
+            the logits of a subclass of `nn.Linear` are not proportional to them (a cosine, LoRA).
 
     References:
         Gupta et al. 2021, section 1 and Figure 1, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
@@ -66,9 +67,26 @@ def attenuate_logits(model: nn.Module, factor: float) -> None:
     for name in ("weight", "bias"):
         if name not in layer._parameters:
             raise ValueError(f"the {name} of the output layer is computed from others (a parametrization); scale those")
-    own = [p for p in layer._parameters.values() if p is not None]
+    own = [p for name in ("weight", "bias") if (p := layer._parameters[name]) is not None]
     others = [p for module in model.modules() if module is not layer for p in module._parameters.values()]
     if any(p is other for p in own for other in others):
         raise ValueError("the output layer shares its weight or bias with another module, which would change as well")
+    before, logits = [p.clone() for p in own], _probe(layer)
     for p in own:
         p.mul_(factor)
+    scaled = _probe(layer)
+    if logits is not None and scaled is not None and not torch.allclose(scaled, factor * logits, rtol=0.05, atol=1e-6):
+        for p, old in zip(own, before, strict=True):
+            p.copy_(old)
+        raise ValueError(
+            f"the output layer is a {type(layer).__qualname__}, whose logits are not proportional to weight and bias"
+        )
+
+
+def _probe(layer: nn.Linear) -> Tensor | None:
+    """The outputs of a subclass of nn.Linear that computes its own; None of nn.Linear itself."""
+    if type(layer).forward is nn.Linear.forward:
+        return None
+    inputs = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0))
+    outputs: Tensor = layer(inputs.to(layer.weight))
+    return outputs

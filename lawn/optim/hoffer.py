@@ -54,8 +54,8 @@ def bound_norms(model: nn.Module, select: Callable[[str], bool] | None = None) -
         The qualified names of the weights whose norms are fixed.
 
     Raises:
-        ValueError: if no weight is selected, a weight is parametrized already, its norm is zero or not finite, or it is
-            tied to a weight that is not selected. The model does not change then.
+        ValueError: if no weight is selected, a weight is parametrized, pruned or normalized already, its norm is zero
+            or not finite, or it is tied to a weight that is not selected. The model does not change then.
 
     References:
         - Hoffer et al. 2018, [arXiv:1803.01814](https://arxiv.org/abs/1803.01814).
@@ -88,6 +88,12 @@ def bound_norms(model: nn.Module, select: Callable[[str], bool] | None = None) -
     for module, attribute, name, _ in _parametrized(model):
         if getattr(module, attribute).ndim >= 2 and (select is None or select(name)):
             raise ValueError(f"{name} is parametrized already")
+    for names in chosen.values():
+        for name in names:
+            path, _, attribute = name.rpartition(".")
+            weight = attribute.removesuffix("_orig").removesuffix("_v").removesuffix("_g")
+            if weight != attribute and isinstance(vars(model.get_submodule(path)).get(weight), Tensor):
+                raise ValueError(f"{name} is what {weight} is computed from, by pruning or normalization: remove that")
     if not chosen:
         raise ValueError("nothing to bind: no selected parameter has two or more dimensions")
     bounds = {}

@@ -59,12 +59,20 @@ class LinearWarmup(LRScheduler):
 
         Returns:
             One learning rate for each group. The initial one of a group that was added since the last call is its
-                present one.
+                present one, or that of a group which has the same tensor.
         """
         for group in self.optimizer.param_groups[len(self.base_lrs) :]:
-            lr = group["lr"]
-            self.base_lrs.append(lr.clone() if isinstance(lr, Tensor) else lr)
+            self.base_lrs = [*self.base_lrs, self._base_lr(group)]  # state dicts have the list, too
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
+
+    def _base_lr(self, group: dict[str, Any]) -> float | Tensor:
+        lr = group["lr"]
+        if isinstance(lr, Tensor):  # perhaps the optimizer's default, which the schedule has filled
+            for base, other in zip(self.base_lrs, self.optimizer.param_groups, strict=False):
+                if other["lr"] is lr:
+                    return base
+        base = group.get("initial_lr", lr)  # of a group that was there when the schedule was made
+        return base.clone() if isinstance(base, Tensor) else base
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a schedule with its numbers of steps, as torch's schedules do.

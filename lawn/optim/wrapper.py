@@ -71,8 +71,9 @@ class LAWN:
         before = [dict(group) for group in optimizer.param_groups]
         trained = any(entry and entry.get("step") != 0 for _, entry in keys.entries(optimizer.state))
         for index, group in enumerate(before):
-            if group["params"] and group.get("steps") and not trained:  # another optimizer may have the dict
-                optimizer.param_groups[index] = keys.without_run(group)
+            if group["params"] and keys.RUN & group.keys() and not trained:  # another optimizer may have the dict
+                begun = group.get("steps") or not group.get("switched")  # else loaded: `constrain` before any update
+                optimizer.param_groups[index] = keys.without_run(group) if begun else dict(group)
         try:
             for index in range(len(before)):
                 added = "switched" not in before[index] and any("switched" in group for group in before[:index])

@@ -1,9 +1,12 @@
+import copy
 import math
+import pickle
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.optim import Lookahead
 from torch import nn
 
 from lawn import LAWN, AdamLAWN
@@ -280,3 +283,71 @@ def test_a_state_is_a_copy():
 def test_refused(model, every, message):
     with pytest.raises(ValueError, match=message):
         UpdateMonitor(model, torch.optim.SGD(model.parameters(), lr=1), every)
+
+
+def test_a_gradient_of_zero_does_not_spoil_the_mean():
+    """The momentum still turns the weight."""
+    model, w = vector(3, 4)
+    monitor = UpdateMonitor(model, optimizer := torch.optim.SGD([w], lr=0.1, momentum=0.9))
+    step(optimizer, w, 4, -3)
+    first = monitor.means()["w"]
+    step(optimizer, w, 0, 0)
+    found = monitor.means()["w"]
+    assert found["angle"] > 0.5 * first["angle"]
+    assert (found["gradient_norm"], found["radial"], found["effective_lr"]) == (0, 0, 0)
+
+
+def test_an_optimizer_that_moves_the_weights_before_its_closure():
+    class Ascent(torch.optim.SGD):
+        def step(self, closure):
+            (p,) = self.param_groups[0]["params"]
+            before = p.detach().clone()
+            p.data += 1.0
+            loss = closure()
+            p.data.copy_(before)
+            super().step()
+            return loss
+
+    model, w = vector(3, 4)
+    monitor = UpdateMonitor(model, optimizer := Ascent([w], lr=2))
+
+    def closure():
+        w.grad = torch.tensor([[0.4, -0.3]], dtype=torch.float64)
+
+    optimizer.step(closure)
+    found = monitor.means()["w"]
+    assert (found["norm"], found["angle"]) == pytest.approx((5, math.atan2(1, 5)))
+
+
+def test_weights_of_other_optimizers_are_not_measured():
+    model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 2, bias=False))
+    first, second = (torch.optim.SGD(layer.parameters(), lr=0.1) for layer in model)
+    monitor = UpdateMonitor(model, first)
+    model(torch.ones(1, 2)).sum().backward()
+    first.step()
+    second.step()
+    found = monitor.means()
+    assert found["0.weight"]["gradient_norm"] > 0
+    assert math.isnan(found["1.weight"]["norm"])
+
+
+def test_sparse_gradients():
+    model = nn.Embedding(5, 3, sparse=True)
+    monitor = UpdateMonitor(model, optimizer := torch.optim.SparseAdam(model.parameters()))
+    model(torch.tensor([1, 1])).sum().backward()
+    optimizer.step()
+    assert monitor.means()["weight"]["gradient_norm"] == pytest.approx(12**0.5)
+
+
+def test_what_would_measure_nothing_is_refused():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = UpdateMonitor(model, optimizer)
+    for attempt in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="a copy would measure nothing"):
+            attempt(monitor)
+    with pytest.raises(TypeError, match="Lookahead calls no hooks"):
+        UpdateMonitor(model, Lookahead(optimizer))
+    other = UpdateMonitor(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), optimizer)
+    with pytest.raises(ValueError, match="the state is of 1 weights, not of 2"):
+        other.load_state_dict(monitor.state_dict())

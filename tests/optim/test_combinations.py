@@ -539,3 +539,37 @@ def test_stochastic_rounding_of_a_block_of_two_dtypes_is_refused():
     with pytest.raises(ValueError, match="needs blocks of one dtype"):
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(layer.parameters(), before, strict=True))
+
+
+class CosineHead(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, nn.functional.normalize(self.weight, dim=1), self.bias)
+
+
+class LoRAHead(nn.Linear):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.down, self.up = nn.Parameter(torch.randn(1, sizes[0])), nn.Parameter(torch.randn(sizes[1], 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.down.T @ self.up.T
+
+
+class CastingHead(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def test_logits_of_subclasses_are_attenuated_where_they_are_linear():
+    torch.manual_seed(0)
+    x = torch.randn(5, 4)
+    for kind in (CosineHead, LoRAHead):
+        model = nn.Sequential(nn.Linear(4, 4), kind(4, 3))
+        before = model(x)
+        with pytest.raises(ValueError, match=f"a {kind.__name__}, whose logits are not proportional"):
+            attenuate_logits(model, 0.2)
+        assert torch.equal(model(x), before)
+    model = nn.Sequential(nn.Linear(4, 4), CastingHead(4, 3))
+    before = model(x)
+    attenuate_logits(model, 0.2)
+    torch.testing.assert_close(model(x), 0.2 * before)

@@ -1,13 +1,14 @@
 """What fixed norms promise: the norm stays, the function is the same at first, the gradient is tangent."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from lawn.models.mlp import mlp
 from lawn.models.ncf import NCFMLP
@@ -279,3 +280,13 @@ def test_modules_that_hand_their_weights_to_a_kernel(model):
 def test_a_weight_of_one_element_stays_free():
     """It could only change its sign."""
     assert bound_norms(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 4))) == ["1.weight"]
+
+
+@pytest.mark.parametrize("wrap", [partial(prune.l1_unstructured, name="weight", amount=0.5), nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_a_weight_that_is_computed_in_the_older_way_is_refused(wrap):
+    """Its norm would not be that of what is bound."""
+    model = nn.Sequential(nn.Linear(4, 4), wrap(nn.Linear(4, 3)))
+    with pytest.raises(ValueError, match=r"is what weight is computed from"):
+        bound_norms(model)
+    assert bound_norms(model, lambda name: name.startswith("0.")) == ["0.weight"]

@@ -105,3 +105,35 @@ def test_a_loaded_schedule_of_another_length_warns():
         other.step()
         longer.step()
     assert longer.get_last_lr() == [pytest.approx(8 / 18)]
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("own", [None, 0.5])
+def test_an_added_group_has_the_rate_that_it_was_given(tensor, own):
+    """The optimizer's default is a tensor that the schedule fills, too."""
+    made = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+    optimizer = torch.optim.Adam(made[:1], lr=torch.tensor(1.0) if tensor else 1.0)
+    schedule = LinearWarmupDecay(optimizer, 3, 12)
+    for step in range(8):
+        if step == 2:
+            optimizer.add_param_group({"params": made[1:], **({} if own is None else {"lr": own})})
+        optimizer.step()
+        schedule.step()
+    first, added = (float(group["lr"]) for group in optimizer.param_groups)
+    assert first == pytest.approx(4 / 9)
+    assert added == pytest.approx((own or 1.0) * 4 / 9)
+
+
+def test_a_group_that_the_checkpoint_does_not_know_keeps_its_initial_rate():
+    """The new schedule has scaled the rate that the optimizer was loaded with."""
+    first, added = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
+    optimizer = torch.optim.SGD([first], lr=1.0)
+    state = LinearWarmup(optimizer, 9).state_dict()
+    optimizer.add_param_group({"params": [added], "lr": 0.5})
+    schedule = LinearWarmup(optimizer, 9)
+    schedule.load_state_dict(state)
+    for _ in range(20):
+        optimizer.step()
+        schedule.step()
+    assert schedule.get_last_lr() == pytest.approx([1.0, 0.5])
+    assert state["base_lrs"] == [1.0]  # as it was
