@@ -34,7 +34,8 @@ class LossSurface:
 
     Args:
         model: model whose trainable parameters are the variables.
-        loss: mean loss of logits and labels, such as `mean` of a `lawn.losses.Loss`.
+        loss: mean loss of logits and labels, such as `mean` of a `lawn.losses.Loss`. It has to be a mean over all
+            samples given: with class weights or ignored labels the means of chunks do not add up.
         inputs: one input [m, ...] of the model or several.
         labels: labels [m, ...].
         chunk: maximal number of samples that are evaluated at a time; None for all. Fewer are used where per-sample

@@ -38,10 +38,10 @@ class BoundedNorm(nn.Module):
 def bound_norms(model: nn.Module, select: Callable[[str], bool] | None = None) -> list[str]:
     """Fix the norms of weights at their present values by reparameterization, in place.
 
-    Each weight with two or more dimensions becomes w = c v / ||v||, where any optimizer trains v and c = ||w|| is
-    constant. The gradient with respect to v is orthogonal to v and proportional to 1 / ||v||, so under SGD ||v|| grows
-    and the updates of w become smaller. LAWN constrains w itself and has no such decay. Hoffer et al. bound the norm of
-    each output channel; here, as in LAWN, each weight tensor has one norm.
+    Each real weight with two or more dimensions and elements becomes w = c v / ||v||, where any optimizer trains v and
+    c = ||w|| is constant. The gradient with respect to v is orthogonal to v and proportional to 1 / ||v||, so under SGD
+    ||v|| grows and the updates of w become smaller. LAWN constrains w itself and has no such decay. Hoffer et al. bound
+    the norm of each output channel; here, as in LAWN, each weight tensor has one norm.
 
     The values of the weights do not change, and v is the old Parameter object. Create the optimizer afterwards, because
     the order of parameters changes. Tied weights stay tied. The norms are part of `state_dict`.

@@ -69,7 +69,8 @@ def final_homogeneous(model: nn.Module, *, include_bias: bool = False) -> list[d
 
     The modules are found in the order of registration; containers are opened. Function calls in `forward` (`F.gelu`, a
     skip connection) and another order of calls are not detected; use `matching` for such models. Parameters of a
-    container itself are taken to come before its children.
+    container itself are taken to come before its children. A weight of the sub-network that is tied to an earlier one
+    is constrained.
 
     Args:
         model: model whose parameters are grouped.
@@ -101,8 +102,10 @@ def final_homogeneous(model: nn.Module, *, include_bias: bool = False) -> list[d
         if kind in _LINEAR and "weight" in module._parameters:
             weights += filter(_is_weight, [module._parameters["weight"]])
         elif kind not in _HOMOGENEOUS:
-            computed = ", whose weight is computed" if kind in _LINEAR else ""
-            weights, last = [], f"'{name}' ({kind.__name__}{computed})"
+            what = ", whose weight is computed" if kind in _LINEAR else ""
+            if known := [base for base in kind.__mro__[1:] if base in _LINEAR]:
+                what = f", a subclass of nn.{known[0].__name__}"
+            weights, last = [], f"'{name}' ({kind.__name__}{what})"
     if not weights:
         raise ValueError(
             f"no final homogeneous sub-network: there is no trainable linear or convolutional layer after {last}"
@@ -273,8 +276,12 @@ def _groups(model: nn.Module, weights: Iterable[Tensor], include_bias: bool) -> 
             if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
                 _check_bias(name, module, blocks)
                 weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-                if weight in blocks and bias is not None and bias.requires_grad:
-                    blocks.setdefault(bias, blocks[weight])
+                joins = weight in blocks and bias is not None and bias.requires_grad
+                if joins and blocks.setdefault(bias, blocks[weight]) != blocks[weight]:
+                    raise ValueError(
+                        f"the bias of '{name}' cannot share the norm of its weight, because another layer has it too; "
+                        "leave out include_bias"
+                    )
     trainable = [p for p in model.parameters() if p.requires_grad]
     constrained: dict[str, Any] = {"params": [p for p in trainable if p in blocks], "constrain": True}
     if include_bias:

@@ -336,3 +336,17 @@ def test_a_weight_of_one_element_is_free_beside_stacks():
     assert stacks["params"] == [model["experts"][0]]
     assert free["params"] == [*model["gate"].parameters()]
     assert free["constrain"] is False
+
+
+def test_a_bias_of_two_layers_cannot_join_either():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].bias = model[0].bias
+    with pytest.raises(ValueError, match="the bias of '1' cannot share the norm of its weight, because another layer"):
+        all_weights(model, include_bias=True)
+    model[1].weight = model[0].weight
+    assert all_weights(model, include_bias=True)[0]["blocks"] == [0, 0]
+
+
+def test_a_subclass_at_the_end_is_named():
+    with pytest.raises(ValueError, match=r"after '1' \(NonDynamicallyQuantizableLinear, a subclass of nn.Linear\)"):
+        final_homogeneous(nn.Sequential(nn.Linear(3, 3), nn.modules.linear.NonDynamicallyQuantizableLinear(3, 3)))
