@@ -6,6 +6,7 @@ split. The next runs follow from the records alone.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import count, islice
 
 from experiments.definitions.spec import Cell, Experiment
@@ -98,11 +99,15 @@ class Study:
         def known(point: Point) -> list[float]:
             return [value for value in scores(point) if value is not None]
 
-        updates = self._updates_per_epoch(store)
+        updates = cache(lambda: self._updates_per_epoch(store))  # which many searches do not ask for
 
         def possible(point: Point) -> bool:
-            repeated = updates is not None and self.grid.is_repeated(point, updates)
-            return self.grid.job(point) is not None and not repeated
+            if self.grid.job(point) is None:
+                return False
+            if all(0 <= index < size for index, size in zip(point, self.grid.shape, strict=True)):
+                return True
+            found = updates()
+            return found is None or not self.grid.is_repeated(point, found)
 
         tried = search.points_to_try(self.grid.shape, start, limit, score, possible)
         full = self.grid.jobs(tried)
