@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lawn.optim import sharding
-from lawn.optim.nesting import StepNesting
+from lawn.optim.step_hooks import StepNesting, calls_hooks, closure_of, with_closure
 
 QUANTITIES = ("norm", "gradient_norm", "radial", "angle", "effective_lr")
 
@@ -66,7 +66,7 @@ class UpdateMonitor:
             raise ValueError("nothing to follow: no trainable parameter with two or more dimensions")
         if any(map(sharding.is_dtensor, self.weights.values())):
             raise TypeError("weights that are DTensors cannot be followed: no rank has the whole of them")
-        if not hasattr(optimizer, "_optimizer_load_state_dict_post_hooks"):
+        if not calls_hooks(optimizer):
             raise TypeError(f"{type(optimizer).__name__} calls no hooks; follow the optimizer inside it")
         self._every = every
         self._updates = 0
@@ -128,7 +128,7 @@ class UpdateMonitor:
         self._updates += 1
         if (self._updates - 1) % self._every:
             return None
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        closure = closure_of(args, kwargs)
         if closure is None:
             self._keep(optimizer)
             return None
@@ -140,7 +140,7 @@ class UpdateMonitor:
                 self._keep(optimizer, weights)
             return loss
 
-        return ((args[0], kept, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": kept})
+        return with_closure(args, kwargs, kept)
 
     @torch.no_grad()
     def _keep(self, optimizer: Optimizer, copies: list[Tensor] | None = None) -> None:

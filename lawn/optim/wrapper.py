@@ -17,7 +17,7 @@ from lawn.optim.base import LAWNOptimizer
 from lawn.optim.blocks import Blocks
 from lawn.optim.checks import check_spelling
 from lawn.optim.group_update import GroupUpdate, gradients, sum_products
-from lawn.optim.nesting import StepNesting
+from lawn.optim.step_hooks import StepNesting, calls_hooks, closure_of, with_closure
 from lawn.optim.substitutes import HiddenNorms, ProjectedGradients, buffers, version
 from lawn.optim.zero_check import ZeroCheck
 
@@ -199,7 +199,7 @@ class LAWN:
         self._skipped = found_inf is not None and bool(found_inf.item())
         self._dummy = phase.is_dummy(self.optimizer)
         phase.check_capture()
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        closure = closure_of(args, kwargs)
         if self._skipped or self._dummy:
             self._norms.hide()
             return None
@@ -228,9 +228,7 @@ class LAWN:
             self._keep_norms()
             return loss
 
-        if len(args) > 1:
-            return (args[0], projecting, *args[2:]), kwargs
-        return args, {**kwargs, "closure": projecting}
+        return with_closure(args, kwargs, projecting)
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -336,7 +334,7 @@ def _is_loaded(group: keys.Group, before: keys.Group) -> bool:
 
 def _check_wrappable(optimizer: Optimizer) -> None:
     """Raise TypeError or ValueError for an optimizer that LAWN cannot be put on, whatever its param groups are."""
-    if not hasattr(optimizer, "_optimizer_load_state_dict_post_hooks"):
+    if not calls_hooks(optimizer):
         raise TypeError(
             f"{type(optimizer).__name__} is no torch optimizer, or never initialized itself as one, and calls no "
             "hooks; put LAWN on the optimizer inside it"
