@@ -99,15 +99,12 @@ class Study:
         def known(point: Point) -> list[float]:
             return [value for value in scores(point) if value is not None]
 
-        updates = cache(lambda: self._updates_per_epoch(store))  # which many searches do not ask for
+        updates = cache(lambda: self._updates_per_epoch(store))  # known where a point is asked for
 
         def possible(point: Point) -> bool:
-            if self.grid.job(point) is None:
-                return False
-            if all(0 <= index < size for index, size in zip(point, self.grid.shape, strict=True)):
-                return True
-            found = updates()
-            return found is None or not self.grid.is_repeated(point, found)
+            per_epoch = updates()
+            repeated = per_epoch is not None and self.grid.is_repeated(point, per_epoch)
+            return self.grid.job(point) is not None and not repeated
 
         tried = search.points_to_try(self.grid.shape, start, limit, score, possible)
         full = self.grid.jobs(tried)
