@@ -360,6 +360,25 @@ def test_what_is_said_of_the_comparisons():
     )
 
 
+def test_the_readme_has_the_gains_as_tables():
+    """A comparison in bold is decided after the correction; budgets have columns of their own."""
+    pairs = [
+        pair(2.0, 0.1, paper=1.5),
+        replace(pair(-2.0, 0.1, column="2k"), epochs=60, paper_epochs=300),
+        replace(pair(2.0, 0.1, base="A"), adjusted=0.06, paper=0.5),
+        replace(pair(0.004, 1.0, base="B"), panel="Q", paper=0.25),
+    ]
+    (table, other) = report.gains_table(pairs).split("\n\n")
+    assert table.splitlines() == [
+        "| P | 1k | 2k after 60 epochs |",
+        "| --- | --- | --- |",
+        "| Adam-LAWN over Adam | **+2.00** (+1.77 to +2.23) [+1.50] | **-2.00** (-2.23 to -1.77) |",
+        "| Adam-LAWN over A | +2.00 (+1.77 to +2.23) [+0.50] |  |",
+    ]
+    needed = pairs[-1].gain.seeds_needed(0.25, 3)
+    assert other.splitlines()[2].endswith(f" [+0.25, {float(f'{needed:.2g}'):,.0f} seeds] |")
+
+
 def test_what_is_said_of_several_baselines():
     """The weaker of two baselines alone is no verdict; two that are the same runs are one and the other."""
     columns = [("0k", 3.0, 3.0), ("1k", 3.1, 0.1), ("2k", 3.2, 4.0), ("3k", 0.2, 0.2)]

@@ -25,6 +25,7 @@ class Finding:
     text: str  # may be empty
     comparisons: Sequence[str]  # sentences
     pages: Sequence[str]  # names of the pages that it is from
+    pairs: Sequence[Pair] = ()  # what the sentences are of, where a table can say it, too
 
 
 def coverage(pages: Sequence[Page]) -> str:
@@ -92,11 +93,13 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
         below = below_paper([pair for pair, verdict in zip(pairs, said, strict=True) if verdict in ("better", "worse")])
         text += f" But {below}." if below else ""
         text += _against_all_bases(verdicts)
-        if any(verdict == "not decided" and _needed_seeds(pair) for pair, verdict in zip(pairs, said, strict=True)):
+        if any(verdict == "not decided" and needed_seeds(pair) for pair, verdict in zip(pairs, said, strict=True)):
             text += " Seeds are for each row, at 80 % power, uncorrected."
     shown = tuple(dict.fromkeys(page.name for page, _ in measured.values()))
-    listed = _by_column(pairs) if text else [_sentence(pair) for pair in pairs]
-    return Finding("Is LAWN better than what it is compared with, both tuned?", text, listed, shown)
+    title = "Is LAWN better than what it is compared with, both tuned?"
+    if not text:
+        return Finding(title, text, [_sentence(pair) for pair in pairs], shown)
+    return Finding(title, text, _by_column(pairs), shown, pairs)
 
 
 def _against_all_bases(verdicts: Mapping[tuple[str, str, str], Sequence[tuple[Hashable, str]]]) -> str:
@@ -121,8 +124,11 @@ def _horizon(page: Page) -> Finding | None:
     """The gain after each number of epochs, of rows that were compared after several."""
     pairs = [pair for pair in page.pairs if not isnan(pair.gain.p)]
     times = Counter((pair.rival, pair.base, pair.panel) for pair in pairs)
-    said = _by_column([pair for pair in pairs if times[pair.rival, pair.base, pair.panel] > 1])
-    return Finding("How does the gain change with the number of epochs?", "", said, (page.name,)) if said else None
+    several = [pair for pair in pairs if times[pair.rival, pair.base, pair.panel] > 1]
+    if not several:
+        return None
+    title = "How does the gain change with the number of epochs?"
+    return Finding(title, "", _by_column(several), (page.name,), several)
 
 
 def _tuning(page: Page) -> Finding | None:
@@ -184,9 +190,9 @@ def _by_column(pairs: Sequence[Pair]) -> list[str]:
         told = gains.setdefault(names, [])
         interval = _interval(*pair.gain.interval()).removeprefix("95 % interval " if told or len(gains) > 1 else "")
         said = verdict_of(pair)
-        needed = _needed_seeds(pair) if said == "not decided" else ""
+        needed = needed_seeds(pair) if said == "not decided" else ""
         told.append(
-            f"{pair.column}{_budget(pair)} {format_signed(pair.gain.difference)} ({interval}{_printed(pair)}): {said}"
+            f"{pair.column}{budget(pair)} {format_signed(pair.gain.difference)} ({interval}{_printed(pair)}): {said}"
             + (f" ({needed} for the paper's)" if needed else "")
         )
     return [f"{names}: {'; '.join(told)}." for names, told in gains.items()]
@@ -200,15 +206,15 @@ def _sentence(pair: Pair) -> str:
     if said in ("better", "worse"):
         more = f" But our {row} is {-apart:.2f} below the paper's: it may not be tuned as well." if apart < 0 else ""
     else:
-        needed = _needed_seeds(pair)
+        needed = needed_seeds(pair)
         more = f" A true gain of {pair.gain.detectable():.2g} would be found with 80 % probability"
         more += f", the paper's with {needed}" if needed else ""
         more += (": the test users are too few" if needed.startswith("more") else "") + "."
-    gain = f"{_budget(pair)}: {_gain(pair, _printed(pair))}"
+    gain = f"{budget(pair)}: {_gain(pair, _printed(pair))}"
     return f"{_capitalized(said)}: {pair.rival} against {pair.base}{where}{gain}.{more}"
 
 
-def _budget(pair: Pair) -> str:
+def budget(pair: Pair) -> str:
     """The number of epochs, where it is not the paper's and the column does not tell it."""
     epochs = pair.epochs if pair.epochs != pair.paper_epochs else None
     return f" after {epochs} epochs" if epochs and not pair.column.endswith(" epochs") else ""
@@ -217,10 +223,10 @@ def _budget(pair: Pair) -> str:
 def _printed(pair: Pair) -> str:
     if isnan(pair.paper):
         return ""
-    return f"; the paper {format_signed(pair.paper)}" + (f" after {pair.paper_epochs}" if _budget(pair) else "")
+    return f"; the paper {format_signed(pair.paper)}" + (f" after {pair.paper_epochs}" if budget(pair) else "")
 
 
-def _needed_seeds(pair: Pair) -> str:
+def needed_seeds(pair: Pair) -> str:
     """How many seeds of each row would decide a gain as large as the paper's, to two digits; empty if it has none."""
     if isnan(pair.paper) or not pair.paper or min(pair.seeds) < 2:
         return ""
