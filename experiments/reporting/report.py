@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from math import isnan
 from pathlib import Path
 
 import pandas as pd
@@ -15,9 +14,8 @@ from experiments.reporting.curves import costs, curves_page
 from experiments.reporting.drawing import save
 from experiments.reporting.layout import Entry, Panel
 from experiments.reporting.literature import literature_table
-from experiments.reporting.outcomes import Pair
 from experiments.reporting.page import Page, experiment_page
-from experiments.reporting.web.findings import Finding, budget, findings, needed_seeds, verdict_of
+from experiments.reporting.web.findings import Finding, findings
 from experiments.reporting.web.index import index_html
 from lawn.files import write_text
 
@@ -119,49 +117,13 @@ def with_updated_blocks(path: Path, pages: Iterable[Page], said: Sequence[Findin
     def renewed(found: re.Match[str]) -> str:
         head, kind, name, content = found.groups()
         if kind == "findings" and said:
-            content = "\n".join(map(_finding, said))
+            content = render("findings.md", findings=said)
         elif name in by_name:
             content = f"{BLOCKS[kind](by_name[name])}\n"
         return head + content
 
     kinds = "|".join((*BLOCKS, "findings"))
     return re.sub(rf"(<!-- ({kinds}) ?(\w*) -->\n)(.*?)(?=<!-- end -->)", renewed, path.read_text("utf8"), flags=re.S)
-
-
-def _finding(said: Finding) -> str:
-    head = " ".join(filter(None, (f"**{said.title}**", said.text, f"({_links(said.pages)})")))
-    return f"{head}\n\n{gains_table(said.pairs) if said.pairs else _list(said.comparisons)}\n"
-
-
-def gains_table(pairs: Sequence[Pair]) -> str:
-    """Gains with their 95 % intervals as Markdown tables, one for each panel: those that are decided in bold, the
-    paper's in square brackets, with the seeds of each row that would decide one as large."""
-    tables = []
-    for panel in dict.fromkeys(pair.panel for pair in pairs):
-        here = [pair for pair in pairs if pair.panel == panel]
-        told = {(f"{pair.rival} over {pair.base}", f"{pair.column}{budget(pair)}"): _gain(pair) for pair in here}
-        rows, columns = (list(dict.fromkeys(names)) for names in zip(*told, strict=True))
-        tables.append(
-            _markdown_table(
-                [panel, *columns], [[row, *(told.get((row, column), "") for column in columns)] for row in rows]
-            )
-        )
-    return "\n\n".join(tables)
-
-
-def _gain(pair: Pair) -> str:
-    gain, said = f"{pair.gain.difference:+.2f}", verdict_of(pair)
-    if said in ("better", "worse"):
-        gain = f"**{gain}**"
-    low, high = pair.gain.interval()
-    known = (
-        [] if isnan(pair.paper) else [f"{pair.paper:+.2f}", *([needed_seeds(pair)] if said == "not decided" else [])]
-    )
-    return f"{gain} ({low:+.2f} to {high:+.2f})" + (f" [{', '.join(filter(None, known))}]" if known else "")
-
-
-def _links(pages: Iterable[str]) -> str:
-    return ", ".join(f"[{page}](results/{page}.md)" for page in pages)
 
 
 def summary_table(page: Page) -> str:
@@ -176,11 +138,8 @@ def _summary_panel(panel: Panel) -> str:
     rows = [
         [str(name), *cells] for name, cells in zip(table.index, table.to_numpy().tolist(), strict=True) if any(cells)
     ]
-    return _markdown_table([panel.title, *table.columns], rows) if any(ours) else ""
-
-
-def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+    head = [panel.title, *table.columns]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)) if any(ours) else ""
 
 
 def _list(lines: Iterable[str]) -> str:

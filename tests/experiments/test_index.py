@@ -23,7 +23,7 @@ from experiments.planning.study import Tuning
 from experiments.records import Store
 from experiments.reporting import report
 from experiments.reporting.charts import Chart, Line, Subplot
-from experiments.reporting.layout import Entry, Panel
+from experiments.reporting.layout import Entry, Panel, Table
 from experiments.reporting.outcomes import Outcome, Pair
 from experiments.reporting.page import Page
 from experiments.reporting.simulations import simulation_page
@@ -344,39 +344,60 @@ def test_what_is_said_of_the_comparisons():
     (said,) = findings.findings([table_with(*many)])
     assert "Of 7 comparisons with LAWN and without, LAWN is better in 2, worse in 1, and 4 are not decided" in said.text
     assert "tuned" not in said.text
-    (listed,) = said.comparisons
-    first, second, *_ = listed.split("; ")
-    assert first == "Adam-LAWN against Adam, P: 0k +3.00 (95 % interval +1.82 to +4.18): better"
-    assert second == "1k +4.00 (+2.82 to +5.18): better"
-    assert listed.count(": not decided") == 4
+    assert said.comparisons == []
+    (listed,) = said.tables
+    assert listed.head == ["P", *(f"{i}k" for i in range(7))]
+    ((name, first, second, third, fourth, *_),) = listed.rows
+    assert name == "Adam-LAWN over Adam"
+    assert (first, second) == ("better: +3.00 (+1.82 to +4.18)", "better: +4.00 (+2.82 to +5.18)")
+    assert (third, fourth) == ("+0.10 (-1.08 to +1.28)", "worse: -3.00 (-4.18 to -1.82)")
     (said,) = findings.findings([table_with(*(replace(each, paper=2.0) for each in many))])
-    told = r"; 2k \+0\.100 \(.*?; the paper \+2\.00\): not decided \(\d seeds for the paper's\); "
-    assert re.search(told, said.comparisons[0])
-    assert said.text.endswith(" Seeds are for each row, at 80 % power, uncorrected.")
+    needed = re.fullmatch(r"\+0\.10 \(.*?\) \[\+2\.00, (\d) seeds\]", said.tables[0].rows[0][3])
+    assert needed is not None
+    assert int(needed[1]) == many[2].gain.seeds_needed(2.0, 3)
+    assert said.tables[0].rows[0][1] == "better: +3.00 (+1.82 to +4.18) [+2.00]"
     (said,) = findings.findings([table_with(*many[1:], replace(many[0], differences=(-1.0, -2.0)))])
-    assert said.text.endswith(
+    assert (
         " But in 1 of the 3 decided comparisons the side that loses does not reach the paper's number, so it may not "
-        "be tuned as well: Adam at P, 0k by 1."
-    )
+        "be tuned as well: Adam at P, 0k by 1. Gains have 95 % intervals"
+    ) in said.text
 
 
-def test_the_readme_has_the_gains_as_tables():
-    """A comparison in bold is decided after the correction; budgets have columns of their own."""
+def test_many_comparisons_have_a_table_for_each_panel():
+    """A verdict holds after the correction; budgets have columns of their own."""
     pairs = [
-        pair(2.0, 0.1, paper=1.5),
-        replace(pair(-2.0, 0.1, column="2k"), epochs=60, paper_epochs=300),
-        replace(pair(2.0, 0.1, base="A"), adjusted=0.06, paper=0.5),
-        replace(pair(0.004, 1.0, base="B"), panel="Q", paper=0.25),
+        *(pair(2.0 + i / 1000, 0.1, paper=1.5, base=f"base {i}") for i in range(4)),
+        replace(pair(-2.0, 0.1, "base 1", "2k"), epochs=60, paper_epochs=300),
+        replace(pair(2.1, 0.1, "A"), adjusted=0.06, paper=0.5),
+        replace(pair(0.004, 1.0, "B"), panel="Q"),
     ]
-    (table, other) = report.gains_table(pairs).split("\n\n")
-    assert table.splitlines() == [
-        "| P | 1k | 2k after 60 epochs |",
-        "| --- | --- | --- |",
-        "| Adam-LAWN over Adam | **+2.00** (+1.77 to +2.23) [+1.50] | **-2.00** (-2.23 to -1.77) |",
-        "| Adam-LAWN over A | +2.00 (+1.77 to +2.23) [+0.50] |  |",
+    (said,) = findings.findings([table_with(*pairs)])
+    table, other = said.tables
+    assert table.head == ["P", "1k", "2k after 60 epochs"]
+    assert table.rows[1] == [
+        "Adam-LAWN over base 1",
+        "better: +2.00 (+1.77 to +2.23) [+1.50]",
+        "worse: -2.00 (-2.23 to -1.77)",
     ]
-    needed = pairs[-1].gain.seeds_needed(0.25, 3)
-    assert other.splitlines()[2].endswith(f" [+0.25, {float(f'{needed:.2g}'):,.0f} seeds] |")
+    assert table.rows[-1] == ["Adam-LAWN over A", "+2.10 (+1.87 to +2.33) [+0.50]", ""]
+    assert (other.head, len(other.rows)) == (["Q", "1k"], 1)
+
+
+def test_the_readme_has_the_tables_of_findings(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- findings -->\nold\n<!-- end -->\nafter\n")
+    table = Table(["P", "1k"], [["a over b", "+1.00 (-1.00 to +3.00)"]])
+    said = [
+        findings.Finding("One?", "Two.", [], ["table1", "table2"], [table, table]),
+        findings.Finding("Three?", "", ["First.", "Second."], ["figure1"]),
+    ]
+    rows = "| P | 1k |\n| --- | --- |\n| a over b | +1.00 (-1.00 to +3.00) |\n"
+    assert report.with_updated_blocks(page, [], said) == (
+        "before\n<!-- findings -->\n"
+        "**One?** Two. ([table1](results/table1.md), [table2](results/table2.md))\n\n"
+        f"{rows}\n{rows}\n"
+        "**Three?** ([figure1](results/figure1.md))\n\n- First.\n- Second.\n<!-- end -->\nafter\n"
+    )
 
 
 def test_what_is_said_of_several_baselines():
@@ -392,10 +413,9 @@ def test_what_is_said_of_several_baselines():
 def test_what_is_said_of_the_number_of_epochs():
     pairs = [pair(2.0, 0.1, column="15 epochs"), pair(-2.0, 0.1, column="30 epochs")]
     (said,) = findings.findings([empty_page(replace(MINI, name="horizon"), [], pairs=pairs)])
-    first, second = said.comparisons[0].removesuffix(".").split("; 30 epochs -2.00 (")
-    assert first.startswith("Adam-LAWN against Adam, P: 15 epochs +2.00 (")
-    assert first.endswith(": better")
-    assert second.endswith(": worse")
+    (table,) = said.tables
+    assert table.head == ["P", "15 epochs", "30 epochs"]
+    assert [entry.partition(":")[0] for entry in table.rows[0][1:]] == ["better", "worse"]
     assert findings.findings([empty_page(replace(MINI, name="horizon"), [])]) == []
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.definitions.tuning_curves import FULL, SHORT
 from experiments.reporting.curves import K
-from experiments.reporting.layout import format_signed
+from experiments.reporting.layout import Table, format_signed
 from experiments.reporting.outcomes import Pair, places
 from experiments.reporting.page import Page
 from experiments.reporting.sentences import LEVEL, below_paper
@@ -17,6 +17,11 @@ from experiments.reporting.statistics import MANY_SEEDS, mean_interval
 from experiments.reporting.trials import best_by_place, best_of_curves
 
 FEW = 6  # comparisons that are listed by themselves
+GAINS = "Gains have 95 % intervals; without a verdict, they are not decided."
+IN_BRACKETS = (
+    "In brackets: the paper's gain after its number of epochs, and how many seeds of each row would decide one as "
+    "large (80 % power, uncorrected)."
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Finding:
     text: str  # may be empty
     comparisons: Sequence[str]  # sentences
     pages: Sequence[str]  # names of the pages that it is from
-    pairs: Sequence[Pair] = ()  # what the sentences are of, where a table can say it, too
+    tables: Sequence[Table] = ()  # of comparisons, if there are many
 
 
 def coverage(pages: Sequence[Page]) -> str:
@@ -93,13 +98,12 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
         below = below_paper([pair for pair, verdict in zip(pairs, said, strict=True) if verdict in ("better", "worse")])
         text += f" But {below}." if below else ""
         text += _against_all_bases(verdicts)
-        if any(verdict == "not decided" and needed_seeds(pair) for pair, verdict in zip(pairs, said, strict=True)):
-            text += " Seeds are for each row, at 80 % power, uncorrected."
+        text += f" {GAINS} {IN_BRACKETS}"
     shown = tuple(dict.fromkeys(page.name for page, _ in measured.values()))
     title = "Is LAWN better than what it is compared with, both tuned?"
     if not text:
         return Finding(title, text, [_sentence(pair) for pair in pairs], shown)
-    return Finding(title, text, _by_column(pairs), shown, pairs)
+    return Finding(title, text, [], shown, _tables(pairs))
 
 
 def _against_all_bases(verdicts: Mapping[tuple[str, str, str], Sequence[tuple[Hashable, str]]]) -> str:
@@ -128,7 +132,7 @@ def _horizon(page: Page) -> Finding | None:
     if not several:
         return None
     title = "How does the gain change with the number of epochs?"
-    return Finding(title, "", _by_column(several), (page.name,), several)
+    return Finding(title, GAINS, [], (page.name,), _tables(several))
 
 
 def _tuning(page: Page) -> Finding | None:
@@ -179,23 +183,25 @@ def _attenuated(page: Page) -> Finding | None:
     return Finding("Do attenuated logits keep a network adaptive?", text, [_sentence(known[0])], (page.name,))
 
 
-def _by_column(pairs: Sequence[Pair]) -> list[str]:
-    """A sentence for each two rows of a panel, with their comparisons in all columns; the tables have the seeds.
+def _tables(pairs: Sequence[Pair]) -> list[Table]:
+    """The gains in a table for each panel; the runs of one column have the same number of epochs."""
+    tables = []
+    for panel in dict.fromkeys(pair.panel for pair in pairs):
+        here = [pair for pair in pairs if pair.panel == panel]
+        gains = {(f"{pair.rival} over {pair.base}", f"{pair.column}{_budget(pair)}"): _entry(pair) for pair in here}
+        rows, columns = (list(dict.fromkeys(names)) for names in zip(*gains, strict=True))
+        entries = [[row, *(gains.get((row, column), "") for column in columns)] for row in rows]
+        tables.append(Table([panel, *columns], entries))
+    return tables
 
-    Only the first interval is introduced as one of 95 %.
-    """
-    gains: dict[str, list[str]] = {}
-    for pair in pairs:
-        names = ", ".join(filter(None, (f"{pair.rival} against {pair.base}", pair.panel)))
-        told = gains.setdefault(names, [])
-        interval = _interval(*pair.gain.interval()).removeprefix("95 % interval " if told or len(gains) > 1 else "")
-        said = verdict_of(pair)
-        needed = needed_seeds(pair) if said == "not decided" else ""
-        told.append(
-            f"{pair.column}{budget(pair)} {format_signed(pair.gain.difference)} ({interval}{_printed(pair)}): {said}"
-            + (f" ({needed} for the paper's)" if needed else "")
-        )
-    return [f"{names}: {'; '.join(told)}." for names, told in gains.items()]
+
+def _entry(pair: Pair) -> str:
+    """The verdict, the gain and its interval, and in brackets the paper's with the seeds that would decide it."""
+    said, (low, high) = verdict_of(pair), pair.gain.interval()
+    decided = f"{said}: " if said in ("better", "worse") else ""
+    needed = _needed_seeds(pair) if said == "not decided" else ""
+    printed = "" if isnan(pair.paper) else f" [{', '.join(filter(None, (f'{pair.paper:+.2f}', needed)))}]"
+    return f"{decided}{pair.gain.difference:+.2f} ({low:+.2f} to {high:+.2f}){printed}"
 
 
 def _sentence(pair: Pair) -> str:
@@ -206,15 +212,15 @@ def _sentence(pair: Pair) -> str:
     if said in ("better", "worse"):
         more = f" But our {row} is {-apart:.2f} below the paper's: it may not be tuned as well." if apart < 0 else ""
     else:
-        needed = needed_seeds(pair)
+        needed = _needed_seeds(pair)
         more = f" A true gain of {pair.gain.detectable():.2g} would be found with 80 % probability"
         more += f", the paper's with {needed}" if needed else ""
         more += (": the test users are too few" if needed.startswith("more") else "") + "."
-    gain = f"{budget(pair)}: {_gain(pair, _printed(pair))}"
+    gain = f"{_budget(pair)}: {_gain(pair, _printed(pair))}"
     return f"{_capitalized(said)}: {pair.rival} against {pair.base}{where}{gain}.{more}"
 
 
-def budget(pair: Pair) -> str:
+def _budget(pair: Pair) -> str:
     """The number of epochs, where it is not the paper's and the column does not tell it."""
     epochs = pair.epochs if pair.epochs != pair.paper_epochs else None
     return f" after {epochs} epochs" if epochs and not pair.column.endswith(" epochs") else ""
@@ -223,10 +229,10 @@ def budget(pair: Pair) -> str:
 def _printed(pair: Pair) -> str:
     if isnan(pair.paper):
         return ""
-    return f"; the paper {format_signed(pair.paper)}" + (f" after {pair.paper_epochs}" if budget(pair) else "")
+    return f"; the paper {format_signed(pair.paper)}" + (f" after {pair.paper_epochs}" if _budget(pair) else "")
 
 
-def needed_seeds(pair: Pair) -> str:
+def _needed_seeds(pair: Pair) -> str:
     """How many seeds of each row would decide a gain as large as the paper's, to two digits; empty if it has none."""
     if isnan(pair.paper) or not pair.paper or min(pair.seeds) < 2:
         return ""
