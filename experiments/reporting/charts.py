@@ -102,7 +102,8 @@ def over_horizon(experiment: Experiment, found: list[Outcome]) -> Chart:
 
 def _over(experiment: Experiment, found: list[Outcome], xlabel: str, x: Callable[[Cell], int]) -> Chart:
     measure = experiment.measures[0]
-    rows = list(dict.fromkeys(outcome.cell.row for outcome in found))
+    rows = list(dict.fromkeys(o.cell.row for o in found if o.values(measure) or not np.isnan(paper(o.cell))))
+    colors = {pair: len(rows) + i for i, pair in enumerate(p for p in experiment.pairs if {*p} <= {*rows})}
     subplots: list[Subplot] = []
     for panel in dict.fromkeys(outcome.cell.panel for outcome in found):
         here = [o for o in found if o.cell.panel == panel]
@@ -125,7 +126,7 @@ def _over(experiment: Experiment, found: list[Outcome], xlabel: str, x: Callable
         replace(
             subplot,
             ylabel="gain with LAWN" if i == 0 else "",
-            lines=_gains(experiment, [o for o in found if o.cell.panel == subplot.title], x, len(rows)),
+            lines=_gains(experiment, [o for o in found if o.cell.panel == subplot.title], x, colors),
             rule=0.0,
         )
         for i, subplot in enumerate(subplots)
@@ -133,25 +134,27 @@ def _over(experiment: Experiment, found: list[Outcome], xlabel: str, x: Callable
     return Chart([subplots, gains], (2.6, 2.6))
 
 
-def _gains(experiment: Experiment, here: list[Outcome], x: Callable[[Cell], int], color: int) -> list[Line]:
-    """The gains of each pair of rows in one panel, and the paper's; `color` is that of the first pair."""
+def _gains(
+    experiment: Experiment, here: list[Outcome], x: Callable[[Cell], int], colors: dict[tuple[str, str], int]
+) -> list[Line]:
+    """The gains of each pair of rows in one panel, and the paper's, in the colors of the pairs."""
     sign = -1 if experiment.measures[0].smaller_is_better else 1
     compared = comparisons(experiment, here)
     at = {(o.cell.row, o.cell.column): o.cell for o in here}
     lines = []
-    for i, (base, rival) in enumerate(experiment.pairs, start=color):
+    for (base, rival), color in colors.items():
         name = f"{rival} over {base}"
         pairs = [pair for pair in compared if (pair.base, pair.rival) == (base, rival)]
         if pairs:
             where = [float(x(at[rival, pair.column])) for pair in pairs]
             gain = [pair.gain.difference for pair in pairs]
             low, high = ([pair.gain.interval()[end] for pair in pairs] for end in (0, 1))
-            lines.append(Line(f"{name}, ours", i, where, gain, low, high, points=True))
+            lines.append(Line(f"{name}, ours", color, where, gain, low, high, points=True))
         both = [(cell, at[base, column]) for (row, column), cell in at.items() if row == rival and (base, column) in at]
         printed = [sign * (paper(cell) - paper(other)) for cell, other in both]
         if not all(map(np.isnan, printed)):
             where = [float(x(cell)) for cell, _ in both]
-            lines.append(Line(f"{name}, paper", i, where, printed, style="dotted", points=True))
+            lines.append(Line(f"{name}, paper", color, where, printed, style="dotted", points=True))
     return lines
 
 

@@ -25,7 +25,7 @@ from experiments.planning.study import Tuning, studies
 from experiments.record import Record
 from experiments.records import Store
 from experiments.reporting import drawing, report
-from experiments.reporting.charts import CHARTS
+from experiments.reporting.charts import CHARTS, over_batch_size
 from experiments.reporting.layout import Entry, Panel, format_mean
 from experiments.reporting.outcomes import Outcome, comparisons, outcomes
 from experiments.reporting.page import entry, provenance
@@ -634,6 +634,22 @@ def test_every_records_command_repeats_it():
             python, script, *overrides = shlex.split(record["command"])
             assert (python, script) == ("python", "run.py")
             assert run_name(compose_many(*overrides).config) == record["name"]
+
+
+def test_only_lines_that_are_drawn_take_a_color():
+    """Otherwise a gain has the color of another row, because the palette is short."""
+    rows = ("SGD", ()), ("Adam", (60.0, 61.0)), ("SGD-LAWN", ()), ("Adam-LAWN", (66.0, 67.0))
+    found = [
+        made_up(Cell(row, (f"train.batch_size={size}",), column=f"batch {size}"), *values)
+        for row, values in rows
+        for size in (100, 1000)
+    ]
+    pairs = (("SGD", "SGD-LAWN"), ("Adam", "Adam-LAWN"))
+    chart = over_batch_size(Experiment("pairs", "Pairs", (), (ACCURACY,), pairs=pairs), found)
+    assert [[(line.label, line.color) for line in subplots[0].lines] for subplots in chart.rows] == [
+        [("Adam, ours", 0), ("Adam-LAWN, ours", 1)],
+        [("Adam-LAWN over Adam, ours", 2)],
+    ]
 
 
 FIGURES = [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "tuning")) for kind in (*CHARTS, "diagnostics")]
