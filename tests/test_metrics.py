@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import brier_score_loss, log_loss, ndcg_score, top_k_accuracy_score
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from lawn import metrics
 from lawn.diagnostics import binary_margin, multiclass_margin, weight_norm
@@ -139,6 +140,20 @@ def test_margins_by_hand():
 def test_weight_norm_leaves_out_vectors():
     model = nn.ParameterList([torch.full((2, 2), 1.0), torch.full((3,), 9.0), torch.full((1, 5), 2.0).bfloat16()])
     assert weight_norm(model).item() == pytest.approx(math.sqrt(4 + 20))
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_weight_norm_of_a_parametrized_layer_changes_nothing(wrap):
+    layer = wrap(nn.Linear(30, 20))
+    model = nn.Sequential(layer, nn.Dropout()).train()
+    model(torch.ones(1, 30))
+    layer.eval()
+    expected = layer.weight.norm().item()
+    layer.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert weight_norm(model).item() == pytest.approx(expected)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
 
 
 def test_weight_norm_is_of_the_weights_that_the_model_computes_with():

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from lawn.diagnostics.lanczos import top_eigenvalue
+from lawn.optim.modes import evaluating
 
 Weights = dict[str, Tensor]
 Batch = tuple[tuple[Tensor, ...], Tensor]  # inputs and labels
@@ -311,17 +312,12 @@ class LossSurface:
     @contextmanager
     def _evaluation(self, differentiable: bool = True) -> Iterator[Weights]:
         """Yield detached weights for calls of the model, which is in eval mode meanwhile."""
-        modes = [(module, module.training) for module in self._model.modules()]
         weights = self._weights()
-        self._model.eval()
-        try:
-            # torch.func does not need autograd, which would only store its operations. Only the plain attention has
-            # second derivatives.
-            with torch.set_grad_enabled(differentiable), _DecomposedWeightNorm(), sdpa_kernel(SDPBackend.MATH):
-                yield {name: w.requires_grad_(differentiable) for name, w in weights.items()}
-        finally:
-            for module, training in modes:  # modules may have had different modes
-                module.training = training
+        # torch.func does not need autograd, which would only store its operations. Only the plain attention has second
+        # derivatives.
+        attention = sdpa_kernel(SDPBackend.MATH)
+        with evaluating(self._model), torch.set_grad_enabled(differentiable), _DecomposedWeightNorm(), attention:
+            yield {name: w.requires_grad_(differentiable) for name, w in weights.items()}
 
 
 class _DecomposedWeightNorm(TorchFunctionMode):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lawn.optim.modes import evaluating
 from lawn.optim.update import norms
 
 
@@ -74,7 +75,8 @@ def weight_norm(model: nn.Module) -> Tensor:
     weights: dict[int, Tensor] = {}
     for module in model.modules():
         if isinstance(module, parametrize.ParametrizationList):
-            weights[id(module.original)] = module()
+            with evaluating(module):  # else spectral normalization would go on with its power iteration
+                weights[id(getattr(module, "original", module))] = module()
         else:
             weights |= {id(p): p for p in module._parameters.values() if p is not None}
     chosen = [w for w in weights.values() if w.ndim >= 2]

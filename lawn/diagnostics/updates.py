@@ -34,7 +34,7 @@ class UpdateMonitor:
     Args:
         model: model whose weights are measured.
         optimizer: optimizer that updates them. Weights of the model that other optimizers have are not measured, unless
-            it has copies of all, which it writes back in its step.
+            it has none of the model's parameters but copies, which it writes back in its step.
         every: interval of measured updates.
 
     Raises:
@@ -68,6 +68,7 @@ class UpdateMonitor:
             raise TypeError("weights that are DTensors cannot be followed: no rank has the whole of them")
         if not calls_hooks(optimizer):
             raise TypeError(f"{type(optimizer).__name__} calls no hooks; follow the optimizer inside it")
+        self._parameters = set(model.parameters())
         self._every = every
         self._updates = 0
         # Before an update: indices of the measured weights, copies of w, w.g and ||g||.
@@ -144,7 +145,7 @@ class UpdateMonitor:
 
     @torch.no_grad()
     def _keep(self, optimizer: Optimizer, copies: list[Tensor] | None = None) -> None:
-        owned = {p for group in optimizer.param_groups for p in group["params"]}.intersection(self.weights.values())
+        owned = self._parameters.intersection(p for group in optimizer.param_groups for p in group["params"])
         given = [(i, p, p.grad) for i, p in enumerate(self.weights.values()) if p in owned or not owned]
         found = [(i, p, g) for i, p, g in given if g is not None]
         if found:

@@ -3,7 +3,9 @@
 from math import inf
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from lawn.optim.modes import evaluating
 
 
 def output_layer(model: nn.Module) -> nn.Linear:
@@ -71,22 +73,27 @@ def attenuate_logits(model: nn.Module, factor: float) -> None:
     others = [p for module in model.modules() if module is not layer for p in module._parameters.values()]
     if any(p is other for p in own for other in others):
         raise ValueError("the output layer shares its weight or bias with another module, which would change as well")
-    before, logits = [p.clone() for p in own], _probe(layer)
-    for p in own:
-        p.mul_(factor)
-    scaled = _probe(layer)
-    if logits is not None and scaled is not None and not torch.allclose(scaled, factor * logits, rtol=0.05, atol=1e-6):
-        for p, old in zip(own, before, strict=True):
-            p.copy_(old)
+    if type(layer).forward is not nn.Linear.forward and not _is_proportional(layer, own):
         raise ValueError(
             f"the output layer is a {type(layer).__qualname__}, whose logits are not proportional to weight and bias"
         )
+    for p in own:
+        p.mul_(factor)
 
 
-def _probe(layer: nn.Linear) -> Tensor | None:
-    """The outputs of a subclass of nn.Linear that computes its own; None of nn.Linear itself."""
-    if type(layer).forward is nn.Linear.forward:
-        return None
-    inputs = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0))
-    outputs: Tensor = layer(inputs.to(layer.weight))
-    return outputs
+def _is_proportional(layer: nn.Linear, params: list[nn.Parameter]) -> bool:
+    """Whether half the parameters give half the outputs."""
+    before = [p.clone() for p in params]
+    inputs = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0)).to(layer.weight)
+    try:
+        with evaluating(layer):
+            outputs = layer.forward(inputs)  # without the user's hooks
+            for p in params:
+                p.mul_(0.5)
+            return torch.allclose(layer.forward(inputs), 0.5 * outputs, rtol=0.05, atol=1e-6)
+    except TypeError as error:
+        name = type(layer).__qualname__
+        raise ValueError(f"the output layer is a {name}, which cannot be called with inputs alone: {error}") from error
+    finally:
+        for p, old in zip(params, before, strict=True):
+            p.copy_(old)

@@ -49,8 +49,17 @@ def is_known(known: KnownBlocks, layout: Layout) -> bool:
     return axes == other_axes and len(others) == len(block) and all(map(operator.is_, others, block))
 
 
+def has_lost(known: KnownBlocks, layout: Layout) -> bool:
+    """Whether parameters of a known block have been frozen since, so that its norm is another."""
+    block, _ = layout
+    return not is_known(known, layout) and any({*block} < {*others} for others, _ in known.values())
+
+
 def remember(known: KnownBlocks, found: list[Layout]) -> None:
-    """Add blocks whose norms are known to be theirs."""
+    """Add blocks whose norms are known to be theirs, in the place of those that had some of their parameters."""
+    members = {p for block, _ in found for p in block}
+    for first in [first for first, (block, _) in known.items() if not members.isdisjoint(block)]:
+        del known[first]
     known.update((block[0], (block, axes)) for block, axes in found)
 
 

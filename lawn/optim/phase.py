@@ -20,7 +20,7 @@ from lawn.optim.keys import (
     is_due,
     is_fixed,
 )
-from lawn.optim.norms import KnownBlocks, check_counts, check_loaded_norms, measure_norms
+from lawn.optim.norms import KnownBlocks, check_counts, check_loaded_norms, has_lost, layouts, measure_norms
 
 
 def is_dummy(optimizer: Optimizer) -> bool:
@@ -68,6 +68,9 @@ def begin_step(optimizer: Optimizer, known: KnownBlocks, fused: bool | None = No
     for index, group_update in enumerate(group_updates):
         for part in group_update.parts():
             check_counts(part, index)
+            if group_update.group["blocks"] is not None:
+                pairs = zip(layouts(part), part.norms, strict=True)
+                part.norms = [0.0 if has_lost(known, layout) else c for layout, c in pairs]
             if not all(map(is_fixed, part.norms)):
                 measured = measure_norms(part, index)
                 part.norms = [c if is_fixed(c) else now for c, now in zip(part.norms, measured, strict=True)]
@@ -159,6 +162,12 @@ def collect(group: Group, state: State) -> GroupUpdate:
     # The minimum is 0.0, and the norm is measured, if a parameter was added to the block.
     norms = [min(fixed_norm(state.get(p)) for p in block) for block in blocks]
     params = [p for block in blocks for p in block]
+    trained = {*params}
+    joined = {key for key, p in zip(group["blocks"], group["params"], strict=True) if p in trained}
+    for key, p in zip(group["blocks"], group["params"], strict=True):
+        entry = state.get(p)
+        if entry and key in joined and p not in trained and is_fixed(fixed_norm(entry)):
+            entry[NORM] = 0.0  # frozen: it may be trained again, when the block has another norm
     return GroupUpdate(group, free, params, [len(block) for block in blocks], norms, idle=idle).separate_sharded()
 
 

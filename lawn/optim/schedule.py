@@ -41,6 +41,7 @@ class LinearWarmup(LRScheduler):
         if not 0 <= warmup_steps < inf:
             raise ValueError(f"need 0 <= warmup_steps, got {warmup_steps}")
         self.warmup_steps = warmup_steps
+        _separate_default(optimizer)
         super().__init__(optimizer)
 
     def factor(self, t: int) -> float:
@@ -60,14 +61,33 @@ class LinearWarmup(LRScheduler):
         Returns:
             One learning rate for each group. The initial one of a group that was added since the last call is its
                 present one, or that of a group which has the same tensor.
+
+        Raises:
+            ValueError: if a group was removed, or has the place of another one.
         """
-        for group in self.optimizer.param_groups[len(self.base_lrs) :]:
-            self.base_lrs = [*self.base_lrs, self._base_lr(group)]  # state dicts have the list, too
+        groups, known = self.optimizer.param_groups, len(self.base_lrs)
+        if known > len(groups):
+            raise ValueError(
+                f"the schedule has the learning rates of {known} param groups, the optimizer {len(groups)}: delete "
+                "those of the removed groups from base_lrs"
+            )
+        marked = ["initial_lr" in group for group in groups]  # none after a load of a checkpoint without schedule
+        if any(marked) and not all(marked[:known]):
+            index = marked.index(False)
+            raise ValueError(
+                f"param group {index} has the place of one that the schedule knows: set base_lrs[{index}] and the "
+                "group's initial_lr to its learning rate without the schedule"
+            )
+        if groups[known:]:
+            _separate_default(self.optimizer)
+        for group in groups[known:]:
+            group["initial_lr"] = self._base_lr(group)
+            self.base_lrs = [*self.base_lrs, group["initial_lr"]]  # state dicts have the list, too
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
 
     def _base_lr(self, group: dict[str, Any]) -> float | Tensor:
         lr = group["lr"]
-        if isinstance(lr, Tensor):  # perhaps the optimizer's default, which the schedule has filled
+        if isinstance(lr, Tensor):  # perhaps one that the schedule has filled
             for base, other in zip(self.base_lrs, self.optimizer.param_groups, strict=False):
                 if other["lr"] is lr:
                     return base
@@ -92,6 +112,13 @@ class LinearWarmup(LRScheduler):
                     f"{key} after loading",
                     stacklevel=2,
                 )
+
+
+def _separate_default(optimizer: Optimizer) -> None:
+    """Give the optimizer's default a tensor of its own: the schedule fills that of a group which has the default."""
+    lr = optimizer.defaults.get("lr")
+    if isinstance(lr, Tensor):
+        optimizer.defaults["lr"] = lr.clone()
 
 
 class LinearWarmupDecay(LinearWarmup):

@@ -38,7 +38,6 @@ class StepNesting:
 
     def __init__(self) -> None:
         self._step: FrameType | None = None  # frame of the current step
-        self._nested_calls = 0  # number of steps of parent classes that run inside it
 
     def begin(self) -> bool:
         """Whether the step that begins is not inside another one. A step that has raised is not current."""
@@ -46,16 +45,14 @@ class StepNesting:
         frame: FrameType | None = sys._getframe()
         while self._step is not None and frame is not None:
             if frame is self._step and frame is not call:
-                self._nested_calls += 1
                 return False
             frame = frame.f_back
-        self._step, self._nested_calls = call, 0
+        self._step = call
         return True
 
     def end(self) -> bool:
         """Whether the step that ends is not inside another one."""
-        if self._nested_calls:
-            self._nested_calls -= 1
+        if _frame_of_step() is not self._step:
             return False
         self._step = None
         return True

@@ -83,9 +83,10 @@ class LAWN:
                 group.clear()
                 group.update(old)
             raise
-        self._attach(optimizer, free_steps, fused)
+        self._set(optimizer, free_steps, fused)
+        self._attach()
 
-    def _attach(
+    def _set(
         self, optimizer: Optimizer, free_steps: int | None, fused: bool | None, known: phase.KnownBlocks | None = None
     ) -> None:
         self.optimizer = optimizer
@@ -100,6 +101,10 @@ class LAWN:
         self._group_updates: list[GroupUpdate] | None = None  # of the current step
         self._skipped = self._dummy = self._waits = False  # of the current step: no update; waits for its closure
         self._nesting = StepNesting()
+        self._hooks: list[Any] = []
+
+    def _attach(self) -> None:
+        optimizer = self.optimizer
         self._hooks = [
             optimizer.register_step_pre_hook(self._begin),
             optimizer.register_step_post_hook(self._end),
@@ -120,9 +125,9 @@ class LAWN:
         return {"arguments": arguments, "attached": bool(self._hooks)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._attach(**state["arguments"])
-        if not state["attached"]:
-            self.detach()
+        self._set(**state["arguments"])
+        if state["attached"]:
+            self._attach()
 
     def __copy__(self) -> Any:
         raise TypeError("a shallow copy would put LAWN on the same optimizer twice; use copy.deepcopy")
@@ -151,6 +156,8 @@ class LAWN:
 
     def detach(self) -> None:
         """Remove LAWN's hooks and keys from the optimizer, which then trains without constraints."""
+        if not self._hooks:
+            return  # detached before; the keys may be those of another LAWN
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -239,6 +246,7 @@ class LAWN:
         """
         first, count = self._group_updates is None, len(self._before)
         if first:
+            self._prepare_added()  # the closure may have added a group
             self._group_updates = self._zero_check.begin(self.optimizer, self._fused)
         group_updates = self._group_updates or []
         for single in chain.from_iterable(group.split_by_device_and_dtype() for group in group_updates):

@@ -331,6 +331,17 @@ def test_weights_of_other_optimizers_are_not_measured():
     assert math.isnan(found["1.weight"]["norm"])
 
 
+def test_an_optimizer_of_biases_alone_measures_no_weight():
+    """As beside Muon, which has the matrices."""
+    model = nn.Linear(2, 2)
+    first, second = (torch.optim.SGD([p], lr=0.1) for p in (model.bias, model.weight))
+    monitor = UpdateMonitor(model, first)
+    model(torch.ones(1, 2)).sum().backward()
+    first.step()
+    second.step()
+    assert math.isnan(monitor.means()["weight"]["norm"])
+
+
 def test_sparse_gradients():
     model = nn.Embedding(5, 3, sparse=True)
     monitor = UpdateMonitor(model, optimizer := torch.optim.SparseAdam(model.parameters()))

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 from torch.optim import LBFGS, SGD, Adam, Optimizer
 
 from lawn import LAMBLAWN, LAWN, SGDLAWN, AdamLAWN
+from lawn.diagnostics import UpdateMonitor
 from lawn.optim import attenuate_logits, bound_norms, cpu_kernels, dispatch, update
 from lawn.optim.blocks import Blocks
 from lawn.optim.keys import NORM
@@ -555,9 +556,16 @@ class LoRAHead(nn.Linear):
         return super().forward(x) + x @ self.down.T @ self.up.T
 
 
-class CastingHead(nn.Linear):
+class DroppingHead(nn.Linear):
+    """DropConnect: random in training."""
+
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
+        return nn.functional.linear(x, nn.functional.dropout(self.weight, 0.5, self.training), self.bias)
+
+
+class MaskedHead(nn.Linear):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(x) * mask
 
 
 def test_logits_of_subclasses_are_attenuated_where_they_are_linear():
@@ -566,10 +574,111 @@ def test_logits_of_subclasses_are_attenuated_where_they_are_linear():
     for kind in (CosineHead, LoRAHead):
         model = nn.Sequential(nn.Linear(4, 4), kind(4, 3))
         before = model(x)
-        with pytest.raises(ValueError, match=f"a {kind.__name__}, whose logits are not proportional"):
-            attenuate_logits(model, 0.2)
+        for factor in (0.2, 0.98, 1.0):
+            with pytest.raises(ValueError, match=f"a {kind.__name__}, whose logits are not proportional"):
+                attenuate_logits(model, factor)
         assert torch.equal(model(x), before)
-    model = nn.Sequential(nn.Linear(4, 4), CastingHead(4, 3))
-    before = model(x)
-    attenuate_logits(model, 0.2)
-    torch.testing.assert_close(model(x), 0.2 * before)
+    model = nn.Sequential(nn.Linear(4, 4), DroppingHead(4, 3))
+    calls = []
+    model[1].register_forward_hook(lambda *_: calls.append(1))
+    attenuate_logits(model, 1.0)
+    assert (calls, model[1].training) == ([], True)
+    before = model.eval()(x)
+    attenuate_logits(model.train(), 0.2)
+    torch.testing.assert_close(model.eval()(x), 0.2 * before)
+    with pytest.raises(ValueError, match="a MaskedHead, which cannot be called with inputs alone"):
+        attenuate_logits(MaskedHead(4, 3), 0.2)
+
+
+def test_a_joined_bias_that_is_frozen_and_trained_again():
+    """The norm of the layer is that of its trained parameters: it is measured anew when these change."""
+    torch.manual_seed(0)
+    layer = nn.Linear(20, 8)
+    optimizer = AdamLAWN(all_weights(layer, include_bias=True), 1e-2, free_steps=0)
+
+    def norm(*params: Tensor) -> float:
+        return torch.cat([p.detach().flatten() for p in params]).norm().item()
+
+    def keeps(*trained: nn.Parameter) -> None:
+        for p in layer.parameters():
+            p.requires_grad_(any(p is each for each in trained))
+            p.grad = None
+        before = norm(*trained)
+        for _ in range(3):
+            with_gradients(*trained)
+            optimizer.step()
+            assert norm(*trained) == pytest.approx(before, rel=1e-6)
+            assert optimizer.state[trained[0]][NORM] == pytest.approx(before, rel=1e-6)
+
+    weight, bias = layer.weight, layer.bias
+    for trained in ((weight, bias), (weight,), (weight, bias), (bias,), (weight, bias), (bias,), (weight,)):
+        keeps(*trained)
+
+
+class Retrying(SGD):
+    def step(self, closure=None):
+        try:
+            return super().step(closure)
+        except RuntimeError:
+            return super().step(closure)
+
+
+@pytest.mark.parametrize("monitored", [False, True])
+def test_a_parents_step_that_is_tried_again(monitored):
+    """torch runs no post-hook of a step that raises."""
+    SGD([nn.Parameter(torch.ones(1))])  # whose `step` has hooks from now on
+    w = nn.Parameter(torch.tensor([[3.0, 4.0]]))
+    optimizer = Retrying([w], lr=0.5)
+    LAWN(optimizer, 0)
+    monitor = UpdateMonitor(nn.ParameterList([w]), optimizer) if monitored else None
+    calls = []
+
+    def closure() -> float:
+        calls.append(1)
+        w.grad = torch.tensor([[0.0, 5.0]])
+        if len(calls) % 2:
+            raise RuntimeError
+        return 0.0
+
+    for step in range(1, 4):
+        optimizer.step(closure)
+        assert w.norm().item() == pytest.approx(5.0)
+        assert (optimizer.param_groups[0]["steps"], w.grad.tolist()) == (step, [[0.0, 5.0]])
+    if monitor is not None:
+        assert monitor.state_dict()["sums"][0, 0] == 3
+
+
+def test_a_copy_of_a_detached_lawn_leaves_the_optimizer_to_another():
+    w = nn.Parameter(torch.tensor([[3.0, 4.0]]))
+    optimizer = SGD([w], lr=0.1)
+    old = LAWN(optimizer)
+    old.detach()
+    new = LAWN(optimizer)
+    new.constrain()
+    old.detach()  # a second time
+    for order in (1, -1):
+        copies = copy.deepcopy([old, new][::order])[::order]
+        (weight,) = copies[1].optimizer.param_groups[0]["params"]
+        for _ in range(3):
+            with_gradients(weight)
+            copies[0].optimizer.step()
+        assert (new.constrained, copies[1].constrained) == (True, True)
+        assert weight.norm().item() == pytest.approx(5.0)
+
+
+def test_a_group_that_a_closure_adds():
+    first, second = (nn.Parameter(torch.ones(1, 2)) for _ in range(2))
+    optimizer = SGD([first], lr=0.1)
+    LAWN(optimizer, 0)
+
+    def closure() -> float:
+        if len(optimizer.param_groups) == 1:
+            optimizer.add_param_group({"params": [second]})
+        for p in (first, second):
+            p.grad = torch.tensor([[1.0, -1.0]])
+        return 1.0
+
+    optimizer.step(closure)
+    for p in (first, second):
+        assert p.norm().item() == pytest.approx(2**0.5)
+        assert p[0, 0] < 1

@@ -124,6 +124,49 @@ def test_an_added_group_has_the_rate_that_it_was_given(tensor, own):
     assert added == pytest.approx((own or 1.0) * 4 / 9)
 
 
+@pytest.mark.parametrize("tensor", [False, True])
+def test_groups_that_a_resumed_run_adds(tensor):
+    """A load gives the groups other tensors than the default, which the schedule must not have filled."""
+
+    def made() -> tuple[torch.optim.Optimizer, LinearWarmup]:
+        optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))], lr=torch.tensor(1.0) if tensor else 1.0)
+        return optimizer, LinearWarmup(optimizer, 9)
+
+    optimizer, schedule = made()
+    optimizer.step()
+    schedule.step()
+    saved = optimizer.state_dict(), schedule.state_dict()
+    optimizer, schedule = made()
+    optimizer.load_state_dict(saved[0])
+    schedule.load_state_dict(saved[1])
+    for number in (3, 4):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+        optimizer.step()
+        schedule.step()
+        assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([number / 10] * (number - 1))
+
+
+def test_a_group_in_the_place_of_another_is_no_silent_heir():
+    params = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)]
+    optimizer = torch.optim.SGD([{"params": [p], "lr": lr} for p, lr in zip(params, (1.0, 10.0), strict=False)])
+    schedule = LinearWarmup(optimizer, 0)
+    del optimizer.param_groups[1]
+    optimizer.step()
+    with pytest.raises(ValueError, match="learning rates of 2 param groups, the optimizer 1: delete those"):
+        schedule.step()
+    optimizer.add_param_group({"params": params[2:], "lr": 0.001})
+    with pytest.raises(ValueError, match=r"param group 1 has the place of one that .* set base_lrs\[1\]"):
+        schedule.step()
+    schedule.base_lrs[1] = optimizer.param_groups[1]["initial_lr"] = 0.001
+    schedule.step()
+    assert schedule.get_last_lr() == [1.0, 0.001]
+    added = optimizer.param_groups.pop()
+    del schedule.base_lrs[1], added["initial_lr"]
+    optimizer.param_groups.insert(0, added)
+    with pytest.raises(ValueError, match="param group 0 has the place"):
+        schedule.step()
+
+
 def test_a_group_that_the_checkpoint_does_not_know_keeps_its_initial_rate():
     """The new schedule has scaled the rate that the optimizer was loaded with."""
     first, added = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
