@@ -150,7 +150,7 @@ def test_norms_of_slices_without_slices_are_refused(rows):
 
 
 def test_what_the_eager_step_refuses_is_refused():
-    """A block that has lost a member, options of a group, and the norm of a weight whose gradient comes late."""
+    """Options of a group, and the norm of a weight whose gradient comes late."""
     (ours, _) = make_pair(SGDLAWN, [(6, 4), (4, 4), (3, 6), (3,)], free_steps=0)
     compiled = torch.compile(ours.step, backend="eager")
     advance(ours, compiled, 0, 3)
@@ -159,14 +159,11 @@ def test_what_the_eager_step_refuses_is_refused():
 
     def attempt(message: str) -> None:
         for p in (*first, *second):
-            p.grad = torch.ones_like(p) if p.requires_grad else None
+            p.grad = torch.ones_like(p)
         with pytest.raises(ValueError, match=message):
             compiled()
         assert all(torch.equal(p, q) for p, q in zip((*first, *second), before, strict=True))
 
-    second[1].requires_grad_(False)
-    attempt("in other blocks")
-    second[1].requires_grad_(True)
     for index, key, wrong, right in ((0, "weight_decay", 0.1, 0.0), (1, "rounding", "up", "nearest")):
         ours.param_groups[index][key] = wrong
         attempt(f"param group {index}: {key}")
@@ -179,6 +176,24 @@ def test_what_the_eager_step_refuses_is_refused():
         compiled()
     before = [p.detach().clone() for p in (*first, *second)]
     attempt("its state says")
+
+
+def test_a_joined_parameter_that_is_frozen_and_trained_again():
+    ours, theirs = make_pair(SGDLAWN, SIZES, free_steps=0)
+    compiled = torch.compile(ours.step, backend="eager")
+    for start, trained in ((0, True), (3, False), (6, True), (9, False)):
+        for optimizer, step in ((ours, compiled), (theirs, theirs.step)):
+            frozen = optimizer.param_groups[1]["params"][1]
+            frozen.requires_grad_(trained)
+            before = frozen.detach().clone()
+
+            def without_its_gradient(p=frozen, step=step) -> None:
+                p.grad = p.grad if p.requires_grad else None
+                step()
+
+            advance(optimizer, without_its_gradient, start, start + 3)
+            assert torch.equal(frozen, before) != trained
+    assert_close(ours, theirs)
 
 
 @pytest.mark.slow
