@@ -51,8 +51,11 @@ def is_known(known: KnownBlocks, layout: Layout) -> bool:
 
 def has_lost(known: KnownBlocks, layout: Layout) -> bool:
     """Whether parameters of a known block have been frozen since, so that its norm is another."""
-    block, _ = layout
-    return not is_known(known, layout) and any({*block} < {*others} for others, _ in known.values())
+    if is_known(known, layout):
+        return False
+    kept = {*layout[0]}
+    lost = [{*block} - kept for block, _ in known.values() if kept < {*block}]
+    return any(not any(p.requires_grad for p in params) for params in lost)
 
 
 def remember(known: KnownBlocks, found: list[Layout]) -> None:

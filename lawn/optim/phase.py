@@ -166,8 +166,8 @@ def collect(group: Group, state: State) -> GroupUpdate:
     joined = {key for key, p in zip(group["blocks"], group["params"], strict=True) if p in trained}
     for key, p in zip(group["blocks"], group["params"], strict=True):
         entry = state.get(p)
-        if entry and key in joined and p not in trained and is_fixed(fixed_norm(entry)):
-            entry[NORM] = 0.0  # frozen: it may be trained again, when the block has another norm
+        if entry and key in joined and p not in trained and not p.requires_grad and is_fixed(fixed_norm(entry)):
+            entry[NORM] = 0.0  # it may be trained again, when the block has another norm
     return GroupUpdate(group, free, params, [len(block) for block in blocks], norms, idle=idle).separate_sharded()
 
 
