@@ -452,6 +452,11 @@ def test_a_comparison_in_several_tables_is_counted_once():
     (said,) = findings.findings([table_with(pair(2.0, 0.1)), table_with(again)])
     assert len(said.comparisons) == 1
     assert findings.findings([empty_page(EXPERIMENTS["table6"], [], pairs=[pair(2.0, 0.1)])]) == []  # other units
+    small = table_with(replace(again, paper=1.5))
+    large = table_with(pair(2.0, 0.1, paper=1.5), pair(3.0, 0.1, column="2k"))
+    for tables in ([small, large], [large, small]):
+        (said,) = findings.findings(tables)
+        assert ["Adam-LAWN against Adam, P" in sentence for sentence in said.comparisons] == [True, True]
 
 
 def test_values_of_a_sweep_need_not_be_numbers(tuned):

@@ -71,11 +71,11 @@ def verdict_of(pair: Pair) -> str:
 
 def _with_and_without(tables: Sequence[Page]) -> Finding | None:
     """The comparisons of the headline metric in all tables, in percent; those of the same runs under the names of
-    several tables are counted once, by the last name that the paper has a number for.
+    several tables are counted once, by the name in the largest table that has a number of the paper for them.
     """
     measured: dict[Hashable, tuple[Page, Pair]] = {}
     verdicts: dict[tuple[str, str, str], list[tuple[Hashable, str]]] = {}  # by rival, panel and column
-    for page in tables:
+    for page in sorted(tables, key=lambda page: len(page.pairs)):
         if page.experiment is None or page.experiment.measures[0].key != "headline":
             continue
         for pair in page.pairs:
@@ -83,6 +83,7 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
                 continue
             verdicts.setdefault((pair.rival, pair.panel, pair.column), []).append((pair.key, verdict_of(pair)))
             if pair.key not in measured or not isnan(pair.paper):
+                measured.pop(pair.key, None)  # also in the order of that table
                 measured[pair.key] = page, pair
     if not measured:
         return None
