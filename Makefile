@@ -10,7 +10,7 @@ SIMULATIONS := smd_rayleigh
 .PHONY: help setup demo data report $(TABLES) $(SIMULATIONS) test test-all lint docs format bench bench-ncf bench-sweep bench-optim bench-images bench-diagnostics bench-fsdp bench-runner audit clean
 
 help: ## show this list
-	@awk -F':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "make $(TABLES)"
 	@echo "  run what is missing of a table or figure of the paper; e.g. make table4 ARGS='--short --jobs 2'"

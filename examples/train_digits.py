@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
@@ -53,6 +54,10 @@ def main(arguments=None):
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--out", default="train_digits.png")
     given = parser.parse_args(arguments)
+    if given.epochs < 1:
+        parser.error(f"--epochs {given.epochs}: must be positive")
+    if not Path(given.out).resolve().parent.is_dir():
+        parser.error(f"--out {given.out}: no such folder")
 
     torch.manual_seed(SEED)
     images, labels = load_digits(return_X_y=True)

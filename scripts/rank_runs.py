@@ -18,6 +18,7 @@ from yaml import YAMLError
 
 from lawn.errors import UserError
 from lawn.files import write_text
+from lawn.identity import NOT_IDENTITY
 from lawn.output import echo
 from lawn.train.run_directory import LAST_KEY, read_config, read_environment, read_result
 
@@ -48,8 +49,9 @@ def read(folder: Path, split: str) -> tuple[pd.DataFrame, int]:
 
 
 def varied(runs: pd.DataFrame) -> list[str]:
-    """The settings in which the runs differ, the seed apart; the optimizer's name if they do not."""
-    settings = [c for c in runs if "." in c and not c.startswith("logger.") and c != "train.checkpoint_seconds"]
+    """The settings in which the runs differ, the seed and what leaves the results apart; the optimizer's name if they
+    do not."""
+    settings = [c for c in runs if "." in c and c not in NOT_IDENTITY]
     differing = [c for c in settings if runs[c].astype(str).nunique(dropna=False) > 1]
     return differing or ["optim.name"]
 

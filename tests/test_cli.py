@@ -198,8 +198,9 @@ def test_paths_that_cannot_be_are_one_line(tmp_path, main):
 
 def test_rank_runs(tmp_path, monkeypatch, capsys):
     for lr in ("1e-6", "1e-2"):
-        for seed in (0, 1):
-            train(compose(*SHORT, f"optim.lr={lr}", f"seed={seed}", "eval.split=val", f"runs_dir={tmp_path}/runs"))
+        for seed, fused in ((0, "null"), (1, "false")):  # the second key is not part of the identity
+            given = f"optim.lr={lr}", f"seed={seed}", f"optim.fused={fused}", "eval.split=val"
+            train(compose(*SHORT, *given, f"runs_dir={tmp_path}/runs"))
     capsys.readouterr()
     only = ("--only", "optim.name=adam_lawn", "--csv", f"{tmp_path}/table.csv")
     monkeypatch.setattr(sys, "argv", ["rank_runs.py", f"{tmp_path}/runs", *only])

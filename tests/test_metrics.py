@@ -137,6 +137,15 @@ def test_margins_by_hand():
     assert binary_margin(torch.tensor([2.0, 2.0]), torch.tensor([1.0, 0.0])).tolist() == [2.0, -2.0]
 
 
+def test_margins_of_other_shapes_are_refused():
+    """Broadcasting would give wrong ones in silence."""
+    with pytest.raises(ValueError, match=r"got logits \[4, 1\] and labels \[4\]"):
+        binary_margin(torch.ones(4, 1), torch.ones(4))
+    for logits, labels in (((4, 1), (4,)), ((4, 3), (4, 1)), ((4,), (4,)), ((4, 3), (3,))):
+        with pytest.raises(ValueError, match=r"need logits \[B, K\] of K >= 2 classes"):
+            multiclass_margin(torch.ones(logits), torch.zeros(labels, dtype=torch.long))
+
+
 def test_weight_norm_leaves_out_vectors():
     model = nn.ParameterList([torch.full((2, 2), 1.0), torch.full((3,), 9.0), torch.full((1, 5), 2.0).bfloat16()])
     assert weight_norm(model).item() == pytest.approx(math.sqrt(4 + 20))

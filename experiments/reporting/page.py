@@ -200,9 +200,12 @@ def _measured(experiment: Experiment, found: list[Outcome], selection: str) -> s
 
 
 def _budget(found: list[Outcome]) -> str:
-    """The epochs, where no column says them."""
-    epochs = sorted({o.epochs for o in found if o.records and not o.cell.column and o.epochs is not None})
-    return f" of {' or '.join(map(str, epochs))}" if epochs else ""
+    """The epochs, where no column says them, and the panels that have no columns, if others have."""
+    told = [o for o in found if o.records and not o.cell.column and o.epochs is not None]
+    epochs = sorted({o.epochs for o in told if o.epochs is not None})
+    panels = dict.fromkeys(o.cell.panel for o in told) if any(o.cell.column for o in found) else {}
+    where = f" on {' and '.join(panels)}" if panels else ""
+    return f" of {' or '.join(map(str, epochs))}{where}" if epochs else ""
 
 
 def _marks(found: list[Outcome]) -> str:

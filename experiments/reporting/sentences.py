@@ -105,6 +105,7 @@ def _signs_of_the_paper(pairs: list[Pair]) -> list[str]:
     )
     return [
         f"The sign agrees with the paper in {agree} of the {len(printed)} comparisons that the paper has"
+        + (f"; in {zero} a gain is zero" if (zero := sum(c.sign == 0 for c in printed)) else "")
         + (f"; it differs for: {differing}." if differing else ".")
     ]
 
@@ -223,7 +224,8 @@ def _the_papers_gains(pairs: list[Pair]) -> list[str]:
     if not outside:
         return []
     return [
-        f"The paper's gain lies outside our 95 % interval in {len(outside)} of {len(known)} comparisons: "
+        f"The paper's gain lies outside our 95 % interval in {len(outside)} of {len(known)} comparisons after as many "
+        f"epochs: "
         f"{'; '.join(outside)}. The intervals take it as exact."
     ]
 

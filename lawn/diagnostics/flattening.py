@@ -18,6 +18,9 @@ def multiclass_margin(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         Margins [B], in logits.
 
+    Raises:
+        ValueError: if the shapes are others; logits of a single column have no other logit.
+
     References:
         Gupta et al. 2021, section 2.1, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
 
@@ -27,6 +30,11 @@ def multiclass_margin(logits: Tensor, labels: Tensor) -> Tensor:
         >>> multiclass_margin(torch.tensor([[1.0, 4.0, 2.0]]), torch.tensor([1]))
         tensor([2.])
     """
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or logits.shape[1] < 2:
+        raise ValueError(
+            f"need logits [B, K] of K >= 2 classes and labels [B], got {[*logits.shape]} and {[*labels.shape]}; for a "
+            "single logit of each sample use binary_margin"
+        )
     target = logits.gather(1, labels[:, None])
     others = logits.scatter(1, labels[:, None], -torch.inf)
     return target[:, 0] - others.amax(dim=1)
@@ -42,12 +50,17 @@ def binary_margin(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         Margins [B], in logits.
 
+    Raises:
+        ValueError: if the shapes differ.
+
     Examples:
         >>> import torch
         >>> from lawn.diagnostics import binary_margin
         >>> binary_margin(torch.tensor([3.0, 3.0]), torch.tensor([1.0, 0.0]))
         tensor([ 3., -3.])
     """
+    if logits.shape != labels.shape:
+        raise ValueError(f"need a logit for each label, got logits {[*logits.shape]} and labels {[*labels.shape]}")
     return logits * (2 * labels - 1)
 
 

@@ -353,7 +353,9 @@ def test_equal_numbers_are_neither_better_nor_worse():
     assert (
         "better in 1 of 2 comparisons (p < 0.05 in 1), exactly equal in 1, and worse in 0 (p < 0.05 in 0);" in lines[0]
     )
-    assert lines[1] == "The sign agrees with the paper in 1 of the 2 comparisons that the paper has."
+    assert (
+        lines[1] == "The sign agrees with the paper in 1 of the 2 comparisons that the paper has; in 1 a gain is zero."
+    )
     horizon = replace(experiment, figure="horizon")
     assert "After 1k: Adam 67.00 = Adam-LAWN 67.00 > SGD 61.00." in summary(horizon, found)
 

@@ -260,6 +260,10 @@ def test_names_of_runs(tiny, tmp_path, capsys):
     assert diagnostics_main([first, second, "--out", out]) == ConfigError.exit_code
     assert "another run is called run; give names" in capsys.readouterr().err
     assert diagnostics_main([first, f"b={second}", "--out", out]) == 0
+    capsys.readouterr()
+    assert diagnostics_main([first, "--out", f"{tmp_path}/x.pdf"]) == ConfigError.exit_code
+    assert "x.pdf: the figure is a PNG file" in capsys.readouterr().err
+    assert not (tmp_path / "x.pdf").exists()
 
 
 def test_logarithmic_panels_show_positive_numbers_alone():

@@ -17,10 +17,10 @@ from experiments.reporting.statistics import MANY_SEEDS, mean_interval
 from experiments.reporting.trials import best_by_place, best_of_curves
 
 FEW = 6  # comparisons that are listed by themselves
-GAINS = "Gains have 95 % intervals; without a verdict, they are not decided."
+GAINS = "Gains have 95 % intervals; those without a verdict are not decided after Holm's correction."
 IN_BRACKETS = (
-    "In brackets: the paper's gain after its number of epochs, and how many seeds of each row would decide one as "
-    "large (80 % power, uncorrected)."
+    "In brackets: the paper's gain after its number of epochs and, where the interval holds 0, how many seeds of each "
+    "row would decide one as large (80 % power, uncorrected)."
 )
 
 
