@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
             if name in runs:
                 raise ConfigError(f"{text}: another run is called {name}; give names, as NAME=RUN_DIR")
             runs[name] = figure.read(Path(path))
-        if given.out.suffix != ".png":
+        if given.out.suffix.lower() != ".png":
             raise ConfigError(f"--out {given.out}: the figure is a PNG file, so its name must end with .png")
         with atomic(given.out.resolve()) as temporary:
             figure.save(runs, temporary)
