@@ -101,3 +101,15 @@ def test_by_hand():
     assert losses.binary_focal(gamma=2.0)(score, label).item() == pytest.approx(-math.log(0.75) / 16)
     smoothed = -(0.975 * math.log(0.75) + 0.025 * math.log(0.25))
     assert losses.binary_label_smoothing(smoothing=0.05)(score, label).item() == pytest.approx(smoothed)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [losses.bce(), losses.binary_label_smoothing(smoothing=0.1), losses.binary_focal(gamma=2.0)],
+    ids=["bce", "label_smoothing", "focal"],
+)
+def test_binary_losses_refuse_a_column_of_logits(loss):
+    """Broadcasting would pair each logit with all labels."""
+    for logits, labels in (((4, 1), (4,)), ((4,), (4, 1))):
+        with pytest.raises(ValueError, match=r"\[4, 1\]"):
+            loss(torch.zeros(logits), torch.ones(labels))

@@ -68,7 +68,12 @@ class FlatteningOnset:
 
         Returns:
             Whether this update is the onset.
+
+        Raises:
+            ValueError: if the margins have more dimensions.
         """
+        if margins.ndim != 1:
+            raise ValueError(f"need a margin for each sample, got the shape {[*margins.shape]}")
         self.updates += 1
         self._margins.append(margins.detach())
         if self.updates % self._every:

@@ -71,3 +71,10 @@ def test_an_epoch_without_updates_is_refused():
         FlatteningOnset(0)
     with pytest.raises(TypeError):
         FlatteningOnset(10.5)
+
+
+def test_margins_of_another_shape_are_refused():
+    onset = FlatteningOnset(updates_per_epoch=10)
+    with pytest.raises(ValueError, match=r"a margin for each sample, got the shape \[4, 4\]"):
+        onset.follow(torch.ones(4, 4))
+    assert onset.updates == 0
