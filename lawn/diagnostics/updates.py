@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lawn.optim import sharding
+from lawn.optim import phase, sharding
 from lawn.optim.step_hooks import StepNesting, calls_hooks, closure_of, with_closure
 
 QUANTITIES = ("norm", "gradient_norm", "radial", "angle", "effective_lr")
@@ -126,6 +126,8 @@ class UpdateMonitor:
         if not self._nesting.begin():
             return None
         self._before = None  # after an update that raised
+        if phase.is_dummy(optimizer):
+            return None
         self._updates += 1
         if (self._updates - 1) % self._every:
             return None

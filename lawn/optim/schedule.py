@@ -41,6 +41,7 @@ class LinearWarmup(LRScheduler):
         if not 0 <= warmup_steps < inf:
             raise ValueError(f"need 0 <= warmup_steps, got {warmup_steps}")
         self.warmup_steps = warmup_steps
+        self._params = [group["params"] for group in optimizer.param_groups]  # of the groups of `base_lrs`
         _separate_default(optimizer)
         super().__init__(optimizer)
 
@@ -61,38 +62,35 @@ class LinearWarmup(LRScheduler):
         Returns:
             One learning rate for each group. The initial one of a group that was added since the last call is its
                 present one, or that of a group which has the same tensor.
-
-        Raises:
-            ValueError: if a group was removed, or has the place of another one.
         """
-        groups, known = self.optimizer.param_groups, len(self.base_lrs)
-        if known > len(groups):
-            raise ValueError(
-                f"the schedule has the learning rates of {known} param groups, the optimizer {len(groups)}: delete "
-                "those of the removed groups from base_lrs"
-            )
-        marked = ["initial_lr" in group for group in groups]  # none after a load of a checkpoint without schedule
-        if any(marked) and not all(marked[:known]):
-            index = marked.index(False)
-            raise ValueError(
-                f"param group {index} has the place of one that the schedule knows: set base_lrs[{index}] and the "
-                "group's initial_lr to its learning rate without the schedule"
-            )
-        if groups[known:]:
+        groups = self.optimizer.param_groups
+        params = [group["params"] for group in groups]  # the same list before and after a load
+        kept = {id(each) for each in params} & {id(each) for each in self._params}
+        known = self._params if kept else params  # else all lists were replaced, by others in the same order
+        bases = {id(each): base for each, base in zip(known, self.base_lrs, strict=False)}
+        if not bases.keys() >= {id(each) for each in params}:
             _separate_default(self.optimizer)
-        for group in groups[known:]:
-            group["initial_lr"] = self._base_lr(group)
-            self.base_lrs = [*self.base_lrs, group["initial_lr"]]  # state dicts have the list, too
+        for group in groups:
+            bases.setdefault(id(group["params"]), self._base_lr(group, bases))
+        self._params, self.base_lrs = params, [bases[id(each)] for each in params]
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
 
-    def _base_lr(self, group: dict[str, Any]) -> float | Tensor:
-        lr = group["lr"]
-        if isinstance(lr, Tensor):  # perhaps one that the schedule has filled
-            for base, other in zip(self.base_lrs, self.optimizer.param_groups, strict=False):
-                if other["lr"] is lr:
-                    return base
-        base = group.get("initial_lr", lr)  # of a group that was there when the schedule was made
-        return base.clone() if isinstance(base, Tensor) else base
+    def _base_lr(self, group: dict[str, Any], bases: dict[int, float | Tensor]) -> float | Tensor:
+        lr: float | Tensor = group["lr"]
+        if not isinstance(lr, Tensor):
+            return lr
+        for other in self.optimizer.param_groups:
+            if other["lr"] is lr and id(other["params"]) in bases:  # the schedule has filled it
+                return bases[id(other["params"])]
+        return lr.clone()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint.
+
+        Returns:
+            Numbers and initial learning rates.
+        """
+        return {key: value for key, value in super().state_dict().items() if key != "_params"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a schedule with its numbers of steps, as torch's schedules do.
@@ -103,8 +101,11 @@ class LinearWarmup(LRScheduler):
         Args:
             state_dict: result of `state_dict`.
         """
+        base_lrs = self.base_lrs
         made = {key: value for key, value in vars(self).items() if key in ("warmup_steps", "total_steps")}
         super().load_state_dict(state_dict)
+        self._params = [group["params"] for group in self.optimizer.param_groups]
+        self.base_lrs = [*self.base_lrs, *base_lrs[len(self.base_lrs) :]]  # of groups that the checkpoint does not know
         for key, value in made.items():
             if getattr(self, key) != value:
                 warnings.warn(
@@ -116,7 +117,7 @@ class LinearWarmup(LRScheduler):
 
 def _separate_default(optimizer: Optimizer) -> None:
     """Give the optimizer's default a tensor of its own: the schedule fills that of a group which has the default."""
-    lr = optimizer.defaults.get("lr")
+    lr = getattr(optimizer, "defaults", {}).get("lr")  # wrappers may have none
     if isinstance(lr, Tensor):
         optimizer.defaults["lr"] = lr.clone()
 

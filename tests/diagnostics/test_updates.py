@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.optim import Lookahead
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from lawn import LAWN, AdamLAWN
 from lawn.diagnostics import UpdateMonitor
@@ -340,6 +341,17 @@ def test_an_optimizer_of_biases_alone_measures_no_weight():
     first.step()
     second.step()
     assert math.isnan(monitor.means()["weight"]["norm"])
+
+
+def test_the_step_that_makes_the_state_for_a_checkpoint_is_no_update():
+    model = nn.Linear(3, 3)
+    optimizer = AdamLAWN(model.parameters(), lr=0.1, free_steps=5)
+    monitor = UpdateMonitor(model, optimizer)
+    get_optimizer_state_dict(model, optimizer)
+    assert monitor.state_dict()["updates"] == 0
+    model(torch.ones(4, 3)).square().sum().backward()
+    optimizer.step()
+    assert monitor.means()["weight"]["gradient_norm"] == pytest.approx(model.weight.grad.norm().item())
 
 
 def test_sparse_gradients():

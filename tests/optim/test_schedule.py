@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -146,25 +148,71 @@ def test_groups_that_a_resumed_run_adds(tensor):
         assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([number / 10] * (number - 1))
 
 
-def test_a_group_in_the_place_of_another_is_no_silent_heir():
-    params = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)]
-    optimizer = torch.optim.SGD([{"params": [p], "lr": lr} for p, lr in zip(params, (1.0, 10.0), strict=False)])
-    schedule = LinearWarmup(optimizer, 0)
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("loads", [False, True])
+def test_initial_rates_follow_their_groups(tensor, loads):
+    """Groups are removed, moved, added, and made from another one's keys."""
+
+    def rate(lr: float) -> float | torch.Tensor:
+        return torch.tensor(lr) if tensor else lr
+
+    params = [torch.nn.Parameter(torch.ones(1)) for _ in range(6)]
+    optimizer = torch.optim.Adam([{"params": [params[i]], "lr": rate(10.0**i)} for i in range(3)])
+    schedule = LinearWarmup(optimizer, 9)
+    expected = [1.0, 10.0, 100.0]
+
+    def check(factor: float) -> None:
+        optimizer.step()
+        schedule.step()
+        assert [float(lr) for lr in schedule.get_last_lr()] == pytest.approx([factor * lr for lr in expected])
+        assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx(
+            [factor * lr for lr in expected]
+        )
+        if loads:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            schedule.load_state_dict(copy.deepcopy(schedule.state_dict()))
+
+    check(0.2)
+    optimizer.param_groups.insert(0, optimizer.param_groups.pop())
+    expected = [100.0, 1.0, 10.0]
+    check(0.3)
+    copied = {**optimizer.param_groups.pop(0), "params": params[3:4], "lr": rate(7.0)}
+    optimizer.add_param_group(copied)
+    expected = [1.0, 10.0, 7.0]
+    check(0.4)
     del optimizer.param_groups[1]
-    optimizer.step()
-    with pytest.raises(ValueError, match="learning rates of 2 param groups, the optimizer 1: delete those"):
+    expected = [1.0, 7.0]
+    check(0.5)
+    del optimizer.param_groups[0]
+    optimizer.add_param_group({"params": params[4:5], "lr": rate(3.0)})
+    optimizer.param_groups.reverse()
+    expected = [3.0, 7.0]
+    check(0.6)
+    assert "_params" not in schedule.state_dict()
+
+
+def test_a_checkpoint_without_a_schedule_and_an_added_group():
+    first, added = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
+    optimizer = torch.optim.SGD([first], lr=1.0)
+    schedule = LinearWarmup(optimizer, 9)
+    optimizer.load_state_dict(torch.optim.SGD([first], lr=1.0).state_dict())
+    optimizer.add_param_group({"params": [added], "lr": 0.5})
+    for _ in range(3):
+        optimizer.step()
         schedule.step()
-    optimizer.add_param_group({"params": params[2:], "lr": 0.001})
-    with pytest.raises(ValueError, match=r"param group 1 has the place of one that .* set base_lrs\[1\]"):
-        schedule.step()
-    schedule.base_lrs[1] = optimizer.param_groups[1]["initial_lr"] = 0.001
-    schedule.step()
-    assert schedule.get_last_lr() == [1.0, 0.001]
-    added = optimizer.param_groups.pop()
-    del schedule.base_lrs[1], added["initial_lr"]
-    optimizer.param_groups.insert(0, added)
-    with pytest.raises(ValueError, match="param group 0 has the place"):
-        schedule.step()
+    assert schedule.get_last_lr() == pytest.approx([0.4, 0.2])
+
+
+def test_an_optimizer_without_defaults():
+    class Lookahead(torch.optim.Optimizer):
+        def __init__(self, base: torch.optim.Optimizer) -> None:
+            self.base, self.param_groups, self.state = base, base.param_groups, base.state
+
+        def step(self, closure=None):
+            return self.base.step(closure)
+
+    schedule = LinearWarmup(Lookahead(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)), 9)
+    assert schedule.get_last_lr() == [0.1]
 
 
 def test_a_group_that_the_checkpoint_does_not_know_keeps_its_initial_rate():
