@@ -41,7 +41,7 @@ class LinearWarmup(LRScheduler):
         if not 0 <= warmup_steps < inf:
             raise ValueError(f"need 0 <= warmup_steps, got {warmup_steps}")
         self.warmup_steps = warmup_steps
-        self._params = [group["params"] for group in optimizer.param_groups]  # of the groups of `base_lrs`
+        self._groups = _with_params(optimizer.param_groups)  # of `base_lrs`
         _separate_default(optimizer)
         super().__init__(optimizer)
 
@@ -64,24 +64,32 @@ class LinearWarmup(LRScheduler):
                 present one, or that of a group which has the same tensor.
         """
         groups = self.optimizer.param_groups
-        params = [group["params"] for group in groups]  # the same list before and after a load
-        kept = {id(each) for each in params} & {id(each) for each in self._params}
-        known = self._params if kept else params  # else all lists were replaced, by others in the same order
-        bases = {id(each): base for each, base in zip(known, self.base_lrs, strict=False)}
-        if not bases.keys() >= {id(each) for each in params}:
+        places = [self._place(group) for group in groups]
+        if all(place is None for place in places):  # all were replaced, by others in the same order
+            places = [*range(len(groups))]
+        old = dict(enumerate(self.base_lrs))
+        known = {i: old[place] for i, place in enumerate(places) if place is not None and place in old}
+        if len(known) < len(groups):
             _separate_default(self.optimizer)
-        for group in groups:
-            bases.setdefault(id(group["params"]), self._base_lr(group, bases))
-        self._params, self.base_lrs = params, [bases[id(each)] for each in params]
+        for i, group in enumerate(groups):
+            known.setdefault(i, self._base_lr(group, known))
+        self._groups, self.base_lrs = _with_params(groups), [known[i] for i in range(len(groups))]
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
 
-    def _base_lr(self, group: dict[str, Any], bases: dict[int, float | Tensor]) -> float | Tensor:
+    def _place(self, group: dict[str, Any]) -> int | None:
+        """The place of a group in `base_lrs`; None of one that was added."""
+        for place, (known, params) in enumerate(self._groups):
+            if group is known or group["params"] is params:  # after a load it is another dict with the same list
+                return place
+        return None
+
+    def _base_lr(self, group: dict[str, Any], known: dict[int, float | Tensor]) -> float | Tensor:
         lr: float | Tensor = group["lr"]
         if not isinstance(lr, Tensor):
             return lr
-        for other in self.optimizer.param_groups:
-            if other["lr"] is lr and id(other["params"]) in bases:  # the schedule has filled it
-                return bases[id(other["params"])]
+        for i, base in known.items():
+            if self.optimizer.param_groups[i]["lr"] is lr:  # the schedule has filled it
+                return base
         return lr.clone()
 
     def state_dict(self) -> dict[str, Any]:
@@ -90,7 +98,7 @@ class LinearWarmup(LRScheduler):
         Returns:
             Numbers and initial learning rates.
         """
-        return {key: value for key, value in super().state_dict().items() if key != "_params"}
+        return {key: value for key, value in super().state_dict().items() if key != "_groups"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a schedule with its numbers of steps, as torch's schedules do.
@@ -104,7 +112,7 @@ class LinearWarmup(LRScheduler):
         base_lrs = self.base_lrs
         made = {key: value for key, value in vars(self).items() if key in ("warmup_steps", "total_steps")}
         super().load_state_dict(state_dict)
-        self._params = [group["params"] for group in self.optimizer.param_groups]
+        self._groups = _with_params(self.optimizer.param_groups)
         self.base_lrs = [*self.base_lrs, *base_lrs[len(self.base_lrs) :]]  # of groups that the checkpoint does not know
         for key, value in made.items():
             if getattr(self, key) != value:
@@ -113,6 +121,10 @@ class LinearWarmup(LRScheduler):
                     f"{key} after loading",
                     stacklevel=2,
                 )
+
+
+def _with_params(groups: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[Tensor]]]:
+    return [(group, group["params"]) for group in groups]
 
 
 def _separate_default(optimizer: Optimizer) -> None:

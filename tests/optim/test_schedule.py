@@ -188,7 +188,17 @@ def test_initial_rates_follow_their_groups(tensor, loads):
     optimizer.param_groups.reverse()
     expected = [3.0, 7.0]
     check(0.6)
-    assert "_params" not in schedule.state_dict()
+    optimizer.param_groups[1]["params"] = [params[5]]  # another list in the same group
+    check(0.7)
+    for group in optimizer.param_groups:
+        group["params"] = [*group["params"]]
+    check(0.8)
+    optimizer.param_groups[:] = [{**group, "params": [*group["params"]]} for group in optimizer.param_groups]
+    check(0.9)
+    assert schedule.state_dict().keys() == torch.optim.lr_scheduler.ConstantLR(optimizer).state_dict().keys() - {
+        "factor",
+        "total_iters",
+    } | {"warmup_steps"}
 
 
 def test_a_checkpoint_without_a_schedule_and_an_added_group():
