@@ -19,7 +19,7 @@ from lawn.train.run_directory import decode_outcomes
 
 DAMAGE = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)  # raised by reading a damaged record
 OF_ALL = ("code",)  # properties that every record must have
-OF_A_RUN = (*OF_ALL, "headline", "seconds_per_epoch", "hardware", "machines", "packages", "warnings", "data")
+OF_A_RUN = (*OF_ALL, "headline", "seconds_per_epoch", "hardware", "machines", "packages", "warnings", "data", "scores")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Record:
         """The names and versions of the packages that the run was started and resumed with."""
         return [f"{name} {version}" for e in self.environments for name, version in e["packages"].items()]
 
-    @property
+    @cached_property
     def outcomes(self) -> NDArray[np.int64] | None:
         """The outcome of each evaluation sample, see `Task.outcomes` [samples]; None in older records."""
         text = self.result.get("outcomes")

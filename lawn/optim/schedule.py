@@ -22,6 +22,7 @@ class LinearWarmup(LRScheduler):
 
     Raises:
         ValueError: if `warmup_steps` is negative.
+        TypeError: if `optimizer` is no torch optimizer, such as `lawn.LAWN`, which wraps one.
 
     Examples:
         >>> import torch
@@ -40,6 +41,8 @@ class LinearWarmup(LRScheduler):
     def __init__(self, optimizer: Optimizer, warmup_steps: int) -> None:
         if not 0 <= warmup_steps < inf:
             raise ValueError(f"need 0 <= warmup_steps, got {warmup_steps}")
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"{type(optimizer).__name__} is no torch optimizer; schedule the one that it wraps")
         self.warmup_steps = warmup_steps
         self._groups = _with_params(optimizer.param_groups)  # of `base_lrs`
         _separate_default(optimizer)
@@ -148,6 +151,7 @@ class LinearWarmupDecay(LinearWarmup):
 
     Raises:
         ValueError: unless 0 <= warmup_steps < total_steps, or for infinitely many.
+        TypeError: if `optimizer` is no torch optimizer, such as `lawn.LAWN`, which wraps one.
 
     References:
         Gupta et al. 2021, section 3, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).

@@ -439,6 +439,17 @@ def test_a_record_that_is_deleted_is_forgotten(tuned):
     assert {record.path.parent.name for record in store.all()} == {"runs"}
 
 
+@pytest.mark.parametrize("outcomes", ["!", "AAAA", "eJw="])
+def test_damaged_outcomes_are_named(results, outcomes):
+    path = results / "runs" / "mini.jsonl"
+    lines = path.read_text().splitlines()
+    record = json.loads(lines[1])
+    record["result"]["outcomes"] = outcomes
+    path.write_text("\n".join([lines[0], json.dumps(record), *lines[2:], ""]))
+    with pytest.raises(RunError, match=r"mini.jsonl, line 2: damaged record \(.*\); delete the line"):
+        report.experiment_page(MINI, Store(results))
+
+
 def test_lines_of_tuning_files_are_in_the_order_of_their_names(tuned):
     path = tuned / "results" / "tuning" / "tuned.jsonl"
     names = [json.loads(line)["name"] for line in path.read_text().splitlines()]

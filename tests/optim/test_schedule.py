@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lawn import LinearWarmupDecay
+from lawn import LAWN, LinearWarmupDecay
 from lawn.optim import LinearWarmup
 
 
@@ -211,6 +211,12 @@ def test_a_checkpoint_without_a_schedule_and_an_added_group():
         optimizer.step()
         schedule.step()
     assert schedule.get_last_lr() == pytest.approx([0.4, 0.2])
+
+
+def test_a_wrapper_is_refused():
+    wrapped = LAWN(torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 2))], lr=1.0))
+    with pytest.raises(TypeError, match="LAWN is no torch optimizer; schedule the one that it wraps"):
+        LinearWarmup(wrapped, 9)
 
 
 def test_an_optimizer_without_defaults():
