@@ -45,8 +45,8 @@ def attenuate_logits(model: nn.Module, factor: float) -> None:
 
     Raises:
         ValueError: if `factor` is not positive, the model has no linear layer, or its weight or bias is computed from
-            others (a parametrization) or shared with another module, which would change as well; or if
-            the logits of a subclass of `nn.Linear` are not proportional to them (a cosine, LoRA).
+            others (a parametrization) or shared with another module, which would change as well; or if the logits of a
+            subclass of `nn.Linear` are not proportional to them (a cosine, LoRA).
 
     References:
         Gupta et al. 2021, section 1 and Figure 1, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
