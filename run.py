@@ -52,10 +52,13 @@ def run(composed: DictConfig) -> dict[str, Any] | None:
         refuse_unknown_preset(job)
         refuse_sweeps(overrides_of(job), job.sweeper.params or {}, multirun=job.mode == RunMode.MULTIRUN)
         config = validate(composed)
-        if not config.train.vectorize or elsewhere:
-            return train(config)
-        prepare(config)
-        waiting.append(config)
+        if config.train.vectorize and not elsewhere:
+            prepare(config)
+            waiting.append(config)
+            return None
+        if config.train.vectorize:
+            echo("warning: train.vectorize: the launcher gives each run to a process, where it trains alone")
+        return train(config)
     except (UserError, OSError) as error:  # OSError: a full disk, an invalid path
         if elsewhere:
             echo(f"error: {error}", sys.stderr)

@@ -88,7 +88,7 @@ class Store:
         if known is not None and known.path.parent == folder:  # by the command of another experiment, meanwhile
             path = known.path
         file = self._file(path)
-        line = json.dumps(content)
+        line = json.dumps(content, separators=(",", ":"))
         with file.locked(self._taker(file)):
             if name in self._read and self._read[name].path == file.path:
                 others = [other for other in file.lines() if json.loads(other)["name"] != name]

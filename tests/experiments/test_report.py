@@ -460,7 +460,7 @@ def test_lines_of_tuning_files_are_in_the_order_of_their_names(tuned):
 def test_a_damaged_line_of_a_tuning_file_is_named(tuned):
     path = tuned / "results" / "tuning" / "tuned.jsonl"
     lines = path.read_text().splitlines()
-    for damaged in (lines[1][:-9], "[]", lines[1].replace('"lr": ', '"lr": 1'), lines[1].replace(' "hash"', ' "hush"')):
+    for damaged in (lines[1][:-9], "[]", lines[1].replace('"lr":', '"lr":1'), lines[1].replace('"hash"', '"hush"')):
         path.write_text("\n".join([lines[0], damaged, *lines[2:]]))
         with pytest.raises(
             RunError, match=r"tuned.jsonl, line 2: damaged record \(.*\); delete the line and run again"
