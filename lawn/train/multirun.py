@@ -53,9 +53,9 @@ def train_many(configs: Sequence[Config]) -> list[Exception]:
     failed: list[Exception] = []  # of the present group
     different = {(config_hash(config), config.run_dir or config.runs_dir): config for config in configs}
     waiting = [(config, vectorization_key(config)) for config in different.values()]
-    alike = Counter(key for _, key in waiting if key is not None)
-    if alone := sum(alike[key] < 2 for _, key in waiting):
-        echo(f"warning: train.vectorize: {alone} of {len(waiting)} runs train alone: no other can be vectorized with them")
+    alike = Counter(key for _, key in waiting)
+    if alone := sum(key is None or alike[key] == 1 for _, key in waiting):
+        echo(f"warning: train.vectorize: {alone} of {len(waiting)} runs train alone, as no other fits them")
     try:
         while waiting:
             first, key = waiting[0]

@@ -139,7 +139,7 @@ def test_micro_batches_and_ranks_switch_at_the_same_epoch(tiny, tmp_path, how):
 def test_watched_runs_are_trained_alone(tiny, capsys):
     configs = [tiny(*AUTO, f"seed={seed}", "train.vectorize=4") for seed in range(2)]
     assert train_many(configs) == []
-    assert "warning: train.vectorize: 2 of 2 runs train alone: no other can be vectorized with them\n" in capsys.readouterr().out
+    assert "warning: train.vectorize: 2 of 2 runs train alone, as no other fits them\n" in capsys.readouterr().out
     for config in configs:
         assert "free_epochs" in rows(config)[-1]
 

@@ -17,10 +17,10 @@ from experiments.reporting.statistics import MANY_SEEDS, mean_interval
 from experiments.reporting.trials import best_by_place, best_of_curves
 
 FEW = 6  # comparisons that are listed by themselves
-GAINS = "Gains have 95 % intervals; those without a verdict are not decided after Holm's correction."
-IN_BRACKETS = (
-    "In brackets: the paper's gain after its number of epochs and, where the interval holds 0, how many seeds of each "
-    "row would decide one as large (80 % power, uncorrected)."
+ENTRIES = (
+    "Gains have 95 % intervals; those without a verdict are not decided after Holm's correction. In brackets: the "
+    "paper's gain after its number of epochs and, where the interval holds 0, how many seeds of each row would decide "
+    "one as large (80 % power, uncorrected)."
 )
 
 
@@ -99,7 +99,7 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
         below = below_paper([pair for pair, verdict in zip(pairs, said, strict=True) if verdict in ("better", "worse")])
         text += f" But {below}." if below else ""
         text += _against_all_bases(verdicts)
-        text += f" {GAINS} {IN_BRACKETS}"
+        text += f" {ENTRIES}"
     shown = tuple(dict.fromkeys(page.name for page, _ in measured.values()))
     title = "Is LAWN better than what it is compared with, both tuned?"
     if not text:
@@ -132,14 +132,14 @@ def _horizon(page: Page) -> Finding | None:
     several = [pair for pair in pairs if times[pair.rival, pair.base, pair.panel] > 1]
     if not several:
         return None
-    title = "How does the gain change with the number of epochs?"
-    return Finding(title, GAINS, [], (page.name,), _tables(several))
+    return Finding("How does the gain change with the number of epochs?", "", [], (page.name,), _tables(several))
 
 
 def _tuning(page: Page) -> Finding | None:
     """How much more the best of K random settings is expected to give with LAWN, over the grids of short schedules."""
     best = best_by_place(best_of_curves(list(page.outcomes)))
-    said = []
+    (dataset, _, short), (_, _, full) = (panel.partition(", ") for panel in (SHORT, FULL))
+    rows: list[dict[str, str]] = []
     for base, rival in page.experiment.pairs if page.experiment else ():
         at = {
             place: float(best[(*place, rival)].mean[K - 1] - best[(*place, base)].mean[K - 1])
@@ -147,23 +147,22 @@ def _tuning(page: Page) -> Finding | None:
             if {(*place, base), (*place, rival)} <= set(best)
         }
         gains = [gain for place, gain in at.items() if place[0] == SHORT]
-        whole = [f"{format_signed(gain)} at {column}" for (panel, column), gain in at.items() if panel == FULL]
         if len(gains) > 1:
-            interval = mean_interval(gains)
-            said.append(
-                f"{_capitalized(verdict(*interval))}: {rival} against {base}: "
-                f"{format_signed(float(np.mean(gains)))} points ({_interval(*interval)}, over {len(gains)} batch sizes)"
-                + (f"; with the paper's schedule {', '.join(whole)}." if whole else ".")
-            )
-    if not said:
+            low, high = mean_interval(gains)
+            mean = _interval_entry(verdict(low, high), float(np.mean(gains)), low, high)
+            entry = {dataset: f"{rival} over {base}", f"mean over batch sizes, {short}": f"{mean}, n={len(gains)}"}
+            whole = {f"{column}, {full}": f"{gain:+.2f}" for (panel, column), gain in at.items() if panel == FULL}
+            rows.append(entry | whole)
+    if not rows:
         return None
     text = (
-        f"Expected best of {K} random settings of a grid with short schedules and one seed, on the validation split; "
-        "divergence counts as 0."
+        f"Gain in the expected best of {K} random settings, one seed each, on the validation split; divergence counts "
+        "as 0."
     )
-    return Finding(
-        "Does tuning E_free give more than tuning weight decay, in as many trials?", text, said, (page.name,)
-    )
+    columns = dict.fromkeys(column for row in rows for column in row)
+    table = Table([*columns], [[row.get(column, "") for column in columns] for row in rows])
+    title = "Does tuning E_free give more than tuning weight decay, in as many trials?"
+    return Finding(title, text, [], (page.name,), [table])
 
 
 def _attenuated(page: Page) -> Finding | None:
@@ -199,10 +198,14 @@ def _tables(pairs: Sequence[Pair]) -> list[Table]:
 def _entry(pair: Pair) -> str:
     """The verdict, the gain and its interval, and in brackets the paper's with the seeds that would decide it."""
     said, (low, high) = verdict_of(pair), pair.gain.interval()
-    decided = f"{said}: " if said in ("better", "worse") else ""
     needed = _needed_seeds(pair) if said == "not decided" else ""
     printed = "" if isnan(pair.paper) else f" [{', '.join(filter(None, (f'{pair.paper:+.2f}', needed)))}]"
-    return f"{decided}{pair.gain.difference:+.2f} ({low:+.2f} to {high:+.2f}){printed}"
+    return _interval_entry(said, pair.gain.difference, low, high) + printed
+
+
+def _interval_entry(said: str, gain: float, low: float, high: float) -> str:
+    decided = f"{said}: " if said in ("better", "worse") else ""
+    return f"{decided}{gain:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def _sentence(pair: Pair) -> str:
