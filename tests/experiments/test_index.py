@@ -419,6 +419,26 @@ def test_what_is_said_of_the_number_of_epochs():
     assert findings.findings([empty_page(replace(MINI, name="horizon"), [])]) == []
 
 
+def test_gains_of_tuning_are_those_of_the_curves():
+    """The committed finding, from the file of the curves and scipy's interval."""
+    (said,) = findings.findings([committed_page("tuning_curves")])
+    (_, mean_title, *columns), rows = said.tables[0].head, said.tables[0].rows
+    curves = pd.read_csv(RESULTS / "tuning_curves.csv").query("k == 5").set_index(["panel", "column", "row"])["mean"]
+    assert mean_title == "mean over batch sizes, short schedules"
+    assert len(rows) >= 4
+    for title, mean, *whole in rows:
+        rival, base = (curves.xs(row, level="row") for row in title.split(" over "))
+        gains = (rival - base).dropna()
+        short = gains["MovieLens-100k, short schedules"]
+        low, high = student.interval(0.95, len(short) - 1, short.mean(), short.sem())
+        verdict = "better: " if low > 0 else "worse: " if high < 0 else ""
+        assert mean == f"{verdict}{short.mean():+.2f} ({low:+.2f} to {high:+.2f}), n={len(short)}"
+        for column, entry in zip(columns, whole, strict=True):
+            batch, _, schedule = column.partition(", ")
+            gain = gains.get((f"MovieLens-100k, {schedule}", batch))
+            assert entry == ("" if gain is None else f"{gain:+.2f}")
+
+
 def test_what_would_decide_a_comparison_that_is_not_decided():
     """Two seeds and 400 users decide nothing; more seeds help as far as the users go."""
     rng = np.random.default_rng(0)
