@@ -3,8 +3,9 @@
 
 python scripts/rank_runs.py runs [--split val] [--only optim.name=adam_lawn] [--top 10] [--csv FILE]
 
-Prints what differs between the runs of a dataset, then mean, standard error and number of seeds, the best first. --csv
-keeps a row for each run: its hash, the code version, what differs, and its metrics.
+Prints what differs between the runs of a dataset, then mean, standard error and number of seeds, the best first. Runs
+of equal settings that have read different data have rows of their own. --csv keeps a row for each run: its hash, the
+code version, what differs, and its metrics.
 """
 
 import argparse
@@ -31,6 +32,7 @@ def read(folder: Path, split: str) -> tuple[pd.DataFrame, int]:
         if not (run / "DONE").exists():
             continue
         result, environment = read_result(run), read_environment(run)
+        data = [environment, *environment.get("resumed", [])][-1].get("data")  # None in older runs
         if result["split"] != split:
             others += 1
             continue
@@ -38,6 +40,7 @@ def read(folder: Path, split: str) -> tuple[pd.DataFrame, int]:
             {
                 **pd.json_normalize(read_config(run, "hash", LAST_KEY)).iloc[0].to_dict(),
                 "git": environment["git"],
+                "data": None if data is None else str(data.get("checksum", data)),
                 "status": result["status"],
                 **{key: result["last"].get(key) for key in ("train_loss", "margin_p50", "weight_norm")},
                 **{key: value for key, value in result["last"].items() if key.startswith(split)},
@@ -49,11 +52,13 @@ def read(folder: Path, split: str) -> tuple[pd.DataFrame, int]:
 
 
 def varied(runs: pd.DataFrame) -> list[str]:
-    """The settings in which the runs differ, the seed and what leaves the results apart; the optimizer's name if they
-    do not."""
+    """The settings in which the runs differ, the seed and what leaves the results apart, and the checksum of their
+    data if that alone differs; the optimizer's name if nothing does."""
     settings = [c for c in runs if "." in c and c not in NOT_IDENTITY]
     differing = [c for c in settings if runs[c].astype(str).nunique(dropna=False) > 1]
-    return differing or ["optim.name"]
+    of_data = [runs[c].astype(str) for c in differing if c.startswith("dataset.")]
+    checksums = runs["data"].groupby(of_data).nunique() if of_data else pd.Series(runs["data"].nunique())
+    return [*differing, *(["data"] if (checksums > 1).any() else [])] or ["optim.name"]
 
 
 def rank(runs: pd.DataFrame) -> pd.DataFrame:
@@ -87,6 +92,8 @@ def rank_runs() -> int:
     given = parser.parse_args()
     if given.top < 1:
         parser.error(f"--top {given.top}: must be a positive number")
+    if given.csv and not given.csv.resolve().parent.is_dir():
+        parser.error(f"--csv {given.csv}: no such folder")
     if not given.folder.is_dir():
         parser.error(f"{given.folder}: no such folder")
     runs, others = read(given.folder, given.split)
@@ -107,7 +114,7 @@ def rank_runs() -> int:
         other = "val" if given.split == "test" else "test"
         hint = f"; rank the {others} with eval.split={other} by --split {other}" if others else ""
         raise UserError(f"{given.folder}: no finished runs with eval.split={given.split}{hint}")
-    runs = runs.drop_duplicates("hash")  # a run may be in several folders
+    runs = runs.drop_duplicates(["hash", "data"])  # a run may be in several folders
     if given.csv:
         metrics = runs.columns[runs.columns.get_loc("status") :].drop(["headline", "score"])
         kept = runs[["hash", "git", *varied(runs), "seed", *metrics]].dropna(axis=1, how="all")

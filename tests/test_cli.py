@@ -1,5 +1,6 @@
 """The commands: whole ones in their own process, one-line errors through their main function."""
 
+import json
 import os
 import re
 import shutil
@@ -247,6 +248,29 @@ def test_rank_runs(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         rank_runs.main()
     assert "runs of cifar10, digits: choose one dataset with --only dataset.name=cifar10" in capsys.readouterr().err
+
+
+def test_rank_runs_takes_runs_on_other_data_apart(finished_runs, tmp_path, monkeypatch, capsys):
+    """Not averaged, nor dropped as the same run."""
+    for name, checksum, accuracy in (("a", "0" * 8, 40.0), ("b", "1" * 8, 50.0), ("copy of b", "1" * 8, 50.0)):
+        run = tmp_path / "runs" / name
+        shutil.copytree(next(finished_runs.glob("digits-*")), run)
+        environment, result = (json.loads((run / file).read_text()) for file in ("env.json", "result.json"))
+        environment["data"]["checksum"] = checksum
+        result["last"]["val_accuracy"] = accuracy
+        (run / "env.json").write_text(json.dumps(environment))
+        (run / "result.json").write_text(json.dumps(result))
+    monkeypatch.setattr(sys, "argv", ["rank_runs.py", str(tmp_path / "runs"), "--csv", str(tmp_path / "runs.csv")])
+    capsys.readouterr()
+    assert rank_runs.main() == 0
+    head, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert head == ["data", "mean", "val_accuracy", "sem", "seeds", "diverged"]
+    assert rows == [["1" * 8, "50.0", "NaN", "1", "0"], ["0" * 8, "40.0", "NaN", "1", "0"]]
+    assert (tmp_path / "runs.csv").read_text().splitlines()[0].startswith("hash,git,data,seed,")
+    monkeypatch.setattr(sys, "argv", ["rank_runs.py", str(tmp_path / "runs"), "--csv", str(tmp_path / "no" / "x.csv")])
+    with pytest.raises(SystemExit, match="2"):
+        rank_runs.main()
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize(

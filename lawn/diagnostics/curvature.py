@@ -31,7 +31,8 @@ class LossSurface:
     `model.parameters()`. A tied parameter counts once; of a parametrized weight the underlying parameters count.
 
     In float32 a probability within 1e-7 of 1 rounds to 1, and gradients and Hessians of smaller losses are rounding
-    errors. For flatter losses pass the model and the samples in float64.
+    errors. For flatter losses pass the model and the samples in float64. Of a model with torch's recurrent layers,
+    covariances are computed sample by sample, which is slow.
 
     Args:
         model: model whose trainable parameters are the variables.
@@ -151,9 +152,13 @@ class LossSurface:
         Raises:
             ValueError: if `batch_size` is not in 1..m.
         """
-        scale = self._scale(batch_size)
-        mean = self._split(self.gradient())
-        total = torch.zeros((), dtype=torch.float64)
+        scale, gradient = self._scale(batch_size), self.gradient()
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
+        if self._is_recurrent:
+            for single in self._singles():
+                total += (single.gradient() - gradient).square().sum().cpu()
+            return scale * total.item() / self._samples
+        mean = self._split(gradient)
         with self._evaluation(differentiable=False) as weights:
             for inputs, labels in self._batches(self._row_chunk):
                 rows = vmap(grad(self._sample_loss), in_dims=(None, 0, 0))(weights, inputs, labels)
@@ -241,6 +246,12 @@ class LossSurface:
 
     def _hessian_noise(self) -> Callable[[Tensor, Tensor], Tensor]:
         """Return Sigma v = 1/m sum H_i (H_i v - H v) as a function of v and H v."""
+        if self._is_recurrent:
+            singles = list(self._singles())
+            return lambda v, hv: (
+                sum((single.hessian_vector(single.hessian_vector(v) - hv) for single in singles), self._zero())
+                / self._samples
+            )
 
         def sample_product(
             weights: Weights, v: Weights, hv: Weights, inputs: tuple[Tensor, ...], label: Tensor
@@ -259,6 +270,16 @@ class LossSurface:
             return total / self._samples
 
         return product
+
+    @property
+    def _is_recurrent(self) -> bool:
+        """Whether the model has torch's recurrent layers, which vmap cannot evaluate."""
+        return any(isinstance(module, nn.RNNBase) for module in self._model.modules())
+
+    def _singles(self) -> Iterator["LossSurface"]:
+        """The loss surface of each sample."""
+        for inputs, labels in self._batches(1):
+            yield LossSurface(self._model, self._loss, inputs, labels)
 
     def _top(self, operator: Callable[[Tensor], Tensor], steps: int, tolerance: float, seed: int) -> float:
         like = self._zero()

@@ -51,8 +51,9 @@ def top_eigenvalue(
         >>> round(top_eigenvalue(lambda v: diagonal * v, 3), 4)
         2.0
     """
-    start = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    q = (start / start.norm()).to(device, dtype or torch.get_default_dtype())
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
+    q = (start / start.norm()).to(device or torch.get_default_device(), dtype or torch.get_default_dtype())
     noise = 4 * torch.finfo(q.dtype).eps  # of the operator, relative to its largest magnitude
     basis: list[Tensor] = []
     diagonal: list[float] = []

@@ -135,6 +135,7 @@ class AdamLAWN(LAWNOptimizer):
         torch._foreach_add_(steps, counter(1.0), alpha=1.0)  # several times as fast as adding a number on the CPU
         lists = sharding.local(params), group_update.sizes, group_update.norms, gradients(params), first, second
         blocks = Blocks(*lists, streams(self, group, params), group_update.slice_axes)
+        blocks.share_largest(steps)
         return blocks, update.bias_corrections(blocks, steps, group["betas"])
 
     @staticmethod

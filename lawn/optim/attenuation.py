@@ -18,7 +18,7 @@ def output_layer(model: nn.Module) -> nn.Linear:
         The layer itself, not a copy.
 
     Raises:
-        ValueError: if the model has no linear layer.
+        ValueError: if the model has no linear layer, or the last one belongs to an adapter (LoRA).
 
     Examples:
         >>> from torch import nn
@@ -29,6 +29,12 @@ def output_layer(model: nn.Module) -> nn.Linear:
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not layers:
         raise ValueError("the model has no linear layer")
+    for name, module in model.named_modules():
+        if _is_adapted(module) and any(layers[-1] is child for child in module.modules()):
+            raise ValueError(
+                f"the last linear layer is inside the adapter '{name}' ({type(module).__qualname__}), which adds it to "
+                "another weight; merge the adapter first"
+            )
     return layers[-1]
 
 
@@ -44,7 +50,8 @@ def attenuate_logits(model: nn.Module, factor: float) -> None:
         factor: factor of the logits.
 
     Raises:
-        ValueError: if `factor` is not positive, the model has no linear layer, or its weight or bias is computed from
+        ValueError: if `factor` is not positive, the model has no linear layer, the last one is in an adapter, or its
+            weight or bias is computed from
             others (a parametrization) or shared with another module, which would change as well; or if the logits of a
             subclass of `nn.Linear` are not proportional to them (a cosine, LoRA).
 
@@ -81,10 +88,20 @@ def attenuate_logits(model: nn.Module, factor: float) -> None:
         p.mul_(factor)
 
 
+def _is_adapted(module: nn.Module) -> bool:
+    """Whether a module adds the outputs of linear layers below it to those of a weight: PEFT's adapters keep that in a
+    layer `base_layer`, others have it themselves.
+    """
+    has_layers = any(isinstance(child, nn.Linear) for child in module.modules() if child is not module)
+    own = module._parameters.get("weight")
+    return has_layers and ("base_layer" in module._modules or (own is not None and own.ndim > 1))
+
+
 def _is_proportional(layer: nn.Linear, params: list[nn.Parameter]) -> bool:
     """Whether half the parameters give half the outputs."""
     before = [p.clone() for p in params]
-    inputs = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0)).to(layer.weight)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(4, layer.in_features, generator=generator, device="cpu").to(layer.weight)
     try:
         with evaluating(layer):
             outputs = layer.forward(inputs)  # without the user's hooks

@@ -75,6 +75,13 @@ class Blocks:
             return values
         return [values[end - size] for size, end in zip(self.sizes, accumulate(self.sizes), strict=True)]
 
+    def share_largest(self, values: list[Tensor]) -> None:
+        """Give the tensors of each block, which have one number each, the largest of their block."""
+        if len(self.sizes) < len(values):
+            sizes = torch.tensor(self.sizes, device="cpu")
+            largest = torch.segment_reduce(torch.stack(values), "max", lengths=sizes, unsafe=True)
+            torch._foreach_copy_(values, list(largest.repeat_interleave(sizes, output_size=len(values)).unbind()))
+
     def slice_places(self) -> tuple[Tensor, Tensor, Tensor]:
         """For each slice its number of elements, the first of them in its tensor, and the tensor, on the host."""
         return _slice_places(tuple(w.numel() for w in self.weights), tuple(self.counts))

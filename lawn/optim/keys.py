@@ -29,6 +29,7 @@ import operator
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -119,8 +120,8 @@ def check_group(group: Group, index: int, label: str = "param group") -> None:
             "group has only biases and the like"
         )
     blocks = group.get("blocks")
-    if blocks is not None and len(blocks) != len(group["params"]):
-        raise ValueError(f"{label} {index}: blocks must have an int for each of {len(group['params'])} parameters")
+    if blocks is not None:
+        _check_blocks(group, f"{label} {index}: ")
     axes = group.get(slices.KEY)
     if axes is not None:
         slices.check(axes, f"{label} {index}: ")
@@ -136,6 +137,18 @@ def check_group(group: Group, index: int, label: str = "param group") -> None:
             f"{label} {index}: weight_decay={group['weight_decay']}, but LAWN replaces weight decay: "
             "set it to 0 there, or constrain=False to leave the group free"
         )
+
+
+def _check_blocks(group: Group, place: str) -> None:
+    """Raise ValueError unless `blocks` has an int for each parameter and joins only parameters that are constrained."""
+    params, blocks = group["params"], list(group["blocks"])
+    if len(blocks) != len(params) or not all(isinstance(key, Integral) for key in blocks):
+        raise ValueError(f"{place}blocks must have an int for each of {len(params)} parameters")
+    members = Counter(blocks)
+    if group.get("constrain") is None and any(
+        members[key] > 1 and not is_lazy(p) and p.ndim < 2 for key, p in zip(blocks, params, strict=True)
+    ):
+        raise ValueError(f"{place}blocks join a vector, which is free by default; set constrain=True in the group")
 
 
 def has_weights(groups: list[Group]) -> bool:

@@ -68,6 +68,8 @@ def remember(known: KnownBlocks, found: list[Layout]) -> None:
 
 def measure_norms(group_update: GroupUpdate, index: int) -> list[Norm]:
     """Compute the present norms of each block. Raises ValueError for a norm that cannot be fixed."""
+    if any(p.is_meta for p in group_update.params):
+        raise ValueError(f"param group {index} has weights on the meta device, which have no norms; materialize them")
     norms = _present(group_update)
     lowest, highest = NORMS64 if all(p.dtype.to_real() == torch.float64 for p in group_update.params) else NORMS32
     for block, c in enumerate(_flatten(norms)):

@@ -27,8 +27,10 @@ def all_weights(model: nn.Module, *, include_bias: bool = False) -> list[dict[st
 
     Args:
         model: model whose parameters are grouped.
-        include_bias: whether the bias of a linear or convolutional layer shares one norm with the layer's weight, as a
-            further column of it. Other parameters with fewer than two dimensions always stay free.
+        include_bias: whether the bias of a layer shares one norm with the layer's weight, as a further column of it.
+            Any module has such a layer where the names of a weight and a vector differ in "weight" and "bias" alone, as
+            nn.Linear, convolutions, attention (`in_proj_bias`) and nn.LSTM (`bias_ih_l0`). All other parameters with
+            fewer than two dimensions stay free.
 
     Returns:
         A group of constrained parameters and, if there are any, a group of free ones.
@@ -122,8 +124,7 @@ def matching(
         model: model whose parameters are grouped.
         pattern: one regular expression or several. `re.search` looks for them in each name of a weight; a tied weight
             has several names.
-        include_bias: whether the bias of a linear or convolutional layer shares one norm with the layer's constrained
-            weight, as a further column of it. Other parameters with fewer than two dimensions always stay free.
+        include_bias: whether the biases of these weights share their norms, as for `all_weights`.
 
     Returns:
         A group of constrained parameters and, if there are any, a group of free ones.
@@ -275,8 +276,9 @@ def _groups(model: nn.Module, weights: Iterable[Tensor], include_bias: bool) -> 
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
                 _check_bias(name, module, blocks)
-                weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-                joins = weight in blocks and bias is not None and bias.requires_grad
+            for key, weight in module._parameters.items():
+                bias = module._parameters.get(key.replace("weight", "bias")) if "weight" in key else None
+                joins = weight in blocks and bias is not None and bias.requires_grad and bias.ndim == 1
                 if joins and blocks.setdefault(bias, blocks[weight]) != blocks[weight]:
                     raise ValueError(
                         f"the bias of '{name}' cannot share the norm of its weight, because another layer has it too; "

@@ -204,9 +204,9 @@ class LAWN:
         # GradScaler expects a fused optimizer to skip a step whose gradients overflowed.
         found_inf = getattr(self.optimizer, "found_inf", None)
         self._skipped = found_inf is not None and bool(found_inf.item())
-        self._dummy = phase.is_dummy(self.optimizer)
-        phase.check_capture()
         closure = closure_of(args, kwargs)
+        self._dummy = closure is None and phase.is_dummy(self.optimizer)
+        phase.check_capture()
         if self._skipped or self._dummy:
             self._norms.hide()
             return None
@@ -345,7 +345,8 @@ def _check_wrappable(optimizer: Optimizer) -> None:
     if not calls_hooks(optimizer):
         raise TypeError(
             f"{type(optimizer).__name__} is no torch optimizer, or never initialized itself as one, and calls no "
-            "hooks; put LAWN on the optimizer inside it"
+            "hooks; put LAWN on the optimizer inside it, unless it moves the weights after that one's step, as "
+            "Lookahead and schedule-free wrappers do: train without those"
         )
     zero = sys.modules.get("torch.distributed.optim")
     if zero is not None and isinstance(optimizer, getattr(zero, "ZeroRedundancyOptimizer", ())):

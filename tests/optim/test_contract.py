@@ -1285,11 +1285,48 @@ def test_a_block_that_changes_is_not_rescaled(form):
     before = late.detach().norm().item()
     stepped(optimizer, weight, bias, late)
     assert late.detach().norm().item() == pytest.approx(before, rel=0.2)  # joins, and the block is measured anew
-    group["constrain"] = None  # the bias leaves
+    group["constrain"], group["blocks"] = None, [0, 1, 0]  # the bias leaves
     with pytest.raises(ValueError, match="other blocks"):
         stepped(optimizer, weight, bias, late)
     lawn.constrain(again=True)
     stepped(optimizer, weight, bias, late)
+
+
+@every_form
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"blocks": [0, 0]}, "blocks join a vector, which is free by default; set constrain=True"),
+        ({"blocks": torch.tensor([0, 0]), "constrain": True}, "blocks must have an int for each of 2 parameters"),
+        ({"blocks": [0.0, 0.0], "constrain": True}, "blocks must have an int for each of 2 parameters"),
+        ({"blocks": [0]}, "blocks must have an int for each of 2 parameters"),
+    ],
+)
+def test_blocks_that_would_join_nothing_are_refused(form, keys, message):
+    params = nn.Parameter(torch.eye(3)), nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=f"param group 0: {message}"):
+        make(form, [{"params": params, **keys}], free_steps=0)
+
+
+@pytest.mark.parametrize("kind", [AdamLAWN, LAMBLAWN])
+@pytest.mark.parametrize("first", ["early", "late"])
+def test_a_late_member_of_a_block_has_the_count_of_the_others(kind, first):
+    """Its earlier gradients count as zero, wherever it is listed."""
+
+    def trained(absent):
+        generator = torch.Generator().manual_seed(0)
+        early, late = (nn.Parameter(torch.randn(3, 4, generator=generator, dtype=torch.float64)) for _ in range(2))
+        params = [early, late] if first == "early" else [late, early]
+        optimizer = kind([{"params": params, "constrain": True, "blocks": [0, 0]}], lr=0.01, free_steps=6)
+        for step in range(10):
+            early.grad, late.grad = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+            if step < 6:
+                late.grad = absent(late.grad)
+            optimizer.step()
+        assert optimizer.state[late]["step"] == optimizer.state[early]["step"] == 10
+        return torch.stack([early, late]).detach()
+
+    torch.testing.assert_close(trained(lambda _: None), trained(torch.zeros_like), rtol=1e-12, atol=0)
 
 
 @every_form

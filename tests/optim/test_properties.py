@@ -285,7 +285,7 @@ def test_the_plain_update_in_batches_is_that_of_the_whole(kind, sizes, seed, lim
 @settings(max_examples=15, deadline=None)
 def test_resume_is_exact(kind, sizes, seed, dtype, fused, free_steps, saved_after, gaps, joined):
     """From any point, also into an optimizer that was made without `free_steps`."""
-    keys = {"blocks": [i // 2 for i in range(len(sizes))] if joined else None}
+    keys = {"constrain": True, "blocks": [i // 2 for i in range(len(sizes))]} if joined else {}
     params = random_weights(sizes, seed, dtype)
     optimizer = kind([{"params": params, **keys}], lr=0.05, free_steps=free_steps, fused=fused)
     saved = [nn.Parameter(p.clone()) for p in advance(optimizer, seed, 0, saved_after, gaps=gaps)]
