@@ -73,15 +73,27 @@ def test_data_command_in_places_that_are_none(tmp_path, data_command):
     (tmp_path / "imagenet" / "train").write_text("")
     code, out, err = data_command("movielens100k", "imagenet", "--data-dir", str(tmp_path))
     assert (code, out, err.count("\n")) == (1, "", 2)
-    with pytest.raises(SystemExit):
-        data_command("imagenet", "--workers", "-1")
+
+
+def test_data_command_with_keys(tmp_path, data_command, capsys):
+    write_ratings(tmp_path / "mine.data", synthetic_ratings(items=600, each=80))
+    command = "movielens", "--data-dir", str(tmp_path)
+    code, out, err = data_command(*command, "dataset.path=mine.data")
+    assert (code, err) == (0, "")
+    assert out.startswith("movielens: 30 users, ")
+    code, _, err = data_command(*command, "dataset.shards=x")
+    assert (code, err.count("\n")) == (2, 1)
+    for wrong, message in ((["dataset.path=mine.data"], "name a dataset"), (["movies"], "movies: no such dataset")):
+        with pytest.raises(SystemExit, match="2"):
+            data_main(wrong)
+        assert f"error: {message}" in capsys.readouterr().err
 
 
 def test_data_command_decodes_every_image(tmp_path, data_command):
     write_folders(tmp_path)
     path = tmp_path / "imagenet" / "val" / "n00000002" / "3.JPEG"
     path.write_bytes(path.read_bytes()[:300])
-    code, out, err = data_command("imagenet", "--verify", "--data-dir", str(tmp_path))
+    code, out, err = data_command("imagenet", "dataset.workers=0", "--verify", "--data-dir", str(tmp_path))
     assert code == 1
     assert f"damaged: {path}: cannot be decoded" in out
     assert "3 counts are not as published, 1 files are damaged" in err
@@ -91,7 +103,8 @@ def test_a_damaged_file_whose_name_is_no_text(tmp_path):
     """On a terminal that has no characters for it."""
     write_folders(tmp_path)
     (tmp_path / "imagenet" / "val" / "n00000002" / os.fsdecode(b"x\xff.JPEG")).write_text("broken")
-    command = [sys.executable, "-m", "lawn.data", "imagenet", "--verify", "--data-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "lawn.data", "imagenet", "dataset.workers=0", "--verify"]
+    command += ["--data-dir", str(tmp_path)]
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1

@@ -1,6 +1,7 @@
 """python -m lawn.data NAME... [--data-dir D] [--download | --verify | --stats]: fetch, check and describe datasets.
 
-In every mode, missing files are downloaded where possible, and all files are read and checked.
+Arguments dataset.KEY=VALUE set keys of the datasets, as dataset.path of movielens. In every mode, missing files are
+downloaded where possible, and all files are read and checked.
 """
 
 import argparse
@@ -30,24 +31,25 @@ MODES = {
 def main(arguments: list[str] | None = None) -> int:
     head, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(prog="python -m lawn.data", description=f"{head.partition(': ')[2]} {rest}")
-    parser.add_argument("name", nargs="+", choices=sorted(NAMES), metavar="NAME", help=", ".join(sorted(NAMES)))
+    parser.add_argument("name", nargs="+", metavar="NAME", help=", ".join(sorted(NAMES)))
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="holds a folder for each (default: data)")
-    parser.add_argument(
-        "--workers", type=_natural, default=0, help="processes that decode ImageNet's images for --verify"
-    )
     modes = parser.add_mutually_exclusive_group()
     for mode, text in MODES.items():
         modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, default="download", help=text)
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
+    overrides = [argument for argument in given.name if argument.startswith("dataset.")]
+    names = [argument for argument in given.name if argument not in overrides]
+    if wrong := [name for name in names if name not in NAMES]:
+        parser.error(f"{wrong[0]}: no such dataset; choose from {', '.join(sorted(NAMES))}")
+    if not names:
+        parser.error("name a dataset")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     code = 0
-    for name in given.name:
+    for name in names:
         try:
-            config = compose(*NAMES[name])
+            config = compose(*NAMES[name], *overrides)
             config.data_dir = str(given.data_dir)
-            if config.dataset.workers is not None:
-                config.dataset.workers = given.workers
             show(name, dataset_reader(config)(), given.mode)
         except (UserError, OSError) as error:
             echo(f"error: {error}", sys.stderr)
@@ -71,12 +73,6 @@ def show(name: str, data: Any, mode: str) -> None:
         wrong = [warning for warning in data.warnings if isinstance(warning, CountMismatch)]
         if damaged or wrong:
             raise DataError(f"{name}: {len(wrong)} counts are not as published, {len(damaged)} files are damaged")
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes")
-    return int(text)
 
 
 if __name__ == "__main__":
