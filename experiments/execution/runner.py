@@ -43,7 +43,7 @@ def run(
     """
     deadline = inf if budget is None else time.monotonic() + budget
     session = _Session(studies, store)
-    with executor, tqdm(total=session.total, unit="run", disable=not shows_bars(sys.stderr)) as bar:
+    with session, executor, tqdm(total=session.total, unit="run", disable=not shows_bars(sys.stderr)) as bar:
         if session.total:
             echo(
                 f"{session.total} runs to do, at most {executor.size} processes at the same time; the output of a run "
@@ -82,7 +82,15 @@ class _Session:
         self.agenda = Agenda(studies, store, self._estimate)
         self.done = self.failed = 0
         self.unsuccessful: list[JobResult] = []
+        self._started: dict[str, Job] = {}  # and not ended
         self._losses: Counter[str] = Counter()
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        """Record the runs that have finished in processes that were stopped before all of theirs had."""
+        for job in list(self._started.values()):
+            self.finished_before(job)
 
     @property
     def total(self) -> int:
@@ -108,6 +116,7 @@ class _Session:
 
     def start(self, executor: Executor, jobs: list[Job]) -> None:
         """Start a process for these jobs. They have failed if its output cannot be written, but others can."""
+        self._started |= {job.name: job for job in jobs}
         try:
             executor.start(jobs)
         except OSError as error:
@@ -119,6 +128,7 @@ class _Session:
     def end(self, ended: JobResult) -> str:
         """Record a job that has ended, or let it be started once more; returns its outcome in words."""
         job = ended.job
+        self._started.pop(job.name, None)
         if ended.failure is None:
             try:
                 record = self._store.write(job.config, job.overrides, job.experiment, job.tunes)

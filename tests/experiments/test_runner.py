@@ -30,7 +30,7 @@ from experiments.reporting import report
 from experiments.selection import EXPERIMENTS
 from lawn.compose import compose
 from lawn.identity import config_hash
-from lawn.train import train
+from lawn.train import Stopped, train
 from lawn.train.run_directory import RunDirectory
 from tests.experiments.helpers import ACCURACY, MINI, SHORT, TUNED, SerialPool, miniature, records_of, run_experiment
 from tests.helpers import FIXTURES, ROOT
@@ -336,6 +336,24 @@ def test_vectorized_runs_that_are_cancelled_are_not_started_again(tmp_path, caps
     ended = run_experiment(experiment, tmp_path, 1, executor=CancelledPool(["cpu"]))
     assert [result.failure for result in ended] == 2 * ["cancelled: job 7"]
     assert "once more" not in capsys.readouterr().out
+
+
+class StoppedPool(SerialPool):
+    """Is stopped by a signal when a process has finished the first of its runs."""
+
+    def start(self, jobs: list[Job]) -> None:
+        super().start(jobs[:1])
+        raise Stopped
+
+
+def test_a_stop_leaves_records_of_the_runs_that_have_finished(tmp_path, capsys):
+    """Although the process of several runs has not ended."""
+    cells = tuple(Cell(f"{lr}", (*SHORT, f"optim.lr={lr}")) for lr in (0.01, 0.02))
+    experiment = Experiment("two", "Two", cells, (ACCURACY,))
+    with pytest.raises(Stopped):
+        run_experiment(experiment, tmp_path, 1, executor=StoppedPool(["cpu"]))
+    (record,) = Store(tmp_path / "results").all()
+    assert f"{record.name}: finished before, {record.headline:.2f}" in capsys.readouterr().out
 
 
 # Kill the processes that write to output.log of run directories with this prefix, after the first line on an epoch.
