@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -137,6 +138,20 @@ def image(seed: int) -> Case:
     return Case(model, F.cross_entropy, (torch.randn(5, 1, 6, 6, dtype=torch.float64),), torch.randint(3, (5,)))
 
 
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layer, self.head = kind(2, 2, batch_first=True), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0][:, -1])
+
+
+def recurrent(kind: type[nn.RNNBase], seed: int) -> Case:
+    torch.manual_seed(seed)
+    return Case(Recurrent(kind), F.cross_entropy, (torch.randn(5, 3, 2, dtype=torch.float64),), torch.randint(3, (5,)))
+
+
 def focal(seed: int) -> Case:
     return mlp(seed, loss=losses.focal(gamma=2.0).mean)
 
@@ -150,6 +165,8 @@ CASES = {
     "frozen": frozen,
     "image": image,
     "focal": focal,
+    "GRU": partial(recurrent, nn.GRU),
+    "LSTM": partial(recurrent, nn.LSTM),
 }
 each_case = pytest.mark.parametrize("name", CASES)
 

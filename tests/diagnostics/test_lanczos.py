@@ -49,6 +49,19 @@ def test_top_eigenvalue_of_nothing_and_of_one():
     assert top_of(torch.full((1, 1), -3.0)) == pytest.approx(-3)
 
 
+def test_the_start_vector_needs_no_generator_of_the_default_device():
+    """The operator of a GPU is on it; meta stands for that here, where results have no values."""
+    asked = []
+
+    def operator(v: Tensor) -> Tensor:
+        asked.append(v.device.type)
+        raise StopIteration
+
+    with torch.device("meta"), pytest.raises(StopIteration):
+        top_eigenvalue(operator, 3)
+    assert asked == ["meta"]
+
+
 def test_top_eigenvalue_is_found_in_few_steps_where_it_stands_apart():
     """As curvature does: most of it near zero, a few directions of large curvature."""
     bulk = torch.linspace(-0.1, 0.1, 300, dtype=torch.float64).tolist()

@@ -344,6 +344,34 @@ def test_logits_of_a_bound_or_a_tied_weight_are_not_attenuated():
             attenuate_logits(nn.Linear(2, 2), factor)
 
 
+class Adapted(nn.Module):
+    """A linear layer with LoRA beside it: below it as `base_layer`, as PEFT has it, or its own weight."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        if own:
+            self.weight = nn.Parameter(torch.randn(3, 4))
+        else:
+            self.base_layer = nn.Linear(4, 3, bias=False)
+        self.lora_a = nn.ModuleDict({"default": nn.Linear(4, 2, bias=False)})
+        self.lora_b = nn.ModuleDict({"default": nn.Linear(2, 3, bias=False)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight if hasattr(self, "weight") else self.base_layer.weight
+        return nn.functional.linear(x, weight) + self.lora_b["default"](self.lora_a["default"](x))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_an_adapter_is_no_output_layer(own):
+    model = nn.Sequential(nn.Linear(4, 4), Adapted(own))
+    with pytest.raises(ValueError, match=r"inside the adapter '1' \(Adapted\)"):
+        attenuate_logits(model, 0.2)
+    x, model = torch.randn(2, 4), nn.Sequential(Adapted(own), nn.ReLU(), nn.Linear(3, 3))
+    before = model(x)
+    attenuate_logits(model, 0.2)  # the adapter is not at the end
+    torch.testing.assert_close(model(x), 0.2 * before)
+
+
 @pytest.mark.parametrize("make", OWN)
 def test_flat_parameters_beside_a_matrix_are_refused(make):
     flat, matrix = nn.Parameter(torch.randn(12)), nn.Parameter(torch.randn(3, 4))

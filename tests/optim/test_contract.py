@@ -1534,6 +1534,35 @@ def test_a_compiled_training_step_breaks_once_more_than_torchs_at_most(form):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
+@every_form
+def test_a_step_without_learning_rate_and_with_a_closure_counts(form):
+    """The closure makes the gradients; before it they are zero, as where torch only asks for the state."""
+    weight = nn.Parameter(torch.eye(2))
+    optimizer, lawn = make(form, [weight], free_steps=1)
+    weight.grad = torch.zeros_like(weight)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad(set_to_none=False)
+        loss = weight[0, 0] ** 2
+        loss.backward()
+        return loss
+
+    rate = optimizer.param_groups[0]["lr"]
+    for steps, lr in enumerate((0.0, rate), start=1):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step(closure)
+        assert optimizer.param_groups[0]["steps"] == steps
+    assert lawn.constrained
+    assert weight.norm().item() == pytest.approx(2**0.5)
+
+
+@every_form
+def test_weights_without_values_have_no_norms(form):
+    _, lawn = make(form, [nn.Parameter(torch.empty(2, 2, device="meta"))])
+    with pytest.raises(ValueError, match="param group 0 has weights on the meta device, which have no norms"):
+        lawn.constrain()
+
+
 def test_a_compiled_model_in_a_closure_stays_compiled():
     calls = []
 

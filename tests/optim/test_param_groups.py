@@ -338,6 +338,36 @@ def test_a_weight_of_one_element_is_free_beside_stacks():
     assert free["constrain"] is False
 
 
+class Transposed(nn.Module):
+    """A linear layer as GPT-2 has it, with a weight [in, out]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.zeros(4))
+        self.scale = nn.Parameter(torch.ones(4))
+
+
+def test_biases_join_the_weights_that_they_are_named_like():
+    model = nn.ModuleDict(
+        {
+            "attention": nn.MultiheadAttention(4, 2, add_bias_kv=True),
+            "lstm": nn.LSTM(3, 4),
+            "linear": Transposed(),
+            "norm": nn.LayerNorm(4),
+        }
+    )
+    assert joined(model, all_weights(model, include_bias=True)) == {
+        frozenset(pair)
+        for pair in (
+            ("attention.in_proj_weight", "attention.in_proj_bias"),
+            ("attention.out_proj.weight", "attention.out_proj.bias"),
+            ("lstm.weight_ih_l0", "lstm.bias_ih_l0"),
+            ("lstm.weight_hh_l0", "lstm.bias_hh_l0"),
+            ("linear.weight", "linear.bias"),
+        )
+    }
+
+
 def test_a_bias_of_two_layers_cannot_join_either():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].bias = model[0].bias
