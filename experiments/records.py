@@ -7,6 +7,7 @@ without outcomes and metrics. Lines are appended while runs end, and sorted by n
 """
 
 import json
+import os
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -39,6 +40,7 @@ class Store:
         self._read: dict[str, Record] = {}
         self._files: dict[Path, JsonLines] = {}
         self._kinds: set[tuple[str, ...]] = set()
+        self._stamp: list[tuple[str, int, int]] = []  # of the files as they were read
 
     def kinds(self) -> frozenset[tuple[str, ...]]:
         """The dataset, optimizer, batch size and number of epochs of each recorded run, as texts."""
@@ -149,9 +151,26 @@ class Store:
 
     def _refresh(self) -> None:
         """Read what the files have got since. Raises RunError with the number of a damaged line."""
+        stamp = _stamp(self.tuning, self.runs)
+        if stamp and stamp == self._stamp:  # nothing: cheap, because it is asked for every run without a record
+            return
         for path in dict.fromkeys((*self._paths(), *self._files)):
             file = self._file(path)
             file.read_new(self._taker(file))
+        self._stamp = stamp
+
+
+def _stamp(*folders: Path) -> list[tuple[str, int, int]]:
+    """The path, inode and size of each file of records in the folders; empty if one of them cannot be read."""
+    found = []
+    try:
+        for folder in folders:
+            with os.scandir(folder) as entries:
+                files = [(entry.path, entry.stat()) for entry in entries if entry.name.endswith((".json", ".jsonl"))]
+            found += [(path, stat.st_ino, stat.st_size) for path, stat in files]
+    except OSError:
+        return []
+    return found
 
 
 def _history(run: Path, epochs: list[int]) -> dict[str, list[float | int | None]]:
