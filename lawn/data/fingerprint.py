@@ -21,7 +21,7 @@ def checksum(*parts: Tensor | np.ndarray | Iterable[str]) -> str:
     return f"{value:08x}"
 
 
-def differences(recorded: Fingerprint, current: Fingerprint) -> str:
+def differences(recorded: Fingerprint, current: Fingerprint, then: str = "then", now: str = "now") -> str:
     """The entries of both fingerprints that differ, as text; empty if there are none."""
     changed = [name for name in recorded if current.get(name, recorded[name]) != recorded[name]]
-    return ", ".join(f"{name} {recorded[name]} then, {current[name]} now" for name in changed)
+    return ", ".join(f"{name} {recorded[name]} {then}, {current[name]} {now}" for name in changed)

@@ -43,23 +43,29 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _version(code: Sequence[str]) -> dict[str, str | bool | None]:
-    """The commit counts only of a repository that tracks this file at its place in the project.
+def code_version() -> str | None:
+    """The commit of the project's checkout; None for an installed copy.
 
-    An environment inside another repository, or a copy in its working tree, is no checkout of the project.
+    It counts only of a repository that tracks this file at its place in the project: an environment inside another
+    repository, or a copy in its working tree, is no checkout of the project.
     """
-    file = Path(__file__).resolve()
-    root = file.parents[2]
+    root = _root()
     top = _git(root, "rev-parse", "--show-toplevel")
-    tracked = _git(root, "ls-files", "--", str(file))
+    tracked = _git(root, "ls-files", "--", str(Path(__file__).resolve()))
     if top is None or Path(top).resolve() != root or not tracked:
-        return {"git": None, "dirty": None, "version": __version__}
-    changed = _git(root, "status", "--porcelain", "--", *code)
-    return {
-        "git": _git(root, "rev-parse", "HEAD"),
-        "dirty": None if changed is None else bool(changed),
-        "version": __version__,
-    }
+        return None
+    return _git(root, "rev-parse", "HEAD")
+
+
+def _root() -> Path:
+    """The folder of the project, in a checkout."""
+    return Path(__file__).resolve().parents[2]
+
+
+def _version(code: Sequence[str]) -> dict[str, str | bool | None]:
+    commit = code_version()
+    changed = None if commit is None else _git(_root(), "status", "--porcelain", "--", *code)
+    return {"git": commit, "dirty": None if changed is None else bool(changed), "version": __version__}
 
 
 def _git(root: Path, *arguments: str) -> str | None:

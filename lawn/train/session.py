@@ -5,15 +5,17 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
+from lawn.config import Config
 from lawn.data.download import downloads_disabled
 from lawn.data.fingerprint import differences
-from lawn.errors import RunError, UserError
+from lawn.errors import ConfigError, DataError, RunError, UserError
+from lawn.identity import changed_keys
 from lawn.output import echo
 from lawn.task import Task, dataset_reader
 from lawn.train.distributed import World
 from lawn.train.execution import constrained_step
 from lawn.train.prepare import PreparedRun
-from lawn.train.provenance import environment
+from lawn.train.provenance import code_version, environment
 from lawn.train.recorder import RunRecorder
 from lawn.train.run_directory import RunDirectory
 from lawn.train.signals import Stopped, StopRequest, deferred_signals
@@ -29,6 +31,7 @@ def run_rank(run: PreparedRun, world: World) -> dict[str, Any]:
     Raises Stopped at a signal.
     """
     directory = run.directory if world.is_main else None
+    _check_ranks_alike(run.config, world)
     if (result := _result_if_done(run, world)) is not None:
         return result
     cores = FreeCores()
@@ -46,6 +49,19 @@ def run_rank(run: PreparedRun, world: World) -> dict[str, Any]:
             if not trainer.between_epochs or (trainer.status == "running" and pause(at_once=True)):
                 raise stopped(request, trainer, run.directory.name)
         return world.broadcast(recorder.finish(trainer, cores.note()) if recorder else {})
+
+
+def _check_ranks_alike(config: Config, world: World) -> None:
+    """Raise ConfigError, on all ranks, if one has another config or code: each would take steps of its own."""
+    if world.size == 1:
+        return
+    (first, first_code), *others = world.all_gather_object((config, code_version()))
+    for rank, (other, code) in enumerate(others, start=1):
+        changed = changed_keys(asdict(first), other)
+        if not changed and None not in (code, first_code) and code != first_code:
+            changed = f"the code is {first_code} there, {code} here"
+        if changed:
+            raise ConfigError(f"rank {rank} differs from rank 0 ({changed}); start the same command on all machines")
 
 
 def _result_if_done(run: PreparedRun, world: World) -> dict[str, Any] | None:
@@ -82,6 +98,10 @@ def start_or_resume(
         for warning in task.warnings:
             echo(f"warning: {warning}")
     data = task.dataset.fingerprint
+    first, *others = world.all_gather_object(data)
+    for rank, other in enumerate(others, start=1):
+        if changed := differences(first, other, "there", "here"):
+            raise DataError(f"rank {rank} has read other data than rank 0 ({changed}); give all machines the same")
     if state is not None and (changed := differences(state.get("data", {}), data)):
         raise RunError(
             f"{run.directory.path}: was started on other data ({changed}); put those back, or delete it to start over"

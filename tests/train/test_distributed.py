@@ -8,8 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from threading import Thread
 from typing import TypeVar
@@ -17,9 +17,10 @@ from typing import TypeVar
 import pytest
 import torch
 
+from lawn.composition import with_values
 from lawn.config import Config
 from lawn.errors import ConfigError, DataError, RunError
-from lawn.train import train
+from lawn.train import session, train
 from lawn.train.distributed import World
 from lawn.train.run_directory import RunDirectory
 from tests.helpers import ROOT, compose
@@ -195,33 +196,81 @@ def test_a_killed_rank_ends_the_run_which_goes_on_with_any_number_of_ranks(tmp_p
     agree(whole, one, 1e-4)
 
 
-@pytest.mark.slow
-def test_two_nodes_of_two_ranks_and_one_of_them_dies(tmp_path, tiny):
-    """Two groups of torchrun that meet at a port, as on two machines."""
-    keys = ["model.widths=[16]", "dataset.limit=195", "train.batch_size=20", "optim.free_epochs=1", "device=cpu"]
-    keys += ["train.epochs=400", "train.checkpoint_seconds=0", f"run_dir={tmp_path}/run"]
+@contextmanager
+def two_nodes(folder: Path, ranks: int, *keys: list[str]) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two groups of torchrun that meet at a port, as on two machines, with a log in `folder` each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-
-    def node(number: int) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--rdzv-id=job"]
-        command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-conf=is_host={1 - number}"]
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        with (tmp_path / f"node{number}.log").open("w") as output:
-            return subprocess.Popen([*command, "run.py", *keys], cwd=ROOT, stdout=output, stderr=output, env=variables)
-
-    nodes = [node(0), node(1)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc-per-node={ranks}"]
+    command += ["--rdzv-id=job", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    nodes = []
+    for number, own in enumerate(keys):
+        host = f"--rdzv-conf=is_host={1 - number}"
+        with (folder / f"node{number}.log").open("w") as output:
+            options = {"cwd": ROOT, "stdout": output, "stderr": output, "env": variables}
+            nodes.append(subprocess.Popen([*command, host, "run.py", *own], text=True, **options))
     try:
+        yield nodes
+    finally:
+        for process in nodes:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_two_machines_with_other_commands_or_data_do_not_train(tmp_path, tiny_data):
+    """Each of the ranks would take steps of its own, and the record would be that of the first."""
+    other = tmp_path / "data"
+    shutil.copytree(tiny_data, other)
+    ratings = other / "ml-100k" / "u.data"
+    lines = ratings.read_text().splitlines(keepends=True)
+    ratings.write_text("".join(lines[1:]))
+    common = ["dataset=movielens100k", "dataset.candidates=50", "train.epochs=1", "train.batch_size=200", "device=cpu"]
+    common += [f"run_dir={tmp_path}/run", f"data_dir={tiny_data}", "optim.lr=0.001"]
+    for old, new, message in (
+        ("optim.lr=0.001", "optim.lr=0.05", "rank 1 differs from rank 0 (optim.lr is 0.001 there, 0.05 here); start"),
+        (f"data_dir={tiny_data}", f"data_dir={other}", "rank 1 has read other data than rank 0 ("),
+    ):
+        changed = [new if key == old else key for key in common]
+        with two_nodes(tmp_path, 1, common, changed) as nodes:
+            assert all(process.wait(timeout=120) != 0 for process in nodes)
+        for number in (0, 1):
+            assert f"error: {message}" in (tmp_path / f"node{number}.log").read_text()
+        assert not (tmp_path / "run" / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "code", "message"),
+    [
+        ({"optim.lr": 0.5}, "a", r"optim.lr is 0.5 there, \S+ here"),
+        ({"train.epochs": 7}, "a", "train.epochs is 7 there, 1 here"),
+        ({}, "b", "the code is b there, a here"),
+        ({}, None, None),
+        ({"data_dir": "/elsewhere", "train.checkpoint_seconds": 1.0}, "a", None),
+    ],
+)
+def test_ranks_of_other_configs_or_code_are_refused(tiny, monkeypatch, first, code, message):
+    config = tiny("train.epochs=1")
+    start = with_values(config, first), code
+    monkeypatch.setattr(session, "code_version", lambda: "a")
+    monkeypatch.setattr(World, "all_gather_object", lambda _, value: [start, value])
+    world = World(torch.device("cpu"), rank=1, size=2)
+    with pytest.raises(ConfigError, match=rf"rank 1 differs from rank 0 \({message}\)") if message else nullcontext():
+        session._check_ranks_alike(config, world)
+
+
+@pytest.mark.slow
+def test_two_nodes_of_two_ranks_and_one_of_them_dies(tmp_path, tiny):
+    keys = ["model.widths=[16]", "dataset.limit=195", "train.batch_size=20", "optim.free_epochs=1", "device=cpu"]
+    keys += ["train.epochs=400", "train.checkpoint_seconds=0", f"run_dir={tmp_path}/run"]
+    with two_nodes(tmp_path, 2, keys, keys) as nodes:
         wait_for((tmp_path / "run" / "checkpoint.pt").exists, 180)
         started = [ranks_of(process.pid) for process in nodes]
         assert [len(ranks) for ranks in started] == [2, 2]
         os.kill(started[1][0], signal.SIGKILL)
         died = time.monotonic()
         assert all(process.wait(timeout=60) != 0 for process in nodes)
-    finally:
-        for process in nodes:
-            process.kill()
     print(f"ended after {time.monotonic() - died:.1f} s")
     first, second = ((tmp_path / f"node{k}.log").read_text() for k in (0, 1))
     assert "the connection to another rank is lost" in first
