@@ -22,7 +22,7 @@ from experiments.json_lines import JsonLines
 from experiments.record import DAMAGE, OF_A_RUN, Record, record_of
 from lawn.config import Config
 from lawn.diagnostics.figure import read_metrics
-from lawn.errors import WRITTEN_AGAIN, RunError
+from lawn.errors import RunError
 from lawn.identity import identity, run_name
 from lawn.train.run_directory import RunDirectory, read_environment
 
@@ -174,10 +174,8 @@ def _stamp(*folders: Path) -> list[tuple[str, int, int]]:
 
 
 def _history(run: Path, epochs: list[int]) -> dict[str, list[float | int | None]]:
-    """The columns of metrics.csv for these epochs. Raises RunError if it does not have a row for each to the last."""
+    """The columns of metrics.csv for these epochs."""
     history = read_metrics(run)
-    if len(history) != epochs[-1]:
-        raise RunError(f"{run / 'metrics.csv'}: has {len(history)} of {epochs[-1]} epochs; {WRITTEN_AGAIN}")
     return {str(column): [_short(history[column][epoch - 1]) for epoch in epochs] for column in history}
 
 

@@ -1,12 +1,14 @@
 """Figure of the diagnostics of runs, from their metrics.csv."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from cycler import cycler
+from pandas.api.types import is_numeric_dtype
 
 from lawn.errors import WRITTEN_AGAIN, RunError
 from lawn.plotting import Axes, Figure, rc_context
@@ -42,7 +44,8 @@ def read_metrics(path: Path) -> pd.DataFrame:
         A table with one row per epoch.
 
     Raises:
-        RunError: if the file cannot be read, is truncated, or is another table (some spreadsheets write semicolons).
+        RunError: if the file cannot be read, lacks epochs of a finished run, or is another table (some spreadsheets
+            write semicolons).
     """
     file = path / "metrics.csv"
     if not path.is_dir():
@@ -52,18 +55,29 @@ def read_metrics(path: Path) -> pd.DataFrame:
         rows = pd.read_csv(io.StringIO(text))
     except (OSError, ValueError) as error:
         raise RunError(f"{file}: cannot be read ({error}); {WRITTEN_AGAIN}") from error
-    if not {"epoch", "train_loss"} <= set(rows):
-        raise RunError(
-            f"{file}: has no columns epoch and train_loss; it is not as the run has written it; {WRITTEN_AGAIN}"
-        )
+    if not {"epoch", "train_loss"} <= set(rows) or not (rows.empty or all(map(is_numeric_dtype, rows.dtypes))):
+        raise RunError(f"{file}: is no table of numbers, as the run has written it; {WRITTEN_AGAIN}")
     if not text.endswith("\n") or list(rows["epoch"]) != list(range(1, len(rows) + 1)):
         raise RunError(f"{file}: is not whole; {WRITTEN_AGAIN}")
+    if (path / "DONE").exists() and len(rows) != (epochs := _epochs_of(path)):
+        raise RunError(f"{file}: has {len(rows)} of {epochs} epochs; {WRITTEN_AGAIN}")
     return rows
 
 
+def _epochs_of(path: Path) -> int:
+    """The number of epochs of a finished run."""
+    file = path / "result.json"
+    try:
+        return int(json.loads(file.read_text("utf8"))["last"]["epoch"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RunError(f"{file}: cannot be read ({error}); {WRITTEN_AGAIN}") from error
+
+
 def read(path: Path) -> pd.DataFrame:
-    """Read metrics.csv of a run with `diagnostics=on`; raises RunError for other runs."""
+    """Read metrics.csv of a run with `diagnostics=on`; raises RunError for other runs, and before the first epoch."""
     rows = read_metrics(path)
+    if rows.empty:
+        raise RunError(f"{path}: has not finished an epoch yet")
     if not any(name.startswith("angle/") for name in rows):
         raise RunError(f"{path}: is not of a run with diagnostics=on")
     return rows

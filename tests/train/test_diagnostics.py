@@ -280,7 +280,32 @@ def test_a_table_that_a_spreadsheet_has_saved_again_is_one_line(tiny):
     train(config)
     path = RunDirectory(config).path
     (path / "metrics.csv").write_text((path / "metrics.csv").read_text().replace(",", ";"))
-    with pytest.raises(RunError, match=r"metrics.csv: has no columns epoch and train_loss"):
+    with pytest.raises(RunError, match=r"metrics.csv: is no table of numbers, as the run has written it"):
+        figure.read(path)
+
+
+def test_a_table_that_lacks_what_the_run_has_measured_is_refused(tiny):
+    """At the end of a line, where no row looks cut."""
+    config = tiny("diagnostics=on", "train.epochs=2")
+    train(config)
+    path = RunDirectory(config).path
+    whole = (path / "metrics.csv").read_text()
+    head, first, _ = whole.splitlines(keepends=True)
+    for text, message in (
+        (head + first, r"metrics.csv: has 1 of 2 epochs; delete DONE"),
+        (head, r"metrics.csv: has 0 of 2 epochs; delete DONE"),
+        (whole.replace("0.", "x.", 1), r"metrics.csv: is no table of numbers"),
+    ):
+        (path / "metrics.csv").write_text(text)
+        with pytest.raises(RunError, match=message):
+            figure.read(path)
+    (path / "metrics.csv").write_text(head)
+    (path / "DONE").unlink()
+    with pytest.raises(RunError, match="has not finished an epoch yet"):
+        figure.read(path)
+    (path / "DONE").touch()
+    (path / "result.json").write_text("{}")
+    with pytest.raises(RunError, match=r"result.json: cannot be read \('last'\)"):
         figure.read(path)
 
 
