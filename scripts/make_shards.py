@@ -2,9 +2,9 @@
 
     python -m scripts.make_shards data/imagenet shards/imagenet
 
-writes train-000000.tar and so on, val-000000.tar and so on, and at last index.json. The training images are in random
-order, so that a shard is a fair sample of them. The bytes of the images stay as they are; each image is decoded once to
-see that it can be.
+writes train-000000.tar and so on, val-000000.tar and so on, and at last index.json, with a checksum of the names of the
+images. The training images are in random order, so that a shard is a fair sample of them, and their keys have their
+places in it. The bytes of the images stay as they are; each image is decoded once to see that it can be.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from webdataset import ShardWriter
 
-from lawn.data.folders import Files, list_split_folders
+from lawn.data.folders import Files, checksum_of_files, list_split_folders
 from lawn.data.jpeg import decode
 from lawn.data.shards import INDEX
 from lawn.errors import DataError, UserError
@@ -38,7 +38,8 @@ def make(source: Path, target: Path, maxcount: int = 1000) -> None:
             "train": pack(Files(train.paths[order], train.labels[order]), target, "train", maxcount),
             "val": pack(val, target, "val", maxcount),
         }
-    write_text(target / INDEX, json.dumps({"classes": classes, **counts}, indent=1) + "\n")
+    index = {"classes": classes, "checksum": checksum_of_files(train, val), **counts}
+    write_text(target / INDEX, json.dumps(index, indent=1) + "\n")
 
 
 def pack(files: Files, target: Path, part: str, maxcount: int) -> dict[str, int]:
@@ -57,7 +58,9 @@ def pack(files: Files, target: Path, part: str, maxcount: int) -> dict[str, int]
             if number % AT_ONCE == 0:
                 list(pool.map(_check, paths[number : number + AT_ONCE]))
             name = f"{path.parent.name}/{path.name}".replace(".", "_")  # what follows a dot is the kind of a file
-            shards.write({"__key__": f"{number:08d}/{name}", "jpg": path.read_bytes(), "cls": str(label).encode()})
+            shards.write(
+                {"__key__": f"{part}-{number:08d}/{name}", "jpg": path.read_bytes(), "cls": str(label).encode()}
+            )
             counts[Path(shards.fname).name] = shards.count
     print(f"{part}: {len(files.labels):,} images in {len(counts):,} shards", flush=True)
     return counts
@@ -80,6 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", UserError.exit_code)
+    except KeyboardInterrupt:
+        print(f"interrupted; {given.target} has no {INDEX} yet; run the same command again", file=sys.stderr)
+        return 130
     return 0
 
 

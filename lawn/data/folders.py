@@ -16,6 +16,8 @@ from lawn.data.fingerprint import Fingerprint, checksum
 from lawn.data.jpeg import Crop, JPEGImages, decode, draw_epoch, seeded
 from lawn.errors import DataError
 
+CHECKSUM = "checksum of the files' names"  # in fingerprints
+
 
 class Files(NamedTuple):
     """Paths as bytes [N] and labels int64 [N]: arrays, so that workers share them with the main process."""
@@ -69,14 +71,11 @@ class FolderImages(JPEGImages):
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """Of the names of the files with their folders, and of the labels; the images are not read."""
-        names = [
-            "/".join(os.fsdecode(path).split("/")[-2:]) for files in (self.train, self.held_out) for path in files.paths
-        ]
         return {
             "training images": self.num_train,
             "evaluation images": len(self.held_out.labels),
             "classes": self.num_classes,
-            "checksum of the files' names": checksum(names, self.train.labels, self.held_out.labels),
+            CHECKSUM: checksum_of_files(self.train, self.held_out),
         }
 
     def statistics(self) -> dict[str, object]:
@@ -93,6 +92,12 @@ class FolderImages(JPEGImages):
         for files in (self.train, self.held_out):
             for batch in self._iterate(self._loader(DecodingErrors(files.paths), batch_size=64, collate_fn=list)):
                 yield from filter(None, batch)
+
+
+def checksum_of_files(train: Files, held_out: Files) -> str:
+    """That of the names of the files with their folders, and of the labels."""
+    names = ["/".join(os.fsdecode(path).split("/")[-2:]) for files in (train, held_out) for path in files.paths]
+    return checksum(names, train.labels, held_out.labels)
 
 
 class EpochSampler:

@@ -21,6 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from lawn.data.batching import Batching, MicroBatch, shard
 from lawn.data.download import count_mismatches
 from lawn.data.fingerprint import Fingerprint, checksum
+from lawn.data.folders import CHECKSUM
 from lawn.data.jpeg import Crop, JPEGImages, decode, draw_epoch, seeded
 from lawn.errors import ConfigError, DataError
 
@@ -37,10 +38,18 @@ REMEDY = "get the shard again, or make it again without the sample"
 
 
 class Shard(NamedTuple):
-    name: str  # in the index
+    part: str  # train or val, in the index
+    name: str  # there
     url: str
     size: int  # samples
-    first: int  # index of its first sample, counted through all shards
+    first: int  # index of its first sample, counted through all shards of the part
+
+
+class Index(NamedTuple):
+    classes: list[str]
+    train: list[Shard]
+    val: list[Shard]
+    checksum: str | None  # of the files' names, as for folders; None in an older index
 
 
 class Sample(NamedTuple):
@@ -66,9 +75,10 @@ class ShardImages(JPEGImages):
         image_size: int,
         workers: int,
         warnings: list[str],
+        checksum_of_files: str | None = None,
     ) -> None:
         super().__init__(num_classes, image_size, workers, warnings)
-        self.train, self.held_out = train, held_out
+        self.train, self.held_out, self._checksum_of_files = train, held_out, checksum_of_files
 
     @property
     def num_train(self) -> int:
@@ -125,14 +135,15 @@ class ShardImages(JPEGImages):
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """Of the names and sizes of the shards, wherever they are; they are not read."""
+        """Of the names and sizes of the shards, wherever they are, and of what was packed; they are not read."""
         names = [f"{shard.name.rpartition('/')[2]} {shard.size}" for shard in [*self.train, *self.held_out]]
-        return {
+        found: Fingerprint = {
             "training images": self.num_train,
             "evaluation images": sum(s.size for s in self.held_out),
             "classes": self.num_classes,
             "checksum of the shards' names": checksum(names),
         }
+        return found if self._checksum_of_files is None else {**found, CHECKSUM: self._checksum_of_files}
 
     def statistics(self) -> dict[str, object]:
         return {
@@ -212,6 +223,7 @@ def read(source: Shard, start: int, stop: int) -> Iterator[Sample]:
         stream = gopen(source.url)
         try:
             for sample in group_by_keys(tar_file_expander([{"url": source.url, "stream": stream}], **wanted)):
+                _check_place(source, count, sample["__key__"])
                 if start <= count < stop:
                     name = f"{source.url}: {sample['__key__']}"
                     yield Sample(source.first + count, name, sample.get("jpg", b""), sample.get("cls", b""))
@@ -221,10 +233,20 @@ def read(source: Shard, start: int, stop: int) -> Iterator[Sample]:
         finally:
             set_options(stream, ignore_errors=True)  # a partial read closes the pipe early
             stream.close()
+    except DataError:
+        raise
     except Exception as error:  # webdataset raises many types
         raise DataError(f"{source.url}: {_reason(error)} after {count} samples; get the shard again") from error
     if count != source.size:
         raise DataError(f"{source.url}: {count} samples, but {INDEX} has {source.size}; get both again")
+
+
+def _check_place(source: Shard, count: int, key: str) -> None:
+    """Raise DataError if a sample that scripts/make_shards.py has numbered is not the one of its place."""
+    found = re.match(r"(train|val)-\d{8}(?=/)", key)
+    place = f"{source.part}-{source.first + count:08d}"
+    if found and found[0] != place:
+        raise DataError(f"{source.url}: sample {count} is {found[0]} instead of {place}; get the shard again")
 
 
 def shard_images(
@@ -232,9 +254,10 @@ def shard_images(
 ) -> ShardImages:
     """The shards listed by `index.json` at `prefix`. split="val" holds out the last training shards, as few as have
     `val_fraction` of the training samples."""
-    classes, train, held_out = read_index(prefix)
+    index = read_index(prefix)
+    train, held_out = index.train, index.val
     found = {
-        "classes": len(classes),
+        "classes": len(index.classes),
         "training images": sum(s.size for s in train),
         "validation images": sum(s.size for s in held_out),
     }
@@ -248,11 +271,11 @@ def shard_images(
             )
         train, held_out = train[:keep], train[keep:]
     warnings = count_mismatches("imagenet", found, published)
-    return ShardImages(train, held_out, len(classes), image_size, workers, warnings)
+    return ShardImages(train, held_out, len(index.classes), image_size, workers, warnings, index.checksum)
 
 
-def read_index(prefix: str) -> tuple[list[str], list[Shard], list[Shard]]:
-    """The classes, the training and the validation shards."""
+def read_index(prefix: str) -> Index:
+    """The index at `prefix`. Raises DataError without one."""
     url = shard_url(prefix, INDEX)
     try:
         with gopen(url) as stream:
@@ -264,7 +287,7 @@ def read_index(prefix: str) -> tuple[list[str], list[Shard], list[Shard]]:
         ) from error
     try:
         index: Any = json.loads(text)
-        classes, parts = index["classes"], [index["train"], index["val"]]
+        classes, parts, checksum_of_files = index["classes"], [index["train"], index["val"]], index.get("checksum")
         names = [name for part in parts for name in part]
         counts = [count for part in parts for count in part.values()]
         # A name can become part of a command (pipe:), so only safe characters are allowed.
@@ -273,16 +296,18 @@ def read_index(prefix: str) -> tuple[list[str], list[Shard], list[Shard]]:
         ]
         if not (all(parts) and all(usable) and classes and all(isinstance(name, str) for name in classes)):
             raise ValueError
+        if not isinstance(checksum_of_files, str | None):
+            raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{url}: not an index of shards; python -m scripts.make_shards writes one") from error
-    train, held_out = (_shards(prefix, part) for part in parts)
-    return classes, train, held_out
+    train, held_out = (_shards(prefix, part, counts) for part, counts in zip(("train", "val"), parts, strict=True))
+    return Index(classes, train, held_out, checksum_of_files)
 
 
-def _shards(prefix: str, counts: dict[str, int]) -> list[Shard]:
+def _shards(prefix: str, part: str, counts: dict[str, int]) -> list[Shard]:
     firsts = accumulate(counts.values(), initial=0)
     return [
-        Shard(name, shard_url(prefix, name), size, first)
+        Shard(part, name, shard_url(prefix, name), size, first)
         for (name, size), first in zip(counts.items(), firsts, strict=False)
     ]
 

@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from lawn.data.batching import Batching
+from lawn.data.fingerprint import differences
+from lawn.data.folders import CHECKSUM
 from lawn.data.imagenet import imagenet
 from lawn.data.shards import ShardImages
 from lawn.errors import ConfigError, DataError
@@ -178,10 +180,13 @@ def names(path: Path, suffix: str) -> list[str]:
         ("text", r"train-000001.tar: .* after 0 samples; get the shard again$"),
         ("empty", r"train-000001.tar: .* after 0 samples; get the shard again$"),
         ("absent", r"train-000001.tar: No such file or directory after 0 samples; get the shard again$"),
-        ("image", r"train-000001.tar: 0000000\d/n\d+/\d_JPEG: cannot be decoded \(.*; get the shard again, or make"),
-        ("no image", r"train-000001.tar: 0000000\d/n\d+/\d_JPEG: cannot be decoded"),
-        ("class", r"train-000001.tar: 0000000\d/n\d+/\d_JPEG: its class is b'3', index.json has 3; get"),
-        ("no class", r"train-000001.tar: 0000000\d/n\d+/\d_JPEG: its class is b'', index.json has 3; get"),
+        (
+            "image",
+            r"train-000001.tar: train-0000000\d/n\d+/\d_JPEG: cannot be decoded \(.*; get the shard again, or make",
+        ),
+        ("no image", r"train-000001.tar: train-0000000\d/n\d+/\d_JPEG: cannot be decoded"),
+        ("class", r"train-000001.tar: train-0000000\d/n\d+/\d_JPEG: its class is b'3', index.json has 3; get"),
+        ("no class", r"train-000001.tar: train-0000000\d/n\d+/\d_JPEG: its class is b'', index.json has 3; get"),
     ],
 )
 def test_damage_is_named(shards, damage, message):
@@ -211,6 +216,50 @@ def test_damage_is_named(shards, damage, message):
         epoch(load(shards, workers=int(damage in ("cut", "image"))), 0, Batching(5))
     assert "\n" not in str(error.value)
     assert str(error.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ("train-000000.tar", "sample 0 is train-00000000 instead of train-00000005"),
+        ("val-000001.tar", "sample 0 is val-00000005 instead of train-00000005"),
+    ],
+)
+def test_another_shard_of_the_same_size_is_not_trained_on(shards, other, message):
+    """As a synchronization leaves it that was interrupted, or a file with a wrong name."""
+    shutil.copy(shards / other, shards / "train-000001.tar")
+    with pytest.raises(DataError, match=rf"train-000001.tar: {message}; get the shard again$"):
+        epoch(load(shards), 0, Batching(5))
+
+
+def test_samples_of_another_packer_may_have_any_keys(shards):
+    expected = epoch(load(shards), 0, Batching(5))
+    for path in shards.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            files = [(member.name, tar.extractfile(member).read()) for member in tar]
+        with tarfile.open(path, "w") as tar:
+            for name, data in files:
+                info = tarfile.TarInfo(name.replace("train-", "7").replace("val-", "7"))
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    assert epoch(load(shards), 0, Batching(5)) == expected
+
+
+def test_the_fingerprint_tells_what_was_packed(root, shards, tmp_path):
+    """That of the folders, and another one of shards with the same names and sizes; an older index has none."""
+    folders = imagenet(root, "test", workers=0, **KEYS).fingerprint
+    packed = load(shards).fingerprint
+    assert packed[CHECKSUM] == folders[CHECKSUM]
+    assert differences(folders, packed) == ""
+    write_folders(tmp_path)
+    image = tmp_path / "imagenet" / "train" / "n00000001" / "2.JPEG"
+    image.rename(image.with_name("other.JPEG"))
+    assert main([str(tmp_path / "imagenet"), str(tmp_path / "made"), "--maxcount", "5"]) == 0
+    assert differences(packed, load(tmp_path / "made").fingerprint).startswith(CHECKSUM)
+    index = json.loads((shards / "index.json").read_text())
+    del index["checksum"]
+    (shards / "index.json").write_text(json.dumps(index))
+    assert differences(packed, load(shards).fingerprint) == ""
 
 
 class Bomb:
@@ -284,7 +333,7 @@ def test_the_script_keeps_bytes_and_refuses_to_overwrite(root, tmp_path, capsys)
     assert index["classes"] == ["n00000000", "n00000001", "n00000002"]
     assert index["train"] == {"train-000000.tar": 5, "train-000001.tar": 5, "train-000002.tar": 2}
     with tarfile.open(root / "shards" / "val-000000.tar") as tar:
-        first = tar.extractfile("00000000/n00000000/0_JPEG.jpg").read()
+        first = tar.extractfile("val-00000000/n00000000/0_JPEG.jpg").read()
     assert first == (root / "imagenet" / "val" / "n00000000" / "0.JPEG").read_bytes()
     again = ["--maxcount", "5"]
     assert main([str(root / "imagenet"), str(tmp_path / "100%d"), *again]) == 0
