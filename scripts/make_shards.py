@@ -3,8 +3,8 @@
     python -m scripts.make_shards data/imagenet shards/imagenet
 
 writes train-000000.tar and so on, val-000000.tar and so on, and at last index.json, with a checksum of the names of the
-images. The training images are in random order, so that a shard is a fair sample of them, and their keys have their
-places in it. The bytes of the images stay as they are; each image is decoded once to see that it can be.
+images and the first key of each shard. The training images are in random order, so that a shard is a fair sample of
+them. The bytes of the images stay as they are; each image is decoded once to see that it can be.
 """
 
 import argparse
@@ -34,16 +34,17 @@ def make(source: Path, target: Path, maxcount: int = 1000) -> None:
     order = np.random.default_rng(0).permutation(len(train.labels))
     target.mkdir(parents=True, exist_ok=True)
     with named(target):
+        first_keys: dict[str, str] = {}
         counts = {
-            "train": pack(Files(train.paths[order], train.labels[order]), target, "train", maxcount),
-            "val": pack(val, target, "val", maxcount),
+            "train": pack(Files(train.paths[order], train.labels[order]), target, "train", maxcount, first_keys),
+            "val": pack(val, target, "val", maxcount, first_keys),
         }
-    index = {"classes": classes, "checksum": checksum_of_files(train, val), **counts}
+    index = {"classes": classes, "checksum": checksum_of_files(train, val), **counts, "first keys": first_keys}
     write_text(target / INDEX, json.dumps(index, indent=1) + "\n")
 
 
-def pack(files: Files, target: Path, part: str, maxcount: int) -> dict[str, int]:
-    """Write the shards of one part; their names, each with the number of its images.
+def pack(files: Files, target: Path, part: str, maxcount: int, first_keys: dict[str, str]) -> dict[str, int]:
+    """Write the shards of one part; their names, each with the number of its images. `first_keys` gets their first.
 
     Raises DataError that names an image which cannot be decoded.
     """
@@ -59,9 +60,10 @@ def pack(files: Files, target: Path, part: str, maxcount: int) -> dict[str, int]
                 list(pool.map(_check, paths[number : number + AT_ONCE]))
             name = f"{path.parent.name}/{path.name}".replace(".", "_")  # what follows a dot is the kind of a file
             shards.write(
-                {"__key__": f"{part}-{number:08d}/{name}", "jpg": path.read_bytes(), "cls": str(label).encode()}
+                {"__key__": (key := f"{number:08d}/{name}"), "jpg": path.read_bytes(), "cls": str(label).encode()}
             )
             counts[Path(shards.fname).name] = shards.count
+            first_keys.setdefault(Path(shards.fname).name, key)
     print(f"{part}: {len(files.labels):,} images in {len(counts):,} shards", flush=True)
     return counts
 

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from lawn.data.folders import CHECKSUM
 from lawn.errors import UserError
 from lawn.files import write_text
 from lawn.identity import NOT_IDENTITY
@@ -32,7 +33,7 @@ def read(folder: Path, split: str) -> tuple[pd.DataFrame, int]:
         if not (run / "DONE").exists():
             continue
         result, environment = read_result(run), read_environment(run)
-        data = [environment, *environment.get("resumed", [])][-1].get("data")  # None in older runs
+        data = [environment, *environment.get("resumed", [])][-1].get("data") or {}  # of older runs it is not known
         if result["split"] != split:
             others += 1
             continue
@@ -40,7 +41,7 @@ def read(folder: Path, split: str) -> tuple[pd.DataFrame, int]:
             {
                 **pd.json_normalize(read_config(run, "hash", LAST_KEY)).iloc[0].to_dict(),
                 "git": environment["git"],
-                "data": None if data is None else str(data.get("checksum", data)),
+                "data": data.get("checksum", data.get(CHECKSUM)),
                 "status": result["status"],
                 **{key: result["last"].get(key) for key in ("train_loss", "margin_p50", "weight_norm")},
                 **{key: value for key, value in result["last"].items() if key.startswith(split)},

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from lawn.data.folders import CHECKSUM
 from lawn.identity import run_name
 from lawn.train import train
 from scripts import rank_runs
@@ -271,6 +272,13 @@ def test_rank_runs_takes_runs_on_other_data_apart(finished_runs, tmp_path, monke
     with pytest.raises(SystemExit, match="2"):
         rank_runs.main()
     assert not (tmp_path / "no").exists()
+    for run, data in (("a", {CHECKSUM: "x"}), ("b", {"images": 3, CHECKSUM: "x"}), ("copy of b", {"images": 3})):
+        environment = json.loads((tmp_path / "runs" / run / "env.json").read_text())
+        (tmp_path / "runs" / run / "env.json").write_text(json.dumps({**environment, "data": data}))
+    monkeypatch.setattr(sys, "argv", ["rank_runs.py", str(tmp_path / "runs")])
+    capsys.readouterr()
+    assert rank_runs.main() == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2  # of folders and shards, and one that does not tell
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,11 @@ def test_data_command_with_keys(tmp_path, data_command, capsys):
     assert out.startswith("movielens: 30 users, ")
     code, _, err = data_command(*command, "dataset.shards=x")
     assert (code, err.count("\n")) == (2, 1)
-    for wrong, message in ((["dataset.path=mine.data"], "name a dataset"), (["movies"], "movies: no such dataset")):
+    for wrong, message in (
+        (["dataset.path=mine.data"], "name a dataset"),
+        (["digits", "dataset.name=x"], "name a"),
+        (["movies"], "movies: no such dataset"),
+    ):
         with pytest.raises(SystemExit, match="2"):
             data_main(wrong)
         assert f"error: {message}" in capsys.readouterr().err

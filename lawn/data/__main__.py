@@ -41,8 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     names = [argument for argument in given.name if argument not in overrides]
     if wrong := [name for name in names if name not in NAMES]:
         parser.error(f"{wrong[0]}: no such dataset; choose from {', '.join(sorted(NAMES))}")
-    if not names:
-        parser.error("name a dataset")
+    if not names or any(override.startswith("dataset.name=") for override in overrides):
+        parser.error("name a dataset, without dataset.name=")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     code = 0

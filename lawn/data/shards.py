@@ -34,15 +34,16 @@ except ImportError as missing:
 
 INDEX = "index.json"
 BUFFER = 1000  # encoded samples that a worker shuffles: about 100 MB of ImageNet
+BOTH = "get both again"
 REMEDY = "get the shard again, or make it again without the sample"
 
 
 class Shard(NamedTuple):
-    part: str  # train or val, in the index
-    name: str  # there
+    name: str  # in the index
     url: str
     size: int  # samples
-    first: int  # index of its first sample, counted through all shards of the part
+    first: int  # index of its first sample, counted through all shards
+    first_key: str | None  # of that sample; None if the index does not have it
 
 
 class Index(NamedTuple):
@@ -223,7 +224,10 @@ def read(source: Shard, start: int, stop: int) -> Iterator[Sample]:
         stream = gopen(source.url)
         try:
             for sample in group_by_keys(tar_file_expander([{"url": source.url, "stream": stream}], **wanted)):
-                _check_place(source, count, sample["__key__"])
+                if not count and source.first_key not in (None, sample["__key__"]):
+                    raise DataError(
+                        f"{source.url}: begins with {sample['__key__']}, but {INDEX} has {source.first_key}; {BOTH}"
+                    )
                 if start <= count < stop:
                     name = f"{source.url}: {sample['__key__']}"
                     yield Sample(source.first + count, name, sample.get("jpg", b""), sample.get("cls", b""))
@@ -238,15 +242,7 @@ def read(source: Shard, start: int, stop: int) -> Iterator[Sample]:
     except Exception as error:  # webdataset raises many types
         raise DataError(f"{source.url}: {_reason(error)} after {count} samples; get the shard again") from error
     if count != source.size:
-        raise DataError(f"{source.url}: {count} samples, but {INDEX} has {source.size}; get both again")
-
-
-def _check_place(source: Shard, count: int, key: str) -> None:
-    """Raise DataError if a sample that scripts/make_shards.py has numbered is not the one of its place."""
-    found = re.match(r"(train|val)-\d{8}(?=/)", key)
-    place = f"{source.part}-{source.first + count:08d}"
-    if found and found[0] != place:
-        raise DataError(f"{source.url}: sample {count} is {found[0]} instead of {place}; get the shard again")
+        raise DataError(f"{source.url}: {count} samples, but {INDEX} has {source.size}; {BOTH}")
 
 
 def shard_images(
@@ -287,7 +283,8 @@ def read_index(prefix: str) -> Index:
         ) from error
     try:
         index: Any = json.loads(text)
-        classes, parts, checksum_of_files = index["classes"], [index["train"], index["val"]], index.get("checksum")
+        classes, parts = index["classes"], [index["train"], index["val"]]
+        checksum_of_files, first_keys = index.get("checksum"), dict(index.get("first keys", {}))
         names = [name for part in parts for name in part]
         counts = [count for part in parts for count in part.values()]
         # A name can become part of a command (pipe:), so only safe characters are allowed.
@@ -300,14 +297,14 @@ def read_index(prefix: str) -> Index:
             raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{url}: not an index of shards; python -m scripts.make_shards writes one") from error
-    train, held_out = (_shards(prefix, part, counts) for part, counts in zip(("train", "val"), parts, strict=True))
+    train, held_out = (_shards(prefix, part, first_keys) for part in parts)
     return Index(classes, train, held_out, checksum_of_files)
 
 
-def _shards(prefix: str, part: str, counts: dict[str, int]) -> list[Shard]:
+def _shards(prefix: str, counts: dict[str, int], first_keys: dict[str, str]) -> list[Shard]:
     firsts = accumulate(counts.values(), initial=0)
     return [
-        Shard(part, name, shard_url(prefix, name), size, first)
+        Shard(name, shard_url(prefix, name), size, first, first_keys.get(name))
         for (name, size), first in zip(counts.items(), firsts, strict=False)
     ]
 

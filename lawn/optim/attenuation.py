@@ -30,10 +30,10 @@ def output_layer(model: nn.Module) -> nn.Linear:
     if not layers:
         raise ValueError("the model has no linear layer")
     for name, module in model.named_modules():
-        if _is_adapted(module) and any(layers[-1] is child for child in module.modules()):
+        if _adds_to_weight(module, layers[-1]):
             raise ValueError(
-                f"the last linear layer is inside the adapter '{name}' ({type(module).__qualname__}), which adds it to "
-                "another weight; merge the adapter first"
+                f"the last linear layer is inside the adapter '{name or 'the model itself'}' "
+                f"({type(module).__qualname__}), which adds it to another weight; merge the adapter first"
             )
     return layers[-1]
 
@@ -87,13 +87,15 @@ def attenuate_logits(model: nn.Module, factor: float) -> None:
         p.mul_(factor)
 
 
-def _is_adapted(module: nn.Module) -> bool:
-    """Whether a module adds the outputs of linear layers below it to those of a weight: PEFT's adapters keep that in a
-    layer `base_layer`, others have it themselves.
+def _adds_to_weight(module: nn.Module, last: nn.Linear) -> bool:
+    """Whether a module adds the outputs of `last`, below it, to those of as many features that a weight gives: PEFT's
+    adapters keep that in a layer `base_layer`, others have it themselves.
     """
-    has_layers = any(isinstance(child, nn.Linear) for child in module.modules() if child is not module)
-    own = module._parameters.get("weight")
-    return has_layers and ("base_layer" in module._modules or (own is not None and own.ndim > 1))
+    base = module._modules.get("base_layer")
+    weight = (base or module)._parameters.get("weight")  # `.weight` would compute a parametrized one
+    sizes = () if weight is None or weight.ndim < 2 else tuple(weight.shape)
+    fits = last.out_features in (*sizes, getattr(base, "out_features", None))
+    return fits and last not in (module, base) and any(child is last for child in module.modules())
 
 
 def _is_proportional(layer: nn.Linear, params: list[nn.Parameter]) -> bool:

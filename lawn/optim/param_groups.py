@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lawn.optim.checks import check_shapes_known
 
@@ -276,6 +277,7 @@ def _groups(model: nn.Module, weights: Iterable[Tensor], include_bias: bool) -> 
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
                 _check_bias(name, module, blocks)
+            _check_computed(name, module, blocks)
             for key, weight in module._parameters.items():
                 bias = module._parameters.get(key.replace("weight", "bias")) if "weight" in key else None
                 joins = weight in blocks and bias is not None and bias.requires_grad and bias.ndim == 1
@@ -302,7 +304,21 @@ def _check_bias(name: str, module: nn.Module, blocks: Iterable[Tensor | None]) -
     own = module._parameters
     bias = own.get("bias")
     may_join = "bias" not in own or (bias is not None and bias.requires_grad)
-    if may_join and not {"weight", "bias"} <= own.keys() and not {*module.parameters()}.isdisjoint(blocks):
+    if may_join and not {"weight", "bias"} <= own.keys():
+        _refuse_computed(name, module, blocks)
+
+
+def _check_computed(name: str, module: nn.Module, blocks: Iterable[Tensor | None]) -> None:
+    """Raise ValueError if a bias is named like a constrained weight, and one of them is computed."""
+    for key, p in module._parameters.items():
+        other = key.replace("bias", "weight") if "bias" in key else key.replace("weight", "bias")
+        is_layer = p is not None and p.requires_grad and (p.ndim == 1) == ("bias" in key)
+        if is_layer and (is_parametrized(module, other) or other in vars(module)):  # pruned
+            _refuse_computed(name, module, blocks)
+
+
+def _refuse_computed(name: str, module: nn.Module, blocks: Iterable[Tensor | None]) -> None:
+    if not {*module.parameters()}.isdisjoint(blocks):
         raise ValueError(
             f"the bias of '{name or 'the model itself'}' cannot share the norm of its weight, because one of them is "
             "computed from other parameters (parametrized or pruned); leave out include_bias"

@@ -93,15 +93,18 @@ def start_or_resume(
     together: int | None = None,
 ) -> tuple[Trainer, RunRecorder | None]:
     """The run in the state of a checkpoint, or at its start; `together` is the number of runs that are vectorized."""
+    data = task.dataset.fingerprint
+    (reader, first), *others = world.all_gather_object((type(task.dataset).__name__, data))
+    for rank, (other_reader, other) in enumerate(others, start=1):
+        changed = differences(first, other, "there", "here")
+        if other_reader != reader:  # whose epochs have other orders
+            changed = f"{reader} there, {other_reader} here"
+        if changed:
+            raise DataError(f"rank {rank} has read other data than rank 0 ({changed}); give all machines the same")
     trainer = Trainer(run.config, task, world)
     if directory:
         for warning in task.warnings:
             echo(f"warning: {warning}")
-    data = task.dataset.fingerprint
-    first, *others = world.all_gather_object(data)
-    for rank, other in enumerate(others, start=1):
-        if changed := differences(first, other, "there", "here"):
-            raise DataError(f"rank {rank} has read other data than rank 0 ({changed}); give all machines the same")
     if state is not None and (changed := differences(state.get("data", {}), data)):
         raise RunError(
             f"{run.directory.path}: was started on other data ({changed}); put those back, or delete it to start over"

@@ -17,7 +17,7 @@ from torch.optim import LBFGS, SGD, Adam, Optimizer
 
 from lawn import LAMBLAWN, LAWN, SGDLAWN, AdamLAWN
 from lawn.diagnostics import UpdateMonitor
-from lawn.optim import attenuate_logits, bound_norms, cpu_kernels, dispatch, update
+from lawn.optim import attenuate_logits, bound_norms, cpu_kernels, dispatch, output_layer, update
 from lawn.optim.blocks import Blocks
 from lawn.optim.keys import NORM
 from lawn.optim.param_groups import all_weights, final_homogeneous
@@ -366,10 +366,29 @@ def test_an_adapter_is_no_output_layer(own):
     model = nn.Sequential(nn.Linear(4, 4), Adapted(own))
     with pytest.raises(ValueError, match=r"inside the adapter '1' \(Adapted\)"):
         attenuate_logits(model, 0.2)
+    with pytest.raises(ValueError, match="inside the adapter 'the model itself'"):
+        attenuate_logits(model[1], 0.2)
     x, model = torch.randn(2, 4), nn.Sequential(Adapted(own), nn.ReLU(), nn.Linear(3, 3))
     before = model(x)
     attenuate_logits(model, 0.2)  # the adapter is not at the end
     torch.testing.assert_close(model(x), 0.2 * before)
+
+
+class Model(nn.Module):
+    """With parameters of its own and a part of a name that adapters use, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(10, 4))
+        self.base_layer = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+        self.head = nn.Linear(8, 2)
+
+
+def test_the_head_of_a_model_with_weights_of_its_own_is_found():
+    model = Model()
+    assert output_layer(model) is model.head
+    del model.base_layer
+    assert output_layer(model) is model.head
 
 
 @pytest.mark.parametrize("make", OWN)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.parametrize import register_parametrization as parametrize
 
 from lawn.models.mlp import mlp
@@ -366,6 +366,18 @@ def test_biases_join_the_weights_that_they_are_named_like():
             ("linear.weight", "linear.bias"),
         )
     }
+
+
+def test_biases_of_computed_weights_are_refused_in_all_layers():
+    lstm = parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0")
+    attention = nn.MultiheadAttention(4, 2)
+    prune.random_unstructured(attention, "in_proj_weight", 0.5)
+    for module in (lstm, attention):
+        with pytest.raises(ValueError, match="the bias of '0' cannot share the norm of its weight, because"):
+            all_weights(nn.Sequential(module), include_bias=True)
+        all_weights(nn.Sequential(module))
+    other = nn.MultiheadAttention(4, 2, kdim=3, vdim=3)  # has no weight with the name of the bias
+    assert joined(other, all_weights(other, include_bias=True)) == {frozenset({"out_proj.weight", "out_proj.bias"})}
 
 
 def test_a_bias_of_two_layers_cannot_join_either():

@@ -20,7 +20,7 @@ import torch
 from lawn.composition import with_values
 from lawn.config import Config
 from lawn.errors import ConfigError, DataError, RunError
-from lawn.train import session, train
+from lawn.train import prepare, session, train
 from lawn.train.distributed import World
 from lawn.train.run_directory import RunDirectory
 from tests.helpers import ROOT, compose
@@ -225,7 +225,7 @@ def test_two_machines_with_other_commands_or_data_do_not_train(tmp_path, tiny_da
     shutil.copytree(tiny_data, other)
     ratings = other / "ml-100k" / "u.data"
     lines = ratings.read_text().splitlines(keepends=True)
-    ratings.write_text("".join(lines[1:]))
+    ratings.write_text("".join(line for line in lines if not line.startswith("1\t")))  # a user less
     common = ["dataset=movielens100k", "dataset.candidates=50", "train.epochs=1", "train.batch_size=200", "device=cpu"]
     common += [f"run_dir={tmp_path}/run", f"data_dir={tiny_data}", "optim.lr=0.001"]
     for old, new, message in (
@@ -238,6 +238,16 @@ def test_two_machines_with_other_commands_or_data_do_not_train(tmp_path, tiny_da
         for number in (0, 1):
             assert f"error: {message}" in (tmp_path / f"node{number}.log").read_text()
         assert not (tmp_path / "run" / "metrics.csv").exists()
+
+
+def test_ranks_that_read_folders_and_shards_are_refused(tiny, monkeypatch):
+    """Their epochs have other orders, although the images are the same."""
+    run = prepare(tiny("train.epochs=1"))
+    task = run.build_task(torch.device("cpu"))
+    first = "ShardImages", task.dataset.fingerprint
+    monkeypatch.setattr(World, "all_gather_object", lambda _, value: [first, value])
+    with pytest.raises(DataError, match=rf"rank 1 .* \(ShardImages there, {type(task.dataset).__name__} here\)"):
+        session.start_or_resume(run, task, World(torch.device("cpu"), rank=1, size=2), None, None)
 
 
 @pytest.mark.parametrize(
