@@ -58,8 +58,8 @@ def _rank_process(rank: int, config: Config, size: int, threads: int, store: str
             end_with_parent()
             with init_on_one_machine(config.device, rank, size, store) as world:
                 run_rank(prepare(config), world)
-    except Stopped as stopped:
-        errors.put((False, stopped))
+    except Stopped as stopped:  # by the user, or because another rank has died
+        errors.put((True, stopped))
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -73,12 +73,14 @@ def _rank_process(rank: int, config: Config, size: int, threads: int, store: str
 
 
 def _cause(processes: list[Any], errors: SimpleQueue) -> BaseException | None:
-    """The error of a rank, or the signal that killed one. That other ranks then lost the connection is no cause."""
+    """The error of a rank, or the signal that killed one. That the others then lost the connection, or were stopped, is
+    a cause only without such a one.
+    """
     reported = []
     while not errors.empty():
         reported.append(errors.get())
-    for lost, error in reported:
-        if not lost:
+    for follows, error in reported:
+        if not follows:
             return error
     for rank, process in enumerate(processes):
         code = process.exitcode or 0

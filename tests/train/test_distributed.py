@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Thread
+from types import SimpleNamespace
 from typing import TypeVar
 
 import pytest
@@ -20,7 +22,7 @@ import torch
 from lawn.composition import with_values
 from lawn.config import Config
 from lawn.errors import ConfigError, DataError, RunError
-from lawn.train import prepare, session, train
+from lawn.train import Stopped, prepare, session, spawn, train
 from lawn.train.distributed import World
 from lawn.train.run_directory import RunDirectory
 from tests.helpers import ROOT, compose
@@ -194,6 +196,18 @@ def test_a_killed_rank_ends_the_run_which_goes_on_with_any_number_of_ranks(tmp_p
     train(one)
     agree(whole, two, 1e-4)
     agree(whole, one, 1e-4)
+
+
+@pytest.mark.parametrize("code", [-signal.SIGKILL, 1, 75])
+def test_a_rank_that_is_stopped_after_another_one_is_no_cause(code):
+    """As where the first rank dies outside of an epoch."""
+    errors = SimpleQueue()
+    errors.put((True, Stopped("SIGTERM: stopped")))
+    if code == 1:
+        errors.put((False, DataError("no data")))
+    processes = [SimpleNamespace(exitcode=75), SimpleNamespace(exitcode=code)]
+    message = {-signal.SIGKILL: "rank 1 was killed by SIGKILL", 1: "no data", 75: "SIGTERM: stopped"}[code]
+    assert str(spawn._cause(processes, errors)).startswith(message)
 
 
 @contextmanager
