@@ -174,7 +174,7 @@ def binary_focal(*, gamma: float) -> Loss:
     def mean(logits: Tensor, labels: Tensor) -> Tensor:
         if logits.shape != labels.shape:  # they would be broadcast
             raise ValueError(f"need a logit for each label, got {[*logits.shape]} and {[*labels.shape]}")
-        margin = logits * (2 * labels - 1)
+        margin = logits * (2 * labels.to(logits.dtype) - 1)  # of unsigned integers, -1 would be 255
         return -((gamma * F.logsigmoid(-margin)).exp() * F.logsigmoid(margin)).mean()
 
     return Loss(mean)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lawn import metrics
+from lawn import losses
 from lawn.diagnostics import binary_margin, multiclass_margin, weight_norm
 from lawn.optim import bound_norms
 
@@ -135,6 +136,14 @@ def test_margins_by_hand():
     logits = torch.tensor([[1.0, 4.0, 2.0], [1.0, 4.0, 2.0]])
     assert multiclass_margin(logits, torch.tensor([1, 0])).tolist() == [2.0, -3.0]
     assert binary_margin(torch.tensor([2.0, 2.0]), torch.tensor([1.0, 0.0])).tolist() == [2.0, -2.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int64, torch.float16, torch.float64])
+def test_binary_labels_of_any_dtype(dtype):
+    logits, labels = torch.tensor([2.0, 2.0]), torch.tensor([1, 0])
+    assert binary_margin(logits, labels.to(dtype)).tolist() == [2.0, -2.0]
+    loss = losses.binary_focal(gamma=2.0)
+    assert loss(logits, labels.to(dtype)) == loss(logits, labels.float())
 
 
 def test_margins_of_other_shapes_are_refused():

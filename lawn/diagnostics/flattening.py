@@ -61,7 +61,7 @@ def binary_margin(logits: Tensor, labels: Tensor) -> Tensor:
     """
     if logits.shape != labels.shape:
         raise ValueError(f"need a logit for each label, got logits {[*logits.shape]} and labels {[*labels.shape]}")
-    return logits * (2 * labels - 1)
+    return logits * (2 * labels.to(logits.dtype) - 1)  # of unsigned integers, -1 would be 255
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lawn.optim import sums
+
 
 def top_eigenvalue(
     operator: Callable[[Tensor], Tensor],
@@ -61,11 +63,11 @@ def top_eigenvalue(
     while True:
         basis.append(q)
         w = operator(q)
-        diagonal.append((q @ w).item())
+        diagonal.append(sums.dot(q, w).item())
         for _ in range(2):  # once is too inaccurate if the remainder is small
             for other in basis:
-                w = w - (other @ w) * other
-        length = torch.linalg.vector_norm(w).item()
+                w = w - sums.dot(other, w) * other
+        length = sums.norm(w).item()
         if not math.isfinite(diagonal[-1]) or not math.isfinite(length):
             return math.nan
         values, vectors = _tridiagonal_eigh(diagonal, off_diagonal)

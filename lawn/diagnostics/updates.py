@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lawn.optim import phase, sharding
+from lawn.optim import phase, sharding, sums
 from lawn.optim.step_hooks import StepNesting, calls_hooks, closure_of, with_closure
 
 QUANTITIES = ("norm", "gradient_norm", "radial", "angle", "effective_lr")
@@ -195,8 +195,8 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(tensors)).double()
+    return torch.stack(list(sums.norms(tensors))).double()
 
 
 def _dots(some: list[Tensor], others: list[Tensor]) -> Tensor:
-    return torch.stack([torch.dot(a.flatten(), b.flatten()) for a, b in zip(some, others, strict=True)]).double()
+    return torch.stack([sums.dot(a, b) for a, b in zip(some, others, strict=True)]).double()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lawn.optim import sums
 from lawn.optim.checks import check_shapes_known
 
 
@@ -161,4 +162,4 @@ def _unshare_class(module: nn.Module) -> None:
 
 def _norm(weight: Tensor) -> Tensor:
     """Compute the Frobenius norm in float32, or float64 for float64 weights."""
-    return torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    return sums.norm(weight, torch.promote_types(weight.dtype, torch.float32))

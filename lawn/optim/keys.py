@@ -27,7 +27,7 @@ stochastic rounding the state of each half-precision parameter has `lawn_seed`, 
 import math
 import operator
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -176,10 +176,10 @@ def complete_state_dict(saved: dict[str, Any], groups: list[Group], keys: list[s
     if len(old) != len(groups):
         return saved  # torch raises the error
     merged_groups = []
-    for index, (loaded, group) in enumerate(zip(old, groups, strict=True)):
+    for index, (loaded, group, own) in enumerate(zip(old, groups, kept(groups, old, keys), strict=True)):
         if "target_norms" in loaded:
             raise ValueError("an earlier version of LAWN wrote this checkpoint, with norms by position")
-        merged = {**{key: group[key] for key in keys if key in group}, **loaded, "blocks": group.get("blocks")}
+        merged = {**own, **loaded, "blocks": group.get("blocks")}
         check_group({**merged, "params": group["params"]}, index, "the loaded param group")
         merged_groups.append({**merged, "free_steps": check_free_steps(merged["free_steps"])})
     state = {
@@ -188,6 +188,16 @@ def complete_state_dict(saved: dict[str, Any], groups: list[Group], keys: list[s
         if isinstance(entry, dict) and isinstance(entry.get(NORM), Tensor)
     }
     return {**saved, "state": {**saved["state"], **state}, "param_groups": merged_groups}
+
+
+def kept(groups: list[Group], loaded: list[Group], keys: Iterable[str]) -> list[Group]:
+    """Return the `keys` that param groups keep as they load others; if those have no phase, updates count anew."""
+    anew = not any(RUN & each.keys() for each in loaded)
+    found = []
+    for group in groups:
+        own = {key: group[key] for key in keys if key in group}
+        found.append({**own, **{key: DEFAULTS[key] for key in RUN if anew and group.get("steps")}})
+    return found
 
 
 def entries(state: Mapping[Any, Any]) -> list[tuple[Tensor, dict[str, Any]]]:

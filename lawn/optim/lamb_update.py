@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lawn.optim import rounding, sharding, slices, stages
+from lawn.optim import rounding, sharding, slices, stages, sums
 from lawn.optim.adam_lawn import moments
 from lawn.optim.blocks import batch_elements, real
 from lawn.optim.group_update import gradients
@@ -140,12 +140,18 @@ def _norms(group: dict[str, Any], params: list[Tensor], tensors: list[Tensor]) -
     """Compute the norms of one tensor for each parameter, those of its slices if its group has `norm_axes` for it."""
     slice_axes = [_slice_axes(group.get(slices.KEY), p) for p in params]
     if slice_axes.count(None) == len(params):
-        return torch._foreach_norm(tensors)
-    norms = []
-    for t, axes in zip(tensors, slice_axes, strict=True):
-        over = None if axes is None else tuple(axis for axis in range(t.ndim) if axis not in axes)
-        norms.append(torch.linalg.vector_norm(t, dim=over, keepdim=over is not None))
-    return norms
+        return sums.norms(tensors)
+    return [
+        sums.norm(t) if axes is None else _slice_norms(t, axes) for t, axes in zip(tensors, slice_axes, strict=True)
+    ]
+
+
+def _slice_norms(t: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Compute the norm of each slice, in a shape that is broadcast with the tensor."""
+    if t.numel() <= sums.PART * slices.count(t, axes):
+        return torch.linalg.vector_norm(t, dim=[axis for axis in range(t.ndim) if axis not in axes], keepdim=True)
+    found = sums.norms(list(slices.to_front(t, axes).flatten(0, len(axes) - 1)))
+    return torch.stack(list(found)).view([t.shape[axis] if axis in axes else 1 for axis in range(t.ndim)])
 
 
 def _slice_axes(axes: slices.NormAxes, p: Tensor) -> tuple[int, ...] | None:

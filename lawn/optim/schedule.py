@@ -14,7 +14,8 @@ class LinearWarmup(LRScheduler):
 
     Update t (from 0) uses the initial learning rate times (t + 1) / (warmup_steps + 1) during warmup, so the first
     update has a positive learning rate. Call `step` after each step of the optimizer. A param group that is added
-    between the two follows the schedule, too.
+    between the two follows the schedule, too. Each learning rate is computed anew, not from the one before, so join
+    schedules with `SequentialLR`; `ChainedScheduler` loses the factors of others.
 
     Args:
         optimizer: optimizer whose learning rates are scheduled.

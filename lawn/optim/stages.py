@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lawn.optim import dispatch, sharding, update
+from lawn.optim import dispatch, sharding, sums, update
 from lawn.optim.blocks import Blocks
 from lawn.optim.group_update import GroupUpdate, all_reduce
 
@@ -127,7 +127,7 @@ def _rescale(part: GroupUpdate, again: Tensor) -> None:
     if again.is_cuda or not again.any():
         return
     weights = sharding.local(part.params)
-    squares = torch.stack([torch.linalg.vector_norm(w, dtype=w.dtype).double() ** 2 for w in weights])
+    squares = torch.stack(list(sums.norms(weights))).double() ** 2
     (reduced,) = all_reduce([part.params], [squares[:, None]])
     measured = part.per_block(reduced)[:, 0].sqrt()
     norms = torch.tensor(part.norms, dtype=measured.dtype, device="cpu")

@@ -18,6 +18,7 @@ from lawn.optim.blocks import Blocks
 from lawn.optim.checks import check_spelling
 from lawn.optim.group_update import GroupUpdate, gradients, sum_products
 from lawn.optim.step_hooks import StepNesting, calls_hooks, closure_of, with_closure
+from lawn.optim.stored_weights import StoredWeights
 from lawn.optim.substitutes import HiddenNorms, ProjectedGradients, buffers, version
 from lawn.optim.zero_check import ZeroCheck
 
@@ -43,8 +44,9 @@ class LAWN:
             built, False never.
 
     Raises:
-        TypeError: if `optimizer` has no hooks (it is not a torch optimizer), is a ZeroRedundancyOptimizer, or has flat
-            parameters of FullyShardedDataParallel or DTensors with a Partial placement.
+        TypeError: if `optimizer` has no hooks (it is not a torch optimizer), is a ZeroRedundancyOptimizer or saves the
+            state of optimizers inside it instead of its own, or has flat parameters of FullyShardedDataParallel or
+            DTensors with a Partial placement.
         ValueError: if `optimizer` is a LAWN optimizer already, `free_steps` is invalid, constrained parameters have
             weight decay, a key of a param group is nearly one of LAWN's or is `rounding`, a hyperparameter has the name
             of one of LAWN's keys, the step is `differentiable`, or norms of slices were loaded in half precision
@@ -78,6 +80,7 @@ class LAWN:
             for index in range(len(before)):
                 added = "switched" not in before[index] and any("switched" in group for group in before[:index])
                 _add_defaults(optimizer, index, free_steps, later=trained and added)
+            _check_saved(optimizer)
         except (TypeError, ValueError):
             for group, old in zip(optimizer.param_groups, before, strict=True):
                 group.clear()
@@ -93,6 +96,7 @@ class LAWN:
         self._free_steps = free_steps
         self._fused = fused
         self._zero_check = ZeroCheck(known)
+        self._stored_weights = StoredWeights(optimizer)
         self._groups = list(optimizer.param_groups)  # a load makes new ones
         self._had_weights = keys.has_weights(self._groups)
         self._before: dict[Tensor, Tensor] = {}  # buffers of weights before the step
@@ -182,9 +186,11 @@ class LAWN:
         groups = self.optimizer.param_groups
         pairs = list(zip(groups, self._groups, strict=False))
         if pairs and all(_is_loaded(group, before) for group, before in pairs):  # without hooks, as by bitsandbytes
-            for group, before in pairs:
-                own = {key: before[key] for key in (slices.KEY, *keys.DEFAULTS) if key in before}
-                group.update({**own, **group})
+            own = keys.kept(
+                [before for _, before in pairs], [group for group, _ in pairs], (slices.KEY, *keys.DEFAULTS)
+            )
+            for (group, _), each in zip(pairs, own, strict=True):
+                group.update({**each, **group})
             self._load(self.optimizer)
         for index, group in enumerate(groups):
             if "switched" not in group:
@@ -210,6 +216,7 @@ class LAWN:
         if self._skipped or self._dummy:
             self._norms.hide()
             return None
+        self._stored_weights.begin(self.optimizer)
         if closure is None:
             self._project()
             self._norms.hide()
@@ -309,6 +316,7 @@ class LAWN:
             for group in self.optimizer.param_groups:
                 for p in filter(lambda p: p.grad is not None, group["params"]):
                     state[p].setdefault(keys.NORM, keys.free_norm(group, p))
+        self._stored_weights.end(self.optimizer)
         results = self._retract()
         for group_update in self._group_updates or []:
             group_update.record(state)
@@ -361,6 +369,23 @@ def _check_wrappable(optimizer: Optimizer) -> None:
         raise ValueError(
             f"the optimizer has loaded norms of slices without LAWN, so torch has rounded them to {rounded[0]}; "
             "put LAWN on a new optimizer and load the checkpoint then"
+        )
+
+
+def _check_saved(optimizer: Optimizer) -> None:
+    """Raise TypeError if a state dict of the optimizer lacks keys of its param groups: it is that of other optimizers,
+    which LAWN does not see."""
+    if type(optimizer).state_dict is Optimizer.state_dict:
+        return
+    try:
+        saved = optimizer.state_dict()
+    except Exception:
+        return
+    groups = saved.get("param_groups") if isinstance(saved, dict) else None
+    if optimizer.param_groups and not any("switched" in group for group in groups or []):
+        raise TypeError(
+            f"the state dict of {type(optimizer).__name__} has no param groups of its own, so LAWN's phase and norms "
+            "would be lost with it; put LAWN on each optimizer inside it"
         )
 
 

@@ -16,7 +16,7 @@ from lawn.data.batching import Batching
 from lawn.diagnostics import FlatteningOnset, weight_norm
 from lawn.errors import ConfigError, RunError
 from lawn.identity import run_name
-from lawn.optim import LAWNOptimizer, NonFiniteError, attenuate_logits
+from lawn.optim import LAWNOptimizer, NonFiniteError, attenuate_logits, sums
 from lawn.optim.keys import is_constrained
 from lawn.optimizers import IN_STEPS, OPTIMIZERS, SCHEDULES, optimizer_arguments
 from lawn.task import Batch, Recommendation, Task
@@ -228,7 +228,7 @@ class Trainer:
     def _gradient_norms(self) -> Tensor:
         """The norm of each weight's gradient [weights]; 0 for a weight without gradient."""
         gradients = [p.new_zeros(1) if p.grad is None else p.grad for p in self._weights.values()]
-        return torch.stack(torch._foreach_norm(gradients))
+        return torch.stack(list(sums.norms(gradients)))
 
     def _switch_at_onset(self, margins: Tensor) -> None:
         """With automatic E_free, constrain at the onset of loss flattening; `margins` are those of an update.

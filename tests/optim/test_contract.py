@@ -305,13 +305,16 @@ def test_a_norm_is_not_rounded_to_the_weights_dtype(form):
     assert optimizer.state[network[0].weight][NORM] == 1.23456789
 
 
+@pytest.mark.parametrize("before", [0, 1, 3])
 @every_form
-def test_warm_start_from_the_base_optimizer(form):
-    """Its checkpoint has none of LAWN's keys: they stay as they are."""
+def test_warm_start_from_the_base_optimizer(form, before):
+    """Its checkpoint has none of LAWN's keys: they stay as they are, and updates are counted from the load."""
     network = model()
     plain = base(form, network.parameters())
     train(network, plain, 0, 1)
     optimizer, lawn = make(form, network.parameters(), free_steps=2)
+    train(network, optimizer, 0, before)
+    assert lawn.constrained == (before > 2)
     optimizer.load_state_dict(plain.state_dict())
     assert optimizer.param_groups[0]["free_steps"] == 2
     phases = []

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from timm import optim as timm_optim
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import ASGD, SGD, Adam, AdamW, Optimizer, RMSprop
 
 from lawn import LAMB, LAMBLAWN, LAWN, SGDLAWN, AdamLAWN, LAMBPlus
 from lawn.optim import cpu_kernels, keys, phase
@@ -375,7 +376,8 @@ def take_steps(model: nn.Module, optimizer: Optimizer, count: int) -> None:
         optimizer.step()
 
 
-def test_a_warm_start_without_hooks_is_that_with_them():
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_warm_start_without_hooks_is_that_with_them(before):
     results = []
     for kind in (AdamW, LoadsWithoutHooks):
         model = two_layers()
@@ -385,6 +387,7 @@ def test_a_warm_start_without_hooks_is_that_with_them():
         given = [{"params": [first.weight], "constrain": False}, {"params": [second.weight], "norm_axes": 1}]
         optimizer = kind(given, lr=1e-2, weight_decay=0.0)
         LAWN(optimizer, free_steps=2)
+        take_steps(model, optimizer, before)
         optimizer.load_state_dict(base.state_dict())
         take_steps(model, optimizer, 5)
         norms = [torch.as_tensor(optimizer.state[p][keys.NORM]) for p in model.parameters()]
@@ -426,6 +429,62 @@ def test_a_state_that_is_made_anew_at_each_access_is_not_taken_for_a_load():
         assert optimizer.state is not optimizer.state
         lawn._prepare_added()
     assert lawn._zero_check is known
+
+
+class Several(Optimizer):
+    """Steps other optimizers, and saves their states."""
+
+    def __init__(self, *optimizers: Optimizer) -> None:
+        self.optimizers = optimizers
+        super().__init__(
+            [p for each in optimizers for group in each.param_groups for p in group["params"]], {"lr": 0.1}
+        )
+
+    def step(self, closure: Any = None) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+class SavesList(Several):
+    def state_dict(self) -> Any:
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+
+class SavesByName(Several):
+    def state_dict(self) -> Any:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+
+class SavesTheirGroups(Several):
+    def state_dict(self) -> Any:
+        return self.optimizers[0].state_dict()
+
+
+class SavesNothing(Several):
+    def state_dict(self) -> Any:
+        raise NotImplementedError("use another method")
+
+
+class SavesMore(Several):
+    def state_dict(self) -> Any:
+        return {**super().state_dict(), "more": 1}
+
+
+@pytest.mark.parametrize("kind", [SavesList, SavesByName, SavesTheirGroups])
+def test_an_optimizer_that_saves_the_state_of_others_is_refused(kind):
+    """Phase and norms would not be in its checkpoint: a resumed run would begin with the free phase again."""
+    optimizer = kind(*(SGD(layer.parameters(), lr=0.1) for layer in two_layers()))
+    before = [dict(group) for group in optimizer.param_groups]
+    with pytest.raises(TypeError, match="put LAWN on each optimizer inside it"):
+        LAWN(optimizer, free_steps=1)
+    assert optimizer.param_groups == before
+    for each in optimizer.optimizers:
+        LAWN(each, free_steps=1)
+
+
+@pytest.mark.parametrize("kind", [Several, SavesNothing, SavesMore])
+def test_an_optimizer_that_saves_its_own_groups_or_nothing_is_wrapped(kind):
+    LAWN(kind(*(SGD(layer.parameters(), lr=0.1) for layer in two_layers())), free_steps=1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -574,12 +633,56 @@ def test_wrapper_on_schedule_free():
     weight, bias = layer()
     base: Any = wrapped(schedulefree.AdamWScheduleFree)([weight, bias], lr=1e-2, free_steps=2)
     base.train()
-    quadratic(base, weight, bias, 2)
+    with pytest.warns(match=r"keeps a copy of the weights in its state \('z'\)"):
+        quadratic(base, weight, bias, 2)
     c = norm(weight)
     quadratic(base, weight, bias, 40)
     assert norm(weight) == pytest.approx(c, rel=1e-6)
     base.eval()
     assert norm(weight) < c
+
+
+class MasterWeights(SGD):
+    """Updates a copy of the weights, in float32."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                master = self.state[p].setdefault("master", p.detach().float().clone())
+                p.data.copy_(master.sub_(p.grad, alpha=group["lr"]))
+
+
+class FirstGradient(SGD):
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].setdefault("first", p.grad.clone())
+        super().step(closure)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "key"), [(timm_optim.MADGRAD, "x0"), (MasterWeights, "master")])
+def test_copies_of_the_weights_in_the_state_are_a_warning(kind, key, dtype):
+    """New weights that are computed from them undo the projection: the updates grow, while the norms hold."""
+    weight = nn.Parameter(torch.randn(4, 4, dtype=dtype, generator=torch.Generator().manual_seed(0)))
+    optimizer = wrapped(kind)([weight], lr=1e-2, free_steps=None)
+    weight.grad = torch.ones_like(weight)
+    with pytest.warns(match=f"{kind.__name__} keeps a copy of the weights in its state \\('{key}'\\)"):
+        optimizer.step()
+    optimizer.step()  # warns no more
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.0])
+@pytest.mark.parametrize("kind", [FirstGradient, ASGD, MasterWeights])
+def test_other_tensors_in_the_state_are_no_copies_of_the_weights(kind, fill):
+    """Such as a gradient that equals the weight, averages that torch keeps, and zeros beside a weight of zero."""
+    weight = nn.Parameter(torch.full((4, 4), fill))
+    free = nn.Parameter(torch.ones(4))
+    groups = [{"params": [weight], "constrain": kind is not MasterWeights}, {"params": [free]}]
+    optimizer = wrapped(kind)(groups, lr=1e-2, free_steps=None)
+    for _ in range(3):
+        weight.grad, free.grad = weight.detach().clone(), torch.ones_like(free)
+        optimizer.step()
 
 
 # LAMB by hand

@@ -1,0 +1,56 @@
+"""Optimizers that compute new weights from a copy in their state, such as MADGRAD, instead of from the weights.
+
+LAWN projects and rescales the weights, but not the copy. The next step undoes that, so the updates grow from step to
+step, while the norms hold all the same.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lawn.optim import keys, sharding
+
+
+class StoredWeights:
+    """Warns of a copy of the weights in an optimizer's state, at the first update.
+
+    What torch's own optimizers keep does no harm: ASGD never reads its averages.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._waits = not type(optimizer).__module__.startswith("torch.")
+        self._before: dict[Tensor, Tensor] = {}
+
+    @torch.no_grad()
+    def begin(self, optimizer: Optimizer) -> None:
+        """Copy the weights that have no state yet."""
+        if self._waits:
+            known = {p for p, entry in keys.entries(optimizer.state) if entry}
+            weights = [p for group in optimizer.param_groups for p in group["params"] if keys.constrains(group, p)]
+            self._before = {p: _local(p).clone() for p in weights if p not in known}
+
+    @torch.no_grad()
+    def end(self, optimizer: Optimizer) -> None:
+        """Compare them with the state that they have got."""
+        before, self._before = self._before, {}
+        for p, entry in keys.entries(optimizer.state):
+            for key, value in entry.items() if p in before else ():
+                if not isinstance(value, Tensor) or value.shape != p.shape or not value.is_floating_point():
+                    continue
+                self._waits = False
+                copy = _local(value).to(before[p].dtype)
+                gradient = p.grad is not None and torch.equal(copy, _local(p.grad).to(copy.dtype))
+                if copy.any() and not gradient and any(torch.equal(copy, w) for w in (before[p], _local(p))):
+                    warnings.warn(
+                        f"{type(optimizer).__name__} keeps a copy of the weights in its state ({key!r}); if it "
+                        "computes new weights from that, as MADGRAD and D-Adaptation do, it undoes what LAWN does to "
+                        "them, and their updates grow: use another optimizer",
+                        stacklevel=2,
+                    )
+                    return
+
+
+def _local(t: Tensor) -> Tensor:
+    return sharding.local([t.detach()])[0]
