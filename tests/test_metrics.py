@@ -10,8 +10,7 @@ from sklearn.metrics import brier_score_loss, log_loss, ndcg_score, top_k_accura
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lawn import metrics
-from lawn import losses
+from lawn import losses, metrics
 from lawn.diagnostics import binary_margin, multiclass_margin, weight_norm
 from lawn.optim import bound_norms
 
