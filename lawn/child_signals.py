@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 
 # From a user, a closed terminal or a system that needs the machine. Slurm can send SIGUSR1 before the time limit.
 SIGNALS = tuple(s for s in signal.Signals if s.name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"))
@@ -26,6 +26,18 @@ def signals_blocked(method: str) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """The signals have their handlers again after the body, which may replace them."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        if current_thread() is main_thread():  # Python sets handlers in the main thread alone
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def unblock_signals() -> None:

@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from experiments.execution.executor import LOST, JobResult, Resources, job_results, make_output
 from experiments.execution.worker import work
 from experiments.planning.grid import Job
+from lawn.child_signals import handlers_kept
 from lawn.config import Config
 from lawn.errors import ConfigError
 
@@ -51,7 +52,8 @@ class RayExecutor:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         _check_reachable(self._address)
         try:
-            ray.init(self._address, log_to_driver=False, logging_level=logging.ERROR)
+            with handlers_kept():  # Ray would abort the process at SIGTERM
+                ray.init(self._address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConfigError(f"--address {self._address}: {str(error).strip().splitlines()[0]}") from error
         self.size = self.size or self._room()

@@ -215,11 +215,12 @@ def test_a_driver_that_is_killed_repeats_nothing(options, tmp_path):
     assert " done, " not in driver(tmp_path, *options).communicate(timeout=100)[0]
 
 
-def test_interrupted_from_a_terminal(options, tmp_path):
+@pytest.mark.parametrize(("number", "send"), [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)])
+def test_interrupted_from_a_terminal_or_terminated(options, tmp_path, number, send):
     """Those of submitit go on, those of Ray have stopped with a checkpoint."""
     command = driver(tmp_path, *options)
     wait_until(lambda: len(processes_of(tmp_path / "runs")) == 2)
-    os.killpg(command.pid, signal.SIGINT)
+    send(command.pid, number)
     out, err = command.communicate(timeout=100)
     assert command.returncode == 75
     if "ray" in options:
