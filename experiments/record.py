@@ -143,6 +143,9 @@ def record_of(path: Path, name: str, content: dict[str, Any], needed: tuple[str,
         raise ValueError("its config does not match its name")
     if len(set(map(len, content.get("history", {}).values()))) > 1:
         raise ValueError("its history has columns of several lengths")
+    for values in (content["result"].get("last", {}).values(), *content.get("history", {}).values()):
+        if not all(value is None or isinstance(value, int | float) for value in values):
+            raise ValueError("it has text, or a list, in the place of a number")
     record = Record(
         path=path,
         name=name,

@@ -21,26 +21,28 @@ from lawn.data.folders import Files, checksum_of_files, list_split_folders
 from lawn.data.jpeg import decode
 from lawn.data.shards import INDEX
 from lawn.errors import DataError, UserError
-from lawn.files import named, write_text
+from lawn.files import locked, named, write_text
 
+LOCK = ".lock"  # is free when the process has ended, however it did
 AT_ONCE = 256  # images that are decoded before they are written
 
 
 def make(source: Path, target: Path, maxcount: int = 1000) -> None:
     """Shards of at most `maxcount` images of `source`/train and `source`/val, with their index, in `target`."""
-    if (target / INDEX).exists():
-        raise DataError(f"{target / INDEX}: is there already; remove it with its shards, or choose another folder")
     classes, train, val = list_split_folders(source)
     order = np.random.default_rng(0).permutation(len(train.labels))
-    target.mkdir(parents=True, exist_ok=True)
-    with named(target):
+    with named(target), locked(target / LOCK) as held:
+        if held is None:
+            raise DataError(f"{target}: another process writes shards there")
+        if (target / INDEX).exists():
+            raise DataError(f"{target / INDEX}: is there already; remove it with its shards, or choose another folder")
         first_keys: dict[str, str] = {}
         counts = {
             "train": pack(Files(train.paths[order], train.labels[order]), target, "train", maxcount, first_keys),
             "val": pack(val, target, "val", maxcount, first_keys),
         }
-    index = {"classes": classes, "checksum": checksum_of_files(train, val), **counts, "first keys": first_keys}
-    write_text(target / INDEX, json.dumps(index, indent=1) + "\n")
+        index = {"classes": classes, "checksum": checksum_of_files(train, val), **counts, "first keys": first_keys}
+        write_text(target / INDEX, json.dumps(index, indent=1) + "\n")
 
 
 def pack(files: Files, target: Path, part: str, maxcount: int, first_keys: dict[str, str]) -> dict[str, int]:

@@ -10,7 +10,9 @@ code version, what differs, and its metrics.
 
 import argparse
 import sys
+from numbers import Number
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from omegaconf import OmegaConf
@@ -75,6 +77,15 @@ def rank(runs: pd.DataFrame) -> pd.DataFrame:
     return ranked.sort_values("mean", ascending=False)
 
 
+def _equal(value: Any, wanted: Any) -> bool:
+    """Whether a value of a config is this one; pandas has NaN for null, and floats beside it."""
+    if wanted is None:
+        return bool(pd.api.types.is_scalar(value) and pd.isna(value))
+    if all(isinstance(each, Number) and not isinstance(each, bool) for each in (value, wanted)):
+        return bool(value == wanted)
+    return str(value) == str(wanted)
+
+
 def main() -> int:
     try:
         return rank_runs()
@@ -106,7 +117,7 @@ def rank_runs() -> int:
             wanted = OmegaConf.from_dotlist([f"value={value}"])["value"]
         except (OmegaConfBaseException, YAMLError):
             parser.error(f"--only {given.only}: {value} cannot be read as a value")
-        runs = runs[runs[key].astype(str) == str(wanted)]
+        runs = runs[[_equal(value, wanted) for value in runs[key]]]
         if runs.empty:
             parser.error(f"--only {given.only}: no finished run of eval.split={given.split} has this value")
     if not runs.empty and len(names := sorted(set(runs["dataset.name"]))) > 1:

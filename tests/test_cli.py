@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 
 from lawn.data.folders import CHECKSUM
 from lawn.identity import run_name
@@ -227,6 +229,9 @@ def test_rank_runs(tmp_path, monkeypatch, capsys):
         f"error: {tmp_path}/runs: no finished runs with eval.split=test; rank the 5 with eval.split=val by "
         "--split val\n"
     )
+    for same in ("optim.lr=0.01", "optim.lr=1e-2", "train.epochs=2.0", "model.bias=null"):
+        monkeypatch.setattr(sys, "argv", ["rank_runs.py", f"{tmp_path}/runs", "--only", same])
+        assert rank_runs.main() == 0, same
     for wrong in (["--only", "optim.lr=[1"], ["--only", "optim.lr=${oc.env:ABSENT}"], ["--top", "0"]):
         monkeypatch.setattr(sys, "argv", ["rank_runs.py", f"{tmp_path}/runs", *wrong])
         with pytest.raises(SystemExit, match="2"):
@@ -249,6 +254,26 @@ def test_rank_runs(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         rank_runs.main()
     assert "runs of cifar10, digits: choose one dataset with --only dataset.name=cifar10" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("column", "given", "expected"),
+    [
+        ([1.0, 2.0], "1", [True, False]),
+        ([3, 4], "3.0", [True, False]),
+        ([1e-3, 1e-2], "1e-2", [False, True]),
+        ([None, 1000], "1000", [False, True]),
+        ([None, 1000], "null", [True, False]),
+        ([None, "auto"], "null", [True, False]),
+        ([True, 1], "true", [True, False]),
+        ([True, 1], "1", [False, True]),
+        (["auto", 1.0], "auto", [True, False]),
+        ([[1, 2], None], "[1,2]", [True, False]),
+    ],
+)
+def test_rank_runs_compares_values_instead_of_spellings(column, given, expected):
+    wanted = OmegaConf.from_dotlist([f"value={given}"])["value"]
+    assert [rank_runs._equal(value, wanted) for value in pd.DataFrame({"key": column})["key"]] == expected
 
 
 def test_rank_runs_takes_runs_on_other_data_apart(finished_runs, tmp_path, monkeypatch, capsys):

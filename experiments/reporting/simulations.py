@@ -77,11 +77,10 @@ def simulation_page(simulation: Simulation, results: Path) -> Page:
     measured = simulation.measured
     if record is not None and record is short:
         measured += " These are numbers of the short settings, --short: few updates, few repeats."
-    shown = SimulationContent([], [], pd.DataFrame(), None)
+    shown, source = SimulationContent([], [], pd.DataFrame(), None), provenance([])
     if record is not None:
         with _reading(record):
-            shown = simulation.show(record)
-
+            shown, source = simulation.show(record), provenance([record])
     figure = None
     if record is not None and shown.figure is not None:
         figure = replace(shown.figure, function=_reading(record)(shown.figure.function))
@@ -91,7 +90,7 @@ def simulation_page(simulation: Simulation, results: Path) -> Page:
         notes=simulation.notes,
         panels=shown.panels,
         measured=measured,
-        provenance=provenance([] if record is None else [record]),
+        provenance=source,
         summary=shown.summary,
         frame=shown.frame,
         figure=figure,

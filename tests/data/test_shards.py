@@ -21,7 +21,8 @@ from lawn.data.folders import CHECKSUM
 from lawn.data.imagenet import imagenet
 from lawn.data.shards import ShardImages
 from lawn.errors import ConfigError, DataError
-from scripts.make_shards import main
+from lawn.files import locked
+from scripts.make_shards import LOCK, main
 from tests.helpers import compose, write_folders
 
 KEYS = {"seed": 0, "val_fraction": 0.1, "image_size": 16}
@@ -324,6 +325,15 @@ def test_keys_that_exclude_each_other(monkeypatch):
     monkeypatch.delitem(sys.modules, "lawn.data.shards")
     with pytest.raises(ConfigError, match=r"dataset.shards: .* not installed; pip install '.\[shards\]'$"):
         load("somewhere")
+
+
+def test_a_folder_that_another_process_writes_shards_to_is_refused(root, tmp_path, capsys):
+    """Both would write the same names, and one index would be that of the other's shards."""
+    with locked(tmp_path / LOCK):
+        assert main([str(root / "imagenet"), str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}: another process writes shards there\n"
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    assert main([str(root / "imagenet"), str(tmp_path)]) == 0
 
 
 def test_the_script_keeps_bytes_and_refuses_to_overwrite(root, tmp_path, capsys):

@@ -450,6 +450,21 @@ def test_damaged_outcomes_are_named(results, outcomes):
         report.experiment_page(MINI, Store(results))
 
 
+@pytest.mark.parametrize("value", ["", "x", "1.5", [], [1.0], {}])
+@pytest.mark.parametrize("place", ["last", "history"])
+def test_what_is_no_number_in_a_record_is_named(results, place, value):
+    path = results / "runs" / "mini.jsonl"
+    lines = path.read_text().splitlines()
+    record = json.loads(lines[1])
+    if place == "last":
+        record["result"]["last"]["margin_p50"] = value
+    else:
+        record["history"]["train_loss"][-1] = value
+    path.write_text("\n".join([lines[0], json.dumps(record), *lines[2:], ""]))
+    with pytest.raises(RunError, match=r"mini.jsonl, line 2: damaged record \(.* in the place of a number\)"):
+        report.experiment_page(MINI, Store(results))
+
+
 def test_lines_of_tuning_files_are_in_the_order_of_their_names(tuned):
     path = tuned / "results" / "tuning" / "tuned.jsonl"
     names = [json.loads(line)["name"] for line in path.read_text().splitlines()]

@@ -254,7 +254,7 @@ def test_the_plan_knows_what_is_done(call):
     assert "3 cells, 7 runs, 1 done" in out
 
 
-@pytest.mark.parametrize("damage", ["half", "part", "kind", "curve", "config"])
+@pytest.mark.parametrize("damage", ["half", "part", "kind", "curve", "config", "packages", "cpu"])
 def test_a_damaged_record_is_refused_in_one_line(call, results, damage, drawn_figures):
     (path,) = (results / "simulations").glob("*.json")
     text = path.read_text()
@@ -267,6 +267,8 @@ def test_a_damaged_record_is_refused_in_one_line(call, results, damage, drawn_fi
         content["result"]["drop"][0]["angle"] = []
     if damage == "config":
         content["config"]["seed"] = 2
+    if damage in ("packages", "cpu"):
+        del content["environment"][damage]
     path.write_text(text[: len(text) // 2] if damage == "half" else json.dumps(content))
     code, _, err = call("report", "smd_rayleigh")
     assert (code, err.count("\n")) == (1, 1)
