@@ -17,6 +17,8 @@ from experiments.records import Store
 from experiments.reporting.statistics import Comparison, compare, compare_paired, holm, mean_and_error
 from lawn.data.fingerprint import differences
 
+FAR = 5  # points
+
 _study = cache(Study)  # a figure shows cells of the tables
 
 
@@ -84,6 +86,7 @@ class Pair:
     paper_epochs: int | None = None
     differences: tuple[float, float] = (nan, nan)  # of both from the paper's, signed as `gain`; NaN within the errors
     runs: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())  # the names of those of the base and of the rival
+    far: tuple[int, int] = (0, 0)  # the seeds of both that are far below their median, see `far_seeds`
 
     @property
     def key(self) -> Hashable:
@@ -99,6 +102,12 @@ class Pair:
         """The row that is worse, and its difference from the paper's number."""
         worse = int(self.gain.difference < 0)
         return (self.base, self.rival)[worse], self.differences[worse]
+
+    @property
+    def winner(self) -> tuple[str, float]:
+        """The other row, and its difference."""
+        better = int(self.gain.difference >= 0)
+        return (self.base, self.rival)[better], self.differences[better]
 
     @property
     def sign(self) -> int:
@@ -166,11 +175,18 @@ def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Pair]:
                     paper_epochs=b.cell.epochs[0] if b.cell.epochs else None,
                     differences=(sign * _marked_difference(a, measure), sign * _marked_difference(b, measure)),
                     runs=(tuple(record.name for record in a.records), tuple(record.name for record in b.records)),
+                    far=(far_seeds(a), far_seeds(b)),
                 )
             )
     tested = {pair.key: pair.gain.p for pair in compared if not isnan(pair.gain.p)}
     adjusted = dict(zip(tested, holm([*tested.values()]), strict=True))
     return [replace(pair, adjusted=adjusted.get(pair.key, nan)) for pair in compared]
+
+
+def far_seeds(outcome: Outcome) -> int:
+    """How many seeds end more than FAR points of the headline metric below the median of the cell's."""
+    values = [record.headline for record in outcome.records]
+    return sum(bool(value < np.median(values) - FAR) for value in values)
 
 
 def same_data(records: Sequence[Record]) -> bool:

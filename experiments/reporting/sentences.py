@@ -11,7 +11,7 @@ from experiments.reporting.statistics import mean_and_error
 
 LEVEL = 0.05  # of significance
 NO_TEST = "too few seeds for a test"
-EXPLAINED_ERROR = 2.0  # points: a larger standard error of the headline metric needs an explanation
+EXPLAINED_ERROR = 1.0  # points: a larger standard error of the headline metric needs an explanation
 
 
 def against_the_best(experiment: Experiment, found: list[Outcome]) -> list[str]:
@@ -55,7 +55,7 @@ def summary(experiment: Experiment, found: list[Outcome]) -> list[str]:
     lines = _one_comparison(pairs[0]) if len(pairs) == 1 else _all_comparisons(pairs)
     if experiment.figure == "horizon":
         lines += _over_horizons(experiment, found)
-    lines += _shared(found) + _rankings(experiment, found) + _spread(experiment, found)
+    lines += _shared(found) + _rankings(experiment, found) + _spread(experiment, found) + _devices(found)
     return lines + _the_papers_gains(_distinct(pairs)) + _where_the_paper_fails(experiment, found)
 
 
@@ -121,13 +121,17 @@ def _distinct(pairs: list[Pair]) -> list[Pair]:
 
 def below_paper(decided: list[Pair]) -> str:
     """Where the side that loses does not reach the paper's number; empty where it does."""
-    losers = [(*pair.loser, pair.place) for pair in decided]
-    below = [f"{row} at {place} by {-difference:.3g}" for row, difference, place in losers if difference < 0]
+    below = []
+    for pair in decided:
+        (row, difference), (other, others) = pair.loser, pair.winner
+        if difference < 0:
+            also = f" ({other} by {-others:.3g})" if others < 0 else ""
+            below.append(f"{row} at {pair.place} by {-difference:.3g}{also}")
     if not below:
         return ""
     return (
-        f"in {len(below)} of the {len(decided)} decided comparisons the side that loses does not reach the paper's "
-        f"number, so it may not be tuned as well: {'; '.join(below)}"
+        f"in {len(below)} of the {len(decided)} decided comparisons the losing side does not reach the paper's number "
+        f"and may be tuned less well: {'; '.join(below)}"
     )
 
 
@@ -142,7 +146,7 @@ def _undone_by_the_correction(pairs: list[Pair]) -> list[str]:
         return []
     return [
         f"By itself, but not after the correction, p < {LEVEL}: {'; '.join(undone)}. The correction is for the "
-        "comparisons that are complete, so a further one can change what is decided."
+        "comparisons of two seeds or more, so a further one can change what is decided."
     ]
 
 
@@ -201,11 +205,27 @@ def _spread(experiment: Experiment, found: list[Outcome]) -> list[str]:
         if experiment.measures[0].key != "headline" or not error > EXPLAINED_ERROR:
             continue
         low = [f"{value:.2f}" for value in values if value < search.COLLAPSED * values[-1]]
-        why = f"{len(low)} of {len(values)} seeds collapsed, to {', '.join(low)}" if low else "no seed collapsed"
+        why = f"; {len(low)} of {len(values)} collapsed" if low else ""
         lines.append(
-            f"The standard error of {outcome.cell.name} is {error:.2f} points: its seeds give {values[0]:.2f} to "
-            f"{values[-1]:.2f}; {why}."
+            f"The standard error of {outcome.cell.name} is {error:.2f} points: its seeds give "
+            f"{', '.join(f'{value:.2f}' for value in values)}{why}."
         )
+    return lines
+
+
+def _devices(found: list[Outcome]) -> list[str]:
+    """The rows of a column whose runs are of a GPU, beside others of CPUs."""
+    lines = []
+    for panel, column in places(found):
+        rows: dict[bool, list[str]] = {}
+        for outcome in at_place(found, panel, column):
+            on_cpu = {record.environment["device"] == "cpu" for record in outcome.records}
+            if len(on_cpu) == 1:
+                rows.setdefault(on_cpu.pop(), []).append(outcome.cell.row)
+        if len(rows) == 2:
+            lines.append(
+                f"At {place(panel, column)}, the runs of {', '.join(rows[False])} are of a GPU, others of CPUs."
+            )
     return lines
 
 

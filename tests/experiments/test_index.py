@@ -351,15 +351,17 @@ def test_what_is_said_of_the_comparisons():
     assert name == "Adam-LAWN over Adam"
     assert (first, second) == ("better: +3.00 (+1.82 to +4.18)", "better: +4.00 (+2.82 to +5.18)")
     assert (third, fourth) == ("+0.10 (-1.08 to +1.28)", "worse: -3.00 (-4.18 to -1.82)")
-    (said,) = findings.findings([table_with(*(replace(each, paper=2.0) for each in many))])
-    needed = re.fullmatch(r"\+0\.10 \(.*?\) \[\+2\.00, (\d) seeds\]", said.tables[0].rows[0][3])
+    (said,) = findings.findings([table_with(*(replace(each, paper=1.25) for each in many))])
+    needed = re.fullmatch(r"\+0\.10 \(.*?\) \[\+1\.25, (\d) seeds\]", said.tables[0].rows[0][3])
     assert needed is not None
-    assert int(needed[1]) == many[2].gain.seeds_needed(2.0, 3)
-    assert said.tables[0].rows[0][1] == "better: +3.00 (+1.82 to +4.18) [+2.00]"
+    assert int(needed[1]) == many[2].gain.seeds_needed(1.25, 3)
+    assert said.tables[0].rows[0][1] == "better: +3.00 (+1.82 to +4.18) [+1.25]"
+    (said,) = findings.findings([table_with(*(replace(each, paper=1.35) for each in many))])
+    assert said.tables[0].rows[0][3] == "+0.10 (-1.08 to +1.28) [+1.35]"  # which the interval leaves out
     (said,) = findings.findings([table_with(*many[1:], replace(many[0], differences=(-1.0, -2.0)))])
     assert (
-        " But in 1 of the 3 decided comparisons the side that loses does not reach the paper's number, so it may not "
-        "be tuned as well: Adam at P, 0k by 1. Gains have 95 % intervals"
+        " But in 1 of the 3 decided comparisons the losing side does not reach the paper's number and may be tuned "
+        "less well: Adam at P, 0k by 1 (Adam-LAWN by 2). Gains have 95 % intervals"
     ) in said.text
 
 
@@ -401,13 +403,26 @@ def test_the_readme_has_the_tables_of_findings(tmp_path):
 
 
 def test_what_is_said_of_several_baselines():
-    """The weaker of two baselines alone is no verdict; two that are the same runs are one and the other."""
+    """The weaker of two baselines alone is no verdict; two that are the same runs are one, in one table or in two."""
     columns = [("0k", 3.0, 3.0), ("1k", 3.1, 0.1), ("2k", 3.2, 4.0), ("3k", 0.2, 0.2)]
     pairs = [pair(gain, 0.5, base, column) for column, *both in columns for base, gain in zip("AB", both, strict=True)]
     pairs += [pair(2.0, 0.3, "A", "4k"), pair(2.1, 0.3, "A", "5k")]
-    (said,) = findings.findings([table_with(*pairs)])
+    tables = [table_with(*pairs), replace(table_with(pair(2.0, 0.3, "C", "4k")), name="table2")]
+    (said,) = findings.findings(tables)
     assert "Of 8 comparisons" in said.text
-    assert " Where Adam-LAWN has several baselines, it is better than each of them in 2 of 4 columns." in said.text
+    assert (
+        " Where Adam-LAWN has several baselines of different runs, it is better than each in 1 of 2 columns. "
+    ) in said.text
+
+
+def test_seeds_that_are_far_below_the_others_are_told():
+    """They make the interval, so it does not tell how many seeds are needed."""
+    pairs = [pair(gain, 1.0, column=f"{i}k", paper=1.5) for i, gain in enumerate((0.1, 0.2, 0.3, 0.4, 0.5, 0.6))]
+    (said,) = findings.findings([table_with(*pairs, replace(pair(0.7, 1.0, column="6k", paper=1.5), far=(0, 2)))])
+    assert " Seeds that end 5 points below their median widen intervals: P, 6k (Adam-LAWN 2 of 3). " in said.text
+    entries = said.tables[0].rows[0][1:]
+    assert [" seeds]" in entry for entry in entries] == [True] * 6 + [False]
+    assert entries[-1].endswith(" [+1.50]")
 
 
 def test_what_is_said_of_the_number_of_epochs():
@@ -447,7 +462,7 @@ def test_what_would_decide_a_comparison_that_is_not_decided():
     assert 0 < gain.floor < gain.error
     open_ = replace(pair(0.0, 1.0), gain=gain, seeds=(2, 2), epochs=60, paper_epochs=300)
     for paper, words in (
-        (9.0, r"the paper's with \d+ seeds\.$"),
+        (6.0, r"the paper's with \d+ seeds\.$"),
         (0.01, "more than 1,000 seeds: the test users are too few"),
     ):
         (said,) = findings.findings([table_with(replace(open_, paper=paper))])

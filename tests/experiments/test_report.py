@@ -27,7 +27,7 @@ from experiments.records import Store
 from experiments.reporting import drawing, report
 from experiments.reporting.charts import CHARTS, over_batch_size
 from experiments.reporting.layout import Entry, Panel, format_mean
-from experiments.reporting.outcomes import Outcome, comparisons, outcomes
+from experiments.reporting.outcomes import Outcome, comparisons, far_seeds, outcomes
 from experiments.reporting.page import entry, provenance
 from experiments.reporting.sentences import summary
 from experiments.reporting.statistics import compare, compare_paired, holm, mean_and_error
@@ -63,7 +63,7 @@ def made_up(cell: Cell, *values: float, status: str = "done", epochs: int = 300)
             name=f"{cell.row}-{cell.column}-{seed}",
             hash="",
             config={"seed": seed, "train": {"epochs": epochs}},
-            environment={},
+            environment={"device": "cpu"},
             result={"status": status, "split": "test", "headline": "accuracy", "last": {"test_accuracy": value}},
             columns={},
         )
@@ -779,16 +779,26 @@ def test_rows_of_the_same_runs_are_told():
     assert line.startswith("At MovieLens, batch 1k the search chose the same setting for 'Adam' and 'Adam, eps tuned':")
 
 
+def test_rows_on_other_devices_are_told():
+    cells = [Cell(row, (), panel="MovieLens", column="batch 1k") for row in ("Adam", "SGD", "LAMB")]
+    found = [made_up(cell, 60.0, 61.0) for cell in cells]
+    found[1].records[:] = [replace(record, environment={"device": "NVIDIA H100"}) for record in found[1].records]
+    (line,) = summary(Experiment("t", "T", tuple(cells), (ACCURACY,)), found)
+    assert line == "At MovieLens, batch 1k, the runs of SGD are of a GPU, others of CPUs."
+
+
 def test_collapsed_seeds_are_told():
     cell = Cell("SGD", (), panel="MovieLens", column="batch 1k")
     experiment = Experiment("t", "T", (cell,), (ACCURACY,))
     (line,) = summary(experiment, [made_up(cell, 60.0, 0.5, 58.0, 59.0)])
     assert line == (
-        "The standard error of MovieLens, batch 1k, SGD is 14.63 points: its seeds give 0.50 to 60.00; 1 of 4 seeds "
-        "collapsed, to 0.50."
+        "The standard error of MovieLens, batch 1k, SGD is 14.63 points: its seeds give 0.50, 58.00, 59.00, 60.00; "
+        "1 of 4 collapsed."
     )
     (line,) = summary(experiment, [made_up(cell, 40.0, 50.0, 60.0)])
-    assert line.endswith("its seeds give 40.00 to 60.00; no seed collapsed.")
+    assert line.endswith("its seeds give 40.00, 50.00, 60.00.")
+    assert far_seeds(made_up(cell, 60.0, 59.0, 58.0, 52.9)) == 1
+    assert far_seeds(made_up(cell, 60.0, 59.0, 58.0, 53.6)) == 0
     assert summary(experiment, [made_up(cell, 59.0, 60.0, 61.0)]) == []
 
 

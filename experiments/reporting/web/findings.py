@@ -10,7 +10,7 @@ import numpy as np
 from experiments.definitions.tuning_curves import FULL, SHORT
 from experiments.reporting.curves import K
 from experiments.reporting.layout import Table, format_signed
-from experiments.reporting.outcomes import Pair, places
+from experiments.reporting.outcomes import FAR, Pair, places
 from experiments.reporting.page import Page
 from experiments.reporting.sentences import LEVEL, below_paper
 from experiments.reporting.statistics import MANY_SEEDS, mean_interval
@@ -18,9 +18,9 @@ from experiments.reporting.trials import best_by_place, best_of_curves
 
 FEW = 6  # comparisons that are listed by themselves
 ENTRIES = (
-    "Gains have 95 % intervals; those without a verdict are not decided after Holm's correction. In brackets: the "
-    "paper's gain after its number of epochs and, where the interval holds 0, how many seeds of each row would decide "
-    "one as large (80 % power, uncorrected)."
+    "Gains have 95 % intervals; without a verdict they are not decided. In brackets: the paper's gain after its number "
+    "of epochs and, where the interval holds it and 0, the seeds of each row that would decide it (80 % power, "
+    "uncorrected)."
 )
 
 
@@ -94,12 +94,11 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
         better, worse, undecided = (said.count(each) for each in ("better", "worse", "not decided"))
         text = (
             f"Of {len(pairs)} comparisons with LAWN and without, LAWN is better in {better}, worse in {worse}, and "
-            f"{len(pairs) - better - worse} are not decided after Holm's correction ({undecided} before it)."
+            f"{len(pairs) - better - worse} are not decided after Holm's correction ({undecided} without it)."
         )
         below = below_paper([pair for pair, verdict in zip(pairs, said, strict=True) if verdict in ("better", "worse")])
         text += f" But {below}." if below else ""
-        text += _against_all_bases(verdicts)
-        text += f" {ENTRIES}"
+        text += _against_all_bases(verdicts) + _far_seeds(pairs) + f" {ENTRIES}"
     shown = tuple(dict.fromkeys(page.name for page, _ in measured.values()))
     title = "Is LAWN better than what it is compared with, both tuned?"
     if not text:
@@ -108,21 +107,30 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
 
 
 def _against_all_bases(verdicts: Mapping[tuple[str, str, str], Sequence[tuple[Hashable, str]]]) -> str:
-    """In how many columns a row is better than each of the rows that it is compared with, where these are several."""
-    better: dict[str, list[tuple[bool, bool]]] = {}  # and whether the rows are the same runs
+    """In how many columns a row is better than each of the rows that it is compared with, where these are several.
+
+    The same runs under several names, or in several tables, are one.
+    """
+    better: dict[str, list[bool]] = {}
     for (rival, _, _), said in verdicts.items():
-        if len(said) > 1:
-            comparisons, verdicts_of_bases = map(set, zip(*said, strict=True))
-            better.setdefault(rival, []).append((verdicts_of_bases == {"better"}, len(comparisons) == 1))
-    text = ""
-    for rival, columns in better.items():
-        text += (
-            f" Where {rival} has several baselines, it is better than each of them in {sum(won for won, _ in columns)} "
-            f"of {len(columns)} column{'s' * (len(columns) > 1)}."
-        )
-        if same := [won for won, alike in columns if alike]:
-            text += f" In {len(same)} of these ({sum(same)} better) the baselines are the same runs."
-    return text
+        if len(dict(said)) > 1:
+            better.setdefault(rival, []).append({verdict for _, verdict in said} == {"better"})
+    return "".join(
+        f" Where {rival} has several baselines of different runs, it is better than each in {sum(columns)} of "
+        f"{len(columns)} column{'s' * (len(columns) > 1)}."
+        for rival, columns in better.items()
+    )
+
+
+def _far_seeds(pairs: Sequence[Pair]) -> str:
+    """The rows of which some seeds are far below the others."""
+    at: dict[str, dict[str, str]] = {}
+    for pair in pairs:
+        for row, far, seeds in zip((pair.base, pair.rival), pair.far, pair.seeds, strict=True):
+            if far:
+                at.setdefault(pair.place, {})[row] = f"{row} {far} of {seeds}"
+    found = "; ".join(f"{place} ({', '.join(rows.values())})" for place, rows in at.items())
+    return f" Seeds that end {FAR} points below their median widen intervals: {found}." if found else ""
 
 
 def _horizon(page: Page) -> Finding | None:
@@ -237,8 +245,10 @@ def _printed(pair: Pair) -> str:
 
 
 def _needed_seeds(pair: Pair) -> str:
-    """How many seeds of each row would decide a gain as large as the paper's, to two digits; empty if it has none."""
-    if isnan(pair.paper) or not pair.paper or min(pair.seeds) < 2:
+    """How many seeds of each row would decide a gain as large as the paper's, to two digits; empty if it has none, if
+    the interval does not hold it, or if a few seeds far from the others make the interval."""
+    low, high = pair.gain.interval()
+    if not pair.paper or not low <= pair.paper <= high or min(pair.seeds) < 2 or any(pair.far):
         return ""
     needed = pair.gain.seeds_needed(pair.paper, pair.gain.seeds)
     return f"{float(f'{needed:.2g}'):,.0f} seeds" if needed < inf else f"more than {MANY_SEEDS:,} seeds"
