@@ -142,6 +142,8 @@ def focal(*, gamma: float) -> Loss:
     """
 
     def mean(logits: Tensor, labels: Tensor) -> Tensor:
+        if logits.ndim != 2 or labels.shape != logits.shape[:1]:  # one label would count for all
+            raise ValueError(f"need logits [B, K] and labels [B], got {[*logits.shape]} and {[*labels.shape]}")
         label = labels[:, None]
         log_p = F.log_softmax(logits, dim=1)
         # log(1 - p) is computed from the other classes, because 1 - p has no gradient where it rounds to 0.

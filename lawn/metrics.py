@@ -84,6 +84,9 @@ def calibration_error(confidence: Tensor, correct: Tensor) -> Tensor:
     Returns:
         The error as a fraction, a 0-dim tensor.
 
+    Raises:
+        ValueError: if the shapes are others.
+
     References:
         Guo et al. 2017, section 2, [arXiv:1706.04599](https://arxiv.org/abs/1706.04599).
 
@@ -94,8 +97,9 @@ def calibration_error(confidence: Tensor, correct: Tensor) -> Tensor:
         tensor(0.2500)
     """
     index = (confidence * ECE_BINS).ceil().long().sub(1).clamp(0, ECE_BINS - 1)
-    gaps = torch.zeros(ECE_BINS, device=confidence.device, dtype=confidence.dtype)
-    return gaps.index_add_(0, index, confidence - correct).abs().sum() / len(confidence)
+    gaps = torch.zeros(ECE_BINS, device=confidence.device, dtype=torch.float64)
+    error = gaps.index_add_(0, index, _gaps(confidence, correct)).abs().sum() / len(confidence)
+    return error.to(confidence.dtype)
 
 
 def adaptive_calibration_error(confidence: Tensor, correct: Tensor) -> Tensor:
@@ -111,6 +115,9 @@ def adaptive_calibration_error(confidence: Tensor, correct: Tensor) -> Tensor:
     Returns:
         The error as a fraction, a 0-dim tensor.
 
+    Raises:
+        ValueError: if the shapes are others.
+
     References:
         - Nguyen & O'Connor 2015, [arXiv:1508.05154](https://arxiv.org/abs/1508.05154).
         - Mukhoti et al. 2020, [arXiv:2002.09437](https://arxiv.org/abs/2002.09437).
@@ -123,8 +130,15 @@ def adaptive_calibration_error(confidence: Tensor, correct: Tensor) -> Tensor:
     """
     order = correct.argsort(stable=True)
     order = order[confidence[order].argsort(stable=True)]
-    gaps = (confidence - correct)[order].tensor_split(ECE_BINS)
-    return torch.stack([gap.sum().abs() for gap in gaps]).sum() / len(confidence)
+    gaps = _gaps(confidence, correct)[order].tensor_split(ECE_BINS)
+    return (torch.stack([gap.sum().abs() for gap in gaps]).sum() / len(confidence)).to(confidence.dtype)
+
+
+def _gaps(confidence: Tensor, correct: Tensor) -> Tensor:
+    """Confidence minus correctness [N], in float64: float32 adds nothing to a sum beyond 2^24."""
+    if confidence.ndim != 1 or correct.shape != confidence.shape:
+        raise ValueError(f"need a confidence for each prediction, got {[*confidence.shape]} and {[*correct.shape]}")
+    return confidence.double() - correct.double()
 
 
 def ranks(scores: Tensor, items: Tensor) -> Tensor:
@@ -137,12 +151,17 @@ def ranks(scores: Tensor, items: Tensor) -> Tensor:
     Returns:
         Ranks [B] from 0, as int64. Candidates with equal or NaN scores rank before the held-out item.
 
+    Raises:
+        ValueError: if the shapes are others.
+
     Examples:
         >>> import torch
         >>> from lawn.metrics import ranks
         >>> ranks(torch.tensor([[0.5, 0.9, 0.5, 0.1]]), torch.tensor([[7, 3, 4, 5]]))
         tensor([2])
     """
+    if items.shape != scores.shape:
+        raise ValueError(f"need a score for each item, got {[*scores.shape]} and {[*items.shape]}")
     better = ~(scores[:, 1:] < scores[:, :1]) & (items[:, 1:] != items[:, :1])
     return better.sum(dim=1)
 
@@ -158,6 +177,9 @@ def ranks_among_all(scores: Tensor, held: Tensor, excluded: Tensor) -> Tensor:
     Returns:
         Ranks [B] from 0, as int64. Items with equal or NaN scores rank before the held-out item.
 
+    Raises:
+        ValueError: if the shapes are others.
+
     References:
         Krichene & Rendle 2020, "On Sampled Metrics for Item Recommendation": metrics on sampled candidates can order
         recommenders differently from metrics on all items.
@@ -169,6 +191,11 @@ def ranks_among_all(scores: Tensor, held: Tensor, excluded: Tensor) -> Tensor:
         >>> ranks_among_all(torch.tensor([[0.5, 0.9, 0.5, 0.1]]), torch.tensor([0]), excluded)
         tensor([1])
     """
+    if held.shape != scores.shape[:1] or excluded.shape != scores.shape:
+        raise ValueError(
+            f"need scores [B, I], items [B] and a mask [B, I], got {[*scores.shape]}, {[*held.shape]} and "
+            f"{[*excluded.shape]}"
+        )
     better = ~(scores < scores.gather(1, held[:, None])) & ~excluded
     return better.scatter(1, held[:, None], False).sum(dim=1)
 

@@ -145,6 +145,32 @@ def test_binary_labels_of_any_dtype(dtype):
     assert loss(logits, labels.to(dtype)) == loss(logits, labels.float())
 
 
+@pytest.mark.parametrize("error", [metrics.calibration_error, metrics.adaptive_calibration_error])
+def test_calibration_errors_of_many_samples(error):
+    """Half precision stops at 256 in a sum of ones, float32 at 2^24."""
+    confidence = torch.full((10_000,), 0.75, dtype=torch.bfloat16)
+    found = error(confidence, torch.zeros(10_000, dtype=torch.float64))
+    assert (found.item(), found.dtype) == (0.75, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: metrics.calibration_error(torch.ones(4), torch.ones(1)),
+        lambda: metrics.adaptive_calibration_error(torch.ones(4), torch.ones(4, 1)),
+        lambda: metrics.ranks(torch.ones(4, 3), torch.ones(1, 3)),
+        lambda: metrics.ranks_among_all(torch.ones(4, 3), torch.tensor([1]), torch.zeros(4, 3, dtype=torch.bool)),
+        lambda: metrics.ranks_among_all(torch.ones(4, 3), torch.ones(4).long(), torch.zeros(3, dtype=torch.bool)),
+        lambda: losses.focal(gamma=1.0)(torch.ones(4, 3), torch.tensor([1])),
+        lambda: losses.focal(gamma=1.0)(torch.ones(4), torch.ones(4).long()),
+    ],
+)
+def test_other_shapes_are_refused(call):
+    """One value would count for all, without an error."""
+    with pytest.raises(ValueError, match=r"^need .* got \[4"):
+        call()
+
+
 def test_margins_of_other_shapes_are_refused():
     """Broadcasting would give wrong ones in silence."""
     with pytest.raises(ValueError, match=r"got logits \[4, 1\] and labels \[4\]"):

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from lawn.diagnostics.lanczos import top_eigenvalue
+from lawn.optim import sums
 from lawn.optim.modes import evaluating
 
 Weights = dict[str, Tensor]
@@ -239,7 +240,7 @@ class LossSurface:
                     u = torch.zeros_like(losses, requires_grad=True)
                     vjp_of_u = _derivative(losses, weights, u, differentiable=True)
                     (jvp_of_v,) = torch.autograd.grad(vjp_of_u, u, v, retain_graph=True)
-                    total += _derivative(losses, weights, jvp_of_v - mean @ v)
+                    total += _derivative(losses, weights, jvp_of_v - sums.dot(mean, v))
             return total / self._samples
 
         return product

@@ -148,10 +148,10 @@ def _norms(group: dict[str, Any], params: list[Tensor], tensors: list[Tensor]) -
 
 def _slice_norms(t: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Compute the norm of each slice, in a shape that is broadcast with the tensor."""
-    if t.numel() <= sums.PART * slices.count(t, axes):
-        return torch.linalg.vector_norm(t, dim=[axis for axis in range(t.ndim) if axis not in axes], keepdim=True)
-    found = sums.norms(list(slices.to_front(t, axes).flatten(0, len(axes) - 1)))
-    return torch.stack(list(found)).view([t.shape[axis] if axis in axes else 1 for axis in range(t.ndim)])
+    over = [axis for axis in range(t.ndim) if axis not in axes]
+    if t.numel() <= sums.LARGE * slices.count(t, axes):
+        return torch.linalg.vector_norm(t, dim=over, keepdim=True)
+    return t.square().sum(over, keepdim=True).sqrt()
 
 
 def _slice_axes(axes: slices.NormAxes, p: Tensor) -> tuple[int, ...] | None:

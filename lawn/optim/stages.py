@@ -127,7 +127,8 @@ def _rescale(part: GroupUpdate, again: Tensor) -> None:
     if again.is_cuda or not again.any():
         return
     weights = sharding.local(part.params)
-    squares = torch.stack(list(sums.norms(weights))).double() ** 2
+    kind = torch.promote_types(weights[0].dtype, torch.float32)  # squares would leave the range of float16
+    squares = torch.stack([sums.norm(w, kind) for w in weights]).double() ** 2
     (reduced,) = all_reduce([part.params], [squares[:, None]])
     measured = part.per_block(reduced)[:, 0].sqrt()
     norms = torch.tensor(part.norms, dtype=measured.dtype, device="cpu")

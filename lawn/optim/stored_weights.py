@@ -5,6 +5,7 @@ step, while the norms hold all the same.
 """
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +26,13 @@ class StoredWeights:
 
     @torch.no_grad()
     def begin(self, optimizer: Optimizer) -> None:
-        """Copy the weights that have no state yet."""
+        """Copy the weights that have a gradient and no state yet, if no step has had any."""
         if self._waits:
             known = {p for p, entry in keys.entries(optimizer.state) if entry}
             weights = [p for group in optimizer.param_groups for p in group["params"] if keys.constrains(group, p)]
-            self._before = {p: _local(p).clone() for p in weights if p not in known}
+            updated = [p for p in weights if p.grad is not None]
+            self._before = {p: _local(p).clone() for p in updated if p not in known and _is_known(p)}
+            self._waits = not updated
 
     @torch.no_grad()
     def end(self, optimizer: Optimizer) -> None:
@@ -37,12 +40,13 @@ class StoredWeights:
         before, self._before = self._before, {}
         for p, entry in keys.entries(optimizer.state):
             for key, value in entry.items() if p in before else ():
-                if not isinstance(value, Tensor) or value.shape != p.shape or not value.is_floating_point():
+                if not _is_known(value) or (value.device, value.shape) != (p.device, p.shape):
                     continue
-                self._waits = False
                 copy = _local(value).to(before[p].dtype)
-                gradient = p.grad is not None and torch.equal(copy, _local(p.grad).to(copy.dtype))
-                if copy.any() and not gradient and any(torch.equal(copy, w) for w in (before[p], _local(p))):
+                gradients = [_local(g) for g in (p.grad,) if g is not None and _is_known(g)]
+                if any(torch.equal(copy, g.to(copy.dtype)) for g in gradients) or not copy.any():
+                    continue
+                if any(torch.equal(copy, w) for w in (before[p], _local(p))):
                     warnings.warn(
                         f"{type(optimizer).__name__} keeps a copy of the weights in its state ({key!r}); if it "
                         "computes new weights from that, as MADGRAD and D-Adaptation do, it undoes what LAWN does to "
@@ -50,6 +54,13 @@ class StoredWeights:
                         stacklevel=2,
                     )
                     return
+
+
+def _is_known(t: Any) -> bool:
+    """Whether this is a dense tensor or a DTensor; other kinds, such as quantized states, cannot be compared."""
+    return (
+        type(t) in sharding.PLAIN or (isinstance(t, Tensor) and sharding.is_dtensor(t))
+    ) and t.layout is torch.strided
 
 
 def _local(t: Tensor) -> Tensor:

@@ -373,19 +373,21 @@ def _check_wrappable(optimizer: Optimizer) -> None:
 
 
 def _check_saved(optimizer: Optimizer) -> None:
-    """Raise TypeError if a state dict of the optimizer lacks keys of its param groups: it is that of other optimizers,
-    which LAWN does not see."""
+    """Raise TypeError if a state dict of the optimizer is that of other optimizers, which LAWN does not see."""
     if type(optimizer).state_dict is Optimizer.state_dict:
         return
+    made_by_torch: list[Optimizer] = []
+    hook = optimizer.register_state_dict_pre_hook(made_by_torch.append)
     try:
-        saved = optimizer.state_dict()
+        optimizer.state_dict()
     except Exception:
-        return
-    groups = saved.get("param_groups") if isinstance(saved, dict) else None
-    if optimizer.param_groups and not any("switched" in group for group in groups or []):
+        return  # some have none before the first step, or none at all; that ends a save, too
+    finally:
+        hook.remove()
+    if not made_by_torch:
         raise TypeError(
-            f"the state dict of {type(optimizer).__name__} has no param groups of its own, so LAWN's phase and norms "
-            "would be lost with it; put LAWN on each optimizer inside it"
+            f"{type(optimizer).__name__} saves the state of optimizers inside it instead of its own, so LAWN's phase "
+            "and norms would be lost; put LAWN on each of those"
         )
 
 

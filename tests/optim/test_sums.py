@@ -17,7 +17,7 @@ def numbers(seed: int = 0, size: int = MANY) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("size", [1, 17, sums.PART, sums.PART + 1, MANY])
+@pytest.mark.parametrize("size", [1, 17, sums.LARGE, sums.LARGE + 1, MANY])
 def test_sums_are_those_in_float64(size):
     a, b = numbers(0, size), numbers(1, size)
     exact = a.double().norm()
@@ -31,7 +31,7 @@ def test_sums_are_those_in_float64(size):
 
 def test_norms_of_several_tensors_of_any_layout():
     rows = numbers().view(1000, -1)
-    tensors = [rows, rows.T, rows[:, ::2], torch.zeros(0), torch.tensor(-3.0), torch.zeros(sums.PART + 1)]
+    tensors = [rows, rows.T, rows[:, ::2], torch.zeros(0), torch.tensor(-3.0), torch.zeros(sums.LARGE + 1)]
     for found, t in zip(sums.norms(tensors), tensors, strict=True):
         torch.testing.assert_close(found.double(), t.double().norm(), rtol=PRECISION, atol=0)
 
@@ -41,6 +41,17 @@ def test_the_derivative_of_the_norm():
     sums.norm(v).backward()
     assert v.grad is not None
     torch.testing.assert_close(v.grad, v.detach() / v.detach().double().norm().float(), rtol=PRECISION, atol=0)
+
+
+def test_second_derivatives_where_a_part_is_zero():
+    v = torch.ones(3 * sums.LARGE)
+    v[: 2 * sums.LARGE] = 0
+    direction = torch.ones_like(v)
+    v.requires_grad_()
+    (first,) = torch.autograd.grad(sums.norm(v), v, create_graph=True)
+    (second,) = torch.autograd.grad(first @ direction, v)
+    norm = math.sqrt(sums.LARGE)
+    torch.testing.assert_close(second, direction / norm - v.detach() * sums.LARGE / norm**3)
 
 
 @pytest.mark.parametrize("kind", [LAMB, LAMBLAWN])

@@ -470,19 +470,24 @@ class SavesMore(Several):
         return {**super().state_dict(), "more": 1}
 
 
+class SavesBelowName(Several):
+    def state_dict(self) -> Any:
+        return {"base": super().state_dict()}
+
+
 @pytest.mark.parametrize("kind", [SavesList, SavesByName, SavesTheirGroups])
 def test_an_optimizer_that_saves_the_state_of_others_is_refused(kind):
     """Phase and norms would not be in its checkpoint: a resumed run would begin with the free phase again."""
     optimizer = kind(*(SGD(layer.parameters(), lr=0.1) for layer in two_layers()))
     before = [dict(group) for group in optimizer.param_groups]
-    with pytest.raises(TypeError, match="put LAWN on each optimizer inside it"):
+    with pytest.raises(TypeError, match="put LAWN on each of those"):
         LAWN(optimizer, free_steps=1)
     assert optimizer.param_groups == before
     for each in optimizer.optimizers:
         LAWN(each, free_steps=1)
 
 
-@pytest.mark.parametrize("kind", [Several, SavesNothing, SavesMore])
+@pytest.mark.parametrize("kind", [Several, SavesNothing, SavesMore, SavesBelowName])
 def test_an_optimizer_that_saves_its_own_groups_or_nothing_is_wrapped(kind):
     LAWN(kind(*(SGD(layer.parameters(), lr=0.1) for layer in two_layers())), free_steps=1)
 
@@ -650,6 +655,58 @@ class MasterWeights(SGD):
             for p in group["params"]:
                 master = self.state[p].setdefault("master", p.detach().float().clone())
                 p.data.copy_(master.sub_(p.grad, alpha=group["lr"]))
+
+
+class QuantizedState(Tensor):
+    """Says that it has the shape and dtype of the weight, and can do hardly anything, as those of torchao."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.equal, Tensor.to, Tensor.any):
+            raise NotImplementedError(str(func))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Quantizes(SGD):
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].setdefault("quantized", torch.zeros_like(p).as_subclass(QuantizedState))
+                self.state[p].setdefault("on meta", torch.zeros_like(p, device="meta"))
+        super().step(closure)
+
+
+def test_states_that_cannot_be_compared_with_the_weights_are_left_alone():
+    weight = nn.Parameter(torch.ones(4, 4))
+    optimizer = wrapped(Quantizes)([weight], lr=1e-2, free_steps=1)
+    for _ in range(3):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+
+
+class Stateless(timm_optim.Lion):
+    def step(self, closure: Any = None) -> None:
+        if closure is not None:
+            closure()
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("kind", [timm_optim.Lion, Stateless])
+def test_weights_are_copied_once_for_the_comparison(kind, closure, monkeypatch):
+    """Not again where an optimizer keeps no state, nor those that get no gradient."""
+    trained, frozen = (nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+    optimizer = kind([trained, frozen], lr=1e-2)
+    compared = LAWN(optimizer, free_steps=None)._stored_weights
+    copied = []
+    monkeypatch.setattr(compared, "end", lambda _: copied.append(list(compared._before)))
+    for _ in range(3):
+        trained.grad = torch.ones_like(trained)
+        optimizer.step(*([lambda: torch.zeros(())] if closure else []))
+    assert copied[0] == [trained]
+    if kind is Stateless:
+        compared._before = {}
+        compared.begin(optimizer)
+        assert compared._before == {}
 
 
 class FirstGradient(SGD):
