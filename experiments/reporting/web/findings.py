@@ -87,7 +87,8 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
                 measured[pair.key] = page, pair
     if not measured:
         return None
-    pairs = [pair for _, pair in measured.values()]
+    found = sorted(measured.values(), key=lambda entry: -len(entry[0].pairs))  # in the order of the largest table
+    pairs = [pair for _, pair in found]
     text = ""
     if len(pairs) > FEW:
         said = [verdict_of(pair) for pair in pairs]
@@ -99,7 +100,7 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
         below = below_paper([pair for pair, verdict in zip(pairs, said, strict=True) if verdict in ("better", "worse")])
         text += f" But {below}." if below else ""
         text += _against_all_bases(verdicts) + _far_seeds(pairs) + f" {ENTRIES}"
-    shown = tuple(dict.fromkeys(page.name for page, _ in measured.values()))
+    shown = tuple(dict.fromkeys(page.name for page, _ in found))
     title = "Is LAWN better than what it is compared with, both tuned?"
     if not text:
         return Finding(title, text, [_sentence(pair) for pair in pairs], shown)
