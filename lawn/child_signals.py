@@ -37,7 +37,8 @@ def handlers_kept() -> Iterator[None]:
     finally:
         if current_thread() is main_thread():  # Python sets handlers in the main thread alone
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if handler is not None:  # one that Python has not set
+                    signal.signal(number, handler)
 
 
 def unblock_signals() -> None:

@@ -419,7 +419,7 @@ def test_seeds_that_are_far_below_the_others_are_told():
     """They make the interval, so it does not tell how many seeds are needed."""
     pairs = [pair(gain, 1.0, column=f"{i}k", paper=1.5) for i, gain in enumerate((0.1, 0.2, 0.3, 0.4, 0.5, 0.6))]
     (said,) = findings.findings([table_with(*pairs, replace(pair(0.7, 1.0, column="6k", paper=1.5), far=(0, 2)))])
-    assert " Seeds that end 5 points below their median widen intervals: P, 6k (Adam-LAWN 2 of 3). " in said.text
+    assert " Seeds more than 5 points below their median widen intervals: P, 6k (Adam-LAWN 2 of 3). " in said.text
     entries = said.tables[0].rows[0][1:]
     assert [" seeds]" in entry for entry in entries] == [True] * 6 + [False]
     assert entries[-1].endswith(" [+1.50]")

@@ -131,7 +131,7 @@ def _far_seeds(pairs: Sequence[Pair]) -> str:
             if far:
                 at.setdefault(pair.place, {})[row] = f"{row} {far} of {seeds}"
     found = "; ".join(f"{place} ({', '.join(rows.values())})" for place, rows in at.items())
-    return f" Seeds that end {FAR} points below their median widen intervals: {found}." if found else ""
+    return f" Seeds more than {FAR} points below their median widen intervals: {found}." if found else ""
 
 
 def _horizon(page: Page) -> Finding | None:
