@@ -98,8 +98,9 @@ def status(given: argparse.Namespace) -> int:
 def execute(given: argparse.Namespace) -> int:
     """Run the missing runs, then write the pages."""
     store = Store(given.results)
-    if not is_writable(given.results):
-        raise ConfigError(f"--results {given.results}: cannot be written")
+    for folder in (given.results, store.runs, store.tuning):
+        if not is_writable(folder):
+            raise ConfigError(f"--results {folder}: cannot be written")
     chosen, simulations = chosen_studies(given), chosen_simulations(given)
     executor = make_executor(given, Path(compose_many(*given.set).checked.runs_dir))
     unreadable = _unreadable_datasets(chosen, store)

@@ -58,6 +58,8 @@ class JsonLines:
         text = decode(self.path, content[len(seen.last) :])
         end = text.rfind("\n") + 1
         if not _is_json(text[end:]):
+            if _begins_with_json(text[end:]):  # such as line ends of another system; no writer leaves that
+                raise RunError(f"{self.path}: its last line goes on after a record; end each record with a line feed")
             if end < len(text) and stat.st_size != self._cut:
                 what = "the last line has no end; its record is being written, or lost"
                 echo(f"warning: {self.path}: {what}", sys.stderr)
@@ -118,6 +120,14 @@ def decode(path: Path, content: bytes) -> str:
         return content.decode("utf8")
     except ValueError as error:
         raise RunError(f"{path}: cannot be read ({error}); put it back, or delete it and run again") from error
+
+
+def _begins_with_json(text: str) -> bool:
+    try:
+        json.JSONDecoder().raw_decode(text.lstrip())
+    except ValueError:
+        return False
+    return True
 
 
 def _is_json(text: str) -> bool:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from experiments.json_lines import decode, read_bytes
 from lawn.errors import RunError
 from lawn.files import write_text
-from lawn.identity import identity_hash
+from lawn.identity import identity_hash, name_prefix
 from lawn.train.run_directory import decode_outcomes
 
 DAMAGE = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)  # raised by reading a damaged record
@@ -47,6 +47,11 @@ class Record:
     def link(self) -> str:
         """The target of a Markdown link: its file, with its name as the title."""
         return f'{self.file} "{self.name}"'
+
+    @property
+    def numbers(self) -> str:
+        """What it says of the last epoch, to compare."""
+        return json.dumps([self.result["status"], self.result["last"]], sort_keys=True)
 
     @property
     def diverged(self) -> bool:
@@ -137,6 +142,20 @@ class Record:
         return [self.environment, *self.environment.get("resumed", [])]
 
 
+def check_run(record: Record) -> None:
+    """Raises ValueError if the record of a run contradicts itself."""
+    config, result = record.config, record.result
+    if record.name != f"{name_prefix(config)}-{record.hash}":
+        raise ValueError("its config does not match its name")
+    if result["status"] not in ("done", "diverged"):
+        raise ValueError(f"its status is {result['status']!r}, neither done nor diverged")
+    if result["split"] != config["eval"]["split"]:
+        raise ValueError(f"its result is of the {result['split']} split, its config of {config['eval']['split']}")
+    epochs = config["train"]["epochs"]
+    if not record.diverged and result["last"]["epoch"] != epochs:
+        raise ValueError(f"its result is of epoch {result['last']['epoch']}, its config of {epochs}")
+
+
 def record_of(path: Path, name: str, content: dict[str, Any], needed: tuple[str, ...]) -> Record:
     """Raises one of DAMAGE if the content does not match the name or lacks a `needed` property."""
     if not identity_hash(content["config"]) == content["hash"] == name.rpartition("-")[2]:
@@ -144,7 +163,7 @@ def record_of(path: Path, name: str, content: dict[str, Any], needed: tuple[str,
     if len(set(map(len, content.get("history", {}).values()))) > 1:
         raise ValueError("its history has columns of several lengths")
     for values in (content["result"].get("last", {}).values(), *content.get("history", {}).values()):
-        if not all(value is None or isinstance(value, int | float) for value in values):
+        if not all(value is None or type(value) in (int, float) for value in values):
             raise ValueError("it has text, or a list, in the place of a number")
     record = Record(
         path=path,

@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.json_lines import JsonLines
-from experiments.record import DAMAGE, OF_A_RUN, Record, record_of
+from experiments.record import DAMAGE, OF_A_RUN, Record, check_run, record_of
 from lawn.config import Config
 from lawn.diagnostics.figure import read_metrics
 from lawn.errors import RunError
@@ -138,12 +138,18 @@ class Store:
             try:
                 content = json.loads(line)
                 record = record_of(file.path, content.pop("name"), content, OF_A_RUN)
+                check_run(record)
                 dataset, optim, train = (record.config[section] for section in ("dataset", "optim", "train"))
                 kind = dataset["name"], optim["name"], str(train["batch_size"]), str(train["epochs"])
             except DAMAGE as error:
                 raise RunError(
                     f"{file.path}, line {number}: damaged record ({error}); delete the line and run again"
                 ) from error
+            other = self._read.get(record.name)
+            if other is not None and other.path.parent == file.path.parent and other.numbers != record.numbers:
+                raise RunError(
+                    f"{file.path}, line {number}: another result of {record.name} than in {other.path}; delete one line"
+                )
             self._read[record.name] = record
             self._kinds.add(kind)
 

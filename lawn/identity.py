@@ -62,4 +62,10 @@ def identity_hash(tree: dict[str, Any]) -> str:
 
 
 def run_name(config: Config) -> str:
-    return f"{config.dataset.name}-{config.model.name}-{config.optim.name}-s{config.seed}-{config_hash(config)}"
+    tree = identity(config)
+    return f"{name_prefix(tree)}-{identity_hash(tree)}"
+
+
+def name_prefix(tree: Mapping[str, Any]) -> str:
+    """What the name of a run says of its identity, before the hash."""
+    return f"{tree['dataset']['name']}-{tree['model']['name']}-{tree['optim']['name']}-s{tree['seed']}"

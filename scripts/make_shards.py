@@ -43,6 +43,9 @@ def make(source: Path, target: Path, maxcount: int = 1000) -> None:
         }
         index = {"classes": classes, "checksum": checksum_of_files(train, val), **counts, "first keys": first_keys}
         write_text(target / INDEX, json.dumps(index, indent=1) + "\n")
+        known = counts["train"].keys() | counts["val"].keys()
+        if others := sorted(path.name for path in target.glob("*-[0-9]*.tar") if path.name not in known):
+            print(f"warning: {target}: {len(others)} other shards, such as {others[0]}; delete them", file=sys.stderr)
 
 
 def pack(files: Files, target: Path, part: str, maxcount: int, first_keys: dict[str, str]) -> dict[str, int]:

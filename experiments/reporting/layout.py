@@ -45,7 +45,7 @@ def format_mean(values: list[float], digits: int) -> str:
     if not values:
         return ""
     (mean, error), text = mean_and_error(values), number_format(digits)
-    return f"{mean:{text}} (n=1)" if isnan(error) else f"{mean:{text}} ({error:{text}}, n={len(values)})"
+    return f"{mean:{text}} (n=1)" if len(values) == 1 else f"{mean:{text}} ({error:{text}}, n={len(values)})"
 
 
 def number_format(digits: int) -> str:

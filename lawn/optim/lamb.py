@@ -22,6 +22,7 @@ from lawn.optim.checks import (
 )
 from lawn.optim.group_update import check_dense
 from lawn.optim.lamb_update import lamb
+from lawn.optim.step_hooks import hook_owners
 
 BASE_RULE = BaseRule("betas", ADAM_STATE)
 IGNORED_WHEN_LOADED = {*IGNORED_KEYS, "fused"}  # keys of param groups
@@ -87,7 +88,9 @@ class LAMB(Optimizer):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this optimizer; with a warning that of LAMB-LAWN in its second phase.
+        """Load a state dict of this optimizer.
+
+        Without `LAWN` on it, that of LAMB-LAWN in its second phase is a warning.
 
         Args:
             state_dict: result of the optimizer's `state_dict`.
@@ -104,7 +107,7 @@ class LAMB(Optimizer):
     def _check_loaded(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
         for index, group in enumerate(state_dict["param_groups"]):
             self._check_group({key: value for key, value in group.items() if key not in IGNORED_WHEN_LOADED}, index)
-            if group.get("switched"):
+            if group.get("switched") and not any(hasattr(owner, "constrain") for owner in hook_owners(self)):
                 name = type(self).__name__
                 warnings.warn(f"the state is of LAMB-LAWN with fixed norms, which {name} does not keep", stacklevel=3)
         BASE_RULE.check(self, state_dict)

@@ -15,6 +15,11 @@ def calls_hooks(optimizer: object) -> bool:
     return hasattr(optimizer, "_optimizer_load_state_dict_post_hooks")
 
 
+def hook_owners(optimizer: Optimizer) -> list[object]:
+    """The objects whose methods are called before a step."""
+    return [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()]
+
+
 def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
     """The closure among the arguments of a step, of which the first is the optimizer."""
     closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")

@@ -42,11 +42,13 @@ class StoredWeights:
             for key, value in entry.items() if p in before else ():
                 if not _is_known(value) or (value.device, value.shape) != (p.device, p.shape):
                     continue
-                copy = _local(value).to(before[p].dtype)
+                copy, weight = _local(value).to(before[p].dtype), _local(p)
                 gradients = [_local(g) for g in (p.grad,) if g is not None and _is_known(g)]
-                if any(torch.equal(copy, g.to(copy.dtype)) for g in gradients) or not copy.any():
+                if any(torch.equal(copy, g.to(copy.dtype)) for g in gradients) or _is_constant(copy):
                     continue
-                if any(torch.equal(copy, w) for w in (before[p], _local(p))):
+                if copy.data_ptr() == weight.data_ptr():
+                    continue  # the weight itself
+                if any(torch.equal(copy, w) for w in (before[p], weight)):
                     warnings.warn(
                         f"{type(optimizer).__name__} keeps a copy of the weights in its state ({key!r}); if it "
                         "computes new weights from that, as MADGRAD and D-Adaptation do, it undoes what LAWN does to "
@@ -61,6 +63,10 @@ def _is_known(t: Any) -> bool:
     return (
         type(t) in sharding.PLAIN or (isinstance(t, Tensor) and sharding.is_dtensor(t))
     ) and t.layout is torch.strided
+
+
+def _is_constant(t: Tensor) -> bool:
+    return t.numel() == 0 or bool((t == t.flatten()[0]).all())
 
 
 def _local(t: Tensor) -> Tensor:

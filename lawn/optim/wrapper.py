@@ -17,7 +17,7 @@ from lawn.optim.base import LAWNOptimizer
 from lawn.optim.blocks import Blocks
 from lawn.optim.checks import check_spelling
 from lawn.optim.group_update import GroupUpdate, gradients, sum_products
-from lawn.optim.step_hooks import StepNesting, calls_hooks, closure_of, with_closure
+from lawn.optim.step_hooks import StepNesting, calls_hooks, closure_of, hook_owners, with_closure
 from lawn.optim.stored_weights import StoredWeights
 from lawn.optim.substitutes import HiddenNorms, ProjectedGradients, buffers, version
 from lawn.optim.zero_check import ZeroCheck
@@ -44,8 +44,8 @@ class LAWN:
             built, False never.
 
     Raises:
-        TypeError: if `optimizer` has no hooks (it is not a torch optimizer), is a ZeroRedundancyOptimizer or saves the
-            state of optimizers inside it instead of its own, or has flat parameters of FullyShardedDataParallel or
+        TypeError: if `optimizer` has no hooks (it is not a torch optimizer), is a ZeroRedundancyOptimizer or saves its
+            state in another way than torch's `state_dict`, or has flat parameters of FullyShardedDataParallel or
             DTensors with a Partial placement.
         ValueError: if `optimizer` is a LAWN optimizer already, `free_steps` is invalid, constrained parameters have
             weight decay, a key of a param group is nearly one of LAWN's or is `rounding`, a hyperparameter has the name
@@ -359,8 +359,7 @@ def _check_wrappable(optimizer: Optimizer) -> None:
     zero = sys.modules.get("torch.distributed.optim")
     if zero is not None and isinstance(optimizer, getattr(zero, "ZeroRedundancyOptimizer", ())):
         raise TypeError("put LAWN on the optimizer inside ZeroRedundancyOptimizer, its `optim`")
-    hooks = optimizer._optimizer_step_pre_hooks.values()
-    if isinstance(optimizer, LAWNOptimizer) or any(isinstance(getattr(h, "__self__", None), LAWN) for h in hooks):
+    if isinstance(optimizer, LAWNOptimizer) or any(isinstance(owner, LAWN) for owner in hook_owners(optimizer)):
         raise ValueError("the optimizer is a LAWN optimizer already")
     if taken := [key for key in (*keys.DEFAULTS, slices.KEY) if key in optimizer.defaults]:
         raise ValueError(f"{type(optimizer).__name__} has a hyperparameter {taken[0]!r}, the name of a key of LAWN")
@@ -373,7 +372,7 @@ def _check_wrappable(optimizer: Optimizer) -> None:
 
 
 def _check_saved(optimizer: Optimizer) -> None:
-    """Raise TypeError if a state dict of the optimizer is that of other optimizers, which LAWN does not see."""
+    """Raise TypeError if torch does not make the state dict, but perhaps optimizers inside, which LAWN does not see."""
     if type(optimizer).state_dict is Optimizer.state_dict:
         return
     made_by_torch: list[Optimizer] = []
@@ -386,8 +385,8 @@ def _check_saved(optimizer: Optimizer) -> None:
         hook.remove()
     if not made_by_torch:
         raise TypeError(
-            f"{type(optimizer).__name__} saves the state of optimizers inside it instead of its own, so LAWN's phase "
-            "and norms would be lost; put LAWN on each of those"
+            f"{type(optimizer).__name__} does not save its state by torch's state_dict, so LAWN's phase and norms may "
+            "be lost; put LAWN on each optimizer inside it, or let its state_dict call that of torch.optim.Optimizer"
         )
 
 

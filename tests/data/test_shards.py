@@ -354,6 +354,13 @@ def test_the_script_keeps_bytes_and_refuses_to_overwrite(root, tmp_path, capsys)
     assert not (tmp_path / "new").exists()
 
 
+def test_the_script_names_shards_of_another_run(root, shards, capsys):
+    """One that was killed, and wrote smaller ones."""
+    (shards / "index.json").unlink()
+    assert main([str(root / "imagenet"), str(shards)]) == 0
+    assert "4 other shards, such as train-000001.tar; delete them" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_the_script_packs_no_damaged_image(tmp_path, capsys, part):
     write_folders(tmp_path)

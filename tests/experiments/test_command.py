@@ -173,10 +173,12 @@ def test_a_place_that_is_none(call, tmp_path):
     assert f"{tmp_path}/file/runs" in err
 
 
-def test_results_that_cannot_be_written_are_found_before_the_runs(call, tmp_path):
-    (tmp_path / "results").write_text("")
+@pytest.mark.parametrize("folder", ["results", "results/runs", "results/tuning"])
+def test_results_that_cannot_be_written_are_found_before_the_runs(call, tmp_path, folder):
+    (tmp_path / folder).parent.mkdir(exist_ok=True)
+    (tmp_path / folder).write_text("")
     code, out, err = call("run", "mini", "--set", f"runs_dir={tmp_path}/runs")
-    assert (code, out, err) == (2, "", f"error: --results {tmp_path}/results: cannot be written\n")
+    assert (code, out, err) == (2, "", f"error: --results {tmp_path}/{folder}: cannot be written\n")
 
 
 @pytest.mark.parametrize(

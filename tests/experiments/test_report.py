@@ -7,6 +7,7 @@ import shlex
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import reduce
 from math import isnan, nan, sqrt
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,7 @@ def test_mean_and_error():
     assert format_mean([1.0, 2.0, 3.0], 2) == "2.00 (0.58, n=3)"
     assert format_mean([2.0], 1) == "2.0 (n=1)"
     assert format_mean([], 1) == ""
+    assert format_mean([nan, 1.0], 1) == "nan (nan, n=2)"
     assert format_mean([1e-4, 3e-4], -2) == "2.0e-04 (1.0e-04, n=2)"
     assert mean_and_error([1.0, 2.0, 3.0]) == (2.0, pytest.approx(1 / sqrt(3)))
     assert isnan(mean_and_error([2.0])[1])
@@ -463,6 +465,56 @@ def test_what_is_no_number_in_a_record_is_named(results, place, value):
     path.write_text("\n".join([lines[0], json.dumps(record), *lines[2:], ""]))
     with pytest.raises(RunError, match=r"mini.jsonl, line 2: damaged record \(.* in the place of a number\)"):
         report.experiment_page(MINI, Store(results))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", "digits-mlp-sgd-s0-"), ("name", "x-"), ("result.status", "Diverged"), ("result.status", None),
+        ("result.split", "val"), ("result.last.epoch", 1), ("result.last.epoch", None), ("result.last.epoch", True),
+    ],
+)  # fmt: skip
+def test_a_record_that_contradicts_itself_is_named(results, key, value):
+    path = results / "runs" / "mini.jsonl"
+    lines = path.read_text().splitlines()
+    record = json.loads(lines[1])
+    *outer, last = key.split(".")
+    inner = reduce(dict.__getitem__, outer, record)
+    inner[last] = value + record["hash"] if key == "name" else value
+    path.write_text("\n".join([lines[0], json.dumps(record), *lines[2:], ""]))
+    with pytest.raises(RunError, match=r"mini.jsonl, line 2: damaged record \(.+\); delete the line"):
+        report.experiment_page(MINI, Store(results))
+
+
+@pytest.mark.parametrize("file", ["mini.jsonl", "aaa.jsonl"])
+def test_two_results_of_one_run_are_refused_and_kept(results, file):
+    """Such as those of two machines, whose histories were merged. Equal ones are one."""
+    path = results / "runs" / file
+    first = (results / "runs" / "mini.jsonl").read_text().splitlines()[0]
+    before = path.read_text() if path.exists() else ""
+    path.write_text(f"{before}{first}\n")
+    page = str(report.experiment_page(MINI, Store(results)))
+    other = json.loads(first)
+    other["result"]["last"]["test_accuracy"] += 1
+    path.write_text(text := f"{before}{json.dumps(other)}\n")
+    store = Store(results)
+    for ask in (store.all, store.sort):
+        with pytest.raises(RunError, match=rf"line \d+: another result of {other['name']} than in .*; delete one line"):
+            list(ask() or ())
+    assert path.read_text() == text
+    path.write_text(before)
+    assert str(report.experiment_page(MINI, store)) == page
+
+
+@pytest.mark.parametrize("end", ["\r", " ", "\u2028"])
+def test_records_in_one_line_are_refused_and_kept(results, end):
+    path = results / "runs" / "mini.jsonl"
+    path.write_text(text := path.read_text().replace("\n", end), newline="")
+    store = Store(results)
+    for ask in (store.all, store.sort):
+        with pytest.raises(RunError, match=r"mini.jsonl: its last line goes on after a record"):
+            list(ask() or ())
+    assert path.read_bytes() == text.encode()
 
 
 def test_lines_of_tuning_files_are_in_the_order_of_their_names(tuned):

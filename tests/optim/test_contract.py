@@ -918,6 +918,9 @@ def test_lamb_warns_of_norms_that_it_does_not_keep():
     train(network, constrained, 0, 1)
     with pytest.warns(UserWarning, match="fixed norms, which LAMB does not keep"):
         optimizer.load_state_dict(constrained.state_dict())
+    lawn = LAWN(LAMB(network.parameters()))
+    lawn.optimizer.load_state_dict(constrained.state_dict())  # which `LAWN` keeps
+    assert lawn.constrained
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,18 @@ def test_sums_are_those_in_float64(size):
     assert abs(sums.dot(a, b).double() - a.double() @ b.double()) <= bound
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+def test_norms_of_equal_and_of_complex_numbers(dtype):
+    """The worst case of float32 accumulators, and squares whose sum is another than that of absolute squares."""
+    t = torch.full((MANY,), 0.037, dtype=dtype)
+    if dtype.is_complex:
+        t = t * (1 + 2j)
+    exact = torch.linalg.vector_norm(torch.view_as_real(t) if dtype.is_complex else t, dtype=torch.float64)
+    for found in (sums.norm(t), sums.norm(t.conj()), *sums.norms([t])):
+        torch.testing.assert_close(found.double(), exact, rtol=PRECISION, atol=0)
+        assert found.dtype == dtype.to_real()
+
+
 def test_norms_of_several_tensors_of_any_layout():
     rows = numbers().view(1000, -1)
     tensors = [rows, rows.T, rows[:, ::2], torch.zeros(0), torch.tensor(-3.0), torch.zeros(sums.LARGE + 1)]

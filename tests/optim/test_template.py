@@ -480,7 +480,7 @@ def test_an_optimizer_that_saves_the_state_of_others_is_refused(kind):
     """Phase and norms would not be in its checkpoint: a resumed run would begin with the free phase again."""
     optimizer = kind(*(SGD(layer.parameters(), lr=0.1) for layer in two_layers()))
     before = [dict(group) for group in optimizer.param_groups]
-    with pytest.raises(TypeError, match="put LAWN on each of those"):
+    with pytest.raises(TypeError, match="put LAWN on each optimizer inside it"):
         LAWN(optimizer, free_steps=1)
     assert optimizer.param_groups == before
     for each in optimizer.optimizers:
@@ -725,11 +725,21 @@ def test_copies_of_the_weights_in_the_state_are_a_warning(kind, key, dtype):
     optimizer.step()  # warns no more
 
 
+class KeepsTheWeightItself(SGD):
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].update({"weight": p.data, "scale": torch.ones_like(p)})
+        super().step(closure)
+
+
 @pytest.mark.parametrize("fill", [0.0, 1.0])
-@pytest.mark.parametrize("kind", [FirstGradient, ASGD, MasterWeights])
+@pytest.mark.parametrize("kind", [FirstGradient, ASGD, MasterWeights, KeepsTheWeightItself])
 def test_other_tensors_in_the_state_are_no_copies_of_the_weights(kind, fill):
-    """Such as a gradient that equals the weight, averages that torch keeps, and zeros beside a weight of zero."""
+    """Such as a gradient that equals the weight, averages that torch keeps, and equal numbers beside equal ones."""
     weight = nn.Parameter(torch.full((4, 4), fill))
+    if kind is KeepsTheWeightItself and not fill:
+        nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
     free = nn.Parameter(torch.ones(4))
     groups = [{"params": [weight], "constrain": kind is not MasterWeights}, {"params": [free]}]
     optimizer = wrapped(kind)(groups, lr=1e-2, free_steps=None)
