@@ -215,8 +215,10 @@ def other_data(records: Iterable[Record]) -> dict[str, list[str]]:
 
 
 def _marked_difference(outcome: Outcome, measure: Measure) -> float:
-    alike = outcome.marked(measure) and outcome.epochs == outcome.cell.epochs[0]
-    return outcome.difference(measure) if alike else nan
+    """The difference from the paper's number; NaN if it is within a standard error, ours or, if given, the paper's."""
+    difference, (_, error) = outcome.difference(measure), mean_and_error(outcome.values(measure))
+    printed = outcome.cell.paper.error if outcome.cell.paper else None
+    return difference if abs(difference) > max(error, printed or 0.0) else nan
 
 
 def gain(base: Outcome, rival: Outcome, measure: Measure) -> tuple[Comparison, bool]:

@@ -125,13 +125,15 @@ def below_paper(decided: list[Pair]) -> str:
     for pair in decided:
         (row, difference), (other, others) = pair.loser, pair.winner
         if difference < 0:
+            whole = pair.paper_epochs in (None, pair.epochs)
+            after = "" if whole else f" after {pair.epochs} of {pair.paper_epochs} epochs"
             also = f" ({other} by {-others:.3g})" if others < 0 else ""
-            below.append(f"{row} at {pair.place} by {-difference:.3g}{also}")
+            below.append(f"{row} at {pair.place} by {-difference:.3g}{after}{also}")
     if not below:
         return ""
     return (
-        f"in {len(below)} of the {len(decided)} decided comparisons the losing side does not reach the paper's number "
-        f"and may be tuned less well: {'; '.join(below)}"
+        f"in {len(below)} of the {len(decided)} decided comparisons the losing side is below the paper's number and "
+        f"may be tuned less well: {'; '.join(below)}"
     )
 
 

@@ -18,8 +18,8 @@ from experiments.reporting.trials import best_by_place, best_of_curves
 
 FEW = 6  # comparisons that are listed by themselves
 ENTRIES = (
-    "Gains have 95 % intervals; without a verdict they are not decided. In brackets: the paper's gain after its number "
-    "of epochs and, where the interval holds it and 0, the seeds of each row that would decide it (80 % power, "
+    "Intervals are at 95 %; gains without a verdict are not decided. In brackets: the paper's gain after its number of "
+    "epochs and, where the interval holds it and 0, the seeds of each row that would decide it (80 % power, "
     "uncorrected)."
 )
 
@@ -125,12 +125,16 @@ def _against_all_bases(verdicts: Mapping[tuple[str, str, str], Sequence[tuple[Ha
 
 def _far_seeds(pairs: Sequence[Pair]) -> str:
     """The rows of which some seeds are far below the others."""
-    at: dict[str, dict[str, str]] = {}
+    at: dict[str, dict[str, dict[str, str]]] = {}  # by panel and column
     for pair in pairs:
         for row, far, seeds in zip((pair.base, pair.rival), pair.far, pair.seeds, strict=True):
             if far:
-                at.setdefault(pair.place, {})[row] = f"{row} {far} of {seeds}"
-    found = "; ".join(f"{place} ({', '.join(rows.values())})" for place, rows in at.items())
+                at.setdefault(pair.panel, {}).setdefault(pair.column, {})[row] = f"{row} {far} of {seeds}"
+    columns = {
+        panel: ", ".join(f"{column} ({', '.join(rows.values())})" for column, rows in of_panel.items())
+        for panel, of_panel in at.items()
+    }
+    found = "; ".join(f"{panel}, {each}" for panel, each in columns.items())
     return f" Seeds more than {FAR} points below their median widen intervals: {found}." if found else ""
 
 
