@@ -943,7 +943,7 @@ def test_comparisons_tell_how_far_both_are_from_the_papers_numbers(name):
     for pair in page.pairs:
         for row, apart in zip((pair.base, pair.rival), pair.differences, strict=True):
             cell = cells.loc[(pair.panel, pair.column, row)]
-            outside = abs(cell["difference"]) > max(cell["standard_error"], np.nan_to_num(cell["paper_standard_error"]))
+            outside = abs(cell["difference"]) > max(cell["standard_error"], cell["paper_standard_error"] or 0)
             assert apart == pytest.approx(cell["difference"] if outside else nan, nan_ok=True)
 
 
