@@ -18,6 +18,7 @@ class _Seen:
     """How far a file has been read."""
 
     inode: int = 0
+    modified: int = 0  # nanoseconds
     size: int = 0  # bytes
     lines: int = 0
     last: bytes = b""  # the last of the lines
@@ -49,11 +50,13 @@ class JsonLines:
         except OSError as error:
             raise RunError(f"{self.path}: cannot be read ({error.strerror}); put it back, or delete it") from error
         seen = self._seen
-        if (seen.inode, seen.size) == (stat.st_ino, stat.st_size):
+        if (seen.inode, seen.modified, seen.size) == (stat.st_ino, stat.st_mtime_ns, stat.st_size):
             return
-        content = read_bytes(self.path, seen.size - len(seen.last))
-        if not content.startswith(seen.last):  # another file; the system gives its inode to the next one
-            self._forget()
+        grown = seen.inode == stat.st_ino and seen.size < stat.st_size
+        content = read_bytes(self.path, seen.size - len(seen.last)) if grown else b""
+        if not (grown and content.startswith(seen.last)):  # another file; the system gives its inode to the next one
+            if seen.size:
+                self._forget()
             seen, content = _Seen(), read_bytes(self.path)
         text = decode(self.path, content[len(seen.last) :])
         end = text.rfind("\n") + 1
@@ -71,7 +74,8 @@ class JsonLines:
         read = text.encode()
         ends = seen.last + read
         last = ends[ends.rstrip(b"\n").rfind(b"\n") + 1 :]
-        self._seen = _Seen(stat.st_ino, seen.size + len(read), seen.lines + text.count("\n"), last)
+        lines = seen.lines + text.count("\n")
+        self._seen = _Seen(stat.st_ino, stat.st_mtime_ns, seen.size + len(read), lines, last)
 
     @contextmanager
     def locked(self, take: Callable[[int, str], None]) -> Iterator[None]:

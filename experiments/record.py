@@ -49,11 +49,6 @@ class Record:
         return f'{self.file} "{self.name}"'
 
     @property
-    def numbers(self) -> str:
-        """What it says of the last epoch, to compare."""
-        return json.dumps([self.result["status"], self.result["last"]], sort_keys=True)
-
-    @property
     def diverged(self) -> bool:
         return bool(self.result["status"] == "diverged")
 
@@ -140,6 +135,11 @@ class Record:
     def environments(self) -> list[dict[str, Any]]:
         """The environments in which the run was started and resumed."""
         return [self.environment, *self.environment.get("resumed", [])]
+
+
+def numbers(result: dict[str, Any]) -> str:
+    """What a result says of the last epoch, to compare."""
+    return json.dumps([result["status"], result["last"]], sort_keys=True)
 
 
 def check_run(record: Record) -> None:

@@ -9,6 +9,7 @@ without outcomes and metrics. Lines are appended while runs end, and sorted by n
 import json
 import os
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -19,11 +20,12 @@ from typing import Any
 import pandas as pd
 
 from experiments.json_lines import JsonLines
-from experiments.record import DAMAGE, OF_A_RUN, Record, check_run, record_of
+from experiments.record import DAMAGE, OF_A_RUN, Record, check_run, numbers, record_of
 from lawn.config import Config
 from lawn.diagnostics.figure import read_metrics
 from lawn.errors import RunError
 from lawn.identity import identity, run_name
+from lawn.output import echo
 from lawn.train.run_directory import RunDirectory, read_environment
 
 EPOCHS = 30  # in a record, about, if every epoch measures the same
@@ -40,7 +42,8 @@ class Store:
         self._read: dict[str, Record] = {}
         self._files: dict[Path, JsonLines] = {}
         self._kinds: set[tuple[str, ...]] = set()
-        self._stamp: list[tuple[str, int, int]] = []  # of the files as they were read
+        self._stamp: list[tuple[str, int, int, int]] = []  # of the files as they were read
+        self._outdated = False  # whether a file was deleted or replaced since
 
     def kinds(self) -> frozenset[tuple[str, ...]]:
         """The dataset, optimizer, batch size and number of epochs of each recorded run, as texts."""
@@ -62,7 +65,7 @@ class Store:
         yield from (self._read[name] for name in sorted(self._read))
 
     def write(self, config: Config, overrides: tuple[str, ...], experiment: str, tunes: bool = False) -> Record:
-        """Record a finished run of an experiment, or one that tunes it.
+        """Record a finished run of an experiment, or one that tunes it; a record that it has already is kept.
 
         Raises RunError if the run has not finished.
         """
@@ -85,18 +88,16 @@ class Store:
             result.pop("outcomes", None)
         else:
             content["history"] = _history(directory.path, _recorded(config, result["last"]["epoch"]))
-        folder, known = self.tuning if tunes else self.runs, self.read(name)
-        path = folder / f"{experiment}.jsonl"
-        if known is not None and known.path.parent == folder:  # by the command of another experiment, meanwhile
-            path = known.path
-        file = self._file(path)
-        line = json.dumps(content, separators=(",", ":"))
+        folder = self.tuning if tunes else self.runs
+        self._refresh()
+        file = self._file(folder / f"{experiment}.jsonl")
         with file.locked(self._taker(file)):
-            if name in self._read and self._read[name].path == file.path:
-                others = [other for other in file.lines() if json.loads(other)["name"] != name]
-                file.replace([*others, line])
-            else:
-                file.append(line)
+            known = self._read.get(name)
+            differs = known is not None and numbers(known.result) != numbers(result)
+            if known is None or (known.path.parent != folder and not differs):
+                file.append(json.dumps(content, separators=(",", ":")))
+            elif differs:
+                echo(f"warning: {name}: {known.path} has another result of it, which is kept", sys.stderr)
         return self._read[name]
 
     def sort(self) -> None:
@@ -104,12 +105,14 @@ class Store:
         for path in self._paths():
             file = self._file(path)
             with suppress(PermissionError), file.locked(self._taker(file)):
-                by_name = {json.loads(line)["name"]: line for line in file.lines()}
+                by_name: dict[str, str] = {}
+                for line in file.lines():
+                    by_name.setdefault(json.loads(line)["name"], line)
                 file.replace([by_name[name] for name in sorted(by_name)])
 
     def _paths(self) -> Iterator[Path]:
         """The files of records. Raises RunError if their folder cannot be read, or has records that cannot."""
-        for folder in (self.tuning, self.runs):  # of a run that is in both, the record with its outcomes counts
+        for folder in (self.tuning, self.runs):
             try:
                 names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
             except FileNotFoundError:
@@ -128,8 +131,11 @@ class Store:
         return self._files.setdefault(path, JsonLines(path, partial(self._forget, path)))
 
     def _forget(self, path: Path) -> None:
-        """Forget the records of a file that was deleted or replaced, or of which a line was deleted."""
+        """Forget the records of a file that was deleted or replaced, or of which a line was deleted; those that other
+        files have of the same runs are to be read again.
+        """
         self._read = {name: record for name, record in self._read.items() if record.path != path}
+        self._outdated, self._stamp = True, []
 
     def _taker(self, file: JsonLines) -> Callable[[int, str], None]:
         """Caches the record of a line of a file."""
@@ -145,12 +151,13 @@ class Store:
                 raise RunError(
                     f"{file.path}, line {number}: damaged record ({error}); delete the line and run again"
                 ) from error
-            other = self._read.get(record.name)
-            if other is not None and other.path.parent == file.path.parent and other.numbers != record.numbers:
+            known = self._read.get(record.name)
+            if known is not None and numbers(known.result) != numbers(record.result):
                 raise RunError(
-                    f"{file.path}, line {number}: another result of {record.name} than in {other.path}; delete one line"
+                    f"{file.path}, line {number}: another result of {record.name} than in {known.path}; delete one line"
                 )
-            self._read[record.name] = record
+            if known is None or known.path.parent == self.tuning != file.path.parent:  # the record with outcomes counts
+                self._read[record.name] = record
             self._kinds.add(kind)
 
         return take
@@ -160,20 +167,32 @@ class Store:
         stamp = _stamp(self.tuning, self.runs)
         if stamp and stamp == self._stamp:  # nothing: cheap, because it is asked for every run without a record
             return
+        known = bool(self._read)
+        try:
+            self._read_files()
+        except RunError:
+            if not known:
+                raise
+            self._outdated = True  # perhaps a record that was read before is the wrong one, and has been deleted
+        if self._outdated:
+            self._read, self._kinds, self._files, self._outdated = {}, set(), {}, False
+            self._read_files()
+        self._stamp = stamp
+
+    def _read_files(self) -> None:
         for path in dict.fromkeys((*self._paths(), *self._files)):
             file = self._file(path)
             file.read_new(self._taker(file))
-        self._stamp = stamp
 
 
-def _stamp(*folders: Path) -> list[tuple[str, int, int]]:
-    """The path, inode and size of each file of records in the folders; empty if one of them cannot be read."""
+def _stamp(*folders: Path) -> list[tuple[str, int, int, int]]:
+    """The path, inode, modification and size of each file of records in the folders; empty if one cannot be read."""
     found = []
     try:
         for folder in folders:
             with os.scandir(folder) as entries:
                 files = [(entry.path, entry.stat()) for entry in entries if entry.name.endswith((".json", ".jsonl"))]
-            found += [(path, stat.st_ino, stat.st_size) for path, stat in files]
+            found += [(path, stat.st_ino, stat.st_mtime_ns, stat.st_size) for path, stat in files]
     except OSError:
         return []
     return found

@@ -126,7 +126,11 @@ def rank_runs() -> int:
         other = "val" if given.split == "test" else "test"
         hint = f"; rank the {others} with eval.split={other} by --split {other}" if others else ""
         raise UserError(f"{given.folder}: no finished runs with eval.split={given.split}{hint}")
-    runs = runs.drop_duplicates(["hash", "data"])  # a run may be in several folders
+    same = ["hash", "data"]  # a run may be in several folders
+    results = runs.groupby(same, dropna=False)[["status", "score"]].nunique(dropna=False).max(axis=1)
+    if (results > 1).any():
+        raise UserError(f"{given.folder}: run directories with the hash {results.idxmax()[0]} have different results")
+    runs = runs.drop_duplicates(same)
     if given.csv:
         metrics = runs.columns[runs.columns.get_loc("status") :].drop(["headline", "score"])
         kept = runs[["hash", "git", *varied(runs), "seed", *metrics]].dropna(axis=1, how="all")

@@ -297,6 +297,7 @@ def test_rank_runs_takes_runs_on_other_data_apart(finished_runs, tmp_path, monke
     with pytest.raises(SystemExit, match="2"):
         rank_runs.main()
     assert not (tmp_path / "no").exists()
+    shutil.copy(tmp_path / "runs" / "b" / "result.json", tmp_path / "runs" / "a" / "result.json")
     for run, data in (("a", {CHECKSUM: "x"}), ("b", {"images": 3, CHECKSUM: "x"}), ("copy of b", {"images": 3})):
         environment = json.loads((tmp_path / "runs" / run / "env.json").read_text())
         (tmp_path / "runs" / run / "env.json").write_text(json.dumps({**environment, "data": data}))
@@ -304,6 +305,21 @@ def test_rank_runs_takes_runs_on_other_data_apart(finished_runs, tmp_path, monke
     capsys.readouterr()
     assert rank_runs.main() == 0
     assert len(capsys.readouterr().out.splitlines()) == 2  # of folders and shards, and one that does not tell
+
+
+def test_rank_runs_refuses_two_results_of_one_run(finished_runs, tmp_path, monkeypatch, capsys):
+    for name, accuracy in (("a", 40.0), ("b", 50.0)):
+        shutil.copytree(next(finished_runs.glob("digits-*")), tmp_path / name)
+        path = tmp_path / name / "result.json"
+        result = json.loads(path.read_text())
+        result["last"]["val_accuracy"] = accuracy
+        path.write_text(json.dumps(result))
+    monkeypatch.setattr(sys, "argv", ["rank_runs.py", str(tmp_path)])
+    capsys.readouterr()
+    assert rank_runs.main() == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "have different results" in err
 
 
 @pytest.mark.parametrize(

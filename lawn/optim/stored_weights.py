@@ -44,14 +44,14 @@ class StoredWeights:
                     continue
                 copy, weight = _local(value).to(before[p].dtype), _local(p)
                 gradients = [_local(g) for g in (p.grad,) if g is not None and _is_known(g)]
-                if any(torch.equal(copy, g.to(copy.dtype)) for g in gradients) or _is_constant(copy):
+                if any(torch.equal(copy, g.to(copy.dtype)) for g in gradients) or _is_new(copy):
                     continue
                 if copy.data_ptr() == weight.data_ptr():
                     continue  # the weight itself
                 if any(torch.equal(copy, w) for w in (before[p], weight)):
                     warnings.warn(
                         f"{type(optimizer).__name__} keeps a copy of the weights in its state ({key!r}); if it "
-                        "computes new weights from that, as MADGRAD and D-Adaptation do, it undoes what LAWN does to "
+                        "computes new weights from that, as MADGRAD and DAdaptSGD do, it undoes what LAWN does to "
                         "them, and their updates grow: use another optimizer",
                         stacklevel=2,
                     )
@@ -65,8 +65,9 @@ def _is_known(t: Any) -> bool:
     ) and t.layout is torch.strided
 
 
-def _is_constant(t: Tensor) -> bool:
-    return t.numel() == 0 or bool((t == t.flatten()[0]).all())
+def _is_new(t: Tensor) -> bool:
+    """Whether all elements are 0 or all 1, as where a state begins; a weight may have that, too."""
+    return not t.any() or bool((t == 1).all())
 
 
 def _local(t: Tensor) -> Tensor:
