@@ -35,6 +35,7 @@ class Store:
     """The records in results/, by the names of their runs.
 
     Records that were read are cached, because finished runs do not change; records that other processes add are seen.
+    A store is for one thread.
     """
 
     def __init__(self, results: Path) -> None:
@@ -43,7 +44,7 @@ class Store:
         self._files: dict[Path, JsonLines] = {}
         self._kinds: set[tuple[str, ...]] = set()
         self._stamp: list[tuple[str, int, int, int]] = []  # of the files as they were read
-        self._outdated = False  # whether a file was deleted or replaced since
+        self._outdated = False  # whether all files are to be read anew: one was deleted, replaced or refused
 
     def kinds(self) -> frozenset[tuple[str, ...]]:
         """The dataset, optimizer, batch size and number of epochs of each recorded run, as texts."""
@@ -55,14 +56,15 @@ class Store:
 
     def read(self, name: str) -> Record | None:
         """The record of a run; None without one. Raises RunError for a damaged record in any file."""
-        if name not in self._read:
+        if name not in self._read or self._outdated:
             self._refresh()
         return self._read.get(name)
 
     def all(self) -> Iterator[Record]:
         """All records, sorted by name."""
         self._refresh()
-        yield from (self._read[name] for name in sorted(self._read))
+        read = self._read
+        yield from (read[name] for name in sorted(read))
 
     def write(self, config: Config, overrides: tuple[str, ...], experiment: str, tunes: bool = False) -> Record:
         """Record a finished run of an experiment, or one that tunes it; a record that it has already is kept.
@@ -94,7 +96,7 @@ class Store:
         with file.locked(self._taker(file)):
             known = self._read.get(name)
             differs = known is not None and numbers(known.result) != numbers(result)
-            if known is None or (known.path.parent != folder and not differs):
+            if known is None or (known.path.parent == self.tuning != folder and not differs):
                 file.append(json.dumps(content, separators=(",", ":")))
             elif differs:
                 echo(f"warning: {name}: {known.path} has another result of it, which is kept", sys.stderr)
@@ -102,6 +104,7 @@ class Store:
 
     def sort(self) -> None:
         """Sort the files by name, in which two histories of them are easily merged; not those of other users."""
+        self._refresh()
         for path in self._paths():
             file = self._file(path)
             with suppress(PermissionError), file.locked(self._taker(file)):
@@ -167,16 +170,17 @@ class Store:
         stamp = _stamp(self.tuning, self.runs)
         if stamp and stamp == self._stamp:  # nothing: cheap, because it is asked for every run without a record
             return
-        known = bool(self._read)
+        begins, self._stamp = not (self._read or self._outdated), []
         try:
             self._read_files()
         except RunError:
-            if not known:
-                raise
             self._outdated = True  # perhaps a record that was read before is the wrong one, and has been deleted
+            if begins:
+                raise
         if self._outdated:
-            self._read, self._kinds, self._files, self._outdated = {}, set(), {}, False
+            self._read, self._kinds, self._files = {}, set(), {}
             self._read_files()
+            self._outdated = False
         self._stamp = stamp
 
     def _read_files(self) -> None:

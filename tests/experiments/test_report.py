@@ -526,6 +526,52 @@ def test_a_result_in_the_place_of_one_that_was_deleted_is_taken(results, gone, n
     assert store.read(record["name"]).headline == 12.5
 
 
+@pytest.mark.parametrize("bad", ["tuning/a.jsonl", "runs/a.jsonl", "runs/z.jsonl", "runs/x.json"])
+def test_a_store_recovers_when_a_bad_file_is_gone(results, bad):
+    store = Store(results)
+    names = [record.name for record in store.all()]
+    (results / bad).parent.mkdir(exist_ok=True)
+    (results / bad).write_text('{"name": "damaged"}\n')
+    for _ in range(2):
+        with pytest.raises(RunError):
+            list(store.all())
+        with pytest.raises(RunError):
+            store.read(names[0])
+    (results / bad).unlink()
+    assert store.has(names[0])
+    assert [record.name for record in store.all()] == names
+    assert store.kinds() == Store(results).kinds()
+
+
+@pytest.mark.parametrize("reads_before", [False, True])
+def test_the_lines_before_a_damaged_one_are_forgotten(results, reads_before):
+    path = results / "runs" / "mini.jsonl"
+    first, second, *_ = path.read_text().splitlines(keepends=True)
+    path.write_text(second)
+    store = Store(results)
+    if reads_before:
+        list(store.all())
+    (results / "runs" / "z.jsonl").write_text(f'{first}{second}{{"name": "damaged"}}\n')
+    with pytest.raises(RunError, match="line 3"):
+        list(store.all())
+    (results / "runs" / "z.jsonl").write_text(second)
+    assert not store.has(json.loads(first)["name"])
+    assert len(list(store.all())) == 1
+
+
+def test_sorting_takes_what_was_deleted_since_into_account(results):
+    path = results / "runs" / "mini.jsonl"
+    store = Store(results)
+    list(store.all())
+    first, *others = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(others))
+    record = json.loads(first)
+    record["result"]["last"]["test_accuracy"] = 12.5
+    (path.parent / "a.jsonl").write_text(json.dumps(record) + "\n")
+    store.sort()
+    assert store.read(record["name"]).headline == 12.5
+
+
 def test_a_file_of_the_same_size_in_the_place_of_another_is_read(results):
     """As git writes it, perhaps with the inode of the one before."""
     path = results / "runs" / "mini.jsonl"
