@@ -60,9 +60,10 @@ class JsonLines:
             seen, content = _Seen(), read_bytes(self.path)
         text = decode(self.path, content[len(seen.last) :])
         end = text.rfind("\n") + 1
-        if not _is_json(text[end:]):
-            if _begins_with_json(text[end:]):  # such as line ends of another system; no writer leaves that
-                raise RunError(f"{self.path}: its last line goes on after a record; end each record with a line feed")
+        tail = text[end:].strip(" \t\r\n")
+        if 0 < (stop := _end_of_json(tail)) < len(tail):  # such as line ends of another system; no writer leaves that
+            raise RunError(f"{self.path}: its last line goes on after a record; end each record with a line feed")
+        if not stop:
             if end < len(text) and stat.st_size != self._cut:
                 what = "the last line has no end; its record is being written, or lost"
                 echo(f"warning: {self.path}: {what}", sys.stderr)
@@ -126,17 +127,9 @@ def decode(path: Path, content: bytes) -> str:
         raise RunError(f"{path}: cannot be read ({error}); put it back, or delete it and run again") from error
 
 
-def _begins_with_json(text: str) -> bool:
+def _end_of_json(text: str) -> int:
+    """Where the JSON value ends with which a text begins; 0 without one."""
     try:
-        json.JSONDecoder().raw_decode(text.lstrip())
+        return json.JSONDecoder().raw_decode(text)[1]
     except ValueError:
-        return False
-    return True
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
+        return 0

@@ -5,7 +5,7 @@ step, while the norms hold all the same.
 """
 
 import warnings
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -43,11 +43,10 @@ class StoredWeights:
                 if not _is_known(value) or (value.device, value.shape) != (p.device, p.shape):
                     continue
                 copy, weight = _local(value).to(before[p].dtype), _local(p)
-                gradients = [_local(g) for g in (p.grad,) if g is not None and _is_known(g)]
-                if any(torch.equal(copy, g.to(copy.dtype)) for g in gradients) or _is_new(copy):
+                is_gradient = _is_known(p.grad) and torch.equal(copy, _local(p.grad).to(copy.dtype))
+                is_weight = copy.data_ptr() == weight.data_ptr()  # which no copy is
+                if is_gradient or is_weight or _is_new(copy):
                     continue
-                if copy.data_ptr() == weight.data_ptr():
-                    continue  # the weight itself
                 if any(torch.equal(copy, w) for w in (before[p], weight)):
                     warnings.warn(
                         f"{type(optimizer).__name__} keeps a copy of the weights in its state ({key!r}); if it "
@@ -58,7 +57,7 @@ class StoredWeights:
                     return
 
 
-def _is_known(t: Any) -> bool:
+def _is_known(t: Any) -> TypeGuard[Tensor]:
     """Whether this is a dense tensor or a DTensor; other kinds, such as quantized states, cannot be compared."""
     return (
         type(t) in sharding.PLAIN or (isinstance(t, Tensor) and sharding.is_dtensor(t))

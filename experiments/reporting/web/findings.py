@@ -130,11 +130,10 @@ def _far_seeds(pairs: Sequence[Pair]) -> str:
         for row, far, seeds in zip((pair.base, pair.rival), pair.far, pair.seeds, strict=True):
             if far:
                 at.setdefault(pair.panel, {}).setdefault(pair.column, {})[row] = f"{row} {far} of {seeds}"
-    columns = {
-        panel: ", ".join(f"{column} ({', '.join(rows.values())})" for column, rows in of_panel.items())
-        for panel, of_panel in at.items()
-    }
-    found = "; ".join(f"{panel}, {each}" for panel, each in columns.items())
+    found = "; ".join(
+        f"{panel}, " + ", ".join(f"{column} ({', '.join(rows.values())})" for column, rows in columns.items())
+        for panel, columns in at.items()
+    )
     return f" Seeds more than {FAR} points below their median widen intervals: {found}." if found else ""
 
 
