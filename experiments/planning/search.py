@@ -1,10 +1,10 @@
 """The search of hyperparameters on a grid: the next points to try, from the scores of those that were tried.
 
 1. Every point of the grid for a short budget, a complete schedule each.
-2. As many trials for the whole budget as the BEST have neighbours, 6 for each axis: first the BEST of the short ones,
-   then again and again the neighbours of the BEST so far, without those that diverged. They may lie one value beyond
-   an end of the grid. Where no neighbour is left, the next best of the short ones follow. Without a shorter budget all
-   points are tried, then the neighbours beyond the ends.
+2. Trials for the whole budget, as many for each optimizer: first the BEST of the short ones, then again and again the
+   neighbours of the BEST so far, without those that diverged. They may lie one value beyond an end of the grid. Where
+   no neighbour is left, the next best of the short ones follow. Without a shorter budget all points are tried, then
+   the neighbours beyond the ends.
 3. The BEST of these once more with other seeds. A point that diverges or collapses for one of them loses, and the next
    best takes its place; of those that remain the best mean wins.
 
@@ -14,12 +14,13 @@ resumes from its records.
 
 from collections.abc import Callable, Sequence
 from itertools import product
-from math import inf, isnan, prod
+from math import inf, isnan
 
 Point = tuple[int, ...]  # the index of each axis' value; -1 and the length of an axis are beyond its ends
 Score = Callable[[Point], float | None]  # the larger the better, NaN of a diverged run; None: not known yet
 
 BEST = 3
+AXES = 3  # of the grids of LAWN, and of most others
 CONFIRMING_SEEDS = (1, 2)  # beside 0, which all trials have
 COLLAPSED = 0.5  # of a point's best seed: a lower score is another outcome, not a little worse
 
@@ -34,9 +35,13 @@ def neighbours(point: Point, shape: Sequence[int]) -> list[Point]:
     return [(*point[:k], i, *point[k + 1 :]) for k, i in moved if -1 <= i <= shape[k]]
 
 
-def num_trials(shape: Sequence[int]) -> int:
-    """The number of points to try with the whole budget after a search with a shorter one."""
-    return min(2 * BEST * len(shape), prod(shape))
+def num_trials(axes: int) -> int:
+    """The number of points to try with the whole budget after a search with a shorter one.
+
+    It is the number of neighbours of the BEST on AXES axes, so that a baseline with fewer hyperparameters than LAWN has
+    no fewer trials. Of more axes, it is that of theirs.
+    """
+    return 2 * BEST * max(axes, AXES)
 
 
 def points_to_try(

@@ -81,7 +81,7 @@ class Study:
             return Tuning(full=self.grid.jobs())
         start, short, limit = self.grid.points, [], None
         if self.shorter is not None:
-            shorter, short, limit = self.shorter, self.shorter.jobs(), search.num_trials(self.grid.shape)
+            shorter, short, limit = self.shorter, self.shorter.jobs(), search.num_trials(len(self.grid.axes))
             if not all(store.has(job.name) for job in short):
                 return Tuning(short, unknown=limit + CONFIRMING)
             start = search.ranked(start, lambda point: shorter.score(store, point))

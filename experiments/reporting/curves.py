@@ -202,7 +202,7 @@ def _filtered(full: Outcome, short: Outcome) -> str:
         for outcome in (full, short)
     )
     by_full, by_short = search.ranked(points, ours.get), search.ranked(points, theirs.get)
-    limit = search.num_trials(full.study.grid.shape)
+    limit = search.num_trials(len(full.study.grid.axes))
     tried = search.points_to_try(full.study.grid.shape, by_short, limit, ours.get, ours.__contains__)
     found = search.ranked(tried, ours.get)[0]
     scores = pd.DataFrame({"full": [ours[point] for point in points], "short": [theirs[point] for point in points]})

@@ -10,7 +10,7 @@ from experiments.reporting.outcomes import Outcome, place
 
 HEAD = (
     *("", "", "chosen", "mean of its seeds; of the next best, %", "place in the short search"),
-    *("runs: short + full + other seeds", "epochs trained", "at an end of the grid"),
+    *("found by the full run", "runs: short + full + other seeds", "epochs trained", "at an end of the grid"),
 )
 
 
@@ -20,8 +20,9 @@ def protocol(selection: str) -> str:
     biased = "" if selection == "val" else "; the numbers are biased upwards"
     return (
         f"Hyperparameters are chosen on {split}, in the same way for both sides of a comparison: the whole grid for "
-        f"the shorter schedule; then, for the whole schedule, {2 * search.BEST} runs for each hyperparameter, of the "
-        "best and their neighbours, or the whole grid where there is no shorter schedule; then the best "
+        f"the shorter schedule; then, for the whole schedule, {search.num_trials(search.AXES)} runs, or "
+        f"{2 * search.BEST} for each hyperparameter where there are more than {search.AXES}, of the best and their "
+        "neighbours, or the whole grid where there is no shorter schedule; then the best "
         f"{search.BEST} with {len(search.CONFIRMING_SEEDS)} more seeds. "
         f"The best mean wins; a setting that diverges or collapses for a seed loses{biased}."
     )
@@ -71,6 +72,7 @@ def _row(outcome: Outcome) -> list[str]:
         format_setting(outcome.setting),
         f"{best:.2f}" + (f"; {max(others):.2f}" if others else ""),
         _standing(outcome) if tuning.short else "",
+        _found(outcome) if tuning.short else "",
         counts + (f", {diverged} diverged" if diverged else "") + (f", {at_zero} at 0 %" if at_zero else ""),
         f"{sum(record.config['train']['epochs'] for record in recorded.values()):,}",
         ", ".join(_ends(study.grid.axes, tuning.chosen)),
@@ -93,6 +95,12 @@ def _standing(outcome: Outcome) -> str:
     order = search.ranked(points, scores.get)
     chosen = outcome.tuning.chosen
     return f"{order.index(chosen) + 1} of {len(order)}" if chosen in order else "beyond its grid"
+
+
+def _found(outcome: Outcome) -> str:
+    """Which run for the whole schedule found the chosen setting: after one of the last, a longer search may improve."""
+    settings = [job.setting for job in outcome.tuning.full]
+    return f"{settings.index(outcome.setting) + 1} of {len(settings)}"
 
 
 def _ends(axes: dict[str, list[str]], point: search.Point) -> list[str]:

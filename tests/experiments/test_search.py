@@ -40,9 +40,9 @@ def test_the_search_follows_from_scores_alone(shape, data):
     points = search.grid(shape)
     scores = {point: float(data.draw(st.integers(0, 9))) for point in points}
     start = data.draw(st.permutations(points))
-    limit = search.num_trials(shape)
+    limit = search.num_trials(len(shape))
     tried = search.points_to_try(shape, start, limit, lambda p: scores.get(p, nan), scores.__contains__)
-    assert len(set(tried)) == len(tried) == limit
+    assert len(set(tried)) == len(tried) == min(limit, prod(shape))
     assert set(start[: min(search.BEST, limit)]) <= set(tried)
     known = data.draw(st.sets(st.sampled_from(points)))
     partly = search.points_to_try(shape, start, limit, lambda p: scores[p] if p in known else None, scores.__contains__)
@@ -142,7 +142,9 @@ def test_a_miniature_goes_from_the_short_budget_to_the_report(climbed):
     study = studies(RUNGS)[0]
     tuning = study.tuning(store)
     points = study.grid.points
-    assert (len(points), len(tuning.short), len(tuning.full), len(tuning.confirming)) == (12, 12, 12, 6)
+    trials = len(tuning.full)
+    assert (len(points), len(tuning.short), len(tuning.confirming)) == (12, 12, 6)
+    assert 12 < trials <= search.num_trials(3) == 18  # with those beyond the grid
     assert {job.config.train.epochs for job in tuning.short} == {2}
     assert {job.config.train.epochs for job in tuning.full + tuning.confirming} == {6}
     first = sorted(points, key=lambda point: -study.shorter.score(store, point))[:3]
@@ -159,13 +161,14 @@ def test_a_miniature_goes_from_the_short_budget_to_the_report(climbed):
         assert record.result["split"] == "test"
         assert float(adam.setting[0].removeprefix("optim.lr=")) == record.config["optim"]["lr"]
     (row,) = page.tuned.rows
-    assert row[5:7] == ["12 + 12 + 6", f"{12 * 2 + 18 * 6}"]
+    assert row[5] == f"{[job.setting for job in tuning.full].index(adam.setting) + 1} of {trials}"
+    assert row[6:8] == [f"12 + {trials} + 6", f"{12 * 2 + (trials + 6) * 6}"]
     assert len(page.comparisons.rows) == 1
     report.write(page, climbed / "results")
     text = (climbed / "results" / "rungs.md").read_text()
     assert "| Adam → Adam-LAWN |" in text
-    assert "then, for the whole schedule, 6 runs for each hyperparameter" in text
-    assert len(page.tuning) == 30
+    assert "then, for the whole schedule, 18 runs, or 6 for each hyperparameter where there are more than 3," in text
+    assert len(page.tuning) == 18 + trials
     assert set(page.tuning["part"]) == {"short", "full", "seeds"}
 
 
