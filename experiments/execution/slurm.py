@@ -23,6 +23,7 @@ from experiments.execution.executor import (
     LOST,
     JobResult,
     Resources,
+    failure,
     job_results,
     make_output,
     output_of,
@@ -262,7 +263,11 @@ class SubmititExecutor:
         now = time.monotonic()
         submitted.silent_since = submitted.silent_since or now
         patience = 0.0 if self._queue is None else DISK_SECONDS
-        return submitted.handle.paths.result_pickle.exists() or now - submitted.silent_since >= patience
+        return (
+            submitted.handle.paths.result_pickle.exists()
+            or now - submitted.silent_since >= patience
+            or all(failure(job, output_of([job])) is None for job in submitted.jobs)  # another call has deleted it
+        )
 
     def _results(self, submitted: _Submitted) -> list[JobResult]:
         seconds = time.monotonic() - submitted.start

@@ -183,9 +183,11 @@ def _list_folder(folder: Path) -> tuple[list[str], Files]:
         found = ImageFolder(str(folder))
     except OSError as error:
         reason = str(error).partition("\n")[0][:200]
-        raise DataError(
-            f"{folder}: {reason}; ImageNet asks for an account at image-net.org, "
-            f"so put its images into {folder}/<wnid>/*.JPEG yourself"
-        ) from error
+        remedy = (
+            f"ImageNet asks for an account at image-net.org, so put its images into {folder}/<wnid>/*.JPEG yourself"
+        )
+        if reason.startswith("Found no valid file"):
+            remedy = "remove these folders, or put images into them"
+        raise DataError(f"{folder}: {reason}; {remedy}") from error
     paths = np.array([os.fsencode(path) for path, _ in found.samples])
     return found.classes, Files(paths, np.array(found.targets, dtype=np.int64))

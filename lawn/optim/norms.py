@@ -152,5 +152,10 @@ def check_loaded_norms(group_update: GroupUpdate, index: int, known: KnownBlocks
 
 
 def _has_half_precision(block: list[Tensor]) -> bool:
-    """Whether the values have the precision of float16 or bfloat16; they may have been loaded into another dtype."""
-    return any(all(torch.equal(t, t.to(half).to(t.dtype)) for t in real(sharding.local(block))) for half in HALF)
+    """Whether the values have the precision of float16 or bfloat16; they may have been loaded into another dtype.
+
+    The answer is that of whole weights. All ranks that share them have to ask.
+    """
+    others = [[not torch.equal(t, t.to(half).to(t.dtype)) for half in HALF] for t in real(sharding.local(block))]
+    count = sharding.all_reduce(block, torch.tensor(others, dtype=torch.float64, device="cpu")).sum(0)
+    return bool((count == 0).any())

@@ -27,20 +27,20 @@ def is_dummy(optimizer: Optimizer) -> bool:
     """Whether torch.distributed.checkpoint calls `step` only to initialize the optimizer's state.
 
     It does so before the first update, with all learning rates and gradients zero. The gradients are read only if there
-    is no state and all learning rates are zero, so an update does not wait for the device.
+    is no state and all learning rates are zero, so an update does not wait for the device. Of sharded parameters, the
+    ranks answer together: only some may have state.
     """
     rates = [group.get("lr", 1.0) for group in optimizer.param_groups]
-    if any(entry for _, entry in entries(optimizer.state)) or any(
-        isinstance(r, Tensor) and not r.is_cpu for r in rates
-    ):
-        return False
-    if any(rate != 0 for rate in rates):
+    if any((isinstance(rate, Tensor) and not rate.is_cpu) or rate != 0 for rate in rates):
         return False
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    begun = any(entry for _, entry in entries(optimizer.state))
+    if begun and not sharding.any_dtensor(params):
+        return False
     grads = [sharding.gradient(p) for p in params]
-    flags = [[g is not None, g is not None and (g.is_sparse or bool(g.any()))] for g in grads]
-    given, nonzero = sharding.all_reduce(params, torch.tensor(flags, dtype=torch.float64, device="cpu")).sum(0).tolist()
-    return given > 0 and nonzero == 0
+    flags = [[g is not None, begun or (g is not None and (g.is_sparse or bool(g.any())))] for g in grads]
+    given, updated = sharding.all_reduce(params, torch.tensor(flags, dtype=torch.float64, device="cpu")).sum(0).tolist()
+    return given > 0 and updated == 0
 
 
 def begin_step(optimizer: Optimizer, known: KnownBlocks, fused: bool | None = None) -> list[GroupUpdate]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -304,6 +305,23 @@ def test_a_node_that_is_lost(cluster, tmp_path, capsys):
     assert "lost with its process: " in out
     assert "3 of 3 done" in out
     assert times_resumed(tmp_path / "results") == [0, 0, 1]
+
+
+def test_two_calls_see_the_end_of_a_job(slurm, tmp_path, monkeypatch):
+    """The first deletes its result."""
+    from experiments.execution.slurm import SubmititExecutor
+
+    monkeypatch.setattr("experiments.execution.slurm.DISK_SECONDS", 1e9)
+    (study,) = studies(replace(LONG, cells=LONG.cells[:1]), extra=(f"runs_dir={tmp_path / 'runs'}",), seeds=1)
+    jobs = study.outstanding(Store(tmp_path / "results"))
+    first, second = (SubmititExecutor(tmp_path / "runs", CPU, 2, "slurm", {"timeout_min": 5}) for _ in range(2))
+    for executor in (first, second):
+        executor.start(jobs)
+        executor.wait(0)
+    for executor in (first, second):
+        (ended,) = wait_until(partial(executor.wait, 1))
+        assert ended.failure is None
+    assert len(list((tmp_path / "runs" / ".submitit").glob("*_result.pkl"))) == 0
 
 
 @pytest.mark.parametrize("allowed", [True, False])

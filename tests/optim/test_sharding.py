@@ -1,5 +1,6 @@
 """Sharded parameters (FSDP2, HSDP, tensor parallelism) against plain tensors in one process."""
 
+import copy
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -266,7 +267,8 @@ def nothing_to_update() -> list[dict[str, int]]:
 
 
 def first_step_at_zero_rate() -> list[int]:
-    """Gradients that are zero on one rank only, and a rate of zero: no rank takes it for the step that makes state."""
+    """Gradients that are zero, or missing, on one rank only, and a rate of zero: no rank takes it for the step that
+    makes state."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
     steps = []
@@ -278,7 +280,12 @@ def first_step_at_zero_rate() -> list[int]:
         w.grad = distribute_tensor(gradient, mesh(2), [Shard(0)])
         optimizer.step()
         steps.append(optimizer.param_groups[0]["steps"])
-    return steps
+    optimizer = AdamLAWN([w], lr=0.0, free_steps=2)
+    gradients = [distribute_tensor(torch.ones(4, 2), mesh(2), [Shard(0)]) for _ in range(2)]
+    for step, given in enumerate(gradients):
+        w.grad = given if step or dist.get_rank() == 0 else None  # after the first, one rank has state
+        optimizer.step()
+    return [*steps, optimizer.param_groups[0]["steps"]]
 
 
 def gradient_of_another_placement() -> float:
@@ -405,6 +412,15 @@ def errors() -> dict[str, str]:
         optimizers[of_shards].load_state_dict(optimizers[not of_shards].state_dict())
         step(optimizers[of_shards])
 
+    def scaled(factor: float, rows: int, value: float = 1 / 3) -> None:
+        """With loaded norms that are those of other weights by a factor."""
+        w = sharded(torch.full((rows, 2), value))
+        old, new = AdamLAWN([w], lr=0.0, free_steps=0), AdamLAWN([w], lr=0.0, free_steps=0)
+        step(old)
+        new.load_state_dict(copy.deepcopy(old.state_dict()))
+        w.data.mul_(factor)
+        step(new)
+
     nan = torch.ones(3, 2)
     nan[0, 0] = torch.nan
     partial = nn.Parameter(DTensor.from_local(torch.ones(3, 2), mesh(2), [Partial()]))
@@ -421,6 +437,9 @@ def errors() -> dict[str, str]:
         "plain gradient": raised(lambda: step(plain, torch.ones(3, 2))),
         "plain state": raised(foreign_state),
         "sharded state": raised(lambda: foreign_state(of_shards=True)),
+        "scaled": raised(lambda: scaled(0.99, rows=3)),
+        "scaled, an empty shard": raised(lambda: scaled(0.99, rows=1)),
+        "scaled, of half precision": raised(lambda: scaled(1 + 2**-7, rows=3, value=1.0)),
     }
 
 
@@ -578,7 +597,7 @@ def test_a_step_without_gradients(two_ranks):
 
 def test_a_first_step_at_a_rate_of_zero_is_told_from_the_one_that_makes_state(two_ranks):
     for results in two_ranks[1]:
-        assert results["first_step_at_zero_rate"] == [1, 0]
+        assert results["first_step_at_zero_rate"] == [1, 0, 2]
 
 
 @pytest.mark.parametrize(
@@ -616,6 +635,9 @@ def test_errors_are_those_of_all_ranks(two_ranks):
     assert first["plain gradient"].startswith("TypeError(")
     for name in ("plain state", "sharded state"):
         assert "is not sharded as its state is" in first[name]
+    for name in ("scaled", "scaled, an empty shard"):
+        assert "has the norm" in first[name]
+    assert first["scaled, of half precision"] == "nothing"
 
 
 def check_resumed(two_ranks: Any, tmp_path: Path, world: int) -> None:
