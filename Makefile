@@ -5,15 +5,15 @@ DATA_DIR ?= data
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-TABLES := table1 table2 table3 table4 table5 table6 figure1 figure2 tuning_curves automatic flattening_digits flattening_movielens100k
+EXPERIMENTS := table1 table2 table3 table4 table5 table6 figure1 figure2 horizon matrix_factorization tuning_curves automatic flattening_digits flattening_movielens100k references
 SIMULATIONS := smd_rayleigh
-.PHONY: help setup demo data report $(TABLES) $(SIMULATIONS) test test-all lint docs format bench bench-ncf bench-sweep bench-optim bench-images bench-diagnostics bench-fsdp bench-runner audit clean
+.PHONY: help setup demo data report $(EXPERIMENTS) $(SIMULATIONS) test test-all lint docs format bench bench-ncf bench-sweep bench-optim bench-images bench-diagnostics bench-fsdp bench-runner audit clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "make $(TABLES)"
-	@echo "  run what is missing of a table or figure of the paper; e.g. make table4 ARGS='--short --jobs 2'"
+	@echo "make $(EXPERIMENTS)"
+	@echo "  run what is missing of a table or figure; e.g. make table4 ARGS='--short --jobs 2'"
 	@echo "make $(SIMULATIONS)"
 	@echo "  the same of a simulation, which needs no data; a few minutes on one core"
 
@@ -32,7 +32,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## train Adam, Adam with decay and Adam-LAWN on real digits; table and figure in demo/
 	$(PYTHON) -m experiments run demo --results demo --jobs 2 $(ARGS)
 
-$(TABLES): $(READY)
+$(EXPERIMENTS): $(READY)
 	$(PYTHON) -m experiments run $@ --set data_dir=$(DATA_DIR) $(ARGS)
 
 $(SIMULATIONS): $(READY)

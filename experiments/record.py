@@ -15,7 +15,7 @@ from experiments.json_lines import decode, read_bytes
 from lawn.errors import RunError
 from lawn.files import write_text
 from lawn.identity import identity_hash, name_prefix
-from lawn.train.run_directory import decode_outcomes
+from lawn.train.run_directory import decode_outcomes, environments
 
 DAMAGE = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)  # raised by reading a damaged record
 OF_ALL = ("code",)  # properties that every record must have
@@ -134,7 +134,7 @@ class Record:
     @property
     def environments(self) -> list[dict[str, Any]]:
         """The environments in which the run was started and resumed."""
-        return [self.environment, *self.environment.get("resumed", [])]
+        return environments(self.environment)
 
 
 def numbers(result: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ from lawn.diagnostics.figure import read_metrics
 from lawn.errors import RunError
 from lawn.identity import identity, run_name
 from lawn.output import echo
-from lawn.train.run_directory import RunDirectory, read_environment
+from lawn.train.run_directory import RunDirectory, environments, read_environment
 
 EPOCHS = 30  # in a record, about, if every epoch measures the same
 
@@ -75,7 +75,7 @@ class Store:
         if not directory.done:
             raise RunError(f"{directory.path}: not finished, so it cannot be recorded")
         environment, result = read_environment(directory.path), _rounded(directory.result())
-        for start in (environment, *environment.get("resumed", [])):
+        for start in environments(environment):
             start.pop("command", None)  # has the folders of this machine
         name = run_name(config)
         content = {
@@ -114,7 +114,7 @@ class Store:
                 file.replace([by_name[name] for name in sorted(by_name)])
 
     def _paths(self) -> Iterator[Path]:
-        """The files of records. Raises RunError if their folder cannot be read, or has records that cannot."""
+        """The files of records. Raises RunError if their folder cannot be read."""
         for folder in (self.tuning, self.runs):
             try:
                 names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
@@ -122,12 +122,6 @@ class Store:
                 continue
             except OSError as error:  # otherwise it would look as if nothing had been run
                 raise RunError(f"{folder}: cannot be read as a folder; choose another with --results") from error
-            for name in names:
-                if name.endswith(".json"):
-                    raise RunError(
-                        f"{folder / name}: a record in a file of its own, as earlier versions wrote it; move it to a "
-                        f'line of EXPERIMENT.jsonl there, beginning with {{"name": "{name.removesuffix(".json")}", ...'
-                    )
             yield from (folder / name for name in names if name.endswith(".jsonl"))
 
     def _file(self, path: Path) -> JsonLines:
@@ -195,7 +189,7 @@ def _stamp(*folders: Path) -> list[tuple[str, int, int, int]]:
     try:
         for folder in folders:
             with os.scandir(folder) as entries:
-                files = [(entry.path, entry.stat()) for entry in entries if entry.name.endswith((".json", ".jsonl"))]
+                files = [(entry.path, entry.stat()) for entry in entries if entry.name.endswith(".jsonl")]
             found += [(path, stat.st_ino, stat.st_mtime_ns, stat.st_size) for path, stat in files]
     except OSError:
         return []

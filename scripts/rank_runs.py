@@ -24,7 +24,7 @@ from lawn.errors import UserError
 from lawn.files import write_text
 from lawn.identity import NOT_IDENTITY
 from lawn.output import echo
-from lawn.train.run_directory import LAST_KEY, read_config, read_environment, read_result
+from lawn.train.run_directory import LAST_KEY, environments, read_config, read_environment, read_result
 
 
 def read(folder: Path, split: str) -> tuple[pd.DataFrame, int]:
@@ -35,7 +35,7 @@ def read(folder: Path, split: str) -> tuple[pd.DataFrame, int]:
         if not (run / "DONE").exists():
             continue
         result, environment = read_result(run), read_environment(run)
-        data = [environment, *environment.get("resumed", [])][-1].get("data") or {}  # of older runs it is not known
+        data = environments(environment)[-1].get("data") or {}  # of older runs it is not known
         if result["split"] != split:
             others += 1
             continue

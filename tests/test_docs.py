@@ -3,6 +3,7 @@ import subprocess
 
 import pytest
 
+from experiments.selection import EXPERIMENTS, SIMULATIONS
 from tests.helpers import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -43,6 +44,11 @@ def test_make_help_lists_the_targets_of_the_pages():
     for page in GUIDES:
         for target in re.findall(r"(?:^|`)make ([a-z][a-z0-9_-]*)", page.read_text(), flags=re.MULTILINE):
             assert re.search(rf"\bmake .*\b{target}\b", listed), f"{page.name}: {target}"
+
+
+def test_make_has_a_target_for_every_experiment():
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {*EXPERIMENTS, *SIMULATIONS} <= set(listed.split())
 
 
 def test_the_tests_that_the_docs_name_exist():

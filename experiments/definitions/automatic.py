@@ -42,8 +42,7 @@ AUTOMATIC = Experiment(
         "Peak rate and warmup are those of the best of table 4's grid after as many epochs, on the validation split of "
         "MovieLens-100k, or the preset's. The rule was fitted to the validation split: there the grid has its best "
         "fixed E_free at 5 % at each of these three batch sizes (at 400k, not here, at 10 %), shortly after the median "
-        "margin has risen "
-        "from 0 to 2. Its first form, without the half epoch, switched while the rate still warmed up; it was dropped "
-        "after one run on test.",
+        "margin has risen from 0 to 2. Its first form, without the half epoch, switched while the rate still warmed "
+        "up; it was dropped after one run on test.",
     ),
 )

@@ -55,6 +55,11 @@ class Measure:
     curve: str | None = None  # in a figure over epochs: linear or log, the scale of its axis
     smaller_is_better: bool = False
 
+    @property
+    def sign(self) -> int:
+        """1, or -1 where smaller is better."""
+        return -1 if self.smaller_is_better else 1
+
 
 @dataclass(frozen=True)
 class Experiment:

@@ -159,7 +159,6 @@ def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Pair]:
             if a.epochs != b.epochs or not same_data([*a.records, *b.records]):
                 continue
             difference, paired = gain(a, b, measure)
-            sign = -1 if measure.smaller_is_better else 1
             compared.append(
                 Pair(
                     panel=panel,
@@ -170,10 +169,13 @@ def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Pair]:
                     seeds=(len(a.records), len(b.records)),
                     paired=paired,
                     adjusted=nan,
-                    paper=sign * (paper(b.cell) - paper(a.cell)),
+                    paper=measure.sign * (paper(b.cell) - paper(a.cell)),
                     epochs=b.epochs,
                     paper_epochs=b.cell.epochs[0] if b.cell.epochs else None,
-                    differences=(sign * _marked_difference(a, measure), sign * _marked_difference(b, measure)),
+                    differences=(
+                        measure.sign * _marked_difference(a, measure),
+                        measure.sign * _marked_difference(b, measure),
+                    ),
                     runs=(tuple(record.name for record in a.records), tuple(record.name for record in b.records)),
                     far=(far_seeds(a), far_seeds(b)),
                 )
@@ -223,13 +225,12 @@ def _marked_difference(outcome: Outcome, measure: Measure) -> float:
 
 def gain(base: Outcome, rival: Outcome, measure: Measure) -> tuple[Comparison, bool]:
     """The gain of the rival; paired over test samples if the records have their outcomes, and whether it is."""
-    sign = -1 if measure.smaller_is_better else 1
     arms = [[record.scores for record in outcome.records] for outcome in (rival, base)]
     known = measure.key == "headline" and all(scores is not None for arm in arms for scores in arm)
     if known and min(map(len, arms)) > 1:
         ours, theirs = (np.stack([scores for scores in arm if scores is not None]) for arm in arms)
         return compare_paired(ours, theirs), True
-    return compare(*(sign * np.asarray(outcome.values(measure)) for outcome in (rival, base))), False
+    return compare(*(measure.sign * np.asarray(outcome.values(measure)) for outcome in (rival, base))), False
 
 
 def places(found: Iterable[Outcome]) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ from math import inf, isnan
 
 from experiments.definitions.spec import Experiment
 from experiments.planning import search
+from experiments.reporting.layout import format_signed
 from experiments.reporting.outcomes import Outcome, Pair, at_place, comparisons, gain, paper, place, places, same_data
 from experiments.reporting.statistics import mean_and_error
 
@@ -17,7 +18,6 @@ EXPLAINED_ERROR = 1.0  # points: a larger standard error of the headline metric 
 def against_the_best(experiment: Experiment, found: list[Outcome]) -> list[str]:
     """The compared row against the best of the other rows, a sentence for each column that has both."""
     measure = experiment.measures[0]
-    sign = -1 if measure.smaller_is_better else 1
     lines, paired = [], []
     for panel, column in places(found):
         filled = [o for o in at_place(found, panel, column) if o.values(measure)]
@@ -27,7 +27,7 @@ def against_the_best(experiment: Experiment, found: list[Outcome]) -> list[str]:
         others = [o for o in filled if o is not rival and same_data([*rival.records, *o.records])]
         if not others:
             continue
-        best = max(others, key=lambda o: sign * o.mean(measure))
+        best = max(others, key=lambda o: measure.sign * o.mean(measure))
         (mean, error), (top, spread) = (mean_and_error(o.values(measure)) for o in (rival, best))
         found_gain, is_paired = gain(best, rival, measure)
         low, high = (f"{end:+.2f}" for end in found_gain.interval())
@@ -60,10 +60,10 @@ def summary(experiment: Experiment, found: list[Outcome]) -> list[str]:
 
 
 def _one_comparison(pair: Pair) -> list[str]:
-    low, high = pair.gain.interval()
-    known = f"95 % interval {low:+.3g} to {high:+.3g}, p = {pair.gain.p:.2g}, {method([pair])}"
+    low, high = map(format_signed, pair.gain.interval())
+    known = f"95 % interval {low} to {high}, p = {pair.gain.p:.2g}, {method([pair])}"
     said = NO_TEST if isnan(pair.gain.p) else known
-    return [f"{pair.rival} against {pair.base}: {pair.gain.difference:+.3g} ({said})."]
+    return [f"{pair.rival} against {pair.base}: {format_signed(pair.gain.difference)} ({said})."]
 
 
 def _all_comparisons(pairs: list[Pair]) -> list[str]:
@@ -98,8 +98,8 @@ def _signs_of_the_paper(pairs: list[Pair]) -> list[str]:
         return []
     agree = sum(c.sign > 0 for c in printed)
     differing = "; ".join(
-        f"{c.rival} against {c.base} at {c.place} (here {c.gain.difference:+.3g}, "
-        f"{NO_TEST if isnan(c.adjusted) else f'p = {c.adjusted:.2g}'}, paper {c.paper:+.3g})"
+        f"{c.rival} against {c.base} at {c.place} (here {format_signed(c.gain.difference)}, "
+        f"{NO_TEST if isnan(c.adjusted) else f'p = {c.adjusted:.2g}'}, paper {format_signed(c.paper)})"
         for c in printed
         if c.sign < 0
     )
@@ -184,12 +184,11 @@ def _shared(found: list[Outcome]) -> list[str]:
 def _over_horizons(experiment: Experiment, found: list[Outcome]) -> list[str]:
     """The order of the rows after each number of epochs, and what was chosen for each row."""
     measure = experiment.measures[0]
-    direction = 1 if measure.smaller_is_better else -1
     lines = []
     for panel, column in places(found):
         here = [o for o in at_place(found, panel, column) if o.values(measure)]
         if len(here) > 1:
-            rows = ((f"{o.cell.row} {o.mean(measure):.2f}", direction * o.mean(measure)) for o in here)
+            rows = ((f"{o.cell.row} {o.mean(measure):.2f}", -measure.sign * o.mean(measure)) for o in here)
             lines.append(f"After {column}: {_order(rows)}.")
     for row in dict.fromkeys(o.cell.row for o in found):
         chosen = [f"{' '.join(o.setting)} for {o.cell.column}" for o in found if o.cell.row == row and o.setting]
@@ -239,7 +238,8 @@ def _the_papers_gains(pairs: list[Pair]) -> list[str]:
         if not isnan(pair.paper) and not isnan(pair.gain.p) and pair.epochs == pair.paper_epochs
     ]
     outside = [
-        f"{pair.rival} against {pair.base} at {pair.place} (paper {pair.paper:+.3g}, here {low:+.3g} to {high:+.3g})"
+        f"{pair.rival} against {pair.base} at {pair.place} (paper {format_signed(pair.paper)}, here "
+        f"{format_signed(low)} to {format_signed(high)})"
         for pair, (low, high) in known
         if not low <= pair.paper <= high
     ]
@@ -247,8 +247,7 @@ def _the_papers_gains(pairs: list[Pair]) -> list[str]:
         return []
     return [
         f"The paper's gain lies outside our 95 % interval in {len(outside)} of {len(known)} comparisons after as many "
-        f"epochs: "
-        f"{'; '.join(outside)}. The intervals take it as exact."
+        f"epochs: {'; '.join(outside)}. The intervals take it as exact."
     ]
 
 
@@ -268,14 +267,13 @@ def _where_the_paper_fails(experiment: Experiment, found: list[Outcome]) -> list
 def _rankings(experiment: Experiment, found: list[Outcome]) -> list[str]:
     """The order of the rows in each column where all of the paper's rows have been run; what failed comes last."""
     measure = experiment.measures[0]
-    sign = 1 if measure.smaller_is_better else -1
     lines = []
     for panel, column in places(found):
         here = [o for o in at_place(found, panel, column) if o.cell.paper is not None]
         if len(here) < 3 or not all(o.records for o in here) or len({o.epochs for o in here}) > 1:
             continue
-        ours = _order((o.cell.row, sign * o.mean(measure)) for o in here)
-        theirs = _order((o.cell.row, sign * paper(o.cell)) for o in here)
+        ours = _order((o.cell.row, -measure.sign * o.mean(measure)) for o in here)
+        theirs = _order((o.cell.row, -measure.sign * paper(o.cell)) for o in here)
         same = "as in the paper" if ours == theirs else f"in the paper {theirs}"
         lines.append(f"Order of the paper's rows at {place(panel, column)}, by the mean: {ours}; {same}.")
     return lines

@@ -11,6 +11,8 @@ from scipy.special import gammaln, nctdtrinc, stdtr, stdtrit  # scipy.stats take
 
 Array = NDArray[np.float64]
 MANY_SEEDS = 1000
+CONFIDENCE, POWER = 0.95, 0.8
+BEST_OF_CONFIDENCE = 0.8
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -21,10 +23,10 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(differences.std(ddof=1) / np.sqrt(len(array))) if len(array) > 1 else nan
 
 
-def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Student's interval that holds the true mean with probability `level`; NaN where there are too few values."""
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Student's interval that holds the true mean with probability CONFIDENCE; NaN where there are too few values."""
     mean, error = mean_and_error(values)
-    half = float(stdtrit(len(values) - 1, (1 + level) / 2)) * error if len(values) > 1 else nan
+    half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * error if len(values) > 1 else nan
     return mean - half, mean + half
 
 
@@ -45,29 +47,29 @@ class Comparison:
             return 1.0 if self.difference == 0 else 0.0
         return float(2 * stdtr(self.df, -abs(self.difference) / self.error))
 
-    def interval(self, level: float = 0.95) -> tuple[float, float]:
-        half = float(stdtrit(self.df, (1 + level) / 2)) * self.error
+    def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
+        half = float(stdtrit(self.df, (1 + confidence) / 2)) * self.error
         return self.difference - half, self.difference + half
 
-    def detectable(self, power: float = 0.8, level: float = 0.95) -> float:
-        """The smallest true difference that a test with this standard error finds with probability `power`."""
-        return nan if isnan(self.error) else _detectable(self.error, self.df, power, level)
+    def detectable(self) -> float:
+        """The smallest true difference that a test with this standard error finds with probability POWER."""
+        return nan if isnan(self.error) else _detectable(self.error, self.df)
 
-    def seeds_needed(self, difference: float, seeds: float, power: float = 0.8, level: float = 0.95) -> float:
-        """How many seeds in each arm find a true `difference` with probability `power`, from `seeds` in each that gave
+    def seeds_needed(self, difference: float, seeds: float) -> float:
+        """How many seeds in each arm find a true `difference` with probability POWER, from `seeds` in each that gave
         this error; infinite where more than MANY_SEEDS do not."""
         of_seeds = max(0.0, self.error**2 - self.floor**2) * seeds
 
         def enough(n: int) -> bool:
-            return _detectable(sqrt(self.floor**2 + of_seeds / n), 2 * (n - 1), power, level) <= abs(difference)
+            return _detectable(sqrt(self.floor**2 + of_seeds / n), 2 * (n - 1)) <= abs(difference)
 
         n = bisect_left(range(MANY_SEEDS + 1), True, lo=2, key=enough)
         return n if n <= MANY_SEEDS else inf
 
 
-def _detectable(error: float, df: float, power: float, level: float) -> float:
-    bound = stdtrit(df, (1 + level) / 2)
-    return error * float(nctdtrinc(df, 1 - power, bound))  # the other tail adds less than 1e-5
+def _detectable(error: float, df: float) -> float:
+    bound = stdtrit(df, (1 + CONFIDENCE) / 2)
+    return error * float(nctdtrinc(df, 1 - POWER, bound))  # the other tail adds less than 1e-5
 
 
 def compare_paired(ours: Array, theirs: Array) -> Comparison:
@@ -150,8 +152,9 @@ class BestOf:
     high: Array
 
 
-def best_of(scores: Sequence[float], level: float = 0.8) -> BestOf:
-    """Expected best of k random trials and the interval that holds it with probability `level`, in closed form.
+def best_of(scores: Sequence[float]) -> BestOf:
+    """Expected best of k random trials, and the interval that holds the best with probability BEST_OF_CONFIDENCE, in
+    closed form.
 
     Of n scores in ascending order, the i-th is the best of k with probability C(i - 1, k - 1) / C(n, k) (Dodge et al.
     2019 have the same with replacement). The larger score is the better; a diverged trial is -inf, and an expectation
@@ -165,7 +168,8 @@ def best_of(scores: Sequence[float], level: float = 0.8) -> BestOf:
     chances = np.where(i >= k, np.exp(_log_choose(i - 1, k - 1) - _log_choose(np.full_like(i, n), k)), 0.0)
     below = np.cumsum(chances, axis=1)
     mean = np.where(chances > 0, chances * np.where(chances > 0, ordered, 0.0), 0.0).sum(1)
-    ends = [ordered[np.minimum((below < share - 1e-12).sum(1), n - 1)] for share in ((1 - level) / 2, (1 + level) / 2)]
+    shares = (1 - BEST_OF_CONFIDENCE) / 2, (1 + BEST_OF_CONFIDENCE) / 2
+    ends = [ordered[np.minimum((below < share - 1e-12).sum(1), n - 1)] for share in shares]
     return BestOf(mean, *ends)
 
 

@@ -46,10 +46,6 @@ def imagenet(
         "training images": len(train.labels),
         "validation images": len(held_out.labels),
     }
-    paths, labels, held_paths, held_labels = split_and_limit(
-        *train, split=split, val_fraction=val_fraction, limit=limit, seed=seed
-    )
-    if held_paths is not None and held_labels is not None:
-        held_out = Files(held_paths, held_labels)
+    used, test = split_and_limit(train, held_out, split=split, val_fraction=val_fraction, limit=limit, seed=seed)
     warnings = count_mismatches("imagenet", found, PUBLISHED)
-    return kind(Files(paths, labels), held_out, len(classes), image_size, workers, warnings)
+    return kind(Files(*used), Files(*test), len(classes), image_size, workers, warnings)

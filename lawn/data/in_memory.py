@@ -12,6 +12,8 @@ from lawn.data.batching import Batching, MicroBatch, shard
 from lawn.data.fingerprint import Fingerprint, checksum
 from lawn.errors import ConfigError, DataError
 
+Labelled = tuple[np.ndarray, np.ndarray]  # images, or their paths, and labels
+
 
 @dataclass
 class InMemoryImages:
@@ -140,13 +142,13 @@ def crop_flip(padded: Tensor, index: Tensor, shape: tuple[int, int, int], offset
 
 
 def split_and_limit(
-    images: np.ndarray, labels: np.ndarray, *, split: str, val_fraction: float, limit: int | None, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Training images and labels, and the stratified holdout (None, None for split="test"), drawn by `seed`.
+    train: Labelled, test: Labelled, *, split: str, val_fraction: float, limit: int | None, seed: int
+) -> tuple[Labelled, Labelled]:
+    """The images to train on and those to evaluate: `test`, or a stratified part of `train` for split="val".
 
-    Raises ConfigError if there are fewer images than `limit`.
+    Both draws are by `seed`. Raises ConfigError if there are fewer images than `limit`.
     """
-    held_images = held_labels = None
+    images, labels = train
     if split == "val":
         from sklearn.model_selection import train_test_split  # takes a second to import
 
@@ -154,6 +156,7 @@ def split_and_limit(
             images, held_images, labels, held_labels = train_test_split(
                 images, labels, test_size=val_fraction, random_state=seed, stratify=labels
             )
+            test = held_images, held_labels
         except ValueError as error:
             raise ConfigError(
                 f"dataset.val_fraction={val_fraction}: no stratified split of {len(labels)} images ({str(error)[:200]})"
@@ -163,12 +166,12 @@ def split_and_limit(
             raise ConfigError(f"dataset.limit={limit}: there are only {len(labels)} training images")
         chosen = np.random.default_rng(seed).permutation(len(labels))[:limit]
         images, labels = images[chosen], labels[chosen]
-    return images, labels, held_images, held_labels
+    return (images, labels), test
 
 
 def in_memory_images(
-    train: tuple[np.ndarray, np.ndarray],
-    test: tuple[np.ndarray, np.ndarray],
+    train: Labelled,
+    test: Labelled,
     *,
     split: str,
     val_fraction: float,
@@ -179,11 +182,9 @@ def in_memory_images(
     warnings: list[str],
 ) -> InMemoryImages:
     """The dataset of uint8 arrays [N, H, W, C] and labels. Mean and deviation are those of the training images used."""
-    images, labels, held_images, held_labels = split_and_limit(
-        *train, split=split, val_fraction=val_fraction, limit=limit, seed=seed
+    (images, labels), test = split_and_limit(
+        train, test, split=split, val_fraction=val_fraction, limit=limit, seed=seed
     )
-    if held_images is not None and held_labels is not None:
-        test = held_images, held_labels
     mean, std = _channel_statistics(images)
     return InMemoryImages(
         train_images=_channels_first(images),

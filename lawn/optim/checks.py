@@ -1,4 +1,4 @@
-"""Checks of the keys and values of param groups."""
+"""Checks of hyperparameters and of state dicts."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass

@@ -103,7 +103,7 @@ class LAWN:
         self._gradients = ProjectedGradients()
         self._norms = HiddenNorms(optimizer)
         self._group_updates: list[GroupUpdate] | None = None  # of the current step
-        self._skipped = self._dummy = self._waits = False  # of the current step: no update; waits for its closure
+        self._dummy = self._waits = False  # of the current step: makes only state; waits for its closure
         self._nesting = StepNesting()
         self._hooks: list[Any] = []
 
@@ -209,11 +209,11 @@ class LAWN:
         keys.check_not_flattened(self.optimizer.param_groups, self._had_weights)
         # GradScaler expects a fused optimizer to skip a step whose gradients overflowed.
         found_inf = getattr(self.optimizer, "found_inf", None)
-        self._skipped = found_inf is not None and bool(found_inf.item())
+        skipped = found_inf is not None and bool(found_inf.item())
         closure = closure_of(args, kwargs)
         self._dummy = closure is None and phase.is_dummy(self.optimizer)
         phase.check_capture()
-        if self._skipped or self._dummy:
+        if skipped or self._dummy:
             self._norms.hide()
             return None
         self._stored_weights.begin(self.optimizer)

@@ -124,7 +124,7 @@ class RunDirectory:
             except RunError as error:  # it was killed while it wrote the file
                 echo(f"warning: {str(error).partition(';')[0]}; the run's initial environment is unknown")
                 first = {**now, "git": None, "dirty": None}
-            now = {**first, "resumed": [*(first.get("resumed") or []), now]}
+            now = {**first, "resumed": [*environments(first)[1:], now]}
         try:
             with self._writing():
                 write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(content)))
@@ -137,7 +137,7 @@ class RunDirectory:
         """The fingerprint of the data that the run used last; None if it is not known."""
         try:
             first = json.loads((self.path / "env.json").read_text("utf8"))
-            found = [first, *first.get("resumed", [])][-1].get("data")
+            found = environments(first)[-1].get("data")
         except (OSError, ValueError, TypeError, AttributeError):  # missing or damaged
             return None
         return found if isinstance(found, dict) else None
@@ -287,6 +287,11 @@ def _yaml(text: str) -> Any:
 def read_environment(folder: Path) -> dict[str, Any]:
     """env.json of a run directory. Raises RunError if it is damaged."""
     return _json(folder / "env.json", "git", "dirty")
+
+
+def environments(first: dict[str, Any]) -> list[dict[str, Any]]:
+    """The environments in which a run was started and resumed, from the content of env.json."""
+    return [first, *first.get("resumed", [])]
 
 
 def read_result(folder: Path) -> dict[str, Any]:

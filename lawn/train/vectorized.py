@@ -94,11 +94,6 @@ class VectorizedTrainer:
         self.trainers = list(trainers)
         self._stacked: list[Trainer] = []
 
-    @property
-    def captured(self) -> bool:
-        """Whether the updates are a CUDA graph now."""
-        return bool(self._stacked) and self._computation.captured
-
     def train_epoch(self) -> list[Trainer]:
         """Train the next epoch of the runs that are furthest behind; returns them, none when all have ended."""
         running = [trainer for trainer in self.trainers if trainer.status == "running"]

@@ -64,12 +64,6 @@ class VectorizedStep:
         same_slices = len(layouts) == 1 or all(group.get(slices.KEY) is None for group in groups)
         return same_slices and all(map(_is_plain, optimizers))
 
-    def step(self, gradients: Sequence[Tensor]) -> set[int]:
-        """One update of every weight, by its gradient [K, ...]. Returns what `prepare` does."""
-        failed, _ = self.prepare()
-        self.apply(gradients)
-        return failed
-
     @torch.no_grad()
     def prepare(self) -> tuple[set[int], bool]:
         """Count the update, constrain those for which it is time, and put the numbers of this update on the device.

@@ -220,14 +220,6 @@ def test_what_is_no_folder_of_records_is_not_taken_for_none(results, folder):
         report.experiment_page(MINI, Store(results))
 
 
-def test_a_record_in_a_file_of_its_own_is_not_overlooked(results):
-    (results / "runs" / "digits-mlp-adam-s0-0123456789ab.json").write_text("{}")
-    with pytest.raises(
-        RunError, match=r"s0-0123456789ab.json: a record in a file of its own, .* to a line of EXPERIMENT"
-    ):
-        Store(results).read("digits-0")
-
-
 def test_unfinished_runs_are_not_recorded(tmp_path):
     config = compose(*MINI.cells[0].overrides, f"runs_dir={tmp_path}")
     with pytest.raises(RunError, match="not finished"):

@@ -163,7 +163,7 @@ def test_nothing_is_known_without_spread(a, b):
 
 @pytest.mark.parametrize("df", [1.0, 6.0, 14.0, 1e6])
 def test_detectable_difference_is_found_with_its_power(df):
-    shift = Comparison(0.0, 2.0, df).detectable(0.8)
+    shift = Comparison(0.0, 2.0, df).detectable()
     if df == 1e6:
         assert shift == pytest.approx(2.0 * (stats.norm.ppf(0.975) + stats.norm.ppf(0.8)), rel=1e-4)
     rng = np.random.default_rng(4)

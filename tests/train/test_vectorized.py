@@ -65,7 +65,7 @@ def test_each_is_what_it_is_alone(kind, device, tiny_data):
         for run in alone:
             run.train_epoch()
     assert vectorized.train_epoch() == []
-    assert vectorized.captured == (device == "cuda")
+    assert vectorized._computation.captured == (device == "cuda")
     assert joined[0].step >= 50
     # A GPU adds the gradients of an embedding in another order each time; Adam makes steps of the rounding errors.
     close = 1e-5 if device == "cpu" else 1e-3

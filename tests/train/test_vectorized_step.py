@@ -67,6 +67,13 @@ class Members:
             optimizer.step()
 
 
+def update(vectorized: VectorizedStep, gradients: list[Tensor]) -> set[int]:
+    """One update of every weight, by its gradient [K, ...]; the optimizers whose weights were not finite."""
+    failed, _ = vectorized.prepare()
+    vectorized.apply(gradients)
+    return failed
+
+
 def check(one: Members, other: Members) -> None:
     for a, b in zip(one.stacks, other.stacks, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
@@ -111,7 +118,7 @@ def check_equal(joint: Members, alone: Members, seed: int, steps: int, resumed: 
     assert VectorizedStep.is_supported(joint.optimizers)
     vectorized = VectorizedStep(joint.optimizers, joint.stacks, joint.slices)
     for step in range(resumed, resumed + steps):
-        assert vectorized.step(gradient_of(seed, step + 1)) == set()
+        assert update(vectorized, gradient_of(seed, step + 1)) == set()
         alone.alone(gradient_of(seed, step + 1))
     check(joint, alone)
     for one, other in zip(joint.optimizers, alone.optimizers, strict=True):
@@ -134,7 +141,7 @@ def test_norms_hold_over_many_steps_in_float32(kind, fused):
     vectorized = VectorizedStep(members.optimizers, members.stacks, members.slices)
     norms = [own[1].norm().item() for own in members.slices]
     for step in range(400):
-        vectorized.step(gradient_of(1, step, torch.float32))
+        update(vectorized, gradient_of(1, step, torch.float32))
     for own, shape, norm in zip(members.slices, SHAPES, norms, strict=True):
         if len(shape) > 1:
             assert own[1].norm().item() == pytest.approx(norm, rel=1e-6)
@@ -152,7 +159,7 @@ def test_norms_hold_after_a_huge_gradient(size, fused):
     vectorized = VectorizedStep(optimizers, [w], [members])
     for step in range(6):
         g = torch.randn(w.shape, generator=generator) * 0.1
-        vectorized.step([g * torch.tensor([1, size if step == 2 else 1])[:, None, None]])
+        update(vectorized, [g * torch.tensor([1, size if step == 2 else 1])[:, None, None]])
         assert [p.norm().item() for p in members] == pytest.approx(norms, rel=3e-6)
 
 
@@ -166,7 +173,7 @@ def test_numbers_that_are_parameters_are_kept_apart(kind, fused):
     vectorized, own = ([kind([{"params": [p], "fused": fused}], lr=0.1) for p in params] for params in (joint, alone))
     step_of_all = VectorizedStep(vectorized, [w], [joint])
     for step in range(3):
-        step_of_all.step([torch.tensor([1.0, -2.0, step])])
+        update(step_of_all, [torch.tensor([1.0, -2.0, step])])
         for p, optimizer, g in zip(alone, own, (1.0, -2.0, step), strict=True):
             p.grad = torch.tensor(float(g))
             optimizer.step()
@@ -183,7 +190,7 @@ def test_a_member_that_is_not_finite_touches_no_other(kind, fused):
         gradients = gradient_of(0, step + 1)
         alone.alone(gradients, first=1)
         gradients = [g.clone().index_fill_(0, torch.tensor([0]), torch.nan) for g in gradients]
-        lost |= vectorized.step(gradients)
+        lost |= update(vectorized, gradients)
     assert lost == ({0} if "free_steps" in NUMBERS[kind][0] else set())
     for a, b in zip(joint.stacks, alone.stacks, strict=True):
         assert a[0].isnan().any()
@@ -196,7 +203,7 @@ def test_gradients_may_have_any_strides(kind):
     vectorized = VectorizedStep(joint.optimizers, joint.stacks, joint.slices)
     for step in range(5):
         gradients = gradient_of(0, step + 1)
-        vectorized.step([g.movedim(0, -1).contiguous().movedim(-1, 0) for g in gradients])
+        update(vectorized, [g.movedim(0, -1).contiguous().movedim(-1, 0) for g in gradients])
         alone.alone(gradients)
     check(joint, alone)
 
@@ -226,7 +233,7 @@ def test_a_copy_of_the_state_is_whole():
     members = Members(AdamLAWN, 0)
     vectorized = VectorizedStep(members.optimizers, members.stacks, members.slices)
     for step in range(5):
-        vectorized.step(gradient_of(0, step + 1))
+        update(vectorized, gradient_of(0, step + 1))
     fresh = Members(AdamLAWN, 0)
     for optimizer, other, k in zip(fresh.optimizers, members.optimizers, range(3), strict=True):
         optimizer.load_state_dict(copy.deepcopy(other.state_dict()))

@@ -18,8 +18,8 @@ from experiments.reporting.trials import best_by_place, best_of_curves
 
 FEW = 6  # comparisons that are listed by themselves
 ENTRIES = (
-    "Intervals are at 95 %; gains without a verdict are not decided. In brackets: the paper's gain after its number of "
-    "epochs and, where the interval holds it and 0, the seeds of each row that would decide it (80 % power, "
+    "Intervals are at 95 %; gains without a verdict are not decided. Brackets hold the paper's gain, after its number "
+    "of epochs; where our interval contains it and 0, also the seeds of each row that would decide it (80 % power, "
     "uncorrected)."
 )
 
