@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,25 +27,26 @@ class _Seen:
 class JsonLines:
     """The lines of a file, as far as this object has read them. Raises RunError if the file cannot be read."""
 
-    def __init__(self, path: Path, forget: Callable[[], None] = lambda: None) -> None:
-        """`forget` is called when the lines that were read are gone: the file was deleted or is another one."""
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._forget = forget
         self._seen = _Seen()
         self._cut = 0  # size of the file at the last warning
 
-    def read_new(self, take: Callable[[int, str], None]) -> None:
-        """Call `take` with the number and the text of each line that was appended, or of all of another file in its
-        place. If it raises, the lines are read again the next time.
+    def take(self, lines: list[tuple[int, str]]) -> None:
+        """Called with the numbers and texts of new lines. If it raises, it is called with them again the next time."""
+
+    def forget(self) -> None:
+        """Called when the lines that were taken are gone: the file was deleted, or is another one."""
+
+    def read_new(self) -> None:
+        """Take the lines that were appended, or all lines of another file in the place of the one before.
 
         A line without an end is still being written, or its writer was killed, or the file was cut: a warning says so.
         """
         try:
             stat = self.path.stat()
         except FileNotFoundError:
-            if self._seen.size:
-                self._forget()
-            self._seen, self._cut = _Seen(), 0  # a file in its place is another one
+            self._begin()  # a file in its place is another one
             return
         except OSError as error:
             raise RunError(f"{self.path}: cannot be read ({error.strerror}); put it back, or delete it") from error
@@ -55,9 +56,7 @@ class JsonLines:
         grown = seen.inode == stat.st_ino and seen.size < stat.st_size
         content = read_bytes(self.path, seen.size - len(seen.last)) if grown else b""
         if not (grown and content.startswith(seen.last)):  # another file; the system gives its inode to the next one
-            if seen.size:
-                self._forget()
-            seen, content = _Seen(), read_bytes(self.path)
+            seen, content = self._begin(), read_bytes(self.path)
         text = decode(self.path, content[len(seen.last) :])
         end = text.rfind("\n") + 1
         tail = text[end:].strip(" \t\r\n")
@@ -69,22 +68,27 @@ class JsonLines:
                 echo(f"warning: {self.path}: {what}", sys.stderr)
                 self._cut = stat.st_size
             text = text[:end]
-        for number, line in enumerate(text.split("\n"), start=seen.lines + 1):
-            if line:
-                take(number, line)
+        self.take([(number, line) for number, line in enumerate(text.split("\n"), start=seen.lines + 1) if line])
         read = text.encode()
         ends = seen.last + read
         last = ends[ends.rstrip(b"\n").rfind(b"\n") + 1 :]
         lines = seen.lines + text.count("\n")
         self._seen = _Seen(stat.st_ino, stat.st_mtime_ns, seen.size + len(read), lines, last)
 
+    def _begin(self) -> _Seen:
+        """Forget what has been read."""
+        if self._seen.size:
+            self.forget()
+        self._seen, self._cut = _Seen(), 0
+        return self._seen
+
     @contextmanager
-    def locked(self, take: Callable[[int, str], None]) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """In the body, no other process writes, and all lines have been read; then those that the body has written."""
         with exclusively(self.path):
-            self.read_new(take)
+            self.read_new()
             yield
-            self.read_new(take)
+            self.read_new()
 
     def lines(self) -> list[str]:
         """The lines that have been read, as they are written."""

@@ -19,7 +19,18 @@ from lawn.train.run_directory import decode_outcomes, environments
 
 DAMAGE = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)  # raised by reading a damaged record
 OF_ALL = ("code",)  # properties that every record must have
-OF_A_RUN = (*OF_ALL, "headline", "seconds_per_epoch", "hardware", "machines", "packages", "warnings", "data", "scores")
+OF_A_RUN = (
+    *OF_ALL,
+    "kind",
+    "headline",
+    "seconds_per_epoch",
+    "hardware",
+    "machines",
+    "packages",
+    "warnings",
+    "data",
+    "scores",
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,7 @@ class Record:
     result: dict[str, Any]
     columns: dict[str, list[Any]]  # of metrics.csv, with a value for each recorded epoch
     command: str = ""  # that repeats the run
+    line: int = 0  # of its file
 
     @property
     def file(self) -> str:
@@ -47,6 +59,12 @@ class Record:
     def link(self) -> str:
         """The target of a Markdown link: its file, with its name as the title."""
         return f'{self.file} "{self.name}"'
+
+    @property
+    def kind(self) -> tuple[str, str, str, str]:
+        """The dataset, optimizer, batch size and number of epochs."""
+        dataset, optim, train = (self.config[section] for section in ("dataset", "optim", "train"))
+        return dataset["name"], optim["name"], str(train["batch_size"]), str(train["epochs"])
 
     @property
     def diverged(self) -> bool:
@@ -156,7 +174,15 @@ def check_run(record: Record) -> None:
         raise ValueError(f"its result is of epoch {result['last']['epoch']}, its config of {epochs}")
 
 
-def record_of(path: Path, name: str, content: dict[str, Any], needed: tuple[str, ...]) -> Record:
+def check_same(known: Record, record: Record) -> None:
+    """Raises RunError for two records of one run with different results."""
+    if known is not record and numbers(known.result) != numbers(record.result):
+        raise RunError(
+            f"{record.path}, line {record.line}: another result of {record.name} than in {known.path}; delete one line"
+        )
+
+
+def record_of(path: Path, name: str, content: dict[str, Any], needed: tuple[str, ...], line: int = 0) -> Record:
     """Raises one of DAMAGE if the content does not match the name or lacks a `needed` property."""
     if not identity_hash(content["config"]) == content["hash"] == name.rpartition("-")[2]:
         raise ValueError("its config does not match its name")
@@ -174,6 +200,7 @@ def record_of(path: Path, name: str, content: dict[str, Any], needed: tuple[str,
         result=content["result"],
         columns=content.get("history", {}),
         command=str(content["command"]),
+        line=line,
     )
     for part in needed:
         getattr(record, part)

@@ -10,9 +10,8 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.json_lines import JsonLines
-from experiments.record import DAMAGE, OF_A_RUN, Record, check_run, numbers, record_of
+from experiments.record import DAMAGE, OF_A_RUN, Record, check_run, check_same, numbers, record_of
 from lawn.config import Config
 from lawn.diagnostics.figure import read_metrics
 from lawn.errors import RunError
@@ -29,6 +28,32 @@ from lawn.output import echo
 from lawn.train.run_directory import RunDirectory, environments, read_environment
 
 EPOCHS = 30  # in a record, about, if every epoch measures the same
+
+
+class RecordFile(JsonLines):
+    """A file of records, and those that were read."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.records: dict[str, Record] = {}  # by the names of their runs
+
+    def take(self, lines: list[tuple[int, str]]) -> None:
+        """Raises RunError with the number of a damaged line, or of one with another result of a run."""
+        records = dict(self.records)
+        for number, line in lines:
+            try:
+                content = json.loads(line)
+                record = record_of(self.path, content.pop("name"), content, OF_A_RUN, number)
+                check_run(record)
+            except DAMAGE as error:
+                raise RunError(
+                    f"{self.path}, line {number}: damaged record ({error}); delete the line and run again"
+                ) from error
+            check_same(records.setdefault(record.name, record), record)
+        self.records = records
+
+    def forget(self) -> None:
+        self.records = {}
 
 
 class Store:
@@ -40,23 +65,20 @@ class Store:
 
     def __init__(self, results: Path) -> None:
         self.runs, self.tuning = results / "runs", results / "tuning"
-        self._read: dict[str, Record] = {}
-        self._files: dict[Path, JsonLines] = {}
-        self._kinds: set[tuple[str, ...]] = set()
+        self._files: dict[Path, RecordFile] = {}
+        self._read: dict[str, Record] = {}  # of all files
         self._stamp: list[tuple[str, int, int, int]] = []  # of the files as they were read
-        self._outdated = False  # whether all files are to be read anew: one was deleted, replaced or refused
 
     def kinds(self) -> frozenset[tuple[str, ...]]:
         """The dataset, optimizer, batch size and number of epochs of each recorded run, as texts."""
-        self._refresh()
-        return frozenset(self._kinds)
+        return frozenset(record.kind for record in self.all())
 
     def has(self, name: str) -> bool:
         return self.read(name) is not None
 
     def read(self, name: str) -> Record | None:
         """The record of a run; None without one. Raises RunError for a damaged record in any file."""
-        if name not in self._read or self._outdated:
+        if name not in self._read:
             self._refresh()
         return self._read.get(name)
 
@@ -93,21 +115,21 @@ class Store:
         folder = self.tuning if tunes else self.runs
         self._refresh()
         file = self._file(folder / f"{experiment}.jsonl")
-        with file.locked(self._taker(file)):
-            known = self._read.get(name)
+        with file.locked():
+            known = self._merged().get(name)
             differs = known is not None and numbers(known.result) != numbers(result)
             if known is None or (known.path.parent == self.tuning != folder and not differs):
                 file.append(json.dumps(content, separators=(",", ":")))
             elif differs:
                 echo(f"warning: {name}: {known.path} has another result of it, which is kept", sys.stderr)
+        self._read = self._merged()
         return self._read[name]
 
     def sort(self) -> None:
         """Sort the files by name, in which two histories of them are easily merged; not those of other users."""
         self._refresh()
-        for path in self._paths():
-            file = self._file(path)
-            with suppress(PermissionError), file.locked(self._taker(file)):
+        for file in self._files.values():
+            with suppress(PermissionError), file.locked():
                 by_name: dict[str, str] = {}
                 for line in file.lines():
                     by_name.setdefault(json.loads(line)["name"], line)
@@ -124,63 +146,30 @@ class Store:
                 raise RunError(f"{folder}: cannot be read as a folder; choose another with --results") from error
             yield from (folder / name for name in names if name.endswith(".jsonl"))
 
-    def _file(self, path: Path) -> JsonLines:
-        return self._files.setdefault(path, JsonLines(path, partial(self._forget, path)))
-
-    def _forget(self, path: Path) -> None:
-        """Forget the records of a file that was deleted or replaced, or of which a line was deleted; those that other
-        files have of the same runs are to be read again.
-        """
-        self._read = {name: record for name, record in self._read.items() if record.path != path}
-        self._outdated, self._stamp = True, []
-
-    def _taker(self, file: JsonLines) -> Callable[[int, str], None]:
-        """Caches the record of a line of a file."""
-
-        def take(number: int, line: str) -> None:
-            try:
-                content = json.loads(line)
-                record = record_of(file.path, content.pop("name"), content, OF_A_RUN)
-                check_run(record)
-                dataset, optim, train = (record.config[section] for section in ("dataset", "optim", "train"))
-                kind = dataset["name"], optim["name"], str(train["batch_size"]), str(train["epochs"])
-            except DAMAGE as error:
-                raise RunError(
-                    f"{file.path}, line {number}: damaged record ({error}); delete the line and run again"
-                ) from error
-            known = self._read.get(record.name)
-            if known is not None and numbers(known.result) != numbers(record.result):
-                raise RunError(
-                    f"{file.path}, line {number}: another result of {record.name} than in {known.path}; delete one line"
-                )
-            if known is None or known.path.parent == self.tuning != file.path.parent:  # the record with outcomes counts
-                self._read[record.name] = record
-            self._kinds.add(kind)
-
-        return take
+    def _file(self, path: Path) -> RecordFile:
+        return self._files.setdefault(path, RecordFile(path))
 
     def _refresh(self) -> None:
-        """Read what the files have got since. Raises RunError with the number of a damaged line."""
+        """Read what the files have got since. Raises RunError with the number of a damaged line, each time."""
         stamp = _stamp(self.tuning, self.runs)
         if stamp and stamp == self._stamp:  # nothing: cheap, because it is asked for every run without a record
             return
-        begins, self._stamp = not (self._read or self._outdated), []
-        try:
-            self._read_files()
-        except RunError:
-            self._outdated = True  # perhaps a record that was read before is the wrong one, and has been deleted
-            if begins:
-                raise
-        if self._outdated:
-            self._read, self._kinds, self._files = {}, set(), {}
-            self._read_files()
-            self._outdated = False
-        self._stamp = stamp
+        self._read, self._stamp = {}, []
+        self._files = {path: self._file(path) for path in self._paths()}
+        for file in self._files.values():
+            file.read_new()
+        self._read, self._stamp = self._merged(), stamp
 
-    def _read_files(self) -> None:
-        for path in dict.fromkeys((*self._paths(), *self._files)):
-            file = self._file(path)
-            file.read_new(self._taker(file))
+    def _merged(self) -> dict[str, Record]:
+        """The records of all files. Of two of a run, that in runs/ counts, which has the outcomes."""
+        merged: dict[str, Record] = {}
+        for file in self._files.values():
+            for name, record in file.records.items():
+                known = merged.setdefault(name, record)
+                check_same(known, record)
+                if known.path.parent == self.tuning != record.path.parent:
+                    merged[name] = record
+        return merged
 
 
 def _stamp(*folders: Path) -> list[tuple[str, int, int, int]]:
