@@ -240,17 +240,16 @@ class LAWNOptimizer(Optimizer, ABC):
         unsupported = self._unsupported_keys() - IGNORED_KEYS
         for index, group in enumerate(self.param_groups):
             self._check_keys(group, index, unsupported)
-        results: list[tuple[GroupUpdate, int, Tensor | None]] = []
-        pending: list[tuple[GroupUpdate, int, stages.Pending]] = []
-        for index, group_update in enumerate(self._zero_check.begin(self)):
+        results: list[tuple[GroupUpdate, Tensor | None]] = []
+        pending: list[tuple[GroupUpdate, stages.Pending]] = []
+        for group_update in self._zero_check.begin(self):
             updated, waiting = self._update_group(group_update)
-            results += [(single, index, zero) for single, zero in updated]
-            pending += [(part, index, entry) for part, entry in waiting]
+            results += updated
+            pending += waiting
             group_update.record(self.state)
-        zeros = stages.finish([waiting for _, _, waiting in pending])
-        results += [(part, index, zero) for (part, index, _), zero in zip(pending, zeros, strict=True)]
-        for single, index, zero in results:
-            self._zero_check.check(single, index, zero)
+        zeros = stages.finish([entry for _, entry in pending])
+        for part, zero in [*results, *zip((part for part, _ in pending), zeros, strict=True)]:
+            self._zero_check.check(part, zero)
         self._may_trace = all(isinstance(group["lr"], Tensor) for group in self.param_groups)
 
     def _update_group(
@@ -285,7 +284,7 @@ class LAWNOptimizer(Optimizer, ABC):
                 rounding.check(group.get(rounding.KEY, "nearest"))
         except (TypeError, ValueError):
             return None
-        group_updates = [phase.collect(group, self.state) for group in self.param_groups]
+        group_updates = [phase.collect(group, k, self.state) for k, group in enumerate(self.param_groups)]
         for group_update in group_updates:
             params = [*group_update.free, *group_update.params]
             if group_update.has_dtensors or group_update.slice_axes or not self._zero_check.knows(group_update):

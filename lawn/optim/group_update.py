@@ -17,6 +17,7 @@ class GroupUpdate:
 
     Attributes:
         group: the param group.
+        index: its index, for messages.
         free: free parameters.
         idle: free trainable DTensors without a gradient on this rank. Another rank may have one.
         params: constrained parameters, block after block.
@@ -27,6 +28,7 @@ class GroupUpdate:
     """
 
     group: Group
+    index: int
     free: list[Tensor]
     params: list[Tensor]
     sizes: list[int]
@@ -42,14 +44,14 @@ class GroupUpdate:
             return []
         return [slices.slice_axes(self.group[slices.KEY], p) for p in self.params]
 
-    def describe(self, index: int, block: int) -> tuple[str, float]:
-        """Describe a block, which may be a slice, of param group `index`; return its norm as well."""
+    def describe(self, block: int) -> tuple[str, float]:
+        """Describe a block, which may be a slice; return its norm as well."""
         for p, axes, c in zip(self.params, self.slice_axes, self.norms, strict=False):
             if block < (count := slices.count(p, axes)):
-                name = f"slice {slices.describe(p, axes, block)} of {describe(self.group, index, p)}"
+                name = f"slice {slices.describe(p, axes, block)} of {describe(self.group, self.index, p)}"
                 return name, float(c[block]) if isinstance(c, Tensor) else c
             block -= count
-        return describe(self.group, index, self.params[sum(self.sizes[:block])]), float(self.norms[block])
+        return describe(self.group, self.index, self.params[sum(self.sizes[:block])]), float(self.norms[block])
 
     def split_by_device_and_dtype(self) -> list["GroupUpdate"]:
         """Split the constrained parameters into updates of one device and dtype each."""
@@ -58,7 +60,7 @@ class GroupUpdate:
         updates: dict[tuple[torch.device, torch.dtype], GroupUpdate] = {}
         for block, c in zip(self.blocks(), self.norms, strict=True):
             key = block[0].device, block[0].dtype
-            updates.setdefault(key, GroupUpdate(self.group, [], [], [], []))._add(block, c)
+            updates.setdefault(key, self._empty())._add(block, c)
         return list(updates.values())
 
     def separate_sharded(self) -> "GroupUpdate":
@@ -67,11 +69,14 @@ class GroupUpdate:
             return self
         blocks, norms = self.blocks(), self.norms
         self.params, self.sizes, self.norms = [], [], []
-        rest = GroupUpdate(self.group, [], [], [], [])
+        rest = self._empty()
         for block, c in zip(blocks, norms, strict=True):
             (rest if sharding.any_dtensor(block) else self)._add(block, c)
         self.sharded = rest.split_by_device_and_dtype()
         return self
+
+    def _empty(self) -> "GroupUpdate":
+        return GroupUpdate(self.group, self.index, [], [], [], [])
 
     @property
     def has_dtensors(self) -> bool:

@@ -66,16 +66,18 @@ def remember(known: KnownBlocks, found: list[Layout]) -> None:
     known.update((block[0], (block, axes)) for block, axes in found)
 
 
-def measure_norms(group_update: GroupUpdate, index: int) -> list[Norm]:
+def measure_norms(group_update: GroupUpdate) -> list[Norm]:
     """Compute the present norms of each block. Raises ValueError for a norm that cannot be fixed."""
     if any(p.is_meta for p in group_update.params):
-        raise ValueError(f"param group {index} has weights on the meta device, which have no norms; materialize them")
+        raise ValueError(
+            f"param group {group_update.index} has weights on the meta device, which have no norms; materialize them"
+        )
     norms = _present(group_update)
     lowest, highest = NORMS64 if all(p.dtype.to_real() == torch.float64 for p in group_update.params) else NORMS32
     for block, c in enumerate(_flatten(norms)):
         if lowest <= c <= highest:
             continue
-        name, _ = replace(group_update, norms=norms).describe(index, block)
+        name, _ = replace(group_update, norms=norms).describe(block)
         if c < lowest:
             remedy = REMEDY_OF_SLICES if group_update.slice_axes else REMEDY
             raise ValueError(f"cannot constrain {name}: its norm is {c}; {remedy}")
@@ -111,7 +113,7 @@ def _flatten(norms: list[Norm]) -> list[float]:
     return [c for norm in norms for c in (norm.tolist() if isinstance(norm, Tensor) else [norm])]
 
 
-def check_counts(group_update: GroupUpdate, index: int) -> None:
+def check_counts(group_update: GroupUpdate) -> None:
     """Raise ValueError if a parameter has another number of norms than of slices."""
     axes = group_update.slice_axes
     if not axes and not any(isinstance(c, Tensor) for c in group_update.norms):
@@ -122,12 +124,12 @@ def check_counts(group_update: GroupUpdate, index: int) -> None:
         if is_fixed(c) and fixed != count:
             kinds = [f"a norm for each of {n} slices" if n else "a single norm" for n in (count, fixed)]
             raise ValueError(
-                f"{describe(group_update.group, index, p)} has {kinds[0]}, but its state {kinds[1]}: {slices.KEY} has "
-                "changed; adopt the current norms with constrain(again=True)"
+                f"{describe(group_update.group, group_update.index, p)} has {kinds[0]}, but its state {kinds[1]}: "
+                f"{slices.KEY} has changed; adopt the current norms with constrain(again=True)"
             )
 
 
-def check_loaded_norms(group_update: GroupUpdate, index: int, known: KnownBlocks) -> None:
+def check_loaded_norms(group_update: GroupUpdate, known: KnownBlocks) -> None:
     """Raise ValueError for a loaded norm that belongs to another weight or block."""
     found = layouts(group_update)
     unknown = [not is_known(known, layout) for layout in found]
@@ -142,7 +144,7 @@ def check_loaded_norms(group_update: GroupUpdate, index: int, known: KnownBlocks
         off = abs(now / c - 1)  # perhaps NaN
         if off <= 1e-3 or (off <= 0.02 and _has_half_precision(block)):
             continue
-        name, _ = group_update.describe(index, number)
+        name, _ = group_update.describe(number)
         raise ValueError(
             f"{name} has the norm {now:.6g}, but its state says {c:.6g}: parameters may be in another order than when "
             "it was saved, in other blocks, or the weights were replaced, averaged or clipped; load by name, or adopt "

@@ -62,19 +62,19 @@ def begin_step(optimizer: Optimizer, known: KnownBlocks, fused: bool | None = No
     for index, group in enumerate(groups):
         check_group(group, index)
         check_free_steps(group["free_steps"], f"param group {index}: ")
-    group_updates = [collect(group, optimizer.state) for group in groups]
+    group_updates = [collect(group, index, optimizer.state) for index, group in enumerate(groups)]
     sum_products([part for group_update in group_updates for part in group_update.sharded], fused)
     count = len(known)
-    for index, group_update in enumerate(group_updates):
+    for group_update in group_updates:
         for part in group_update.parts():
-            check_counts(part, index)
+            check_counts(part)
             if group_update.group["blocks"] is not None:
                 pairs = zip(layouts(part), part.norms, strict=True)
                 part.norms = [0.0 if has_lost(known, layout) else c for layout, c in pairs]
             if not all(map(is_fixed, part.norms)):
-                measured = measure_norms(part, index)
+                measured = measure_norms(part)
                 part.norms = [c if is_fixed(c) else now for c, now in zip(part.norms, measured, strict=True)]
-            check_loaded_norms(part, index, known)
+            check_loaded_norms(part, known)
     if len(known) > count:  # perhaps in the place of others
         forget_removed(known, groups)
     for group_update in group_updates:
@@ -114,10 +114,10 @@ def switch(optimizer: Optimizer, chosen: list[int]) -> list[GroupUpdate]:
         blocks = _blocks(group, [p for p in group["params"] if _is_trained(p) and constrains(group, p)])
         params = [p for block in blocks for p in block]
         sizes = [len(block) for block in blocks]
-        group_update = GroupUpdate(group, [], params, sizes, [0.0] * len(sizes)).separate_sharded()
+        group_update = GroupUpdate(group, index, [], params, sizes, [0.0] * len(sizes)).separate_sharded()
         sum_products(group_update.sharded, weights_only=True)
         for part in group_update.parts():
-            part.norms = measure_norms(part, index)
+            part.norms = measure_norms(part)
         group_updates.append(group_update)
     for group_update in group_updates:
         group_update.group["switched"] = True
@@ -132,8 +132,11 @@ def _is_trained(p: Tensor) -> bool:
     return p.requires_grad or p.grad is not None  # given by the caller, for example of an evolution strategy
 
 
-def collect(group: Group, state: State) -> GroupUpdate:
-    """Collect a group's parameters with gradients. A block is updated whole if one of its parameters has a gradient."""
+def collect(group: Group, index: int, state: State) -> GroupUpdate:
+    """Collect the parameters with gradients of param group `index`.
+
+    A block is updated whole if one of its parameters has a gradient.
+    """
     due = is_due(group)
     free: list[Tensor] = []
     idle: list[Tensor] = []
@@ -157,7 +160,8 @@ def collect(group: Group, state: State) -> GroupUpdate:
         else:
             (idle if grad is None else free).append(p)
     if group["blocks"] is None:
-        return GroupUpdate(group, free, constrained, [1] * len(constrained), norms, idle=idle).separate_sharded()
+        sizes = [1] * len(constrained)
+        return GroupUpdate(group, index, free, constrained, sizes, norms, idle=idle).separate_sharded()
     blocks = _blocks(group, constrained)
     # The minimum is 0.0, and the norm is measured, if a parameter was added to the block.
     norms = [min(fixed_norm(state.get(p)) for p in block) for block in blocks]
@@ -168,7 +172,7 @@ def collect(group: Group, state: State) -> GroupUpdate:
         entry = state.get(p)
         if entry and key in joined and p not in trained and not p.requires_grad and is_fixed(fixed_norm(entry)):
             entry[NORM] = 0.0  # it may be trained again, when the block has another norm
-    return GroupUpdate(group, free, params, [len(block) for block in blocks], norms, idle=idle).separate_sharded()
+    return GroupUpdate(group, index, free, params, list(map(len, blocks)), norms, idle=idle).separate_sharded()
 
 
 def _blocks(group: Group, constrained: list[Tensor]) -> list[list[Tensor]]:

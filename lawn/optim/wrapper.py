@@ -321,25 +321,25 @@ class LAWN:
         for group_update in self._group_updates or []:
             group_update.record(state)
         self._gradients.restore(getattr(self.optimizer, "grad_scale", None))  # which GradScaler sets
-        for single, index, zero in results:
-            self._zero_check.check(single, index, zero)
+        for part, zero in results:
+            self._zero_check.check(part, zero)
 
-    def _retract(self) -> list[tuple[GroupUpdate, int, Tensor | None]]:
+    def _retract(self) -> list[tuple[GroupUpdate, Tensor | None]]:
         """Complete the updates of constrained weights; returns what the zero check needs."""
-        results: list[tuple[GroupUpdate, int, Tensor | None]] = []
-        pending: list[tuple[GroupUpdate, int, stages.Pending]] = []
-        for index, group_update in enumerate(self._group_updates or []):
+        results: list[tuple[GroupUpdate, Tensor | None]] = []
+        pending: list[tuple[GroupUpdate, stages.Pending]] = []
+        for group_update in self._group_updates or []:
             for single in group_update.split_by_device_and_dtype():
                 before = [self._before[p] for p in single.params]
                 lists = single.params, single.sizes, single.norms
                 blocks = Blocks(*lists, first=before, slice_axes=single.slice_axes)
-                results.append((single, index, dispatch.backend(blocks, self._fused).retract(blocks)))
+                results.append((single, dispatch.backend(blocks, self._fused).retract(blocks)))
             for part in group_update.sharded:
                 before = [self._before[p] for p in part.params]
                 if before:
-                    pending.append((part, index, stages.retract(part, before, self._fused)))
-        zeros = stages.finish([waiting for _, _, waiting in pending])
-        return results + [(part, index, zero) for (part, index, _), zero in zip(pending, zeros, strict=True)]
+                    pending.append((part, stages.retract(part, before, self._fused)))
+        zeros = stages.finish([entry for _, entry in pending])
+        return [*results, *zip((part for part, _ in pending), zeros, strict=True)]
 
 
 def _is_loaded(group: keys.Group, before: keys.Group) -> bool:

@@ -21,16 +21,16 @@ class ZeroCheck:
 
     def __init__(self, known: KnownBlocks | None = None) -> None:
         self.known: KnownBlocks = dict(known or {})  # see `phase.begin_step`
-        self._pending: list[tuple[GroupUpdate, int, Tensor, torch.cuda.Event]] = []
+        self._pending: list[tuple[GroupUpdate, Tensor, torch.cuda.Event]] = []
 
     def begin(self, optimizer: "Optimizer", fused: bool | None = None) -> list[GroupUpdate]:
         """Begin a step as `phase.begin_step` does. Raises ValueError for a weight that an earlier step found zero."""
         arrived = [entry[-1].query() for entry in self._pending]
         pending = list(zip(self._pending, arrived, strict=True))
         self._pending = [entry for entry, here in pending if not here]
-        for (group_update, index, zero, _), here in pending:
+        for (group_update, zero, _), here in pending:
             if here:
-                _check_zero(group_update, index, zero)
+                _check_zero(group_update, zero)
         return phase.begin_step(optimizer, self.known, fused)
 
     def constrain(self, optimizer: "Optimizer", *, again: bool) -> None:
@@ -43,12 +43,11 @@ class ZeroCheck:
         """Whether the norms of all blocks are known to be theirs, so that `begin` would not compare them."""
         return all(is_known(self.known, layout) for layout in layouts(group_update))
 
-    def check(self, group_update: GroupUpdate, index: int, zero: Tensor | None) -> None:
+    def check(self, group_update: GroupUpdate, zero: Tensor | None) -> None:
         """Raise ValueError if a block is zero; on a GPU a later `begin` raises it.
 
         Args:
             group_update: the constrained parameters of one update.
-            index: index of their param group.
             zero: mask [blocks] of blocks that are zero; None if there are none.
         """
         if zero is None:
@@ -58,16 +57,16 @@ class ZeroCheck:
             host.copy_(zero, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(zero.device))
-            self._pending.append((group_update, index, host, copied))
+            self._pending.append((group_update, host, copied))
         else:
-            _check_zero(group_update, index, zero)
+            _check_zero(group_update, zero)
 
 
-def _check_zero(group_update: GroupUpdate, index: int, zero: Tensor) -> None:
+def _check_zero(group_update: GroupUpdate, zero: Tensor) -> None:
     """Raise ValueError for a block that has become zero since its norm was fixed."""
     if not zero.any():
         return
-    name, c = group_update.describe(index, int(zero.nonzero()[0]))
+    name, c = group_update.describe(int(zero.nonzero()[0]))
     raise ValueError(
         f"{name} is zero, but was constrained to the norm {c:.6g}: a weight of "
         "zero has no direction in which it could be rescaled; restore it, or set constrain=False for its param group"

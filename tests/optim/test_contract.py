@@ -1028,7 +1028,7 @@ def test_a_zero_mask_of_a_gpu_is_checked_once_when_it_has_arrived():
     optimizer.step()
     check = optimizer._zero_check
     (group_update,) = check.begin(optimizer)
-    check._pending.append((group_update, 0, torch.tensor([True]), Event()))
+    check._pending.append((group_update, torch.tensor([True]), Event()))
     optimizer.step()
     with pytest.raises(ValueError, match="is zero, but was constrained"):
         optimizer.step()
