@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from lawn.diagnostics.lanczos import top_eigenvalue
 from lawn.optim import sums
+from lawn.optim.checks import check_shapes_known
 from lawn.optim.modes import evaluating
 
 Weights = dict[str, Tensor]
@@ -33,7 +34,8 @@ class LossSurface:
 
     In float32 a probability within 1e-7 of 1 rounds to 1, and gradients and Hessians of smaller losses are rounding
     errors. For flatter losses pass the model and the samples in float64. Of a model with torch's recurrent layers,
-    covariances are computed sample by sample, which is slow.
+    covariances are computed sample by sample, which is slow. Batch normalization without running statistics uses those
+    of the samples that it is given, so results depend on `chunk`, and covariances are of samples normalized one by one.
 
     Args:
         model: model whose trainable parameters are the variables.
@@ -46,7 +48,7 @@ class LossSurface:
 
     Raises:
         ValueError: if there are no samples, the numbers of inputs and labels differ, `chunk` is less than 1, or the
-            model has no trainable parameter.
+            model has no trainable parameter, or a lazy module that has no weights yet.
 
     References:
         Gupta et al. 2021, section 2.2, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).
@@ -71,6 +73,7 @@ class LossSurface:
         labels: Tensor,
         chunk: int | None = None,
     ) -> None:
+        check_shapes_known(model)
         self._model, self._loss = model, loss
         self._inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
         self._labels = labels

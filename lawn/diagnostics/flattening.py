@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lawn.optim.checks import check_shapes_known
 from lawn.optim.modes import evaluating
 from lawn.optim.update import norms
 
@@ -77,6 +78,9 @@ def weight_norm(model: nn.Module) -> Tensor:
     Returns:
         The norm, a 0-dim tensor.
 
+    Raises:
+        ValueError: if a lazy module has no weights yet.
+
     Examples:
         >>> import torch
         >>> from lawn.diagnostics import weight_norm
@@ -85,6 +89,7 @@ def weight_norm(model: nn.Module) -> Tensor:
         >>> weight_norm(layer)
         tensor(4.)
     """
+    check_shapes_known(model)
     weights: dict[int, Tensor] = {}
     for module in model.modules():
         if isinstance(module, parametrize.ParametrizationList):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lawn.optim import phase, sharding, sums
+from lawn.optim.checks import check_shapes_known
 from lawn.optim.step_hooks import StepNesting, calls_hooks, closure_of, with_closure
 
 QUANTITIES = ("norm", "gradient_norm", "radial", "angle", "effective_lr")
@@ -38,7 +39,8 @@ class UpdateMonitor:
         every: interval of measured updates.
 
     Raises:
-        ValueError: if `every` is less than 1, or the model has no trainable weight with two or more dimensions.
+        ValueError: if `every` is less than 1, the model has no trainable weight with two or more dimensions, or a lazy
+            module has no weights yet.
         TypeError: if the optimizer calls no hooks, or a weight is a DTensor. A monitor cannot be copied either: make a
             new one for a copy of the optimizer, and load its state.
 
@@ -61,6 +63,7 @@ class UpdateMonitor:
     def __init__(self, model: nn.Module, optimizer: Optimizer, every: int = 1) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
+        check_shapes_known(model)
         self.weights = {name: p for name, p in model.named_parameters() if p.ndim >= 2 and p.requires_grad}
         if not self.weights:
             raise ValueError("nothing to follow: no trainable parameter with two or more dimensions")

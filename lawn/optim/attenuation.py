@@ -5,6 +5,7 @@ from math import inf
 import torch
 from torch import nn
 
+from lawn.optim.checks import check_shapes_known
 from lawn.optim.modes import evaluating
 
 
@@ -26,7 +27,8 @@ def output_layer(model: nn.Module) -> nn.Linear:
         >>> output_layer(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
         Linear(in_features=3, out_features=2, bias=True)
     """
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    inactive = _inactive_copies(model)
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in inactive]
     if not layers:
         raise ValueError("the model has no linear layer")
     for name, module in model.named_modules():
@@ -71,13 +73,14 @@ def attenuate_logits(model: nn.Module, factor: float) -> None:
     """
     if not 0 < factor < inf:
         raise ValueError(f"factor must be positive and finite, got {factor}")
+    check_shapes_known(model)
     layer = output_layer(model)
     for name in ("weight", "bias"):
         if name not in layer._parameters:
             raise ValueError(f"the {name} of the output layer is computed from others (a parametrization); scale those")
     own = [p for name in ("weight", "bias") if (p := layer._parameters[name]) is not None]
     others = [p for module in model.modules() if module is not layer for p in module._parameters.values()]
-    if any(p is other for p in own for other in others):
+    if any(p is other or _same_memory(p, other) for p in own for other in others if other is not None):
         raise ValueError("the output layer shares its weight or bias with another module, which would change as well")
     if type(layer).forward is not nn.Linear.forward and not _is_proportional(layer, own):
         raise ValueError(
@@ -85,6 +88,19 @@ def attenuate_logits(model: nn.Module, factor: float) -> None:
         )
     for p in own:
         p.mul_(factor)
+
+
+def _inactive_copies(model: nn.Module) -> set[nn.Module]:
+    """What PEFT's `modules_to_save` keeps of layers, beside the copy that computes."""
+    inactive: set[nn.Module] = set()
+    for wrapper in model.modules():
+        original, copies = (wrapper._modules.get(name) for name in ("original_module", "modules_to_save"))
+        if original is not None and isinstance(copies, nn.ModuleDict):
+            chosen = () if getattr(wrapper, "disable_adapters", False) else getattr(wrapper, "active_adapters", ())
+            active = [copies[name] for name in chosen if name in copies] or [original]
+            kept = {module for copy in active for module in copy.modules()}
+            inactive |= {module for copy in (original, *copies.values()) for module in copy.modules()} - kept
+    return inactive
 
 
 def _adds_to_weight(module: nn.Module, last: nn.Linear) -> bool:
@@ -96,6 +112,10 @@ def _adds_to_weight(module: nn.Module, last: nn.Linear) -> bool:
     sizes = () if weight is None or weight.ndim < 2 else tuple(weight.shape)
     fits = last.out_features in (*sizes, getattr(base, "out_features", None))
     return fits and last not in (module, base) and any(child is last for child in module.modules())
+
+
+def _same_memory(p: torch.Tensor, other: torch.Tensor) -> bool:
+    return p.device == other.device and p.numel() > 0 and p.data_ptr() == other.data_ptr() != 0
 
 
 def _is_proportional(layer: nn.Linear, params: list[nn.Parameter]) -> bool:

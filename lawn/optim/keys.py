@@ -110,9 +110,8 @@ def check_group(group: Group, index: int, label: str = "param group") -> None:
     constrain = group.get("constrain")
     if constrain is not None and not isinstance(constrain, bool):
         raise ValueError(f"{label} {index}: constrain={constrain!r}, but it must be True, False or None")
-    if sharding.any_dtensor(group["params"]):
-        for reason in filter(None, map(sharding.problem, group["params"])):
-            raise TypeError(f"{label} {index} holds {reason}")
+    for reason in filter(None, map(sharding.problem, group["params"])):
+        raise TypeError(f"{label} {index} holds {reason}")
     flat = [p for p in group["params"] if getattr(p, "_fsdp_flattened", False)]
     if flat and group.get("constrain") is not False and all(p.ndim < 2 for p in flat):  # NO_SHARD keeps the shapes
         raise TypeError(

@@ -8,9 +8,13 @@ from torch import nn
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """In the body, a module is in eval mode; afterwards it and its children have the modes that they had."""
+    """In the body, a module is in eval mode; afterwards it and its children have the modes that they had.
+
+    Their methods `train` are not called, since some change weights, as loralib's, which merges adapters.
+    """
     modes = [(each, each.training) for each in module.modules()]
-    module.eval()
+    for each, _ in modes:
+        each.training = False
     try:
         yield
     finally:

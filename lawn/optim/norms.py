@@ -2,6 +2,7 @@
 
 import operator
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -129,12 +130,12 @@ def check_counts(group_update: GroupUpdate) -> None:
             )
 
 
-def check_loaded_norms(group_update: GroupUpdate, known: KnownBlocks) -> None:
-    """Raise ValueError for a loaded norm that belongs to another weight or block."""
+def check_loaded_norms(group_update: GroupUpdate, known: KnownBlocks) -> list[Layout]:
+    """Raise ValueError for a loaded norm that belongs to another weight or block; return the blocks that are new."""
     found = layouts(group_update)
     unknown = [not is_known(known, layout) for layout in found]
     if not any(unknown):
-        return
+        return []
     present = _present(group_update)
     owners = [(block, new) for (block, _), new, c in zip(found, unknown, present, strict=True) for _ in _flatten([c])]
     pairs = zip(owners, _flatten(group_update.norms), _flatten(present), strict=True)
@@ -150,7 +151,30 @@ def check_loaded_norms(group_update: GroupUpdate, known: KnownBlocks) -> None:
             "it was saved, in other blocks, or the weights were replaced, averaged or clipped; load by name, or adopt "
             "the current norms with constrain(again=True)"
         )
-    remember(known, found)
+    return [layout for layout, new in zip(found, unknown, strict=True) if new]
+
+
+def check_apart(group_updates: list[GroupUpdate]) -> None:
+    """Raise ValueError if constrained parameters share memory: the update of one would undo that of the other.
+
+    Of strided views with gaps, only a common first element is noticed.
+    """
+    places: list[tuple[str, int, int, GroupUpdate, Tensor]] = []
+    for part in (part for group_update in group_updates for part in group_update.parts()):
+        for p, shard in zip(part.params, sharding.local(part.params), strict=True):
+            if type(shard) in sharding.PLAIN and shard.numel() and not shard.is_meta:
+                extent = 1 + sum((n - 1) * step for n, step in zip(shard.shape, shard.stride(), strict=True))
+                first = shard.data_ptr()
+                last = first + (extent - 1) * shard.element_size() if extent == shard.numel() else first
+                places.append((str(shard.device), first, last, part, p))
+    places.sort(key=lambda place: place[:3])
+    for (device, _, last, part, p), (other_device, first, _, other_part, other) in pairwise(places):
+        if device == other_device and first <= last:
+            names = describe(part.group, part.index, p), describe(other_part.group, other_part.index, other)
+            raise ValueError(
+                f"{' and '.join(names)} share memory, where the update of one would undo that of the other; give their "
+                "modules one parameter (b.weight = a.weight)"
+            )
 
 
 def _has_half_precision(block: list[Tensor]) -> bool:

@@ -20,7 +20,17 @@ from lawn.optim.keys import (
     is_due,
     is_fixed,
 )
-from lawn.optim.norms import KnownBlocks, check_counts, check_loaded_norms, has_lost, layouts, measure_norms
+from lawn.optim.norms import (
+    KnownBlocks,
+    Layout,
+    check_apart,
+    check_counts,
+    check_loaded_norms,
+    has_lost,
+    layouts,
+    measure_norms,
+    remember,
+)
 
 
 def is_dummy(optimizer: Optimizer) -> bool:
@@ -56,7 +66,8 @@ def begin_step(optimizer: Optimizer, known: KnownBlocks, fused: bool | None = No
         The parameters to update of each param group.
 
     Raises:
-        ValueError: if a norm is zero, not finite or another weight's; nothing has changed then.
+        ValueError: if a norm is zero, not finite or another weight's, or weights share memory; nothing has changed
+            then.
     """
     groups = optimizer.param_groups
     for index, group in enumerate(groups):
@@ -64,7 +75,7 @@ def begin_step(optimizer: Optimizer, known: KnownBlocks, fused: bool | None = No
         check_free_steps(group["free_steps"], f"param group {index}: ")
     group_updates = [collect(group, index, optimizer.state) for index, group in enumerate(groups)]
     sum_products([part for group_update in group_updates for part in group_update.sharded], fused)
-    count = len(known)
+    new: list[Layout] = []
     for group_update in group_updates:
         for part in group_update.parts():
             check_counts(part)
@@ -74,13 +85,20 @@ def begin_step(optimizer: Optimizer, known: KnownBlocks, fused: bool | None = No
             if not all(map(is_fixed, part.norms)):
                 measured = measure_norms(part)
                 part.norms = [c if is_fixed(c) else now for c, now in zip(part.norms, measured, strict=True)]
-            check_loaded_norms(part, known)
-    if len(known) > count:  # perhaps in the place of others
+            new += check_loaded_norms(part, known)
+    if new:
+        check_apart(group_updates)
+        remember(known, new)  # perhaps in the place of others
         forget_removed(known, groups)
     for group_update in group_updates:
-        fixed = any(any(map(is_fixed, part.norms)) for part in group_update.parts())
-        group_update.group["switched"] = is_due(group_update.group) or fixed
+        group_update.group["switched"] = is_due(group_update.group) or _is_constrained(group_update)
     return group_updates
+
+
+def _is_constrained(group_update: GroupUpdate) -> bool:
+    """Whether norms are fixed, and not just those of weights that came from another group, beside free ones."""
+    fixed = any(any(map(is_fixed, part.norms)) for part in group_update.parts())
+    return fixed and not any(constrains(group_update.group, p) for p in (*group_update.free, *group_update.idle))
 
 
 def check_capture() -> None:
@@ -119,6 +137,7 @@ def switch(optimizer: Optimizer, chosen: list[int]) -> list[GroupUpdate]:
         for part in group_update.parts():
             part.norms = measure_norms(part)
         group_updates.append(group_update)
+    check_apart(group_updates)
     for group_update in group_updates:
         group_update.group["switched"] = True
         norms = group_update.norms_by_param()

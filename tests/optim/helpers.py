@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -28,3 +29,8 @@ def fixed_norms(optimizer: Optimizer) -> list[Any]:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     norms = [optimizer.state.get(p, {}).get(NORM, 0.0) for p in params]
     return [c.tolist() if isinstance(c, Tensor) else c for c in norms]
+
+
+def with_gradients(*params: Tensor) -> None:
+    for p in params:
+        p.grad = torch.randn_like(p)

@@ -16,18 +16,14 @@ from torch.nn.utils import parametrizations
 from torch.optim import LBFGS, SGD, Adam, Optimizer
 
 from lawn import LAMBLAWN, LAWN, SGDLAWN, AdamLAWN
-from lawn.diagnostics import UpdateMonitor
+from lawn.diagnostics import LossSurface, UpdateMonitor, weight_norm
 from lawn.optim import attenuate_logits, bound_norms, cpu_kernels, dispatch, output_layer, update
 from lawn.optim.blocks import Blocks
 from lawn.optim.keys import NORM
 from lawn.optim.param_groups import all_weights, final_homogeneous
+from tests.optim.helpers import with_gradients
 
 OWN = (AdamLAWN, SGDLAWN, LAMBLAWN)
-
-
-def with_gradients(*params: Tensor) -> None:
-    for p in params:
-        p.grad = torch.randn_like(p)
 
 
 def take_steps(optimizer: Optimizer, w: Tensor, number: int) -> None:
@@ -635,6 +631,87 @@ def test_logits_of_subclasses_are_attenuated_where_they_are_linear():
     torch.testing.assert_close(model.eval()(x), 0.2 * before)
     with pytest.raises(ValueError, match="a MaskedHead, which cannot be called with inputs alone"):
         attenuate_logits(MaskedHead(4, 3), 0.2)
+
+
+class MergingHead(nn.Linear):
+    """Merges its adapter in eval mode, as loralib does."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.added, self.merged = nn.Parameter(torch.randn(sizes[::-1])), False
+
+    def train(self, mode: bool = True) -> "MergingHead":
+        if self.merged == mode:
+            self.weight.data += -self.added.data if mode else self.added.data
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.merged else y + x @ self.added.T
+
+
+def test_an_adapter_that_eval_merges_is_not_merged_by_measurements():
+    model = nn.Sequential(nn.Linear(4, 4), MergingHead(4, 3))
+    x, y = torch.randn(5, 4), torch.randint(3, (5,))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="a MergingHead, whose logits are not proportional"):
+        attenuate_logits(model, 0.5)
+    gradient = LossSurface(model, nn.functional.cross_entropy, x, y).gradient()
+    nn.functional.cross_entropy(model(x), y).backward()
+    torch.testing.assert_close(gradient, torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert not model[1].merged
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class SavedModules(nn.Module):
+    """A layer and its copies for adapters, as PEFT's `modules_to_save` has them."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.original_module = layer
+        self.modules_to_save = nn.ModuleDict({name: copy.deepcopy(layer) for name in ("default", "second")})
+        self.active_adapters, self.disable_adapters = ["default"], False
+
+    def forward(self, x: Tensor) -> Tensor:
+        used = self.original_module if self.disable_adapters else self.modules_to_save[self.active_adapters[0]]
+        return used(x)
+
+
+@pytest.mark.parametrize("active", ["default", "second", None])
+def test_logits_of_the_active_copy_are_attenuated(active):
+    model = nn.Sequential(nn.Linear(4, 4), SavedModules(nn.Linear(4, 3)))
+    heads = model[1]
+    heads.active_adapters, heads.disable_adapters = [active or "default"], active is None
+    used = heads.original_module if active is None else heads.modules_to_save[active]
+    x = torch.randn(5, 4)
+    before, weights = model(x), copy.deepcopy(heads.state_dict())
+    attenuate_logits(model, 0.5)
+    torch.testing.assert_close(model(x), 0.5 * before)
+    changed = {name for name, value in heads.state_dict().items() if not torch.equal(value, weights[name])}
+    own = {id(p) for p in used.parameters()}
+    assert changed == {name for name, p in heads.named_parameters() if id(p) in own}
+
+
+def test_an_output_layer_in_the_memory_of_another_is_refused():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
+    model[1].weight.data = model[0].weight.data
+    with pytest.raises(ValueError, match="shares its weight or bias with another module"):
+        attenuate_logits(model, 0.5)
+
+
+@pytest.mark.parametrize("layers", [[nn.LazyLinear(3)], [nn.Linear(2, 2), nn.LazyLinear(3)]])
+def test_measurements_need_the_shapes_of_lazy_layers(layers):
+    model = nn.Sequential(*layers)
+    batch = torch.randn(2, 2), torch.zeros(2, dtype=torch.long)
+    for measure in (
+        lambda: UpdateMonitor(model, AdamLAWN([nn.Parameter(torch.ones(2, 2))])),
+        lambda: weight_norm(model),
+        lambda: attenuate_logits(model, 0.5),
+        lambda: LossSurface(model, nn.functional.cross_entropy, *batch),
+    ):
+        with pytest.raises(ValueError, match="weight has no shape yet, as its module is lazy"):
+            measure()
 
 
 def test_a_joined_bias_that_is_frozen_and_trained_again():

@@ -27,6 +27,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lawn import LAMB, LAMBLAWN, LAWN, SGDLAWN, AdamLAWN
 from lawn.optim.keys import NORM
+from tests.optim.helpers import with_gradients
 
 NEW = (AdamLAWN, SGDLAWN, LAMBLAWN)
 FORMS = ("AdamLAWN", "SGDLAWN", "LAMBLAWN", "LAWN(AdamW)", "LAWN(SGD)")
@@ -1894,3 +1895,70 @@ def test_a_hyperparameter_that_is_refused_has_its_group():
     groups = [{"params": [torch.ones(2, 2)]}, {"params": [torch.ones(2, 2)], "eps": torch.tensor(1e-6)}]
     with pytest.raises(ValueError, match="param group 1: eps must be a number"):
         AdamLAWN(groups)
+
+
+class Unflattened(Tensor):
+    """Keeps its shape in `reshape`, as the weights of torchao's quantized training do."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return args[0] if function is Tensor.reshape else super().__torch_function__(function, types, args, kwargs)
+
+
+@every_form
+def test_weights_that_cannot_be_flattened_are_refused(form):
+    """Compiled code would write beyond their memory."""
+    w = nn.Parameter(torch.randn(4, 3).as_subclass(Unflattened))
+    assert type(w) is Unflattened
+    with pytest.raises(TypeError, match=r"an? Unflattened that cannot be flattened: it keeps the shape \(4, 3\)"):
+        make(form, [w], free_steps=0)
+
+
+@every_form
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_weights_that_share_memory_are_refused_where_they_are_constrained(form, by_hand):
+    """Each update begins with the weights as they were before the step, so that one would undo the other."""
+    whole = torch.randn(3, 4)
+    for first, second in (
+        (whole, whole.view_as(whole)),
+        (whole, whole[1:]),
+        (whole.flatten()[:8].view(4, 2), whole.flatten()[2:10].view(4, 2)),
+        (whole[:, :2], whole[:, :2]),
+    ):
+        params = [nn.Parameter(first), nn.Parameter(second), nn.Parameter(torch.ones(2, 2))]
+        assert params[0].untyped_storage().data_ptr() == params[1].untyped_storage().data_ptr()
+        optimizer, phase = make(form, params, free_steps=None if by_hand else 1)
+        with_gradients(*params)
+        optimizer.step()
+        with_gradients(*params)
+        for _ in range(2):
+            before = [p.detach().clone() for p in params]
+            with pytest.raises(ValueError, match=r"parameter 0 of .* and parameter 1 of .* share memory"):
+                phase.constrain() if by_hand else optimizer.step()
+            assert all(map(torch.equal, params, before))
+    apart = [nn.Parameter(part) for part in (whole[:1], whole[1:])]
+    columns = [nn.Parameter(part) for part in torch.randn(3, 4).split(2, dim=1)]
+    optimizer, _ = make(form, [*apart, *columns], free_steps=0)
+    with_gradients(*apart, *columns)
+    optimizer.step()
+    assert all(optimizer.state[p][NORM] for p in (*apart, *columns))
+
+
+@every_form
+def test_a_constrained_weight_that_joins_a_free_group_does_not_end_its_phase(form):
+    moved, free = (nn.Parameter(torch.randn(3, 2)) for _ in range(2))
+    optimizer, _ = make(
+        form, [{"params": [moved], "free_steps": 1}, {"params": [free], "free_steps": 100}], free_steps=0
+    )
+    for _ in range(2):
+        with_gradients(moved, free)
+        optimizer.step()
+    norm = moved.norm().item()
+    assert optimizer.state[moved][NORM] == pytest.approx(norm)
+    optimizer.param_groups[1]["params"].append(optimizer.param_groups[0]["params"].pop())
+    for _ in range(3):
+        with_gradients(moved, free)
+        optimizer.step()
+    assert moved.norm().item() == pytest.approx(norm)
+    assert optimizer.state[free][NORM] == 0
+    assert not optimizer.param_groups[1]["switched"]
