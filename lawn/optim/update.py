@@ -102,9 +102,7 @@ def adam(
         flat.write(batch.first, m)
         flat.write(batch.second, v)
         # The next step reads the stored moments, so in half precision the update uses the rounded ones too.
-        m, v = flat.flatten(batch.first), flat.flatten(batch.second)
-        scale = corrections[:, selected]
-        r = m.mul_(flat.expand(scale[0])).div_(v.sqrt_().mul_(flat.expand(scale[1])).add_(eps))
+        r = _direction(flat, batch, corrections[:, selected], eps)
         zero.append(_move_tangentially(flat, batch, w, ww, r, lr, trust=trust))
     return torch.cat(zero)
 
