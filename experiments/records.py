@@ -175,13 +175,16 @@ class Store:
 def _stamp(*folders: Path) -> list[tuple[str, int, int, int]]:
     """The path, inode, modification and size of each file of records in the folders; empty if one cannot be read."""
     found = []
-    try:
-        for folder in folders:
+    for folder in folders:
+        try:
             with os.scandir(folder) as entries:
                 files = [(entry.path, entry.stat()) for entry in entries if entry.name.endswith(".jsonl")]
+        except FileNotFoundError:
+            found.append((str(folder), 0, 0, 0))
+        except OSError:
+            return []
+        else:
             found += [(path, stat.st_ino, stat.st_mtime_ns, stat.st_size) for path, stat in files]
-    except OSError:
-        return []
     return found
 
 

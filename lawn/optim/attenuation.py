@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lawn.optim.checks import check_shapes_known
+from lawn.optim.memory import extent
 from lawn.optim.modes import evaluating
 
 
@@ -80,7 +81,7 @@ def attenuate_logits(model: nn.Module, factor: float) -> None:
             raise ValueError(f"the {name} of the output layer is computed from others (a parametrization); scale those")
     own = [p for name in ("weight", "bias") if (p := layer._parameters[name]) is not None]
     others = [p for module in model.modules() if module is not layer for p in module._parameters.values()]
-    if any(p is other or _same_memory(p, other) for p in own for other in others if other is not None):
+    if any(p is other or _share_memory(p, other) for p in own for other in others if other is not None):
         raise ValueError("the output layer shares its weight or bias with another module, which would change as well")
     if type(layer).forward is not nn.Linear.forward and not _is_proportional(layer, own):
         raise ValueError(
@@ -114,8 +115,11 @@ def _adds_to_weight(module: nn.Module, last: nn.Linear) -> bool:
     return fits and last not in (module, base) and any(child is last for child in module.modules())
 
 
-def _same_memory(p: torch.Tensor, other: torch.Tensor) -> bool:
-    return p.device == other.device and p.numel() > 0 and p.data_ptr() == other.data_ptr() != 0
+def _share_memory(p: torch.Tensor, other: torch.Tensor) -> bool:
+    here, there = extent(p), extent(other)
+    if here is None or there is None or here[0] != there[0]:
+        return False
+    return here[1] <= there[2] and there[1] <= here[2]
 
 
 def _is_proportional(layer: nn.Linear, params: list[nn.Parameter]) -> bool:

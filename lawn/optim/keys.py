@@ -72,6 +72,7 @@ def add_defaults(groups: list[Group], index: int, free_steps: int | None, *, lat
     for p, times in Counter[Tensor](group["params"]).items():
         if times > 1:  # torch only warns
             raise ValueError(f"{describe(group, index, p)} is there twice; list each parameter once")
+    check_flat(p for p in group["params"] if p.requires_grad and constrains(group, p))
     if group.get("constrain") is not False and any(hasattr(p, "ds_id") for p in group["params"]):
         raise TypeError(f"param group {index} holds flat parameters of DeepSpeed's ZeRO, {FLAT}")
     phase: Group = {"free_steps": free_steps}
@@ -110,8 +111,9 @@ def check_group(group: Group, index: int, label: str = "param group") -> None:
     constrain = group.get("constrain")
     if constrain is not None and not isinstance(constrain, bool):
         raise ValueError(f"{label} {index}: constrain={constrain!r}, but it must be True, False or None")
-    for reason in filter(None, map(sharding.problem, group["params"])):
-        raise TypeError(f"{label} {index} holds {reason}")
+    if sharding.any_dtensor(group["params"]):
+        for reason in filter(None, map(sharding.problem, group["params"])):
+            raise TypeError(f"{label} {index} holds {reason}")
     flat = [p for p in group["params"] if getattr(p, "_fsdp_flattened", False)]
     if flat and group.get("constrain") is not False and all(p.ndim < 2 for p in flat):  # NO_SHARD keeps the shapes
         raise TypeError(
@@ -264,6 +266,22 @@ def remove_keys(optimizer: Optimizer) -> None:
             group.pop(key, None)
     for _, entry in entries(optimizer.state):
         entry.pop(NORM, None)
+
+
+def check_flat(params: Iterable[Tensor]) -> None:
+    """Raise TypeError for a tensor subclass that cannot be flattened, as the weights of some quantized training.
+
+    Updates flatten weights, and compiled code would write beyond their memory.
+    """
+    for p in params:
+        if type(p) in sharding.PLAIN or sharding.is_dtensor(p) or is_lazy(p):
+            continue
+        try:
+            is_flat = p.detach().reshape(-1).shape == (p.numel(),)
+        except Exception:  # subclasses raise many types for what they do not have
+            is_flat = False
+        if not is_flat:
+            raise TypeError(f"weights of type {type(p).__name__} cannot be flattened, as their updates need it")
 
 
 def describe(group: Group, index: int, p: Tensor) -> str:

@@ -2,7 +2,6 @@
 
 import operator
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from lawn.optim import sharding, slices, update
 from lawn.optim.blocks import real
 from lawn.optim.group_update import GroupUpdate
-from lawn.optim.keys import Norm, describe, is_fixed
+from lawn.optim.keys import Norm, check_flat, describe, is_fixed
 
 HALF = torch.bfloat16, torch.float16
 Layout = tuple[list[Tensor], tuple[int, ...]]  # the parameters of a block, and their slice axes
@@ -87,7 +86,8 @@ def measure_norms(group_update: GroupUpdate) -> list[Norm]:
 
 
 def _present(group_update: GroupUpdate) -> list[Norm]:
-    """Compute the present norms of each block."""
+    """Compute the present norms of each block. Raises TypeError for tensors that cannot be flattened."""
+    check_flat(group_update.params)
     if group_update.sums is not None:
         dtype = group_update.params[0].dtype.to_real() if group_update.params else torch.float64
         return group_update.sums[:, 0].sqrt().to(torch.promote_types(dtype, torch.float32)).tolist()
@@ -152,29 +152,6 @@ def check_loaded_norms(group_update: GroupUpdate, known: KnownBlocks) -> list[La
             "the current norms with constrain(again=True)"
         )
     return [layout for layout, new in zip(found, unknown, strict=True) if new]
-
-
-def check_apart(group_updates: list[GroupUpdate]) -> None:
-    """Raise ValueError if constrained parameters share memory: the update of one would undo that of the other.
-
-    Of strided views with gaps, only a common first element is noticed.
-    """
-    places: list[tuple[str, int, int, GroupUpdate, Tensor]] = []
-    for part in (part for group_update in group_updates for part in group_update.parts()):
-        for p, shard in zip(part.params, sharding.local(part.params), strict=True):
-            if type(shard) in sharding.PLAIN and shard.numel() and not shard.is_meta:
-                extent = 1 + sum((n - 1) * step for n, step in zip(shard.shape, shard.stride(), strict=True))
-                first = shard.data_ptr()
-                last = first + (extent - 1) * shard.element_size() if extent == shard.numel() else first
-                places.append((str(shard.device), first, last, part, p))
-    places.sort(key=lambda place: place[:3])
-    for (device, _, last, part, p), (other_device, first, _, other_part, other) in pairwise(places):
-        if device == other_device and first <= last:
-            names = describe(part.group, part.index, p), describe(other_part.group, other_part.index, other)
-            raise ValueError(
-                f"{' and '.join(names)} share memory, where the update of one would undo that of the other; give their "
-                "modules one parameter (b.weight = a.weight)"
-            )
 
 
 def _has_half_precision(block: list[Tensor]) -> bool:

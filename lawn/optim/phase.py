@@ -1,5 +1,7 @@
 """The two phases of training: which phase a parameter is in, and the switch to fixed norms."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,10 +22,10 @@ from lawn.optim.keys import (
     is_due,
     is_fixed,
 )
+from lawn.optim.memory import check_apart
 from lawn.optim.norms import (
     KnownBlocks,
     Layout,
-    check_apart,
     check_counts,
     check_loaded_norms,
     has_lost,
@@ -44,6 +46,8 @@ def is_dummy(optimizer: Optimizer) -> bool:
     if any((isinstance(rate, Tensor) and not rate.is_cpu) or rate != 0 for rate in rates):
         return False
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    if not params:
+        return False
     begun = any(entry for _, entry in entries(optimizer.state))
     if begun and not sharding.any_dtensor(params):
         return False
@@ -87,18 +91,26 @@ def begin_step(optimizer: Optimizer, known: KnownBlocks, fused: bool | None = No
                 part.norms = [c if is_fixed(c) else now for c, now in zip(part.norms, measured, strict=True)]
             new += check_loaded_norms(part, known)
     if new:
-        check_apart(group_updates)
+        check_apart(groups, {*_members(known.values()), *_members(new)})
         remember(known, new)  # perhaps in the place of others
         forget_removed(known, groups)
     for group_update in group_updates:
-        group_update.group["switched"] = is_due(group_update.group) or _is_constrained(group_update)
+        group = group_update.group
+        group["switched"] = is_due(group) or _is_constrained(group_update, optimizer.state)
     return group_updates
 
 
-def _is_constrained(group_update: GroupUpdate) -> bool:
+def _members(found: Iterable[Layout]) -> set[Tensor]:
+    return {p for block, _ in found for p in block}
+
+
+def _is_constrained(group_update: GroupUpdate, state: State) -> bool:
     """Whether norms are fixed, and not just those of weights that came from another group, beside free ones."""
-    fixed = any(any(map(is_fixed, part.norms)) for part in group_update.parts())
-    return fixed and not any(constrains(group_update.group, p) for p in (*group_update.free, *group_update.idle))
+    group, norms = group_update.group, group_update.norms_by_param()
+    if not any(map(is_fixed, norms.values())):
+        return False
+    others = [p for p in group["params"] if p not in norms and constrains(group, p)]
+    return all(is_fixed(fixed_norm(state[p])) for p in others if state.get(p))
 
 
 def check_capture() -> None:
@@ -137,7 +149,7 @@ def switch(optimizer: Optimizer, chosen: list[int]) -> list[GroupUpdate]:
         for part in group_update.parts():
             part.norms = measure_norms(part)
         group_updates.append(group_update)
-    check_apart(group_updates)
+    check_apart(optimizer.param_groups, {p for each in group_updates for p in each.norms_by_param()})
     for group_update in group_updates:
         group_update.group["switched"] = True
         norms = group_update.norms_by_param()
@@ -186,6 +198,7 @@ def collect(group: Group, index: int, state: State) -> GroupUpdate:
     norms = [min(fixed_norm(state.get(p)) for p in block) for block in blocks]
     params = [p for block in blocks for p in block]
     trained = {*params}
+    free, idle = ([p for p in each if p not in trained] for each in (free, idle))  # a block is updated whole
     joined = {key for key, p in zip(group["blocks"], group["params"], strict=True) if p in trained}
     for key, p in zip(group["blocks"], group["params"], strict=True):
         entry = state.get(p)

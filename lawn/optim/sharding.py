@@ -35,15 +35,8 @@ def local(tensors: list[Tensor]) -> list[Tensor]:
 
 def problem(p: Tensor) -> str:
     """Say why a parameter cannot be updated; empty if it can."""
-    if type(p) in PLAIN or torch.nn.parameter.is_lazy(p):
-        return ""
     if not is_dtensor(p):
-        shape = tuple(p.detach().reshape(-1).shape)
-        return (
-            ""
-            if shape == (p.numel(),)
-            else f"a {type(p).__name__} that cannot be flattened: it keeps the shape {shape}"
-        )
+        return ""
     partial = [placement for placement in _of(p).placements if placement.is_partial()]
     if partial:
         return (

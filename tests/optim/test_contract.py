@@ -1910,8 +1910,18 @@ def test_weights_that_cannot_be_flattened_are_refused(form):
     """Compiled code would write beyond their memory."""
     w = nn.Parameter(torch.randn(4, 3).as_subclass(Unflattened))
     assert type(w) is Unflattened
-    with pytest.raises(TypeError, match=r"an? Unflattened that cannot be flattened: it keeps the shape \(4, 3\)"):
+    with pytest.raises(TypeError, match="weights of type Unflattened cannot be flattened"):
         make(form, [w], free_steps=0)
+    frozen = w.requires_grad_(False)
+    trained = nn.Parameter(torch.randn(4, 3))
+    optimizer, _ = make(form, [frozen, trained], free_steps=0)
+    with_gradients(trained)
+    optimizer.step()
+    assert optimizer.state[trained][NORM]
+    frozen.requires_grad_()
+    with_gradients(frozen)
+    with pytest.raises(TypeError, match="weights of type Unflattened cannot be flattened"):
+        optimizer.step()
 
 
 @every_form
@@ -1936,6 +1946,16 @@ def test_weights_that_share_memory_are_refused_where_they_are_constrained(form, 
             with pytest.raises(ValueError, match=r"parameter 0 of .* and parameter 1 of .* share memory"):
                 phase.constrain() if by_hand else optimizer.step()
             assert all(map(torch.equal, params, before))
+    first, second = nn.Parameter(whole), nn.Parameter(whole[1:])
+    optimizer, _ = make(form, [first, second], free_steps=0)
+    with_gradients(first)  # the other one may get gradients in other steps
+    with pytest.raises(ValueError, match="share memory"):
+        optimizer.step()
+    free = {"params": [nn.Parameter(whole[1:])], "constrain": False}
+    optimizer, _ = make(form, [{"params": [nn.Parameter(whole)]}, free], free_steps=0)
+    with_gradients(*(p for group in optimizer.param_groups for p in group["params"]))
+    with pytest.raises(ValueError, match="share memory"):
+        optimizer.step()
     apart = [nn.Parameter(part) for part in (whole[:1], whole[1:])]
     columns = [nn.Parameter(part) for part in torch.randn(3, 4).split(2, dim=1)]
     optimizer, _ = make(form, [*apart, *columns], free_steps=0)
@@ -1956,9 +1976,56 @@ def test_a_constrained_weight_that_joins_a_free_group_does_not_end_its_phase(for
     norm = moved.norm().item()
     assert optimizer.state[moved][NORM] == pytest.approx(norm)
     optimizer.param_groups[1]["params"].append(optimizer.param_groups[0]["params"].pop())
-    for _ in range(3):
+    for step in range(4):
         with_gradients(moved, free)
+        if step == 2:
+            free.grad = None
         optimizer.step()
     assert moved.norm().item() == pytest.approx(norm)
     assert optimizer.state[free][NORM] == 0
     assert not optimizer.param_groups[1]["switched"]
+
+
+@every_form
+def test_norms_without_the_keys_of_their_group_begin_the_constrained_phase(form):
+    """Also where another weight has no state yet."""
+    network = model()
+    fixed, later = network[0].weight, network[1].weight
+    later.requires_grad_(False)
+    optimizer, _ = make(form, [fixed, later], free_steps=0)
+    with_gradients(fixed)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    for group in state["param_groups"]:
+        for key in ("steps", "switched", "free_steps"):
+            group.pop(key, None)
+    optimizer, phase = make(form, [fixed, later], free_steps=None)
+    optimizer.load_state_dict(state)
+    later.requires_grad_()
+    for _ in range(2):
+        with_gradients(fixed, later)
+        optimizer.step()
+        assert phase.constrained
+    assert optimizer.state[later][NORM] > 0
+
+
+@own_form
+def test_a_weight_of_a_block_is_updated_once_in_the_step_that_fixes_its_norm(form):
+    """Though the other weight of the block has been constrained before."""
+    first, second = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(3, 2))
+    optimizer, _ = make(form, [{"params": [first]}, {"params": [second], "free_steps": 100}], free_steps=0, lr=0.01)
+    with_gradients(first, second)
+    optimizer.step()
+    group = optimizer.param_groups[1]
+    group["params"].append(optimizer.param_groups.pop(0)["params"].pop())
+    group["blocks"] = [0, 0]
+    steps = optimizer.state[second].get("step")
+    steps = None if steps is None else steps.clone()
+    with_gradients(first, second)
+    optimizer.step()
+    if steps is not None:
+        assert optimizer.state[second]["step"] == steps + 1
+
+
+def test_a_group_without_parameters_steps_at_a_rate_of_zero():
+    AdamLAWN([{"params": []}, {"params": []}], lr=0.0).step()
