@@ -158,7 +158,7 @@ TABLE2 = Experiment(
         "Test HR@10 for MovieLens, test accuracy for CIFAR.",
         "Changed after we had seen test results at MovieLens-1M, batch 100k: label smoothing and Hoffer's method got "
         "as many trials for the whole schedule as Adam-LAWN, 18. They had 12; this page at commit ab75460 has what "
-        "that gave.",
+        "that gave. The earlier records are in the history of runs/table2.jsonl and tuning/table2.jsonl.",
     ),
 )
 

@@ -127,19 +127,17 @@ def with_updated_blocks(path: Path, pages: Iterable[Page], said: Sequence[Findin
 
 
 def summary_table(page: Page) -> str:
-    """The columns that have numbers of ours as Markdown tables, one for each panel: the paper's numbers in square
-    brackets, no rows without either."""
+    """The rows and columns that have numbers of ours as Markdown tables, one for each panel: the paper's numbers in
+    square brackets."""
     return "\n\n".join(filter(None, map(_summary_panel, page.panels)))
 
 
 def _summary_panel(panel: Panel) -> str:
-    ours = [any(column) for column in zip(*([entry.ours for entry in row] for _, row in panel.rows), strict=True)]
-    table = _grid(panel, _with_paper).loc[:, ours]
-    rows = [
-        [str(name), *cells] for name, cells in zip(table.index, table.to_numpy().tolist(), strict=True) if any(cells)
-    ]
+    ours = [[bool(entry.ours) for entry in row] for _, row in panel.rows]
+    table = _grid(panel, _with_paper).loc[list(map(any, ours)), list(map(any, zip(*ours, strict=True)))]
+    rows = [[str(name), *cells] for name, cells in zip(table.index, table.to_numpy().tolist(), strict=True)]
     head = [panel.title, *table.columns]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)) if any(ours) else ""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)) if rows else ""
 
 
 def _list(lines: Iterable[str]) -> str:

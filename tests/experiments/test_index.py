@@ -342,7 +342,7 @@ def test_what_is_said_of_the_comparisons():
     gains = 3.0, 4.0, 0.1, -3.0, 0.2, 0.3, 0.4
     many = [pair(gain, 0.5, column=f"{i}k") for i, gain in enumerate(gains)]
     (said,) = findings.findings([table_with(*many)])
-    assert "Of 7 comparisons with LAWN and without, LAWN is better in 2, worse in 1, and 4 are not decided" in said.text
+    assert "Of 7 comparisons, LAWN is better in 2, worse in 1, and 4 are not decided" in said.text
     assert "tuned" not in said.text
     assert said.comparisons == []
     (listed,) = said.tables

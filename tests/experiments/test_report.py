@@ -1033,13 +1033,13 @@ def test_the_overview_lists_every_page():
         assert f"- [{experiment.title}]({name}.md)\n" in text
 
 
-def test_a_summary_is_the_columns_with_numbers_of_ours():
+def test_a_summary_is_the_rows_and_columns_with_numbers_of_ours():
     page = committed_page("table4")
     tables = [table.splitlines() for table in report.summary_table(page).split("\n\n")]
     for (head, _, *rows), panel in zip(tables, page.panels, strict=False):
         ours = [k for k in range(len(panel.columns)) if any(entries[k].ours for _, entries in panel.rows)]
         assert head == f"| {' | '.join([panel.title, *(panel.columns[k] for k in ours)])} |"
-        assert len(rows) == sum(any(es[k].ours or es[k].paper for k in ours) for _, es in panel.rows)
+        assert len(rows) == sum(any(es[k].ours for k in ours) for _, es in panel.rows)
         assert "](" not in "".join(rows)
     assert report.summary_table(replace(page, panels=[Panel("P", ["c"], [("row", [Entry("", "66.00")])])])) == ""
 

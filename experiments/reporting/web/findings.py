@@ -18,9 +18,8 @@ from experiments.reporting.trials import best_by_place, best_of_curves
 
 FEW = 6  # comparisons that are listed by themselves
 ENTRIES = (
-    "Intervals are at 95 %; gains without a verdict are not decided. Brackets hold the paper's gain, after its number "
-    "of epochs; where our interval contains it and 0, also the seeds of each row that would decide it (80 % power, "
-    "uncorrected)."
+    "Intervals are at 95 %; gains without a verdict are not decided. Brackets hold the paper's gain and, where our "
+    "interval contains it and 0, the seeds of each row that would decide it (80 % power, uncorrected)."
 )
 
 
@@ -94,7 +93,7 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
         said = [verdict_of(pair) for pair in pairs]
         better, worse, undecided = (said.count(each) for each in ("better", "worse", "not decided"))
         text = (
-            f"Of {len(pairs)} comparisons with LAWN and without, LAWN is better in {better}, worse in {worse}, and "
+            f"Of {len(pairs)} comparisons, LAWN is better in {better}, worse in {worse}, and "
             f"{len(pairs) - better - worse} are not decided after Holm's correction ({undecided} without it)."
         )
         below = below_paper([pair for pair, verdict in zip(pairs, said, strict=True) if verdict in ("better", "worse")])
