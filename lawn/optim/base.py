@@ -247,8 +247,7 @@ class LAWNOptimizer(Optimizer, ABC):
             results += updated
             pending += waiting
             group_update.record(self.state)
-        zeros = stages.finish([entry for _, entry in pending])
-        for part, zero in [*results, *zip((part for part, _ in pending), zeros, strict=True)]:
+        for part, zero in [*results, *stages.finish(pending)]:
             self._zero_check.check(part, zero)
         self._may_trace = all(isinstance(group["lr"], Tensor) for group in self.param_groups)
 

@@ -146,7 +146,7 @@ class LAMB(Optimizer):
                 check_dense(p, p.grad, "LAMB")
             idle = [p for p in group["params"] if p.grad is None and p.requires_grad and sharding.is_dtensor(p)]
             pending.append(lamb(self, group, params, idle, self.max_trust, self.trust_vectors))
-        stages.finish([waiting for waiting in pending if waiting is not None])
+        stages.finish_free([waiting for waiting in pending if waiting is not None])
         return loss
 
 

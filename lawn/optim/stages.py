@@ -31,8 +31,13 @@ class Pending:
     complete: Callable[[Tensor], Tensor | None]
 
 
-def finish(pending: list[Pending]) -> list[Tensor | None]:
+def finish(pending: list[tuple[GroupUpdate, Pending]]) -> list[tuple[GroupUpdate, Tensor | None]]:
     """Complete updates, with one collective for each mesh. Returns what their `complete` returns."""
+    return list(zip((part for part, _ in pending), finish_free([entry for _, entry in pending]), strict=True))
+
+
+def finish_free(pending: list[Pending]) -> list[Tensor | None]:
+    """Complete updates of an optimizer without constraint, as `finish` does."""
     if not pending:
         return []
     sums = all_reduce([entry.params for entry in pending], [entry.sums for entry in pending])

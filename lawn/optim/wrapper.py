@@ -338,8 +338,7 @@ class LAWN:
                 before = [self._before[p] for p in part.params]
                 if before:
                     pending.append((part, stages.retract(part, before, self._fused)))
-        zeros = stages.finish([entry for _, entry in pending])
-        return [*results, *zip((part for part, _ in pending), zeros, strict=True)]
+        return [*results, *stages.finish(pending)]
 
 
 def _is_loaded(group: keys.Group, before: keys.Group) -> bool:
