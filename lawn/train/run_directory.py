@@ -297,8 +297,6 @@ def environments(first: dict[str, Any]) -> list[dict[str, Any]]:
 def read_result(folder: Path) -> dict[str, Any]:
     """The result of a finished run, with its times. Raises RunError if it is damaged."""
     result = _json(folder / "result.json", "status", "split", "headline", "last")
-    if set(TIMES) <= set(result):  # written by an older version
-        return result
     return result | _json(folder / "timing.json", *TIMES)
 
 

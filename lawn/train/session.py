@@ -77,7 +77,7 @@ def report_done(run: PreparedRun) -> None:
     directory = run.directory
     echo(f"{directory.path}: done already")
     recorded = directory.fingerprint
-    if recorded is None:  # an older version has not recorded it
+    if recorded is None:  # 0.1.0 did not record it
         return
     with suppress(UserError, OSError), downloads_disabled():
         if changed := differences(recorded, dataset_reader(run.config)().fingerprint):
@@ -105,7 +105,7 @@ def start_or_resume(
     if directory:
         for warning in task.warnings:
             echo(f"warning: {warning}")
-    if state is not None and (changed := differences(state.get("data", {}), data)):
+    if state is not None and (changed := differences(state["data"], data)):
         raise RunError(
             f"{run.directory.path}: was started on other data ({changed}); put those back, or delete it to start over"
         )
@@ -126,7 +126,7 @@ def start_or_resume(
     if not directory:
         return trainer, None
     if state is not None:
-        if not trainer.between_epochs and state.get("order", trainer.order) != trainer.order:
+        if not trainer.between_epochs and state["order"] != trainer.order:
             trainer.warnings.append(
                 f"epoch {trainer.epoch} went on with another kind of device, or other workers or ranks, on which its "
                 "order depends: some of its samples are trained on twice, and others not"

@@ -329,7 +329,7 @@ class Trainer:
         self.epoch, self.step = state["epoch"], state["step"]
         self.gradients = None if state["gradients"] is None else state["gradients"].to(self.device)
         self.rows, self.seconds, self.divergence = state["rows"], state["seconds"], state["divergence"]
-        self.outcomes, self.warnings = state["outcomes"], state.get("warnings", [])  # older ones have no warnings
+        self.outcomes, self.warnings = state["outcomes"], state["warnings"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(self._as_now(state["optimizer"]))
         for p, moments in self.optimizer.state.items():  # fused steps rely on the memory layout of the weights

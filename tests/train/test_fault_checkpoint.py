@@ -1,6 +1,5 @@
 """Damaged checkpoints, and those of older versions."""
 
-import json
 import random
 
 import pytest
@@ -100,14 +99,3 @@ def test_files_of_an_older_version(stopped_run, tmp_path, age):
         train(config)
     assert "\n" not in str(caught.value)
     assert explain(caught.value) == str(caught.value)  # what the command line prints
-
-
-def test_a_run_that_an_older_version_has_finished_is_done(stopped_run, tmp_path, capsys):
-    """Then result.json had the times too, and nothing on divergence."""
-    config = copied(stopped_run[1], tmp_path / "run")
-    result = RunDirectory(config).result()
-    del result["divergence"]
-    (tmp_path / "run" / "result.json").write_text(json.dumps(result))
-    (tmp_path / "run" / "timing.json").unlink()
-    assert train(config) == result
-    assert "done already" in capsys.readouterr().out
