@@ -1,7 +1,7 @@
 """Implicit feedback on the device: positives, fresh negatives for every epoch, held-out candidates."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -37,16 +37,8 @@ class Interactions:
         return len(self.users) * (1 + self.negatives)
 
     def to(self, device: torch.device) -> "Interactions":
-        return Interactions(
-            self.users.to(device),
-            self.items.to(device),
-            self.candidate_users.to(device),
-            self.candidates.to(device),
-            self.num_users,
-            self.num_items,
-            self.negatives,
-            self.warnings,
-        )
+        moved = ("users", "items", "candidate_users", "candidates")
+        return replace(self, **{name: getattr(self, name).to(device) for name in moved})
 
     def train_batches(
         self, batching: Batching, generator: torch.Generator
