@@ -7,7 +7,7 @@ from math import isnan
 from experiments.definitions.spec import Measure
 from experiments.record import Record
 from experiments.reporting.outcomes import Outcome
-from experiments.reporting.statistics import mean_and_error
+from experiments.reporting.statistics import Comparison, mean_and_error
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ def number_format(digits: int) -> str:
 def format_signed(number: float) -> str:
     """Three significant digits with the sign; nothing for NaN."""
     return "" if isnan(number) else f"{number:+#.3g}".rstrip(".")
+
+
+def format_interval(comparison: Comparison) -> str:
+    low, high = comparison.interval()
+    return f"{format_signed(low)} to {format_signed(high)}"
 
 
 def format_plain(number: str) -> str:

@@ -13,7 +13,15 @@ from experiments.records import Store
 from experiments.reporting import tuning_tables
 from experiments.reporting.charts import CHARTS, Chart
 from experiments.reporting.drawing import Drawing, draw
-from experiments.reporting.layout import Entry, Panel, Table, format_mean, format_signed, number_format
+from experiments.reporting.layout import (
+    Entry,
+    Panel,
+    Table,
+    format_interval,
+    format_mean,
+    format_signed,
+    number_format,
+)
 from experiments.reporting.outcomes import Outcome, Pair, comparisons, other_data, outcomes, paper
 from experiments.reporting.sentences import method, summary
 from experiments.reporting.statistics import mean_and_error
@@ -264,13 +272,12 @@ COMPARED = ("", "", "gain with LAWN", "95 % interval", "p", "p, Holm", "detectab
 
 
 def _compared(pair: Pair) -> list[str]:
-    low, high = pair.gain.interval()
     known = not isnan(pair.gain.p)
     return [
         pair.place,
         f"{pair.base} → {pair.rival}",
         format_signed(pair.gain.difference),
-        f"{format_signed(low)} to {format_signed(high)}" if known else "",
+        format_interval(pair.gain) if known else "",
         f"{pair.gain.p:.2g}" if known else "",
         f"{pair.adjusted:.2g}" if known else "",
         f"{pair.gain.detectable():.2g}" if known else "",

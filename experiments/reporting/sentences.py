@@ -6,7 +6,7 @@ from math import inf, isnan
 
 from experiments.definitions.spec import Experiment
 from experiments.planning import search
-from experiments.reporting.layout import format_signed
+from experiments.reporting.layout import format_interval, format_signed
 from experiments.reporting.outcomes import Outcome, Pair, at_place, comparisons, gain, paper, place, places, same_data
 from experiments.reporting.statistics import mean_and_error
 
@@ -60,8 +60,7 @@ def summary(experiment: Experiment, found: list[Outcome]) -> list[str]:
 
 
 def _one_comparison(pair: Pair) -> list[str]:
-    low, high = map(format_signed, pair.gain.interval())
-    known = f"95 % interval {low} to {high}, p = {pair.gain.p:.2g}, {method([pair])}"
+    known = f"95 % interval {format_interval(pair.gain)}, p = {pair.gain.p:.2g}, {method([pair])}"
     said = NO_TEST if isnan(pair.gain.p) else known
     return [f"{pair.rival} against {pair.base}: {format_signed(pair.gain.difference)} ({said})."]
 
@@ -239,7 +238,7 @@ def _the_papers_gains(pairs: list[Pair]) -> list[str]:
     ]
     outside = [
         f"{pair.rival} against {pair.base} at {pair.place} (paper {format_signed(pair.paper)}, here "
-        f"{format_signed(low)} to {format_signed(high)})"
+        f"{format_interval(pair.gain)})"
         for pair, (low, high) in known
         if not low <= pair.paper <= high
     ]

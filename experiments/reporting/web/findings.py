@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.definitions.tuning_curves import FULL, SHORT
 from experiments.reporting.curves import K
-from experiments.reporting.layout import Table, format_signed
+from experiments.reporting.layout import Table, format_interval, format_signed
 from experiments.reporting.outcomes import FAR, Pair, places
 from experiments.reporting.page import Page
 from experiments.reporting.sentences import LEVEL, below_paper
@@ -231,8 +231,9 @@ def _sentence(pair: Pair) -> str:
         more = f" A true gain of {pair.gain.detectable():.2g} would be found with 80 % probability"
         more += f", the paper's with {needed}" if needed else ""
         more += (": the test users are too few" if needed.startswith("more") else "") + "."
-    gain = f"{_budget(pair)}: {_gain(pair, _printed(pair))}"
-    return f"{_capitalized(said)}: {pair.rival} against {pair.base}{where}{gain}.{more}"
+    seeds = f"{pair.seeds[1]} and {pair.seeds[0]} seeds{_printed(pair)}"
+    gain = f"{format_signed(pair.gain.difference)} (95 % interval {format_interval(pair.gain)}; {seeds})"
+    return f"{_capitalized(said)}: {pair.rival} against {pair.base}{where}{_budget(pair)}: {gain}.{more}"
 
 
 def _budget(pair: Pair) -> str:
@@ -259,12 +260,3 @@ def _needed_seeds(pair: Pair) -> str:
 
 def _capitalized(said: str) -> str:
     return said[:1].upper() + said[1:]
-
-
-def _gain(pair: Pair, printed: str = "") -> str:
-    seeds = f"{pair.seeds[1]} and {pair.seeds[0]} seeds"
-    return f"{format_signed(pair.gain.difference)} ({_interval(*pair.gain.interval())}; {seeds}{printed})"
-
-
-def _interval(low: float, high: float) -> str:
-    return f"95 % interval {format_signed(low)} to {format_signed(high)}"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isnan, nan
 
-from experiments.reporting.layout import Entry, Panel, format_signed, number_format
+from experiments.reporting.layout import Entry, Panel, format_interval, format_signed, number_format
 from experiments.reporting.outcomes import Outcome, Pair, paper
 from experiments.reporting.page import Page
 from experiments.reporting.statistics import mean_and_error, mean_interval
@@ -197,15 +197,13 @@ def _is_rival(pair: Pair, outcome: Outcome) -> bool:
 
 
 def _gain(pair: Pair) -> tuple[str, str]:
-    low, high = pair.gain.interval()
-    interval = "" if isnan(pair.gain.p) else f"{format_signed(low)} to {format_signed(high)} "
+    interval = "" if isnan(pair.gain.p) else f"{format_interval(pair.gain)} "
     printed = "" if isnan(pair.paper) else f", paper {format_signed(pair.paper)}"
     return format_signed(pair.gain.difference), f"{interval}over {pair.base}{printed}"
 
 
 def _gain_in_words(pair: Pair) -> str:
-    low, high = map(format_signed, pair.gain.interval())
-    known = [] if isnan(pair.gain.p) else [f"95 % interval {low} to {high}"]
+    known = [] if isnan(pair.gain.p) else [f"95 % interval {format_interval(pair.gain)}"]
     known += [] if isnan(pair.paper) else [f"the paper {format_signed(pair.paper)}"]
     return f"Gain over {pair.base}: {format_signed(pair.gain.difference)}" + (f" ({'; '.join(known)})" if known else "")
 
