@@ -138,7 +138,7 @@ def _gains(
     experiment: Experiment, here: list[Outcome], x: Callable[[Cell], int], colors: dict[tuple[str, str], int]
 ) -> list[Line]:
     """The gains of each pair of rows in one panel, and the paper's, in the colors of the pairs."""
-    sign = -1 if experiment.measures[0].smaller_is_better else 1
+    sign = experiment.measures[0].sign
     compared = comparisons(experiment, here)
     at = {(o.cell.row, o.cell.column): o.cell for o in here}
     lines = []
