@@ -83,7 +83,7 @@ def make_executor(given: argparse.Namespace, runs_dir: Path) -> Executor:
         return RayExecutor(given.address or "auto", resources, given.jobs)
     from experiments.execution.slurm import SubmititExecutor
 
-    parameters: dict[str, Any] = {"timeout_min": max(1, round((given.time or 3600.0) / 60))}
+    parameters: dict[str, Any] = {"timeout_min": round((given.time or 3600.0) / 60)}
     parameters |= {"slurm_partition": given.partition} if given.partition else {}
     more = dict(pair.split("=", 1) if "=" in pair else (pair, "") for pair in given.slurm or ())
     for key, value in more.items():
