@@ -48,7 +48,6 @@ class Page:
     source: str | None = None  # the file of all numbers; None: each number links to its records
     source_title: str = "The record"
     marks: str = ""  # what the marks beside differences mean; empty where the paper has no numbers
-    paper_numbers: bool = True  # whether the paper has numbers to compare with ours
     warnings: Mapping[str, list[str]] = field(default_factory=dict)  # of the runs, with the cells that they are of
     comparisons: Table | None = None  # with LAWN and without
     compared: str = ""  # what the comparisons are

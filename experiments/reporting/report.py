@@ -44,7 +44,7 @@ def latex(page: Page) -> str:
         table = _grid(panel, _with_paper)
         style = table.style.format(escape="latex").format_index(escape="latex").format_index(axis=1, escape="latex")
         parts.append(f"% {panel.title or page.title}\n{style.to_latex(hrules=True)}")
-    brackets = " In brackets: the paper." if page.paper_numbers else ""
+    brackets = " In brackets: the paper." if page.marks else ""
     return f"% {page.title}. {page.measured}{brackets}\n" + "\n".join(parts)
 
 

@@ -96,7 +96,6 @@ def simulation_page(simulation: Simulation, results: Path) -> Page:
         figure=figure,
         figure_shown=record is not None,
         source="" if record is None else f"{FOLDER}/{record.name}.json",
-        paper_numbers=False,
     )
 
 
