@@ -7,7 +7,8 @@ READY := $(VENV)/.ready
 .DEFAULT_GOAL := help
 EXPERIMENTS := table1 table2 table3 table4 table5 table6 figure1 figure2 horizon matrix_factorization tuning_curves automatic flattening_digits flattening_movielens100k references
 SIMULATIONS := smd_rayleigh
-.PHONY: help setup demo data report $(EXPERIMENTS) $(SIMULATIONS) test test-all lint docs format bench bench-ncf bench-sweep bench-optim bench-images bench-diagnostics bench-fsdp bench-runner audit clean
+BENCHMARKS := bench-ncf bench-sweep bench-optim bench-images bench-diagnostics bench-fsdp bench-runner
+.PHONY: help setup demo data report $(EXPERIMENTS) $(SIMULATIONS) test test-all lint docs format bench $(BENCHMARKS) audit clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,13 +65,7 @@ format: $(READY) ## put the code in ruff's format
 	$(PYTHON) -m ruff format .
 
 bench: ## all benchmarks, one after the other; results/bench/
-	$(MAKE) bench-ncf
-	$(MAKE) bench-sweep
-	$(MAKE) bench-optim
-	$(MAKE) bench-images
-	$(MAKE) bench-diagnostics
-	$(MAKE) bench-fsdp
-	$(MAKE) bench-runner
+	for name in $(BENCHMARKS); do $(MAKE) $$name || exit; done
 
 bench-ncf: $(READY) ## time NCF's training against a plain loop, on MovieLens in DATA_DIR
 	$(PYTHON) -m scripts.bench_ncf --data-dir $(DATA_DIR) $(ARGS)
