@@ -56,12 +56,11 @@ def plan(given: argparse.Namespace) -> int:
     store = Store(given.results)
     rows, total, each = plan_rows(chosen_studies(given), store, RuntimeEstimate(store, given.hardware))
     for simulation in chosen_simulations(given):
-        done = simulation.record(given.results, given.short) is not None
-        seconds = 0.0 if done else simulation.seconds[given.short]
-        each += [] if done else [seconds]
+        left = simulation.seconds_left(given.results, given.short)
+        each += [left] if left else []
         total += 1
-        row = {"cell": simulation.name, "epochs": "", "tuning": "", "seeds": f"{int(done)}/1"}
-        rows.append({**row, "time": duration(seconds)})
+        row = {"cell": simulation.name, "epochs": "", "tuning": "", "seeds": f"{int(not left)}/1"}
+        rows.append({**row, "time": duration(left)})
     echo(pd.DataFrame(rows).to_string(index=False))
     known = [value for value in each if value is not None]
     unknown = len(each) - len(known)
@@ -88,9 +87,8 @@ def status(given: argparse.Namespace) -> int:
     store = Store(given.results)
     rows = status_rows(chosen_studies(given), store, RuntimeEstimate(store))
     for simulation in chosen_simulations(given):
-        done = simulation.record(given.results, given.short) is not None
-        left = duration(0.0 if done else simulation.seconds[given.short])
-        rows.append({"cell": simulation.name, "done": f"{int(done)}/1", "time left": left})
+        left = simulation.seconds_left(given.results, given.short)
+        rows.append({"cell": simulation.name, "done": f"{int(not left)}/1", "time left": duration(left)})
     echo(pd.DataFrame(rows).fillna("").to_string(index=False))
     return 0
 
@@ -108,8 +106,8 @@ def execute(given: argparse.Namespace) -> int:
     unsuccessful = run(to_run, store, executor, given.budget, given.vectorize) if to_run else []
     try:
         for simulation in simulations:
-            if simulation.record(given.results, given.short) is None:
-                echo(f"{simulation.name}: takes about {duration(simulation.seconds[given.short])} on one core")
+            if left := simulation.seconds_left(given.results, given.short):
+                echo(f"{simulation.name}: takes about {duration(left)} on one core")
                 simulation.execute(given.results, given.short, given.set)
         write(given)
     finally:

@@ -44,14 +44,18 @@ class Simulation:
     run: Callable[..., dict[str, Any]]  # of the settings, and of `overrides` with `needs_data`
     show: Callable[[Record], SimulationContent]
     measured: str  # what the numbers are
-    notes: tuple[str, ...] = ()
-    seconds: tuple[float, float] = (0.0, 0.0)  # about what both take on one core
+    notes: tuple[str, ...]
+    seconds: tuple[float, float]  # about what both take on one core
     needs_data: bool = False
 
     def record(self, results: Path, short: bool = False) -> Record | None:
         """Raises RunError if the record is damaged or does not match its name."""
         path = self._path(results, short)
         return read_record(path) if path.exists() else None
+
+    def seconds_left(self, results: Path, short: bool) -> float:
+        """About how long it takes to compute; 0 with a record."""
+        return 0.0 if self.record(results, short) else self.seconds[short]
 
     def execute(self, results: Path, short: bool = False, overrides: Sequence[str] = ()) -> Record:
         """Compute and record it; `overrides` of run.py say where the data is, for a simulation that needs any."""
