@@ -81,7 +81,7 @@ FLATTENING_MOVIELENS100K = Experiment(
     seeds=1,
 )
 
-_SHOWN = {"cifar10", "cifar100", "movielens1m", "imagenet", "movielens100k"}
+_SHOWN = {*PAPER["figure2"]["panels"], "movielens100k"}
 FIGURE2 = Experiment(
     "figure2",
     "Figure 2: Adam-LAWN against Adam with tuned weight decay over the batch size",
