@@ -73,6 +73,7 @@ class Experiment:
     compared_row: str | None = None  # a row to be compared with the best of the others, in every column
     pairs: tuple[tuple[str, str], ...] = ()  # rows to compare: a method, and what LAWN makes of it
     notes: tuple[str, ...] = ()  # what the reader has to know
+    of_tables: bool = False  # whether its cells are those of tables, whose pages tell how they were tuned
     beside_literature: bool = False  # whether the page has the numbers of others on MovieLens-1M
     seeds: int = 3
 
