@@ -109,7 +109,7 @@ def execute(given: argparse.Namespace) -> int:
             if left := simulation.seconds_left(given.results, given.short):
                 echo(f"{simulation.name}: takes about {duration(left)} on one core")
                 simulation.execute(given.results, given.short, given.set)
-        write(given)
+        _write_pages(given)
     finally:
         failed = _report_failures(chosen, unsuccessful, store)
         for name, reason in unreadable.items():
@@ -154,15 +154,20 @@ def _where(record: Record | None) -> str:
 
 
 def write(given: argparse.Namespace) -> int:
-    """Write the pages of the experiments named, or of all with the index. The project's own are renewed together, with
-    the blocks of README.md, results/README.md and docs/."""
+    """Write the pages of the experiments named, or of all with the index, into a folder of results."""
     for name in given.names:
         check_name(name)
-    if given.action is write and not given.results.is_dir():
+    if not given.results.is_dir():
         raise ConfigError(f"--results {given.results}: no such folder")
-    files = {path.name for path in given.results.iterdir()} if given.action is write else set()
+    files = {path.name for path in given.results.iterdir()}
     if files and files.isdisjoint([*OF_RESULTS, *(f"{name}.md" for name in (*EXPERIMENTS, *SIMULATIONS))]):
         raise ConfigError(f"--results {given.results}: holds other files, and none of {', '.join(OF_RESULTS)}")
+    _write_pages(given)
+    return 0
+
+
+def _write_pages(given: argparse.Namespace) -> None:
+    """The project's own pages are renewed together, with the blocks of README.md, results/README.md and docs/."""
     own = given.results.resolve() == report.RESULTS and given.selection == "val"
     names = [*EXPERIMENTS, *SIMULATIONS] if own or not given.names else given.names
     pages = _pages(names, Store(given.results), given)
@@ -175,7 +180,6 @@ def write(given: argparse.Namespace) -> int:
         echo(str(given.results / "index.html"))
     if own:
         report.update_blocks(pages)
-    return 0
 
 
 def _pages(names: list[str], store: Store, given: argparse.Namespace) -> list[Page]:
