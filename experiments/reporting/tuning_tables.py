@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from experiments.planning import search
+from experiments.planning.grid import Job
 from experiments.reporting.layout import Table, format_plain
 from experiments.reporting.outcomes import Outcome, place
 
@@ -113,13 +114,25 @@ def _ends(axes: dict[str, list[str]], point: search.Point) -> list[str]:
     ]
 
 
+def parts(outcome: Outcome) -> list[tuple[str, list[Job], tuple[str, ...]]]:
+    """The runs of the tuning: for the shorter schedule, for the whole one, and with other seeds; each part with the
+    setting in it of the point that was chosen, empty beyond its grid or before there is one."""
+    tuning = outcome.tuning
+    points = outcome.study.grid.points if outcome.study is not None and tuning.short else []
+    short = next((job.setting for p, job in zip(points, tuning.short, strict=True) if p == tuning.chosen), ())
+    return [
+        ("short", tuning.short, short),
+        ("full", tuning.full, outcome.setting),
+        ("seeds", tuning.confirming, outcome.setting),
+    ]
+
+
 def frame(found: Sequence[Outcome]) -> pd.DataFrame:
     """Every run that chose hyperparameters: a row each."""
     rows = []
     for outcome in found:
-        parts = {"short": outcome.tuning.short, "full": outcome.tuning.full, "seeds": outcome.tuning.confirming}
         recorded = {job.name: record for job, record in outcome.tried}
-        for part, jobs in parts.items():
+        for part, jobs, chosen in parts(outcome):
             for job in jobs:
                 record = recorded.get(job.name)
                 if record is None:
@@ -136,7 +149,7 @@ def frame(found: Sequence[Outcome]) -> pd.DataFrame:
                         "status": record.result["status"],
                         f"{record.result['split']}_{record.result['headline']}": record.headline,
                         "train_loss": record.result["last"].get("train_loss"),
-                        "chosen": job.setting == outcome.setting,
+                        "chosen": job.setting == chosen,
                         "record": record.name,
                     }
                 )

@@ -408,6 +408,22 @@ def test_without_final_runs_the_budget_with_most_runs_is_shown(tmp_path):
         assert {record.name for _, record in outcome.tried} == {record.name for record in store.all()}
 
 
+def test_the_list_of_the_tuning_marks_the_chosen_point_of_the_shorter_schedule():
+    """Its epochs are others there, and the same number of epochs is another point."""
+    runs = report.page_of(EXPERIMENTS["table2"], committed_store()).tuning
+    keys = ["optim.lr", "schedule.warmup_epochs", "optim.weight_decay", "optim.free_epochs"]
+    runs[keys] = runs[keys].astype(float)
+    runs["schedule.warmup_epochs"] /= runs["epochs"]
+    runs["optim.free_epochs"] /= runs["epochs"]
+    marked = 0
+    for _, cell in runs[runs["chosen"]].groupby(["panel", "column", "row"]):
+        short, full = (cell.loc[cell["part"] == part, keys] for part in ("short", "full"))
+        assert len(full) == 1
+        assert short.to_numpy() == pytest.approx(full.to_numpy()[: len(short)], nan_ok=True)
+        marked += len(short)
+    assert marked >= 3
+
+
 def test_a_grid_with_holes_keeps_its_settings(tuned):
     """Records of a tuning that is not complete stand beside the settings that they are of."""
     store = Store(tuned / "results")

@@ -10,7 +10,7 @@ from experiments.record import Record
 from experiments.reporting.charts import Chart, Subplot, curve
 from experiments.reporting.outcomes import Outcome
 from experiments.reporting.statistics import mean_and_error, mean_interval
-from experiments.reporting.tuning_tables import described, format_setting
+from experiments.reporting.tuning_tables import described, format_setting, parts
 from experiments.reporting.web.data import chart_data, number
 
 CURVES = (("train_loss", "training loss, nats", "log"), ("margin_p50", "median training margin, logits", "linear"))
@@ -89,33 +89,22 @@ def _machine(records: Sequence[Record]) -> dict[str, list[str]]:
 def _rungs(outcome: Outcome) -> list[dict[str, Any]]:
     """The budgets of the tuning, each with its runs."""
     recorded = {job.name: record for job, record in outcome.tried}
-    tuning = outcome.tuning
+    full = "search" if outcome.tuning.short else "whole grid"
+    titles = {"short": "whole grid", "full": full, "seeds": "other seeds"}
     rungs = []
-    for title, jobs, chosen in (
-        ("whole grid" if tuning.short else "", tuning.short, _chosen_of_short(outcome)),
-        ("search" if tuning.short else "whole grid", tuning.full, outcome.setting),
-        ("other seeds", tuning.confirming, outcome.setting),
-    ):
+    for part, jobs, chosen in parts(outcome):
         done = [(job, recorded[job.name]) for job in jobs if job.name in recorded]
         if done:
             epochs = done[0][1].config["train"]["epochs"]
             rungs.append(
                 {
-                    "title": f"{title}, {epochs} epochs, {len(done)} of {len(jobs)} runs",
+                    "title": f"{titles[part]}, {epochs} epochs, {len(done)} of {len(jobs)} runs",
                     "axes": [override.partition("=")[0].split(".")[1] for override in done[0][0].setting],
                     "runs": [_tried(job, record, chosen) for job, record in done],
-                    "seeds": title == "other seeds",
+                    "seeds": part == "seeds",
                 }
             )
     return rungs
-
-
-def _chosen_of_short(outcome: Outcome) -> tuple[str, ...]:
-    """The setting of the shorter schedule at the point that was chosen; empty beyond its grid."""
-    if outcome.study is None:
-        return ()
-    points = zip(outcome.study.grid.points, outcome.tuning.short, strict=False)
-    return next((job.setting for point, job in points if point == outcome.tuning.chosen), ())
 
 
 def _tried(job: Job, record: Record, chosen: tuple[str, ...]) -> dict[str, Any]:
