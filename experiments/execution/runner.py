@@ -61,9 +61,9 @@ def run(
                 echo("the time is up; run the same command again to resume")
                 break
             for ended in executor.wait(min(left, REFRESH_SECONDS)):
-                outcome = session.end(ended)
+                how = session.end(ended)
                 echo(
-                    f"{ended.job.name}: {outcome} ({duration(ended.seconds)}); {session.done} of {session.total} done, "
+                    f"{ended.job.name}: {how} ({duration(ended.seconds)}); {session.done} of {session.total} done, "
                     f"{executor.running} running, {session.failed} failed, {session.time_left(executor.size)} left"
                 )
             with keep_going(sys.stderr):
@@ -126,7 +126,7 @@ class _Session:
                 echo(f"{job.name}: {self.end(JobResult(job, 0.0, str(error), len(jobs)))}")
 
     def end(self, ended: JobResult) -> str:
-        """Record a job that has ended, or let it be started once more; returns its outcome in words."""
+        """Record a job that has ended, or let it be started once more; returns how it has ended, in words."""
         job = ended.job
         self._started.pop(job.name, None)
         if ended.failure is None:

@@ -48,7 +48,7 @@ class RunRecorder:
     def finish(self, trainer: Trainer, note: str = "") -> dict[str, Any]:
         """Write the result and mark the run as finished; returns the result. `note` ends the line that reports it."""
         self._progress.close()
-        result = outcome(trainer)
+        result = result_of(trainer)
         self._directory.write_metrics(trainer.rows)
         if trainer.diagnostics:  # before the run is marked: if the figure fails, the next call draws it
             self._directory.draw()
@@ -58,7 +58,7 @@ class RunRecorder:
         return result
 
 
-def outcome(trainer: Trainer) -> dict[str, Any]:
+def result_of(trainer: Trainer) -> dict[str, Any]:
     """The result of a run. `last` has the reported metrics; `best` is selected on the same split: no table uses it."""
     split, name = trainer.config.eval.split, trainer.task.headline
     key = f"{split}_{name}"
