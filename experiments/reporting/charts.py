@@ -7,7 +7,7 @@ from itertools import cycle
 import numpy as np
 
 from experiments.definitions.spec import Cell, Experiment
-from experiments.reporting.outcomes import Outcome, at_place, comparisons, paper, places
+from experiments.reporting.cell_results import CellResult, at_place, comparisons, paper, places
 from experiments.reporting.statistics import mean_and_error
 from experiments.reporting.trials import best_by_place, best_of_curves
 
@@ -45,7 +45,7 @@ class Chart:
     legends: str = "chart"  # one for all, or one for each "row"
 
 
-def over_epochs(experiment: Experiment, found: list[Outcome]) -> Chart:
+def over_epochs(experiment: Experiment, found: list[CellResult]) -> Chart:
     """A curve for each cell and measure, mean over seeds with their range as the band. A cell with a diverged run is
     left out, as "Fail" in the table says.
     """
@@ -68,16 +68,16 @@ def over_epochs(experiment: Experiment, found: list[Outcome]) -> Chart:
     )
 
 
-def curve(outcome: Outcome, key: str, color: int = 0, style: str = "solid") -> Line:
+def curve(result: CellResult, key: str, color: int = 0, style: str = "solid") -> Line:
     """A column of metrics.csv over the epochs that all seeds have: the mean over seeds, and their range."""
-    records = outcome.records
+    records = result.records
     epochs = sorted(set.intersection(*({*record.column("epoch")} for record in records)))
     kept = [np.isin(record.column("epoch"), epochs) for record in records]
     values = np.stack([np.array(r.column(key), float)[rows] for r, rows in zip(records, kept, strict=True)])
     constrained = np.array(records[0].column("constrained"))[kept[0]]
     mark = max(0, int(constrained.argmax()) - 1) if constrained.any() else None  # the last point of the free phase
     return Line(
-        outcome.cell.row,
+        result.cell.row,
         color,
         epochs,
         values.mean(0).tolist(),
@@ -88,24 +88,24 @@ def curve(outcome: Outcome, key: str, color: int = 0, style: str = "solid") -> L
     )
 
 
-def over_batch_size(experiment: Experiment, found: list[Outcome]) -> Chart:
+def over_batch_size(experiment: Experiment, found: list[CellResult]) -> Chart:
     """The first measure over the batch size, a subplot for each dataset, and below it the gain with LAWN and its 95 %
     interval; the paper's numbers dotted.
     """
     return _over(experiment, found, "batch size", lambda cell: int(cell.value("train.batch_size")))
 
 
-def over_horizon(experiment: Experiment, found: list[Outcome]) -> Chart:
+def over_horizon(experiment: Experiment, found: list[CellResult]) -> Chart:
     """The first measure over the epochs of a run, and the gain with LAWN, as `over_batch_size`."""
     return _over(experiment, found, "epochs", lambda cell: cell.epochs[0])
 
 
-def _over(experiment: Experiment, found: list[Outcome], xlabel: str, x: Callable[[Cell], int]) -> Chart:
+def _over(experiment: Experiment, found: list[CellResult], xlabel: str, x: Callable[[Cell], int]) -> Chart:
     measure = experiment.measures[0]
     rows = list(dict.fromkeys(o.cell.row for o in found if o.values(measure) or not np.isnan(paper(o.cell))))
     colors = {pair: len(rows) + i for i, pair in enumerate(p for p in experiment.pairs if {*p} <= {*rows})}
     subplots: list[Subplot] = []
-    for panel in dict.fromkeys(outcome.cell.panel for outcome in found):
+    for panel in dict.fromkeys(result.cell.panel for result in found):
         here = [o for o in found if o.cell.panel == panel]
         lines = []
         for i, row in enumerate(rows):
@@ -135,7 +135,7 @@ def _over(experiment: Experiment, found: list[Outcome], xlabel: str, x: Callable
 
 
 def _gains(
-    experiment: Experiment, here: list[Outcome], x: Callable[[Cell], int], colors: dict[tuple[str, str], int]
+    experiment: Experiment, here: list[CellResult], x: Callable[[Cell], int], colors: dict[tuple[str, str], int]
 ) -> list[Line]:
     """The gains of each pair of rows in one panel, and the paper's, in the colors of the pairs."""
     sign = experiment.measures[0].sign
@@ -158,7 +158,7 @@ def _gains(
     return lines
 
 
-def over_trials(experiment: Experiment, found: list[Outcome]) -> Chart:
+def over_trials(experiment: Experiment, found: list[CellResult]) -> Chart:
     """The expected best of k settings and the interval around it: a row of subplots for each LAWN variant and the rows
     that it is compared with, one for each batch size and schedule.
     """

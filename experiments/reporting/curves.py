@@ -9,8 +9,8 @@ from experiments.definitions.tuning_curves import FULL, SHORT
 from experiments.planning import search
 from experiments.records import Store
 from experiments.reporting import tuning_tables
+from experiments.reporting.cell_results import CellResult, cell_results, place, places
 from experiments.reporting.layout import Entry, Table
-from experiments.reporting.outcomes import Outcome, outcomes, place, places
 from experiments.reporting.page import Page, chart_of, figure_of, page_name, panels, provenance
 from experiments.reporting.statistics import BestOf
 from experiments.reporting.trials import Best, best_by_place, best_of_curves, score
@@ -20,12 +20,12 @@ K = 5  # trials that a user may afford
 
 def curves_page(experiment: Experiment, store: Store, selection: str = "val") -> Page:
     """The page of the tuning curves, from the grids instead of the final runs."""
-    found = outcomes(experiment, store, selection)
+    found = cell_results(experiment, store, selection)
     complete = best_of_curves(found)
     best = best_by_place(complete)
 
-    def entry_of(outcome: Outcome, measure: Measure, cells: list[Outcome]) -> Entry:
-        curve = best.get((outcome.cell.panel, outcome.cell.column, outcome.cell.row))
+    def entry_of(result: CellResult, measure: Measure, cells: list[CellResult]) -> Entry:
+        curve = best.get((result.cell.panel, result.cell.column, result.cell.row))
         return Entry("" if curve is None else _written(curve))
 
     return Page(
@@ -39,7 +39,7 @@ def curves_page(experiment: Experiment, store: Store, selection: str = "val") ->
             "with seed 0 of every setting of the grid. A setting that diverged counts as 0. Where a few settings are "
             "far below all others, the mean may lie below the interval."
         ),
-        provenance=provenance([record for outcome in found for _, record in outcome.tried]),
+        provenance=provenance([record for result in found for _, record in result.tried]),
         summary=[
             *_easier(experiment, found, best),
             *costs(experiment, found),
@@ -57,7 +57,7 @@ def curves_page(experiment: Experiment, store: Store, selection: str = "val") ->
         by_value=_values_table(complete),
         tuning=tuning_tables.frame(found),
         experiment=experiment,
-        outcomes=found,
+        cell_results=found,
     )
 
 
@@ -78,25 +78,25 @@ class ByValue:
         return max(self.best.values()) - min(self.best.values())
 
 
-def by_value(outcome: Outcome) -> ByValue | None:
+def by_value(result: CellResult) -> ByValue | None:
     """Of a complete grid: by E_free in percent of the epochs, or else by weight decay; None of one without either."""
-    assert outcome.study is not None
-    axes, epochs = outcome.study.grid.axes, outcome.study.grid.config.train.epochs
+    assert result.study is not None
+    axes, epochs = result.study.grid.axes, result.study.grid.config.train.epochs
     scales = {"optim.free_epochs": 100 / epochs, "optim.weight_decay": 1.0}
     key = next((key for key in scales if key in axes), None)
     if key is None:
         return None
     axis = list(axes).index(key)
     best: dict[str, float] = {}
-    for point, (_, record) in zip(outcome.study.grid.points, outcome.tried, strict=True):
+    for point, (_, record) in zip(result.study.grid.points, result.tried, strict=True):
         value = f"{float(axes[key][point[axis]]) * scales[key]:.4g}"
         best[value] = max(score(record), best.get(value, 0.0))
     return ByValue("E_free, % of the epochs" if key == "optim.free_epochs" else "weight decay", best)
 
 
-def costs(experiment: Experiment, found: list[Outcome]) -> list[str]:
+def costs(experiment: Experiment, found: list[CellResult]) -> list[str]:
     """Sentences on how much the choice of E_free matters, and that of the weight decay."""
-    complete = [(outcome.cell, by_value(outcome)) for outcome, _ in best_of_curves(found)]
+    complete = [(result.cell, by_value(result)) for result, _ in best_of_curves(found)]
     at = {(cell.panel, cell.column, cell.row): tried for cell, tried in complete if tried is not None}
     lines = []
     for base, rival in experiment.pairs:
@@ -113,35 +113,35 @@ def costs(experiment: Experiment, found: list[Outcome]) -> list[str]:
     return lines
 
 
-def _values_table(complete: list[tuple[Outcome, BestOf]]) -> Table | None:
+def _values_table(complete: list[tuple[CellResult, BestOf]]) -> Table | None:
     head = ("", "", "hyperparameter", "best validation score at each value, %", "the worst costs")
     rows = []
-    for outcome, _ in complete:
-        if (tried := by_value(outcome)) is not None:
+    for result, _ in complete:
+        if (tried := by_value(result)) is not None:
             scores = "; ".join(f"{value}: {best:.2f}" for value, best in tried.best.items())
-            where = place(outcome.cell.panel, outcome.cell.column)
-            rows.append([where, outcome.cell.row, tried.hyperparameter, scores, f"{tried.cost:.2f}"])
+            where = place(result.cell.panel, result.cell.column)
+            rows.append([where, result.cell.row, tried.hyperparameter, scores, f"{tried.cost:.2f}"])
     return Table(head, rows) if rows else None
 
 
-def _frame(complete: list[tuple[Outcome, BestOf]]) -> pd.DataFrame:
+def _frame(complete: list[tuple[CellResult, BestOf]]) -> pd.DataFrame:
     return pd.DataFrame(
         {
-            "panel": outcome.cell.panel,
-            "column": outcome.cell.column,
-            "row": outcome.cell.row,
-            "epochs": outcome.epochs,
+            "panel": result.cell.panel,
+            "column": result.cell.column,
+            "row": result.cell.row,
+            "epochs": result.epochs,
             "k": k + 1,
             "mean": curve.mean[k],
             "low": curve.low[k],
             "high": curve.high[k],
         }
-        for outcome, curve in complete
+        for result, curve in complete
         for k in range(len(curve.mean))
     )
 
 
-def _winners(found: list[Outcome], best: Best) -> list[str]:
+def _winners(found: list[CellResult], best: Best) -> list[str]:
     """A sentence on the best row with K trials in each column."""
     parts = []
     for panel, column in places(found):
@@ -156,7 +156,7 @@ def _winners(found: list[Outcome], best: Best) -> list[str]:
     return [f"Best with {K} trials: {'; '.join(parts)}."] if parts else []
 
 
-def _easier(experiment: Experiment, found: list[Outcome], best: Best) -> list[str]:
+def _easier(experiment: Experiment, found: list[CellResult], best: Best) -> list[str]:
     """Sentences on whether E_free is easier to tune than decay."""
     lines = []
     for base, rival in experiment.pairs:
@@ -177,7 +177,7 @@ def _easier(experiment: Experiment, found: list[Outcome], best: Best) -> list[st
     return lines
 
 
-def _filters(complete: list[tuple[Outcome, BestOf]]) -> list[str]:
+def _filters(complete: list[tuple[CellResult, BestOf]]) -> list[str]:
     """A sentence on the short schedule as a filter, for each cell whose whole grid was run on both schedules."""
     at = {(o.cell.panel, o.cell.column, o.cell.row): o for o, _ in complete}
     lines = []
@@ -193,13 +193,13 @@ def _written(found: BestOf) -> str:
     return f"{found.mean[k]:.2f} ({found.low[k]:.2f} to {found.high[k]:.2f})"
 
 
-def _filtered(full: Outcome, short: Outcome) -> str:
+def _filtered(full: CellResult, short: CellResult) -> str:
     """How good a filter the short schedule is, in a sentence or two."""
     assert full.study is not None
     points = full.study.grid.points
     ours, theirs = (
-        {point: score(record) for point, (_, record) in zip(points, outcome.tried, strict=True)}
-        for outcome in (full, short)
+        {point: score(record) for point, (_, record) in zip(points, result.tried, strict=True)}
+        for result in (full, short)
     )
     by_full, by_short = search.ranked(points, ours.get), search.ranked(points, theirs.get)
     limit = search.num_trials(len(full.study.grid.axes))

@@ -6,7 +6,7 @@ from math import isnan
 
 from experiments.definitions.spec import Measure
 from experiments.record import Record
-from experiments.reporting.outcomes import Outcome
+from experiments.reporting.cell_results import CellResult
 from experiments.reporting.statistics import Comparison, mean_and_error
 
 
@@ -19,7 +19,7 @@ class Entry:
     difference: str = ""
     marked: bool = False
     records: Sequence[Record] = ()
-    outcome: Outcome | None = None
+    result: CellResult | None = None
     measure: Measure | None = None
 
 

@@ -12,8 +12,8 @@ from experiments.definitions.matrix_factorization import MATRIX_FACTORIZATION
 from experiments.definitions.spec import Measure
 from experiments.record import Record
 from experiments.records import Store
+from experiments.reporting.cell_results import CellResult, at_place, cell_results, paper
 from experiments.reporting.layout import Table, format_mean
-from experiments.reporting.outcomes import Outcome, at_place, outcomes, paper
 from experiments.reporting.references import METRICS, REFERENCES
 
 PANEL, COLUMN = "MovieLens-1M", "batch 10k"  # of table 4
@@ -23,17 +23,17 @@ HEAD = (
 )
 
 
-def literature_table(store: Store, found: Sequence[Outcome], selection: str) -> Table | None:
-    """A row for each method, from the outcomes of table 4 and the records of the other methods; None without any."""
+def literature_table(store: Store, found: Sequence[CellResult], selection: str) -> Table | None:
+    """A row for each method, from the cells of table 4 and the records of the other methods; None without any."""
     loaded: Any = OmegaConf.to_container(OmegaConf.load(Path(definitions.__file__).with_name("literature.yaml")))
     ours = {o.cell.row: o for o in at_place(found, PANEL, COLUMN)}
-    ours |= {o.cell.row: o for o in outcomes(MATRIX_FACTORIZATION, store, selection)}
+    ours |= {o.cell.row: o for o in cell_results(MATRIX_FACTORIZATION, store, selection)}
     references = REFERENCES.record(store.runs.parent)
     rows = [_row(row, loaded["sources"], ours.get(row.get("here", "")), references) for row in loaded["rows"]]
     return Table(HEAD, rows) if any(row[1] for row in rows) else None
 
 
-def _row(row: dict[str, Any], sources: dict[str, str], ours: Outcome | None, references: Record | None) -> list[str]:
+def _row(row: dict[str, Any], sources: dict[str, str], ours: CellResult | None, references: Record | None) -> list[str]:
     numbers = [""] * len(METRICS)
     links: list[str] = []
     if ours is not None and ours.records:

@@ -11,6 +11,7 @@ from experiments.definitions.spec import Experiment, Measure
 from experiments.record import Record
 from experiments.records import Store
 from experiments.reporting import tuning_tables
+from experiments.reporting.cell_results import CellResult, Pair, cell_results, comparisons, other_data, paper
 from experiments.reporting.charts import CHARTS, Chart
 from experiments.reporting.drawing import Drawing, draw
 from experiments.reporting.layout import (
@@ -22,7 +23,6 @@ from experiments.reporting.layout import (
     format_signed,
     number_format,
 )
-from experiments.reporting.outcomes import Outcome, Pair, comparisons, other_data, outcomes, paper
 from experiments.reporting.sentences import method, summary
 from experiments.reporting.statistics import mean_and_error
 from lawn.diagnostics import figure as diagnostics
@@ -57,14 +57,14 @@ class Page:
     by_value: Table | None = None  # the best score at each value of a hyperparameter
     tuning: pd.DataFrame = field(default_factory=pd.DataFrame)  # the runs that chose them
     experiment: Experiment | None = None  # None: a simulation
-    outcomes: Sequence[Outcome] = ()
+    cell_results: Sequence[CellResult] = ()
     pairs: Sequence[Pair] = ()  # the comparisons
 
 
 def experiment_page(experiment: Experiment, store: Store, selection: str = "val") -> Page:
     """The page of a table or figure."""
-    found = outcomes(experiment, store, selection)
-    records = [record for outcome in found for record in outcome.records]
+    found = cell_results(experiment, store, selection)
+    records = [record for result in found for record in result.records]
     pairs = comparisons(experiment, found)
     tuned = [] if experiment.of_tables else found
     return Page(
@@ -73,7 +73,7 @@ def experiment_page(experiment: Experiment, store: Store, selection: str = "val"
         notes=experiment.notes,
         panels=panels(experiment, found, experiment_entry(experiment)),
         measured=_measured(experiment, found, selection),
-        provenance=provenance(records, [record for outcome in found for _, record in outcome.tried]),
+        provenance=provenance(records, [record for result in found for _, record in result.tried]),
         summary=summary(experiment, found),
         frame=_frame(experiment, found),
         chart=(chart := chart_of(experiment, found)),
@@ -87,7 +87,7 @@ def experiment_page(experiment: Experiment, store: Store, selection: str = "val"
         grids=tuning_tables.grids(tuned),
         tuning=tuning_tables.frame(tuned),
         experiment=experiment,
-        outcomes=found,
+        cell_results=found,
         pairs=pairs,
     )
 
@@ -96,13 +96,13 @@ def page_name(experiment: Experiment, selection: str) -> str:
     return experiment.name if selection == "val" else f"{experiment.name}-selected-on-{selection}"
 
 
-def chart_of(experiment: Experiment, found: list[Outcome]) -> Chart | None:
+def chart_of(experiment: Experiment, found: list[CellResult]) -> Chart | None:
     """The experiment's chart; None if it has no figure, or one that is not a chart."""
     make = CHARTS.get(experiment.figure or "")
     return None if make is None else make(experiment, found)
 
 
-def figure_of(experiment: Experiment, chart: Chart | None, found: list[Outcome]) -> Drawing | None:
+def figure_of(experiment: Experiment, chart: Chart | None, found: list[CellResult]) -> Drawing | None:
     """The experiment's figure, if it has one: its chart, or what `diagnostics=on` measures in each cell's first run."""
     if chart is not None:
         return Drawing(draw, chart)
@@ -111,33 +111,33 @@ def figure_of(experiment: Experiment, chart: Chart | None, found: list[Outcome])
     return Drawing(diagnostics.draw, {o.cell.row: o.records[0].history for o in found if o.records})
 
 
-EntryOf = Callable[[Outcome, Measure, list[Outcome]], Entry]
+EntryOf = Callable[[CellResult, Measure, list[CellResult]], Entry]
 
 
-def panels(experiment: Experiment, found: list[Outcome], entry_of: EntryOf) -> list[Panel]:
+def panels(experiment: Experiment, found: list[CellResult], entry_of: EntryOf) -> list[Panel]:
     """The table, a panel for each dataset; its columns are those of the cells, or else the measures."""
     made = []
-    for title in dict.fromkeys(outcome.cell.panel for outcome in found):
-        cells = [outcome for outcome in found if outcome.cell.panel == title]
-        columns = list(dict.fromkeys(outcome.cell.column for outcome in cells))
+    for title in dict.fromkeys(result.cell.panel for result in found):
+        cells = [result for result in found if result.cell.panel == title]
+        columns = list(dict.fromkeys(result.cell.column for result in cells))
         heads = [
             measure.title if not column else f"{column}{_epochs(cells, column)}"
             for column in columns
             for measure in experiment.measures
         ]
-        at = {(outcome.cell.row, outcome.cell.column): outcome for outcome in cells}
+        at = {(result.cell.row, result.cell.column): result for result in cells}
         rows = [
             (
                 row,
                 [
-                    replace(entry_of(at[row, column], measure, cells), outcome=at[row, column], measure=measure)
+                    replace(entry_of(at[row, column], measure, cells), result=at[row, column], measure=measure)
                     if (row, column) in at
                     else Entry("")
                     for column in columns
                     for measure in experiment.measures
                 ],
             )
-            for row in dict.fromkeys(outcome.cell.row for outcome in cells)
+            for row in dict.fromkeys(result.cell.row for result in cells)
         ]
         made.append(Panel(title, heads, rows))
     return made
@@ -146,46 +146,46 @@ def panels(experiment: Experiment, found: list[Outcome], entry_of: EntryOf) -> l
 def experiment_entry(experiment: Experiment) -> EntryOf:
     """The records stand with the first measure; the epochs, if they differ within the column."""
 
-    def entry_of(outcome: Outcome, measure: Measure, cells: list[Outcome]) -> Entry:
-        shown = entry(outcome, measure)
+    def entry_of(result: CellResult, measure: Measure, cells: list[CellResult]) -> Entry:
+        shown = entry(result, measure)
         if measure is not experiment.measures[0]:
             shown = replace(shown, records=[])
-        column = {o.epochs for o in cells if o.records and o.cell.column == outcome.cell.column}
-        if outcome.records and len(column) > 1:
-            shown = replace(shown, ours=f"{shown.ours} after {outcome.epochs} epochs")
+        column = {o.epochs for o in cells if o.records and o.cell.column == result.cell.column}
+        if result.records and len(column) > 1:
+            shown = replace(shown, ours=f"{shown.ours} after {result.epochs} epochs")
         return shown
 
     return entry_of
 
 
-def _frame(experiment: Experiment, found: list[Outcome]) -> pd.DataFrame:
+def _frame(experiment: Experiment, found: list[CellResult]) -> pd.DataFrame:
     """A row for each cell and measure."""
     rows = []
-    for outcome in found:
+    for result in found:
         for measure in experiment.measures:
-            values = outcome.values(measure)
+            values = result.values(measure)
             mean, error = mean_and_error(values)
-            printed = outcome.cell.paper
+            printed = result.cell.paper
             rows.append(
                 {
-                    "panel": outcome.cell.panel,
-                    "column": outcome.cell.column,
-                    "row": outcome.cell.row,
+                    "panel": result.cell.panel,
+                    "column": result.cell.column,
+                    "row": result.cell.row,
                     "measure": measure.title,
-                    "status": "fail" if outcome.failed else "done" if values else "not run",
-                    "epochs": outcome.epochs,
-                    "paper_epochs": outcome.cell.epochs[0] if outcome.cell.epochs else None,
+                    "status": "fail" if result.failed else "done" if values else "not run",
+                    "epochs": result.epochs,
+                    "paper_epochs": result.cell.epochs[0] if result.cell.epochs else None,
                     "n": len(values),
                     "mean": mean,
                     "standard_error": error,
-                    "paper": paper(outcome.cell),
+                    "paper": paper(result.cell),
                     "paper_fails": printed is not None and printed.value is None,
                     "paper_standard_error": printed.error if printed else None,
-                    "difference": outcome.difference(measure),
-                    "exceeds_both_errors": outcome.marked(measure),
-                    "setting": " ".join(outcome.setting),
-                    "records": " ".join(record.name for record in outcome.records),
-                    "code": "; ".join(dict.fromkeys(record.code for record in outcome.records)),
+                    "difference": result.difference(measure),
+                    "exceeds_both_errors": result.marked(measure),
+                    "setting": " ".join(result.setting),
+                    "records": " ".join(record.name for record in result.records),
+                    "code": "; ".join(dict.fromkeys(record.code for record in result.records)),
                 }
             )
     return pd.DataFrame(rows)
@@ -199,7 +199,7 @@ def _compared_by(pairs: list[Pair]) -> str:
     )
 
 
-def _measured(experiment: Experiment, found: list[Outcome], selection: str) -> str:
+def _measured(experiment: Experiment, found: list[CellResult], selection: str) -> str:
     measures = experiment.measures
     shown = f"{measures[0].title}: mean" if len(measures) == 1 else "Mean"
     shown = f"{shown[0].upper()}{shown[1:]} {SPREAD} at the last epoch{_budget(found)}"
@@ -207,7 +207,7 @@ def _measured(experiment: Experiment, found: list[Outcome], selection: str) -> s
     return f"{shown}. {chosen}".rstrip()
 
 
-def _budget(found: list[Outcome]) -> str:
+def _budget(found: list[CellResult]) -> str:
     """The epochs, where no column says them, and the panels that have no columns, if others have."""
     told = [o for o in found if o.records and not o.cell.column and o.epochs is not None]
     epochs = sorted({o.epochs for o in told if o.epochs is not None})
@@ -216,8 +216,8 @@ def _budget(found: list[Outcome]) -> str:
     return f" of {' or '.join(map(str, epochs))}{where}" if epochs else ""
 
 
-def _marks(found: list[Outcome]) -> str:
-    printed = [outcome.cell.paper for outcome in found if outcome.cell.paper is not None]
+def _marks(found: list[CellResult]) -> str:
+    printed = [result.cell.paper for result in found if result.cell.paper is not None]
     if not printed:
         return ""
     if not any(paper.error for paper in printed):
@@ -231,15 +231,15 @@ def _marks(found: list[Outcome]) -> str:
     )
 
 
-def _warnings(found: list[Outcome]) -> dict[str, list[str]]:
+def _warnings(found: list[CellResult]) -> dict[str, list[str]]:
     """The cells of each warning of their runs, those that chose hyperparameters included."""
     warned: dict[str, list[str]] = {}
-    runs = [[*outcome.records, *(record for _, record in outcome.tried)] for outcome in found]
+    runs = [[*result.records, *(record for _, record in result.tried)] for result in found]
     other = other_data({record.name: record for records in runs for record in records}.values())
-    for outcome, records in zip(found, runs, strict=True):
+    for result, records in zip(found, runs, strict=True):
         each = (w for record in records for w in (*record.warnings, *other.get(record.name, ())))
         for warning in dict.fromkeys(each):
-            warned.setdefault(warning, []).append(outcome.cell.name)
+            warned.setdefault(warning, []).append(result.cell.name)
     return warned
 
 
@@ -255,16 +255,16 @@ def provenance(shown: Iterable[Record], chosen_by: Iterable[Record] = ()) -> str
     return f"{runs}, {_code(records)}{chosen}; {', '.join(packages)}; {', '.join(machines)}."
 
 
-def entry(outcome: Outcome, measure: Measure) -> Entry:
-    printed = outcome.cell.paper
+def entry(result: CellResult, measure: Measure) -> Entry:
+    printed = result.cell.paper
     text = number_format(measure.digits)
-    difference = outcome.difference(measure)
+    difference = result.difference(measure)
     return Entry(
-        ours="Fail" if outcome.failed else format_mean(outcome.values(measure), measure.digits),
+        ours="Fail" if result.failed else format_mean(result.values(measure), measure.digits),
         paper="" if printed is None else "Fail" if printed.value is None else f"{printed.value:{text}}",
         difference="" if isnan(difference) else f"{difference:+{text}}",
-        marked=outcome.marked(measure),
-        records=outcome.records,
+        marked=result.marked(measure),
+        records=result.records,
     )
 
 
@@ -286,7 +286,7 @@ def _compared(pair: Pair) -> list[str]:
     ]
 
 
-def _epochs(cells: list[Outcome], column: str) -> str:
+def _epochs(cells: list[CellResult], column: str) -> str:
     """What is said of a column's budget, where the cells have one and its title does not say it."""
     if column.endswith(" epochs"):
         return ""

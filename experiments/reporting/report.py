@@ -33,7 +33,7 @@ def page_of(experiment: Experiment, store: Store, selection: str = "val") -> Pag
     build = curves_page if experiment.figure == "tuning" else experiment_page
     page = build(experiment, store, selection)
     if experiment.beside_literature:
-        page = replace(page, literature=literature_table(store, page.outcomes, selection))
+        page = replace(page, literature=literature_table(store, page.cell_results, selection))
     return page
 
 
@@ -147,6 +147,6 @@ def _list(lines: Iterable[str]) -> str:
 BLOCKS: dict[str, Callable[[Page], str]] = {
     "summary-table": summary_table,
     "summary": lambda page: _list(page.summary),
-    "costs": lambda page: "" if page.experiment is None else _list(costs(page.experiment, list(page.outcomes))),
+    "costs": lambda page: "" if page.experiment is None else _list(costs(page.experiment, list(page.cell_results))),
     "output": lambda page: f"```text\n{terminal(page)}\n```",
 }

@@ -1,4 +1,4 @@
-"""Sentences about the outcomes of an experiment."""
+"""Sentences about the results of an experiment."""
 
 from collections.abc import Iterable
 from itertools import pairwise
@@ -6,8 +6,18 @@ from math import inf, isnan
 
 from experiments.definitions.spec import Experiment
 from experiments.planning import search
+from experiments.reporting.cell_results import (
+    CellResult,
+    Pair,
+    at_place,
+    comparisons,
+    gain,
+    paper,
+    place,
+    places,
+    same_data,
+)
 from experiments.reporting.layout import format_interval, format_signed
-from experiments.reporting.outcomes import Outcome, Pair, at_place, comparisons, gain, paper, place, places, same_data
 from experiments.reporting.statistics import mean_and_error
 
 LEVEL = 0.05  # of significance
@@ -15,7 +25,7 @@ NO_TEST = "too few seeds for a test"
 EXPLAINED_ERROR = 1.0  # points: a larger standard error of the headline metric needs an explanation
 
 
-def against_the_best(experiment: Experiment, found: list[Outcome]) -> list[str]:
+def against_the_best(experiment: Experiment, found: list[CellResult]) -> list[str]:
     """The compared row against the best of the other rows, a sentence for each column that has both."""
     measure = experiment.measures[0]
     lines, paired = [], []
@@ -47,7 +57,7 @@ def against_the_best(experiment: Experiment, found: list[Outcome]) -> list[str]:
     return lines
 
 
-def summary(experiment: Experiment, found: list[Outcome]) -> list[str]:
+def summary(experiment: Experiment, found: list[CellResult]) -> list[str]:
     """Comparisons and rankings against the paper's, in sentences; none where nothing can be compared."""
     if experiment.compared_row:
         return against_the_best(experiment, found)
@@ -163,14 +173,14 @@ def _method(paired: Iterable[bool]) -> str:
     return " or, where records have no outcomes of samples, ".join(sorted(kinds, reverse=True))
 
 
-def _shared(found: list[Outcome]) -> list[str]:
+def _shared(found: list[CellResult]) -> list[str]:
     """The rows of a column that show the same runs, because the search chose the same setting for both."""
     lines = []
     for panel, column in places(found):
         rows: dict[str, list[str]] = {}  # by the first run
-        for outcome in at_place(found, panel, column):
-            if outcome.records:
-                rows.setdefault(outcome.records[0].name, []).append(outcome.cell.row)
+        for result in at_place(found, panel, column):
+            if result.records:
+                rows.setdefault(result.records[0].name, []).append(result.cell.row)
         lines += [
             f"At {place(panel, column)} the search chose the same setting for {' and '.join(map(repr, same))}: their "
             "numbers are of the same runs, and comparisons with them are not independent."
@@ -180,7 +190,7 @@ def _shared(found: list[Outcome]) -> list[str]:
     return lines
 
 
-def _over_horizons(experiment: Experiment, found: list[Outcome]) -> list[str]:
+def _over_horizons(experiment: Experiment, found: list[CellResult]) -> list[str]:
     """The order of the rows after each number of epochs, and what was chosen for each row."""
     measure = experiment.measures[0]
     lines = []
@@ -196,32 +206,32 @@ def _over_horizons(experiment: Experiment, found: list[Outcome]) -> list[str]:
     return lines
 
 
-def _spread(experiment: Experiment, found: list[Outcome]) -> list[str]:
+def _spread(experiment: Experiment, found: list[CellResult]) -> list[str]:
     """Why a mean is uncertain, a sentence for each that is by more than EXPLAINED_ERROR points."""
     lines = []
-    for outcome in found:
-        values = sorted(record.headline for record in outcome.records if not outcome.failed)
+    for result in found:
+        values = sorted(record.headline for record in result.records if not result.failed)
         error = mean_and_error(values)[1]
         if experiment.measures[0].key != "headline" or not error > EXPLAINED_ERROR:
             continue
         low = [f"{value:.2f}" for value in values if value < search.COLLAPSED * values[-1]]
         why = f"; {len(low)} of {len(values)} collapsed" if low else ""
         lines.append(
-            f"The standard error of {outcome.cell.name} is {error:.2f} points: its seeds give "
+            f"The standard error of {result.cell.name} is {error:.2f} points: its seeds give "
             f"{', '.join(f'{value:.2f}' for value in values)}{why}."
         )
     return lines
 
 
-def _devices(found: list[Outcome]) -> list[str]:
+def _devices(found: list[CellResult]) -> list[str]:
     """The rows of a column whose runs are of a GPU, beside others of CPUs."""
     lines = []
     for panel, column in places(found):
         rows: dict[bool, list[str]] = {}
-        for outcome in at_place(found, panel, column):
-            on_cpu = {record.environment["device"] == "cpu" for record in outcome.records}
+        for result in at_place(found, panel, column):
+            on_cpu = {record.environment["device"] == "cpu" for record in result.records}
             if len(on_cpu) == 1:
-                rows.setdefault(on_cpu.pop(), []).append(outcome.cell.row)
+                rows.setdefault(on_cpu.pop(), []).append(result.cell.row)
         if len(rows) == 2:
             lines.append(
                 f"At {place(panel, column)}, the runs of {', '.join(rows[False])} are of a GPU, others of CPUs."
@@ -250,7 +260,7 @@ def _the_papers_gains(pairs: list[Pair]) -> list[str]:
     ]
 
 
-def _where_the_paper_fails(experiment: Experiment, found: list[Outcome]) -> list[str]:
+def _where_the_paper_fails(experiment: Experiment, found: list[CellResult]) -> list[str]:
     """Our numbers where the paper prints "Fail"."""
     measure = experiment.measures[0]
     failed = [o for o in found if o.cell.paper is not None and o.cell.paper.value is None]
@@ -263,7 +273,7 @@ def _where_the_paper_fails(experiment: Experiment, found: list[Outcome]) -> list
     return [f'Where the paper prints "Fail", ours are: {"; ".join(ours)}.'] if ours else []
 
 
-def _rankings(experiment: Experiment, found: list[Outcome]) -> list[str]:
+def _rankings(experiment: Experiment, found: list[CellResult]) -> list[str]:
     """The order of the rows in each column where all of the paper's rows have been run; what failed comes last."""
     measure = experiment.measures[0]
     lines = []

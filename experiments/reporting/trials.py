@@ -1,19 +1,19 @@
 """Best-of-k curves of the grids that are complete."""
 
 from experiments.record import Record
-from experiments.reporting.outcomes import Outcome
+from experiments.reporting.cell_results import CellResult
 from experiments.reporting.statistics import BestOf, best_of
 
 Best = dict[tuple[str, str, str], BestOf]  # by panel, column and row
 
 
-def best_of_curves(found: list[Outcome]) -> list[tuple[Outcome, BestOf]]:
+def best_of_curves(found: list[CellResult]) -> list[tuple[CellResult, BestOf]]:
     """The complete grids with their curves."""
-    complete = [outcome for outcome in found if outcome.tried and len(outcome.tried) == len(outcome.tuning.full)]
-    return [(outcome, best_of([score(record) for _, record in outcome.tried])) for outcome in complete]
+    complete = [result for result in found if result.tried and len(result.tried) == len(result.tuning.full)]
+    return [(result, best_of([score(record) for _, record in result.tried])) for result in complete]
 
 
-def best_by_place(curves: list[tuple[Outcome, BestOf]]) -> Best:
+def best_by_place(curves: list[tuple[CellResult, BestOf]]) -> Best:
     """The result of `best_of_curves`, to look up."""
     return {(o.cell.panel, o.cell.column, o.cell.row): curve for o, curve in curves}
 

@@ -6,8 +6,8 @@ import pandas as pd
 
 from experiments.planning import search
 from experiments.planning.grid import Job
+from experiments.reporting.cell_results import CellResult, place
 from experiments.reporting.layout import Table, format_plain
-from experiments.reporting.outcomes import Outcome, place
 
 HEAD = (
     *("", "", "chosen", "mean of its seeds; of the next best, %", "place in the short search"),
@@ -29,51 +29,51 @@ def protocol(selection: str) -> str:
     )
 
 
-def grids(found: Sequence[Outcome]) -> list[str]:
+def grids(found: Sequence[CellResult]) -> list[str]:
     """The settings that were tried, a line for each preset and budget."""
     lines: dict[str, None] = {}
-    for outcome in found:
-        if outcome.study is None or not outcome.tried:
+    for result in found:
+        if result.study is None or not result.tried:
             continue
-        for grid in filter(None, (outcome.study.shorter, outcome.study.grid)):
+        for grid in filter(None, (result.study.shorter, result.study.grid)):
             axes = "; ".join(f"{axis} {', '.join(map(format_plain, values))}" for axis, values in grid.axes.items())
             epochs = grid.config.train.epochs
-            lines[f"`sweep={outcome.cell.sweep}`, {epochs} epochs: {axes}"] = None
+            lines[f"`sweep={result.cell.sweep}`, {epochs} epochs: {axes}"] = None
     return list(lines)
 
 
-def table(found: Sequence[Outcome]) -> Table | None:
+def table(found: Sequence[CellResult]) -> Table | None:
     """A row for each cell whose hyperparameters have been chosen."""
-    rows = [_row(outcome) for outcome in found if outcome.setting]
+    rows = [_row(result) for result in found if result.setting]
     return Table(HEAD, rows) if rows else None
 
 
-def described(outcome: Outcome) -> list[tuple[str, str]]:
+def described(result: CellResult) -> list[tuple[str, str]]:
     """How the hyperparameters of a cell were chosen: what is said, and of what."""
-    return [(head, text) for head, text in zip(HEAD[3:], _row(outcome)[3:], strict=True) if text]
+    return [(head, text) for head, text in zip(HEAD[3:], _row(result)[3:], strict=True) if text]
 
 
-def _row(outcome: Outcome) -> list[str]:
-    study, tuning = outcome.study, outcome.tuning
+def _row(result: CellResult) -> list[str]:
+    study, tuning = result.study, result.tuning
     assert study is not None
     assert tuning.chosen is not None
-    recorded = {job.name: record for job, record in outcome.tried}
+    recorded = {job.name: record for job, record in result.tried}
     scores: dict[tuple[str, ...], list[float]] = {job.setting: [] for job in tuning.confirming}
     for job in (*tuning.full, *tuning.confirming):
         if job.setting in scores:
             scores[job.setting].append(recorded[job.name].headline)
-    best = search.mean(scores.pop(outcome.setting))
+    best = search.mean(scores.pop(result.setting))
     others = [search.mean(values) for values in scores.values() if search.is_stable(values)]
     counts = " + ".join(str(len(jobs)) for jobs in (tuning.short, tuning.full, tuning.confirming) if jobs)
     diverged = sum(record.diverged for record in recorded.values())
     at_zero = sum(record.headline == 0 for record in recorded.values())
     return [
-        place(outcome.cell.panel, outcome.cell.column),
-        outcome.cell.row,
-        format_setting(outcome.setting),
+        place(result.cell.panel, result.cell.column),
+        result.cell.row,
+        format_setting(result.setting),
         f"{best:.2f}" + (f"; {max(others):.2f}" if others else ""),
-        _standing(outcome) if tuning.short else "",
-        _found(outcome) if tuning.short else "",
+        _standing(result) if tuning.short else "",
+        _found(result) if tuning.short else "",
         counts + (f", {diverged} diverged" if diverged else "") + (f", {at_zero} at 0 %" if at_zero else ""),
         f"{sum(record.config['train']['epochs'] for record in recorded.values()):,}",
         ", ".join(_ends(study.grid.axes, tuning.chosen)),
@@ -86,22 +86,22 @@ def format_setting(setting: tuple[str, ...]) -> str:
     return ", ".join(f"{key.split('.')[1]} {format_plain(value)}" for key, value in pairs)
 
 
-def _standing(outcome: Outcome) -> str:
+def _standing(result: CellResult) -> str:
     """The place of the chosen setting among those of the shorter schedule."""
-    assert outcome.study is not None
-    assert outcome.tuning.chosen is not None
-    recorded = {job.name: record.headline for job, record in outcome.tried}
-    points = outcome.study.grid.points
-    scores = {point: recorded[job.name] for point, job in zip(points, outcome.tuning.short, strict=True)}
+    assert result.study is not None
+    assert result.tuning.chosen is not None
+    recorded = {job.name: record.headline for job, record in result.tried}
+    points = result.study.grid.points
+    scores = {point: recorded[job.name] for point, job in zip(points, result.tuning.short, strict=True)}
     order = search.ranked(points, scores.get)
-    chosen = outcome.tuning.chosen
+    chosen = result.tuning.chosen
     return f"{order.index(chosen) + 1} of {len(order)}" if chosen in order else "beyond its grid"
 
 
-def _found(outcome: Outcome) -> str:
+def _found(result: CellResult) -> str:
     """Which run for the whole schedule found the chosen setting: after one of the last, a longer search may improve."""
-    settings = [job.setting for job in outcome.tuning.full]
-    return f"{settings.index(outcome.setting) + 1} of {len(settings)}"
+    settings = [job.setting for job in result.tuning.full]
+    return f"{settings.index(result.setting) + 1} of {len(settings)}"
 
 
 def _ends(axes: dict[str, list[str]], point: search.Point) -> list[str]:
@@ -114,34 +114,34 @@ def _ends(axes: dict[str, list[str]], point: search.Point) -> list[str]:
     ]
 
 
-def parts(outcome: Outcome) -> list[tuple[str, list[Job], tuple[str, ...]]]:
+def parts(result: CellResult) -> list[tuple[str, list[Job], tuple[str, ...]]]:
     """The runs of the tuning: for the shorter schedule, for the whole one, and with other seeds; each part with the
     setting in it of the point that was chosen, empty beyond its grid or before there is one."""
-    tuning = outcome.tuning
-    points = outcome.study.grid.points if outcome.study is not None and tuning.short else []
+    tuning = result.tuning
+    points = result.study.grid.points if result.study is not None and tuning.short else []
     short = next((job.setting for p, job in zip(points, tuning.short, strict=True) if p == tuning.chosen), ())
     return [
         ("short", tuning.short, short),
-        ("full", tuning.full, outcome.setting),
-        ("seeds", tuning.confirming, outcome.setting),
+        ("full", tuning.full, result.setting),
+        ("seeds", tuning.confirming, result.setting),
     ]
 
 
-def frame(found: Sequence[Outcome]) -> pd.DataFrame:
+def frame(found: Sequence[CellResult]) -> pd.DataFrame:
     """Every run that chose hyperparameters: a row each."""
     rows = []
-    for outcome in found:
-        recorded = {job.name: record for job, record in outcome.tried}
-        for part, jobs, chosen in parts(outcome):
+    for result in found:
+        recorded = {job.name: record for job, record in result.tried}
+        for part, jobs, chosen in parts(result):
             for job in jobs:
                 record = recorded.get(job.name)
                 if record is None:
                     continue
                 rows.append(
                     {
-                        "panel": outcome.cell.panel,
-                        "column": outcome.cell.column,
-                        "row": outcome.cell.row,
+                        "panel": result.cell.panel,
+                        "column": result.cell.column,
+                        "row": result.cell.row,
                         "part": part,
                         "epochs": record.config["train"]["epochs"],
                         "seed": record.config["seed"],

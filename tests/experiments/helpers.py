@@ -101,7 +101,7 @@ class SerialPool(Pool):
 
 
 def records_of(page: Page) -> list[Record]:
-    return [record for outcome in page.outcomes for record in outcome.records]
+    return [record for result in page.cell_results for record in result.records]
 
 
 def run_experiment(

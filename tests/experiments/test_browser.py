@@ -409,19 +409,19 @@ def test_ten_times_as_much_opens_fast(chromium, tmp_path):
 def copies(pages, k: int):
     """The pages once more, under other names and with cells of their own."""
     for page in pages:
-        cells = [replace(o.cell, overrides=(*o.cell.overrides, f"copy={k}")) for o in page.outcomes]
-        again = {id(o): replace(o, cell=cell) for o, cell in zip(page.outcomes, cells, strict=True)}
+        cells = [replace(o.cell, overrides=(*o.cell.overrides, f"copy={k}")) for o in page.cell_results]
+        again = {id(o): replace(o, cell=cell) for o, cell in zip(page.cell_results, cells, strict=True)}
         panels = [
             replace(
                 panel,
                 rows=[
-                    (row, [replace(e, outcome=again.get(id(e.outcome), e.outcome)) for e in entries])
+                    (row, [replace(e, result=again.get(id(e.result), e.result)) for e in entries])
                     for row, entries in panel.rows
                 ],
             )
             for panel in page.panels
         ]
-        yield replace(page, name=f"{page.name}-{k}", panels=panels, outcomes=list(again.values()))
+        yield replace(page, name=f"{page.name}-{k}", panels=panels, cell_results=list(again.values()))
 
 
 def page_memory() -> int:

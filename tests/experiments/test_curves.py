@@ -42,7 +42,7 @@ def test_the_page_of_a_miniature(small):
     page = report.page_of(experiment, Store(results))
     report.write(page, results)
     text = (results / "tuning_curves.md").read_text()
-    scores = sorted(record.value("headline") for _, record in page.outcomes[0].tried)
+    scores = sorted(record.value("headline") for _, record in page.cell_results[0].tried)
     draws = [max(draw) for draw in product(scores, repeat=1)]
     listed = pd.read_csv(results / "tuning_curves.csv")
     assert listed["mean"].iloc[0] == pytest.approx(np.mean(draws), rel=1e-5)
@@ -60,7 +60,7 @@ def test_a_grid_with_holes_has_no_curve(small, tmp_path):
     (tmp_path / "tuning").mkdir()
     (tmp_path / "tuning" / "tuning_curves.jsonl").write_text("".join(lines[1:]))
     page = report.page_of(experiment, Store(tmp_path))
-    assert len(best_of_curves(list(page.outcomes))) == 1
+    assert len(best_of_curves(list(page.cell_results))) == 1
     assert not any("has rank" in line for line in page.summary)
     assert report.page_of(experiment, Store(tmp_path / "nothing")).summary == []
 
@@ -69,8 +69,8 @@ def test_the_best_score_at_each_value_is_that_of_the_listed_runs():
     page = committed_page("tuning_curves")
     runs = page.tuning.assign(score=page.tuning["val_hr10"].fillna(0))
     runs["share"] = (100 * runs["optim.free_epochs"].astype(float) / runs["epochs"]).round(6)
-    for outcome, _ in best_of_curves(list(page.outcomes)):
-        cell, tried = outcome.cell, by_value(outcome)
+    for result, _ in best_of_curves(list(page.cell_results)):
+        cell, tried = result.cell, by_value(result)
         here = runs[(runs["panel"] == cell.panel) & (runs["column"] == cell.column) & (runs["row"] == cell.row)]
         values = here["share"] if "LAWN" in cell.row else here["optim.weight_decay"].astype(float)
         best = here.groupby(values)["score"].max()
@@ -81,8 +81,8 @@ def test_the_best_score_at_each_value_is_that_of_the_listed_runs():
 
 def test_the_costs_are_of_both_sides_of_a_pair():
     page = committed_page("tuning_curves")
-    tried = {(o.cell.panel, o.cell.column, o.cell.row): by_value(o) for o, _ in best_of_curves(list(page.outcomes))}
-    for line in costs(page.experiment, list(page.outcomes)):
+    tried = {(o.cell.panel, o.cell.column, o.cell.row): by_value(o) for o, _ in best_of_curves(list(page.cell_results))}
+    for line in costs(page.experiment, list(page.cell_results)):
         rival, base = next(
             pair[::-1] for pair in page.experiment.pairs if line.startswith("{1} beside {0}, ".format(*pair))
         )
@@ -96,6 +96,6 @@ def test_the_costs_are_of_both_sides_of_a_pair():
 def test_a_grid_without_either_hyperparameter_is_left_out(small):
     experiment, results = small
     page = report.page_of(experiment, Store(results))
-    assert [by_value(outcome) for outcome in page.outcomes] == [None, None]
+    assert [by_value(result) for result in page.cell_results] == [None, None]
     assert page.by_value is None
-    assert costs(replace(experiment, pairs=(("Adam-LAWN", "Adam-LAWN"),)), list(page.outcomes)) == []
+    assert costs(replace(experiment, pairs=(("Adam-LAWN", "Adam-LAWN"),)), list(page.cell_results)) == []

@@ -99,7 +99,7 @@ def options(make, request) -> tuple[str, ...]:
     return ("--executor", kind, "--gpus", "0", "--jobs", "2", "--time", "5m")
 
 
-def outcomes(results: Path) -> dict[str, object]:
+def cell_results(results: Path) -> dict[str, object]:
     """What every record says about the run itself. Vectorized runs differ by rounding."""
     return {record.name: pytest.approx(record.result["last"], rel=1e-4) for record in Store(results).all()}
 
@@ -115,7 +115,7 @@ def wait_until(find: Callable[[], Any], seconds: float = 120) -> Any:
 def test_the_records_are_those_of_the_local_pool(make, finished_tuned, tmp_path):
     assert run_experiment(TUNED, tmp_path, executor=make(tmp_path)) == []
     found = {record.name: record.result["last"] for record in Store(tmp_path / "results").all()}
-    assert found == outcomes(finished_tuned / "results")
+    assert found == cell_results(finished_tuned / "results")
     lines = [(folder / "results" / "tuning" / "tuned.jsonl").read_text() for folder in (tmp_path, finished_tuned)]
     names = [[json.loads(line)["name"] for line in text.splitlines()] for text in lines]
     assert names[0] == names[1]

@@ -22,9 +22,9 @@ from experiments.definitions.spec import Cell, Experiment, PaperResult
 from experiments.planning.study import Tuning
 from experiments.records import Store
 from experiments.reporting import report
+from experiments.reporting.cell_results import CellResult, Pair
 from experiments.reporting.charts import Chart, Line, Subplot
 from experiments.reporting.layout import Entry, Panel, Table
-from experiments.reporting.outcomes import Outcome, Pair
 from experiments.reporting.page import Page
 from experiments.reporting.simulations import simulation_page
 from experiments.reporting.statistics import Comparison, compare, compare_paired, mean_interval
@@ -255,10 +255,10 @@ def test_links_of_markdown_are_links_and_everything_else_is_text():
 def panel_commands() -> list[tuple[Experiment, str, set[Cell]]]:
     commands = []
     for experiment in EXPERIMENTS.values():
-        cells = [Outcome(cell, None, [], Tuning(), []) for cell in experiment.cells]
+        cells = [CellResult(cell, None, [], Tuning(), []) for cell in experiment.cells]
         for title in dict.fromkeys(cell.panel for cell in experiment.cells):
             here = [o for o in cells if o.cell.panel == title]
-            rows = [(o.cell.row, [Entry("", outcome=o, measure=experiment.measures[0])]) for o in here]
+            rows = [(o.cell.row, [Entry("", result=o, measure=experiment.measures[0])]) for o in here]
             page = empty_page(experiment, [Panel(title, [""], rows)])
             (command,) = re.findall(r": not run yet\. <code>(.*?)</code>", index_html([page], {}))
             commands.append((experiment, command, {o.cell for o in here}))
@@ -498,30 +498,30 @@ def test_a_comparison_in_several_tables_is_counted_once():
 
 def test_values_of_a_sweep_need_not_be_numbers(tuned):
     page = pages_of(tuned / "results", [TUNED])[0]
-    (outcome,) = page.outcomes
-    tried = [(replace(job, setting=("model.batchnorm=true",)), record) for job, record in outcome.tried]
+    (result,) = page.cell_results
+    tried = [(replace(job, setting=("model.batchnorm=true",)), record) for job, record in result.tried]
     names = {job.name: job for job, _ in tried}
-    tuning = replace(outcome.tuning, full=[names[job.name] for job in outcome.tuning.full])
-    shown = detail(replace(outcome, tried=tried, tuning=tuning), TUNED.measures, "", [], "")
+    tuning = replace(result.tuning, full=[names[job.name] for job in result.tuning.full])
+    shown = detail(replace(result, tried=tried, tuning=tuning), TUNED.measures, "", [], "")
     assert shown["rungs"][0]["runs"][0]["values"] == ["true"]
     assert format_setting(("optim.lr=1e-2", "model.batchnorm=true")) == "lr 0.01, batchnorm true"
 
 
 def test_a_curve_that_a_seed_lacks_is_left_out(results):
-    (outcome, *_) = pages_of(results, [MINI])[0].outcomes
-    first, second = outcome.records
+    (result, *_) = pages_of(results, [MINI])[0].cell_results
+    first, second = result.records
     without = replace(second, columns={k: v for k, v in second.columns.items() if k != "weight_norm"})
-    (row,) = detail(replace(outcome, records=[first, without]), MINI.measures, "", [], "")["curves"]["rows"]
+    (row,) = detail(replace(result, records=[first, without]), MINI.measures, "", [], "")["curves"]["rows"]
     assert "norm of all weights" not in [subplot["ylabel"] for subplot in row]
 
 
 def test_curves_of_seeds_recorded_at_other_epochs_are_over_those_of_all(results):
     """Versions of the harness have kept all epochs, every second or every third."""
-    (outcome, *_) = pages_of(results, [MINI])[0].outcomes
-    first, second = outcome.records
+    (result, *_) = pages_of(results, [MINI])[0].cell_results
+    first, second = result.records
     assert len(first.columns["epoch"]) > 2
     fewer = replace(second, columns={k: [v[0], *v[2:]] for k, v in second.columns.items()})
-    (row,) = detail(replace(outcome, records=[first, fewer]), MINI.measures, "", [], "")["curves"]["rows"]
+    (row,) = detail(replace(result, records=[first, fewer]), MINI.measures, "", [], "")["curves"]["rows"]
     (line,) = row[0]["lines"]
     assert line["x"] == fewer.columns["epoch"]
     losses = [[r.columns["train_loss"][r.columns["epoch"].index(e)] for e in line["x"]] for r in (first, fewer)]
@@ -547,7 +547,7 @@ def test_how_much_is_filled():
     cells.append(Cell("of ours alone", (), epochs=(300, 30)))
     found = [made_up(cells[0], 1.0, epochs=300), made_up(cells[1], 1.0, epochs=30), made_up(cells[2])]
     found.append(made_up(cells[3], 1.0))
-    said = findings.coverage([empty_page(replace(MINI, name="table9"), [], outcomes=found)])
+    said = findings.coverage([empty_page(replace(MINI, name="table9"), [], cell_results=found)])
     assert said.startswith("2 of the 3 numbers that the paper's tables print have one of ours beside them: 1 at the")
     assert "1 at a shorter budget. The page shows 3 final runs and 0 runs" in said
 

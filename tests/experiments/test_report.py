@@ -26,9 +26,9 @@ from experiments.planning.study import Tuning, studies
 from experiments.record import Record
 from experiments.records import Store
 from experiments.reporting import drawing, report
+from experiments.reporting.cell_results import CellResult, cell_results, comparisons, far_seeds
 from experiments.reporting.charts import CHARTS, over_batch_size
 from experiments.reporting.layout import Entry, Panel, format_mean
-from experiments.reporting.outcomes import Outcome, comparisons, far_seeds, outcomes
 from experiments.reporting.page import entry, provenance
 from experiments.reporting.sentences import summary
 from experiments.reporting.statistics import compare, compare_paired, holm, mean_and_error
@@ -57,7 +57,7 @@ from tests.experiments.helpers import (
 from tests.helpers import RECOMMENDERS, ROOT
 
 
-def made_up(cell: Cell, *values: float, status: str = "done", epochs: int = 300) -> Outcome:
+def made_up(cell: Cell, *values: float, status: str = "done", epochs: int = 300) -> CellResult:
     records = [
         Record(
             path=ROOT / "none.json",
@@ -70,13 +70,13 @@ def made_up(cell: Cell, *values: float, status: str = "done", epochs: int = 300)
         )
         for seed, value in enumerate(values)
     ]
-    return Outcome(cell, None, records, Tuning(), [])
+    return CellResult(cell, None, records, Tuning(), [])
 
 
 def test_pages_from_records_alone(results, drawn_figures):
     page = report.experiment_page(MINI, Store(results))
     report.write(page, results)
-    adam, fails, absent = page.outcomes
+    adam, fails, absent = page.cell_results
     accuracy = [record.result["last"]["test_accuracy"] for record in adam.records]
     expected = f"{np.mean(accuracy):.2f} ({abs(accuracy[0] - accuracy[1]) / 2:.2f}, n=2)"
     assert expected in report.terminal(page)
@@ -265,7 +265,7 @@ def test_the_difference_is_marked_where_it_exceeds_both_errors():
     assert (blank.ours, blank.paper, blank.difference, blank.marked) == ("", "70.00", "", False)
 
 
-def table(smaller_is_better: bool = False) -> tuple[Experiment, list[Outcome]]:
+def table(smaller_is_better: bool = False) -> tuple[Experiment, list[CellResult]]:
     cells = [
         Cell("SGD", (), column="1k", paper=PaperResult(60.0)),
         Cell("Adam", (), column="1k", paper=PaperResult(65.0)),
@@ -386,7 +386,7 @@ def test_the_longest_budget_that_is_filled_is_shown(tmp_path):
     ):
         assert run_experiment(run, tmp_path, seeds, budget) == []
         page = report.experiment_page(experiment, Store(tmp_path / "results"))
-        assert page.outcomes[0].epochs == epochs
+        assert page.cell_results[0].epochs == epochs
         assert page.panels[0].columns == [head]
     assert [row[0].ours.partition(" after ")[2] for _, row in page.panels[0].rows] == ["4 epochs", "2 epochs"]
 
@@ -402,10 +402,10 @@ def test_without_final_runs_the_budget_with_most_runs_is_shown(tmp_path):
             config = replace(job.config, runs_dir=f"{tmp_path}/runs")
             train(config)
             store.write(config, job.overrides, experiment.name, tunes=True)
-        (outcome,) = outcomes(experiment, store)
-        assert not outcome.records
-        assert outcome.study.budget == epochs
-        assert {record.name for _, record in outcome.tried} == {record.name for record in store.all()}
+        (result,) = cell_results(experiment, store)
+        assert not result.records
+        assert result.study.budget == epochs
+        assert {record.name for _, record in result.tried} == {record.name for record in store.all()}
 
 
 def test_the_list_of_the_tuning_marks_the_chosen_point_of_the_shorter_schedule():
@@ -435,7 +435,7 @@ def test_a_grid_with_holes_keeps_its_settings(tuned):
     assert list(page.tuning["optim.lr"].astype(float)) == [1e-4, 1e-3, 3e-3, 1e-2, 3e-2]
     for name, rate in zip(page.tuning["record"], page.tuning["optim.lr"], strict=True):
         assert store.read(name).config["optim"]["lr"] == float(rate)
-    assert page.outcomes[0].setting == ()
+    assert page.cell_results[0].setting == ()
     assert page.tuned is None
 
 
@@ -936,18 +936,18 @@ def test_a_batch_size_may_be_spelled_otherwise(tmp_path):
     cell = Cell("Adam", (*SHORT, "optim=adam", "train.batch_size=1_00"))
     experiment = replace(MINI, cells=(cell,))
     assert run_experiment(experiment, tmp_path) == []
-    (outcome,) = outcomes(experiment, Store(tmp_path / "results"))
-    assert len(outcome.records) == 2
+    (result,) = cell_results(experiment, Store(tmp_path / "results"))
+    assert len(result.records) == 2
 
 
 def test_a_large_standard_error_is_explained():
     """No mean of a committed page is uncertain by more than two points without a sentence that says why."""
     for name, experiment in EXPERIMENTS.items():
         page = committed_page(name)
-        for outcome in page.outcomes:
-            error = mean_and_error([record.value("headline") for record in outcome.records if not record.diverged])[1]
+        for result in page.cell_results:
+            error = mean_and_error([record.value("headline") for record in result.records if not record.diverged])[1]
             if error > 2 and experiment.measures[0].key == "headline":
-                assert any(f"standard error of {outcome.cell.name} is" in line for line in page.summary)
+                assert any(f"standard error of {result.cell.name} is" in line for line in page.summary)
 
 
 def test_rows_of_the_same_runs_are_told():
@@ -982,14 +982,14 @@ def test_collapsed_seeds_are_told():
     assert summary(experiment, [made_up(cell, 59.0, 60.0, 61.0)]) == []
 
 
-def with_outcomes(outcome: Outcome, ranks: np.ndarray) -> Outcome:
+def with_outcomes(cell: CellResult, ranks: np.ndarray) -> CellResult:
     """With ranks of test users [seeds, users] for the records' HR@10."""
     records = []
-    for record, row in zip(outcome.records, ranks, strict=True):
+    for record, row in zip(cell.records, ranks, strict=True):
         last = {"test_hr10": 100.0 * (row < 10).mean()}
         result = {**record.result, "headline": "hr10", "last": last, "outcomes": encode_outcomes(torch.tensor(row))}
         records.append(replace(record, result=result))
-    return replace(outcome, records=records)
+    return replace(cell, records=records)
 
 
 def test_comparisons_are_paired_over_users_where_records_have_ranks():

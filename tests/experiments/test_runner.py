@@ -49,13 +49,13 @@ def test_a_miniature_of_each_table(experiment, tmp_path, tiny_data):
     small = miniature(experiment, tuned)
     assert run_experiment(small, tmp_path, 1, -1, (f"data_dir={tiny_data}",)) == []
     page = report.experiment_page(small, Store(tmp_path / "results"))
-    for outcome in page.outcomes:
-        assert outcome.records, outcome.cell.name
-        assert outcome.epochs == 1
-        assert outcome.failed or len(outcome.values(experiment.measures[0])) == 1
-    parts = page.outcomes[0].tuning
+    for result in page.cell_results:
+        assert result.records, result.cell.name
+        assert result.epochs == 1
+        assert result.failed or len(result.values(experiment.measures[0])) == 1
+    parts = page.cell_results[0].tuning
     assert (len(parts.short), len(parts.full) > 6, len(parts.confirming)) == ((0, True, 6) if tuned else (0, False, 0))
-    assert bool(page.outcomes[0].setting) == tuned
+    assert bool(page.cell_results[0].setting) == tuned
     report.write(page, tmp_path / "results")
     report.write_index([page], tmp_path / "results")
     text = (tmp_path / "results" / f"{experiment.name}.md").read_text()
@@ -169,8 +169,8 @@ def test_selection_on_test_is_another_study_and_says_so(tmp_path):
     page = report.experiment_page(TUNED, store, "test")
     assert page.name == "tuned-selected-on-test"
     assert "chosen on the TEST split" in page.measured
-    assert all(record.result["split"] == "test" for _, record in page.outcomes[0].tried)
-    assert report.experiment_page(TUNED, store).outcomes[0].records == []
+    assert all(record.result["split"] == "test" for _, record in page.cell_results[0].tried)
+    assert report.experiment_page(TUNED, store).cell_results[0].records == []
     assert "validation" in report.experiment_page(TUNED, store).measured
 
 

@@ -150,7 +150,7 @@ def test_a_miniature_goes_from_the_short_budget_to_the_report(climbed):
     first = sorted(points, key=lambda point: -study.shorter.score(store, point))[:3]
     assert tuning.full[:3] == study.grid.jobs(first)
     page = report.experiment_page(RUNGS, store)
-    adam, lawn = page.outcomes
+    adam, lawn = page.cell_results
     assert adam.epochs == lawn.epochs == 6
     means = {
         setting: sum(r.value("headline") for j, r in adam.tried if j.setting == setting and j not in tuning.short) / 3
@@ -216,7 +216,7 @@ def test_a_setting_that_cannot_be_stops_only_its_cell(tmp_path):
     both = replace(RUNGS, cells=(bad, RUNGS.cells[1]))
     assert run_experiment(both, tmp_path) == []
     page = report.experiment_page(both, Store(tmp_path / "results"))
-    assert [len(outcome.records) for outcome in page.outcomes] == [0, 2]
+    assert [len(result.records) for result in page.cell_results] == [0, 2]
 
 
 @pytest.mark.parametrize(

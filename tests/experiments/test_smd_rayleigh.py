@@ -11,7 +11,7 @@ import torch
 
 from experiments import __main__ as command
 from experiments.reporting import simulations
-from experiments.reporting.outcomes import mean_and_error
+from experiments.reporting.cell_results import mean_and_error
 from experiments.spherical_motion import measurements as smd
 from experiments.spherical_motion.page import SMD_RAYLEIGH
 from experiments.spherical_motion.rayleigh import (

@@ -7,8 +7,8 @@ from typing import Any
 from experiments.definitions.spec import Measure
 from experiments.planning.grid import Job
 from experiments.record import Record
+from experiments.reporting.cell_results import CellResult
 from experiments.reporting.charts import Chart, Subplot, curve
-from experiments.reporting.outcomes import Outcome
 from experiments.reporting.statistics import mean_and_error, mean_interval
 from experiments.reporting.tuning_tables import described, format_setting, parts
 from experiments.reporting.web.data import chart_data, number
@@ -17,14 +17,14 @@ CURVES = (("train_loss", "training loss, nats", "log"), ("margin_p50", "median t
 NORM = ("weight_norm", "norm of all weights", "linear")
 
 
-def cell_key(outcome: Outcome, measures: Sequence[Measure]) -> str:
+def cell_key(result: CellResult, measures: Sequence[Measure]) -> str:
     """An identifier of a cell at its budget, the same on every page that shows the same numbers of it."""
-    cell = outcome.cell
+    cell = result.cell
     parts = (
         cell.name,
         cell.overrides,
         cell.sweep,
-        outcome.epochs,
+        result.epochs,
         cell.grid_only,
         [measure.title for measure in measures],
     )
@@ -32,31 +32,31 @@ def cell_key(outcome: Outcome, measures: Sequence[Measure]) -> str:
 
 
 def detail(
-    outcome: Outcome, measures: Sequence[Measure], printed: str, gains: Sequence[str], command: str
+    result: CellResult, measures: Sequence[Measure], printed: str, gains: Sequence[str], command: str
 ) -> dict[str, Any]:
     """As plain data; `printed`: the paper's number as it is written, `gains`: sentences, `command` fills the cell."""
     return {
-        "name": outcome.cell.name,
-        "epochs": outcome.epochs,
-        "paper_epochs": outcome.cell.epochs[0] if outcome.cell.epochs else None,
+        "name": result.cell.name,
+        "epochs": result.epochs,
+        "paper_epochs": result.cell.epochs[0] if result.cell.epochs else None,
         "paper": printed,
-        "difference": number(outcome.difference(measures[0])),
+        "difference": number(result.difference(measures[0])),
         "gains": list(gains),
-        "measures": [_measured(outcome, measure) for measure in measures],
-        "seeds": [_seed(record, measures) for record in outcome.records],
-        "failed": outcome.failed,
-        "setting": format_setting(outcome.setting),
-        "tuning": described(outcome) if outcome.setting else [],
-        "rungs": _rungs(outcome),
+        "measures": [_measured(result, measure) for measure in measures],
+        "seeds": [_seed(record, measures) for record in result.records],
+        "failed": result.failed,
+        "setting": format_setting(result.setting),
+        "tuning": described(result) if result.setting else [],
+        "rungs": _rungs(result),
         "fill": command,
-        "command": outcome.records[0].command if outcome.records else "",
-        "machine": _machine([*outcome.records, *(record for _, record in outcome.tried)]),
-        "curves": chart_data(_curves(outcome, measures)) if outcome.records and not outcome.failed else None,
+        "command": result.records[0].command if result.records else "",
+        "machine": _machine([*result.records, *(record for _, record in result.tried)]),
+        "curves": chart_data(_curves(result, measures)) if result.records and not result.failed else None,
     }
 
 
-def _measured(outcome: Outcome, measure: Measure) -> dict[str, Any]:
-    values = outcome.values(measure)
+def _measured(result: CellResult, measure: Measure) -> dict[str, Any]:
+    values = result.values(measure)
     low, high = mean_interval(values)
     mean, error = mean_and_error(values)
     return {
@@ -86,13 +86,13 @@ def _machine(records: Sequence[Record]) -> dict[str, list[str]]:
     }
 
 
-def _rungs(outcome: Outcome) -> list[dict[str, Any]]:
+def _rungs(result: CellResult) -> list[dict[str, Any]]:
     """The budgets of the tuning, each with its runs."""
-    recorded = {job.name: record for job, record in outcome.tried}
-    full = "search" if outcome.tuning.short else "whole grid"
+    recorded = {job.name: record for job, record in result.tried}
+    full = "search" if result.tuning.short else "whole grid"
     titles = {"short": "whole grid", "full": full, "seeds": "other seeds"}
     rungs = []
-    for part, jobs, chosen in parts(outcome):
+    for part, jobs, chosen in parts(result):
         done = [(job, recorded[job.name]) for job in jobs if job.name in recorded]
         if done:
             epochs = done[0][1].config["train"]["epochs"]
@@ -124,17 +124,17 @@ def _value(text: str) -> float | str:
         return text
 
 
-def _curves(outcome: Outcome, measures: Sequence[Measure]) -> Chart:
+def _curves(result: CellResult, measures: Sequence[Measure]) -> Chart:
     """Loss, headline metric, margin and norm over the epochs."""
-    record = outcome.records[0]
+    record = result.records[0]
     headline = f"{record.result['split']}_{record.result['headline']}"
     title = next((measure.title for measure in measures if measure.key == "headline"), headline)
     shown = [CURVES[0], (headline, title, "linear"), CURVES[1], NORM]
-    recorded = [record.columns for record in outcome.records]
+    recorded = [record.columns for record in result.records]
     return Chart(
         [
             [
-                Subplot("", "epoch", title, [curve(outcome, key)], yscale=scale)
+                Subplot("", "epoch", title, [curve(result, key)], yscale=scale)
                 for key, title, scale in shown
                 if all(set(columns.get(key, ())) - {None} for columns in recorded)
             ]

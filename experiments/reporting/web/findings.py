@@ -8,9 +8,9 @@ from math import inf, isnan
 import numpy as np
 
 from experiments.definitions.tuning_curves import FULL, SHORT
+from experiments.reporting.cell_results import FAR, Pair, places
 from experiments.reporting.curves import K
 from experiments.reporting.layout import Table, format_interval, format_signed
-from experiments.reporting.outcomes import FAR, Pair, places
 from experiments.reporting.page import Page
 from experiments.reporting.sentences import LEVEL, below_paper
 from experiments.reporting.statistics import MANY_SEEDS, mean_interval
@@ -35,11 +35,11 @@ class Finding:
 def coverage(pages: Sequence[Page]) -> str:
     """How many of the cells of the paper's tables have numbers of ours, in a sentence."""
     tables = [page for page in pages if page.name.startswith("table")]
-    printed = [outcome for page in tables for outcome in page.outcomes if outcome.cell.paper is not None]
-    filled = [outcome for outcome in printed if outcome.records]
-    full = sum(outcome.epochs == outcome.cell.epochs[0] for outcome in filled)
-    runs = {record.name for page in pages for outcome in page.outcomes for record in outcome.records}
-    tried = {record.name for page in pages for outcome in page.outcomes for _, record in outcome.tried}
+    printed = [result for page in tables for result in page.cell_results if result.cell.paper is not None]
+    filled = [result for result in printed if result.records]
+    full = sum(result.epochs == result.cell.epochs[0] for result in filled)
+    runs = {record.name for page in pages for result in page.cell_results for record in result.records}
+    tried = {record.name for page in pages for result in page.cell_results for _, record in result.tried}
     return (
         f"{len(filled)} of the {len(printed)} numbers that the paper's tables print have one of ours beside them: "
         f"{full} at the paper's number of epochs, {len(filled) - full} at a shorter budget. The page shows {len(runs)} "
@@ -148,13 +148,13 @@ def _horizon(page: Page) -> Finding | None:
 
 def _tuning(page: Page) -> Finding | None:
     """How much more the best of K random settings is expected to give with LAWN, over the grids of short schedules."""
-    best = best_by_place(best_of_curves(list(page.outcomes)))
+    best = best_by_place(best_of_curves(list(page.cell_results)))
     dataset, _, short = SHORT.partition(", ")
     rows: list[dict[str, str]] = []
     for base, rival in page.experiment.pairs if page.experiment else ():
         at = {
             place: float(best[(*place, rival)].mean[K - 1] - best[(*place, base)].mean[K - 1])
-            for place in places(page.outcomes)
+            for place in places(page.cell_results)
             if {(*place, base), (*place, rival)} <= set(best)
         }
         gains = [gain for place, gain in at.items() if place[0] == SHORT]
@@ -182,10 +182,11 @@ def _attenuated(page: Page) -> Finding | None:
     if not known:
         return None
     free, fixed = (
-        next(outcome for outcome in page.outcomes if outcome.cell.row == row) for row in (known[0].base, known[0].rival)
+        next(result for result in page.cell_results if result.cell.row == row)
+        for row in (known[0].base, known[0].rival)
     )
     best = np.mean([record.result["best"]["hr10"] for record in free.records])
-    last = [float(np.mean([record.headline for record in outcome.records])) for outcome in (free, fixed)]
+    last = [float(np.mean([record.headline for record in result.records])) for result in (free, fixed)]
     what = page.title.partition(": ")[2]
     text = (
         f"{_capitalized(what)}, test HR@10 in %. On average the best epoch of {free.cell.row} gave {best:.2f}, "

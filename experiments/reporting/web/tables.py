@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isnan, nan
 
+from experiments.reporting.cell_results import CellResult, Pair, paper
 from experiments.reporting.layout import Entry, Panel, format_interval, format_signed, number_format
-from experiments.reporting.outcomes import Outcome, Pair, paper
 from experiments.reporting.page import Page
 from experiments.reporting.statistics import mean_and_error, mean_interval
 from experiments.reporting.web.cells import cell_key, detail
@@ -95,34 +95,34 @@ class PanelView:
 def panel_view(page: Page, panel: Panel, details: dict[str, str]) -> PanelView:
     """Adds what the cells open to `details`, packed, by their keys."""
     rows = [RowView(row, _base(entries), [_cell(page, e, details) for e in entries]) for row, entries in panel.rows]
-    outcomes = [entry.outcome for _, entries in panel.rows for entry in entries if entry.outcome is not None]
-    return PanelView(panel.title, panel.columns, rows, fill_command(page, outcomes))
+    results = [entry.result for _, entries in panel.rows for entry in entries if entry.result is not None]
+    return PanelView(panel.title, panel.columns, rows, fill_command(page, results))
 
 
-def fill_command(page: Page, outcomes: Sequence[Outcome]) -> str:
+def fill_command(page: Page, results: Sequence[CellResult]) -> str:
     """The command that runs what is missing of these cells: with --only where they are not all of the experiment, and
     with --short where all numbers are of the short budget.
     """
-    begun = [outcome for outcome in outcomes if outcome.records or outcome.tried]
+    begun = [result for result in results if result.records or result.tried]
     short = " --short" if begun and all(map(_is_short, begun)) else ""
     selection = " --selection test" if page.name.endswith("-selected-on-test") else ""
-    return f"{_of_cells(page, outcomes)}{short}{selection}"
+    return f"{_of_cells(page, results)}{short}{selection}"
 
 
-def _is_short(outcome: Outcome) -> bool:
-    budgets = outcome.cell.epochs
-    return len(budgets) > 1 and outcome.study is not None and outcome.study.budget == budgets[-1]
+def _is_short(result: CellResult) -> bool:
+    budgets = result.cell.epochs
+    return len(budgets) > 1 and result.study is not None and result.study.budget == budgets[-1]
 
 
-def _of_cells(page: Page, outcomes: Sequence[Outcome]) -> str:
+def _of_cells(page: Page, results: Sequence[CellResult]) -> str:
     if page.experiment is None:
         return f"python -m experiments run {page.name}"
-    cells = {outcome.cell for outcome in outcomes}
+    cells = {result.cell for result in results}
     shared = set.intersection(*(set(cell.overrides) for cell in cells)) if cells else set()
     others = [cell for cell in page.experiment.cells if cell not in cells]
     if not others or any(shared <= set(other.overrides) for other in others):
         return f"python -m experiments run {page.experiment.name}"
-    ordered = [override for override in next(iter(outcomes)).cell.overrides if override in shared]
+    ordered = [override for override in next(iter(results)).cell.overrides if override in shared]
     kept = list(ordered)
     for override in ordered:  # the fewest that name no other cell
         fewer = {other for other in kept if other != override}
@@ -134,65 +134,65 @@ def _of_cells(page: Page, outcomes: Sequence[Outcome]) -> str:
 def _base(entries: Sequence[Entry]) -> str:
     """The optimizer that a row is a variant of."""
     for entry in entries:
-        if entry.outcome is not None:
-            names = [o.partition("=")[2] for o in entry.outcome.cell.overrides if o.startswith("optim=")]
+        if entry.result is not None:
+            names = [o.partition("=")[2] for o in entry.result.cell.overrides if o.startswith("optim=")]
             return next((base for name in names for key, base in BASES.items() if name.startswith(key)), "")
     return ""
 
 
 def _cell(page: Page, entry: Entry, details: dict[str, str]) -> CellView:
-    outcome, measure, experiment = entry.outcome, entry.measure, page.experiment
-    if outcome is None or measure is None or experiment is None:
+    result, measure, experiment = entry.result, entry.measure, page.experiment
+    if result is None or measure is None or experiment is None:
         return CellView(entry.ours, numbers=Numbers(_leading_number(entry.ours)))
     first = measure is experiment.measures[0]
-    pairs = [pair for pair in page.pairs if first and _is_rival(pair, outcome)]
+    pairs = [pair for pair in page.pairs if first and _is_rival(pair, result)]
     key = ""
-    if first and (outcome.records or outcome.tried):
-        key = cell_key(outcome, experiment.measures)
+    if first and (result.records or result.tried):
+        key = cell_key(result, experiment.measures)
         if key not in details:
             said = list(map(_gain_in_words, pairs))
-            content = detail(outcome, experiment.measures, entry.paper, said, fill_command(page, [outcome]))
+            content = detail(result, experiment.measures, entry.paper, said, fill_command(page, [result]))
             details[key] = packed(json_text(content))
     printed = f"paper {entry.paper}" if entry.paper else ""
-    if not outcome.records:
-        return _without_records(entry, outcome, printed, key)
-    values, text = outcome.values(measure), number_format(measure.digits)
+    if not result.records:
+        return _without_records(entry, result, printed, key)
+    values, text = result.values(measure), number_format(measure.digits)
     (mean, error), (low, high) = mean_and_error(values), mean_interval(values)
     gain = (pairs[0].gain.difference, *pairs[0].gain.interval()) if pairs else (nan, nan, nan)
     return CellView(
-        main="Fail" if outcome.failed else f"{mean:{text}}",
-        soft=_soft(outcome, f"{low:{text}} to {high:{text}}" if len(set(values)) > 1 else "", len(values)),
+        main="Fail" if result.failed else f"{mean:{text}}",
+        soft=_soft(result, f"{low:{text}} to {high:{text}}" if len(set(values)) > 1 else "", len(values)),
         paper=printed,
         difference=f"{entry.difference}{'*' if entry.marked else ''}",
         gains=[_gain(pair) for pair in pairs],
         gain_over=pairs[0].base if pairs else "",
-        epochs=outcome.epochs,
+        epochs=result.epochs,
         key=key,
-        numbers=Numbers(mean, low, high, error, len(values), paper(outcome.cell), outcome.difference(measure), *gain),
+        numbers=Numbers(mean, low, high, error, len(values), paper(result.cell), result.difference(measure), *gain),
     )
 
 
-def _without_records(entry: Entry, outcome: Outcome, printed: str, key: str) -> CellView:
+def _without_records(entry: Entry, result: CellResult, printed: str, key: str) -> CellView:
     """A number of the tuning curves, or else the best score of the tuning so far, or only the paper's number."""
-    numbers = Numbers(_leading_number(entry.ours), paper=paper(outcome.cell))
+    numbers = Numbers(_leading_number(entry.ours), paper=paper(result.cell))
     if entry.ours:
         main, _, spread = entry.ours.partition(" (")
         return CellView(main, f"80 %: {spread.rstrip(')')}", paper=printed, key=key, numbers=numbers)
-    scores = [record.headline for _, record in outcome.tried if not record.diverged]
+    scores = [record.headline for _, record in result.tried if not record.diverged]
     best = f", best {max(scores):.2f}" if scores else ""
     return CellView(f"tuning{best}" if key else "", paper=printed, key=key, tuned=True, numbers=numbers)
 
 
-def _soft(outcome: Outcome, interval: str, n: int) -> str:
+def _soft(result: CellResult, interval: str, n: int) -> str:
     """Interval, number of seeds, and the budget where it is not the paper's."""
-    budget = outcome.cell.epochs[0] if outcome.cell.epochs else outcome.epochs
-    shorter = "" if outcome.epochs == budget else f"after {outcome.epochs} epochs"
+    budget = result.cell.epochs[0] if result.cell.epochs else result.epochs
+    shorter = "" if result.epochs == budget else f"after {result.epochs} epochs"
     seeds = f"n={n}" if interval or n < 2 else f"n={n}, all alike"
     return ", ".join(filter(None, (interval, seeds if n else "", shorter)))
 
 
-def _is_rival(pair: Pair, outcome: Outcome) -> bool:
-    cell = outcome.cell
+def _is_rival(pair: Pair, result: CellResult) -> bool:
+    cell = result.cell
     return (pair.panel, pair.column, pair.rival) == (cell.panel, cell.column, cell.row)
 
 

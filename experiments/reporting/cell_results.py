@@ -1,4 +1,4 @@
-"""The outcome of each cell of an experiment, from the records, and comparisons between them."""
+"""The result of each cell of an experiment, from the records, and comparisons between them."""
 
 import json
 from collections import Counter
@@ -23,7 +23,7 @@ _study = cache(Study)  # a figure shows cells of the tables
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CellResult:
     """A cell at its reported budget, with the records of its final runs."""
 
     cell: Cell
@@ -116,15 +116,17 @@ class Pair:
         return (product > 0) - (product < 0)
 
 
-def outcomes(experiment: Experiment, store: Store, selection: str = "val") -> list[Outcome]:
-    """An outcome for each cell, at the longest of its budgets with all final runs, or else with the most runs."""
+def cell_results(experiment: Experiment, store: Store, selection: str = "val") -> list[CellResult]:
+    """A result for each cell, at the longest of its budgets with all final runs, or else with the most runs."""
     recorded = store.kinds()
-    return [_outcome(cell, store, recorded, selection, cell.seeds or experiment.seeds) for cell in experiment.cells]
+    return [_cell_result(cell, store, recorded, selection, cell.seeds or experiment.seeds) for cell in experiment.cells]
 
 
-def _outcome(cell: Cell, store: Store, recorded: frozenset[tuple[str, ...]], selection: str, seeds: int) -> Outcome:
+def _cell_result(
+    cell: Cell, store: Store, recorded: frozenset[tuple[str, ...]], selection: str, seeds: int
+) -> CellResult:
     """`recorded`: the store's kinds; to look there is much faster than to compose the runs of a cell without any."""
-    nothing = Outcome(cell, None, [], Tuning(), [])
+    nothing = CellResult(cell, None, [], Tuning(), [])
     given = dict(override.split("=", 1) for override in cell.overrides)
     size = given.get("train.batch_size", "")
     kind = given["dataset"], given.get("optim"), size if size.isdecimal() else None  # not 10_000
@@ -138,12 +140,12 @@ def _outcome(cell: Cell, store: Store, recorded: frozenset[tuple[str, ...]], sel
             continue
         tuning = study.tuning(store)
         tried = [(job, record) for job in tuning.jobs if (record := store.read(job.name)) is not None]
-        found.append(Outcome(cell, study, study.results(store), tuning, tried))
+        found.append(CellResult(cell, study, study.results(store), tuning, tried))
     # The first of equals.
     return max(found, key=lambda o: (min(len(o.records), seeds), len(o.tried)), default=nothing)
 
 
-def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Pair]:
+def comparisons(experiment: Experiment, found: list[CellResult]) -> list[Pair]:
     """All pairs of rows with numbers in a column, after the same number of epochs.
 
     Holm's correction counts the comparison of the same runs under several names once.
@@ -185,9 +187,9 @@ def comparisons(experiment: Experiment, found: list[Outcome]) -> list[Pair]:
     return [replace(pair, adjusted=adjusted.get(pair.key, nan)) for pair in compared]
 
 
-def far_seeds(outcome: Outcome) -> int:
+def far_seeds(result: CellResult) -> int:
     """How many seeds end more than FAR points of the headline metric below the median of the cell's."""
-    values = [record.headline for record in outcome.records]
+    values = [record.headline for record in result.records]
     return sum(bool(value < np.median(values) - FAR) for value in values)
 
 
@@ -216,30 +218,30 @@ def other_data(records: Iterable[Record]) -> dict[str, list[str]]:
     return warnings
 
 
-def _marked_difference(outcome: Outcome, measure: Measure) -> float:
+def _marked_difference(result: CellResult, measure: Measure) -> float:
     """The difference from the paper's number; NaN if it is within a standard error, ours or, if given, the paper's."""
-    difference, (_, error) = outcome.difference(measure), mean_and_error(outcome.values(measure))
-    printed = outcome.cell.paper.error if outcome.cell.paper else None
+    difference, (_, error) = result.difference(measure), mean_and_error(result.values(measure))
+    printed = result.cell.paper.error if result.cell.paper else None
     return difference if abs(difference) > max(error, printed or 0.0) else nan
 
 
-def gain(base: Outcome, rival: Outcome, measure: Measure) -> tuple[Comparison, bool]:
+def gain(base: CellResult, rival: CellResult, measure: Measure) -> tuple[Comparison, bool]:
     """The gain of the rival; paired over test samples if the records have their outcomes, and whether it is."""
-    arms = [[record.scores for record in outcome.records] for outcome in (rival, base)]
+    arms = [[record.scores for record in result.records] for result in (rival, base)]
     known = measure.key == "headline" and all(scores is not None for arm in arms for scores in arm)
     if known and min(map(len, arms)) > 1:
         ours, theirs = (np.stack([scores for scores in arm if scores is not None]) for arm in arms)
         return compare_paired(ours, theirs), True
-    return compare(*(measure.sign * np.asarray(outcome.values(measure)) for outcome in (rival, base))), False
+    return compare(*(measure.sign * np.asarray(result.values(measure)) for result in (rival, base))), False
 
 
-def places(found: Iterable[Outcome]) -> list[tuple[str, str]]:
+def places(found: Iterable[CellResult]) -> list[tuple[str, str]]:
     """The columns of a table, as panel and column, in the order of the cells."""
-    return list(dict.fromkeys((outcome.cell.panel, outcome.cell.column) for outcome in found))
+    return list(dict.fromkeys((result.cell.panel, result.cell.column) for result in found))
 
 
-def at_place(found: Iterable[Outcome], panel: str, column: str) -> list[Outcome]:
-    """The outcomes in a column of a table."""
+def at_place(found: Iterable[CellResult], panel: str, column: str) -> list[CellResult]:
+    """The results of the cells in a column of a table."""
     return [o for o in found if (o.cell.panel, o.cell.column) == (panel, column)]
 
 
