@@ -29,7 +29,7 @@ from experiments.serve import LOOPBACK, ResultsServer
 from lawn.composition import compose_many
 from lawn.errors import ConfigError, UserError
 from lawn.files import is_writable
-from lawn.output import echo, open_closed_streams
+from lawn.output import echo, echo_error, open_closed_streams
 from lawn.task import dataset_reader
 from lawn.train import Stopped
 from lawn.train.signals import raise_on_signal
@@ -44,8 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         with raise_on_signal():  # the pool stops its runs, each with a checkpoint
             return int(given.action(given))
     except (UserError, OSError) as error:
-        echo(f"error: {error}", sys.stderr)
-        return getattr(error, "exit_code", UserError.exit_code)
+        return echo_error(error)
     except KeyboardInterrupt:
         echo("stopped; run the same command again to resume", sys.stderr)
         return Stopped.exit_code

@@ -9,6 +9,8 @@ from typing import IO
 
 from tqdm import tqdm
 
+from lawn.errors import UserError
+
 
 def echo(line: str, stream: IO[str] | None = None) -> None:
     """Print a line to `stream` (stdout), above progress bars; what cannot be written is lost (`keep_going`)."""
@@ -18,6 +20,12 @@ def echo(line: str, stream: IO[str] | None = None) -> None:
     with keep_going(stream):
         tqdm.write(line, stream)
         stream.flush()
+
+
+def echo_error(error: Exception) -> int:
+    """Print why a command has failed, in one line on stderr; returns the exit code."""
+    echo(f"error: {error}", sys.stderr)
+    return getattr(error, "exit_code", UserError.exit_code)
 
 
 @contextmanager

@@ -3,7 +3,6 @@ what was measured, where and with what."""
 
 import json
 import statistics
-import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ import torch
 
 from lawn.errors import UserError
 from lawn.files import write_text
+from lawn.output import echo_error
 from lawn.train.provenance import environment
 from lawn.train.throughput import synchronize
 from lawn.train.trainer import Trainer
@@ -119,7 +119,6 @@ def main(
     try:
         rows = measure()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return echo_error(error)
     write(name, given, title, page(rows), rows)
     return 0

@@ -22,6 +22,7 @@ from lawn.data.jpeg import decode
 from lawn.data.shards import INDEX
 from lawn.errors import DataError, UserError
 from lawn.files import locked, named, write_text
+from lawn.output import echo_error
 
 LOCK = ".lock"  # is free when the process has ended, however it did
 AT_ONCE = 256  # images that are decoded before they are written
@@ -88,8 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         make(given.source, given.target, given.maxcount)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", UserError.exit_code)
+        return echo_error(error)
     except KeyboardInterrupt:
         print(f"interrupted; {given.target} has no {INDEX} yet; run the same command again", file=sys.stderr)
         return 130

@@ -23,7 +23,7 @@ from lawn.data.folders import CHECKSUM
 from lawn.errors import UserError
 from lawn.files import write_text
 from lawn.identity import NOT_IDENTITY
-from lawn.output import echo
+from lawn.output import echo, echo_error
 from lawn.train.run_directory import LAST_KEY, environments, read_config, read_environment, read_result
 
 
@@ -90,8 +90,7 @@ def main() -> int:
     try:
         return rank_runs()
     except (UserError, OSError) as error:
-        echo(f"error: {error}", sys.stderr)
-        return getattr(error, "exit_code", 1)
+        return echo_error(error)
 
 
 def rank_runs() -> int:

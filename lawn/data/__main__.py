@@ -14,7 +14,7 @@ from lawn.compose import compose
 from lawn.data.download import CountMismatch
 from lawn.data.folders import FolderImages
 from lawn.errors import DataError, UserError
-from lawn.output import echo
+from lawn.output import echo, echo_error
 from lawn.task import TASKS, dataset_reader
 
 # A dataset of conf/dataset, with overrides if it has several forms.
@@ -52,8 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
             config.data_dir = str(given.data_dir)
             show(name, dataset_reader(config)(), given.mode)
         except (UserError, OSError) as error:
-            echo(f"error: {error}", sys.stderr)
-            code = max(code, getattr(error, "exit_code", UserError.exit_code))
+            code = max(code, echo_error(error))
     return code
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from lawn.diagnostics import figure
 from lawn.errors import ConfigError, RunError, UserError
 from lawn.files import atomic
-from lawn.output import echo
+from lawn.output import echo, echo_error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,8 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         with atomic(given.out.resolve()) as temporary:
             figure.save(runs, temporary)
     except (UserError, OSError) as error:
-        echo(f"error: {error}", sys.stderr)
-        return getattr(error, "exit_code", UserError.exit_code)
+        return echo_error(error)
     echo(str(given.out))
     return 0
 
