@@ -20,7 +20,7 @@ class DataError(UserError):
 
 
 class RunError(UserError):
-    """A run directory that cannot be used."""
+    """A run, or a file that one has left, that cannot be used."""
 
 
 class RunInUseError(RunError):

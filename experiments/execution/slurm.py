@@ -50,7 +50,7 @@ class SubmititWork:
 
     jobs: Sequence[Job]
     ranks: int
-    threads: int | None = None
+    threads: int
 
     def __call__(self) -> int:
         """Returns the exit code of rank 0, or requeues the job."""

@@ -31,8 +31,8 @@ class Job:
 
     config: Config
     overrides: tuple[str, ...]
-    setting: tuple[str, ...] = ()  # the hyperparameters, as overrides
-    experiment: str = ""  # that it is recorded for
+    setting: tuple[str, ...]  # the hyperparameters, as overrides
+    experiment: str  # that it is recorded for
     tunes: bool = False  # whether it tunes the experiment
 
     @cached_property

@@ -79,7 +79,7 @@ def write(page: Page, results: Path = RESULTS) -> None:
         save(page.figure, results / page.name)
 
 
-def write_index(pages: Sequence[Page], results: Path = RESULTS) -> None:
+def write_index(pages: Sequence[Page], results: Path) -> None:
     """Write results/index.html, one file with everything in it; `pages` have been written before."""
     write_text(results / "index.html", index(pages, results))
 

@@ -76,7 +76,7 @@ class ShardImages(JPEGImages):
         image_size: int,
         workers: int,
         warnings: list[str],
-        checksum_of_files: str | None = None,
+        checksum_of_files: str | None,
     ) -> None:
         super().__init__(num_classes, image_size, workers, warnings)
         self.train, self.held_out, self._checksum_of_files = train, held_out, checksum_of_files

@@ -42,7 +42,7 @@ class PageView:
     page: Page
     panels: list[PanelView]
     measured: str
-    image: str = ""  # an SVG, packed
+    image: str  # an SVG, packed; empty without one
 
     @property
     def label(self) -> str:
