@@ -4,7 +4,6 @@ A builder takes the model and the config keys of its optimizer as keyword argume
 """
 
 from collections.abc import Callable
-from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -46,8 +45,7 @@ def torch_adaptive(optimizer_class: type[Adam]) -> Callable[..., Optimizer]:
     def build(
         model: nn.Module, *, lr: float, betas: list[float], eps: float, weight_decay: float, fused: bool = True
     ) -> Optimizer:
-        build_fused = adaptive(partial(optimizer_class, fused=fused))
-        return build_fused(model, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        return optimizer_class(decay_groups(model, weight_decay), lr=lr, betas=_pair(betas), eps=eps, fused=fused)
 
     return build
 
