@@ -55,10 +55,10 @@ class Comparison:
         """The smallest true difference that a test with this standard error finds with probability POWER."""
         return nan if isnan(self.error) else _detectable(self.error, self.df)
 
-    def seeds_needed(self, difference: float, seeds: float) -> float:
-        """How many seeds in each arm find a true `difference` with probability POWER, from `seeds` in each that gave
-        this error; infinite where more than MANY_SEEDS do not."""
-        of_seeds = max(0.0, self.error**2 - self.floor**2) * seeds
+    def seeds_needed(self, difference: float) -> float:
+        """How many seeds in each arm find a true `difference` with probability POWER; infinite where MANY_SEEDS do
+        not."""
+        of_seeds = max(0.0, self.error**2 - self.floor**2) * self.seeds
 
         def enough(n: int) -> bool:
             return _detectable(sqrt(self.floor**2 + of_seeds / n), 2 * (n - 1)) <= abs(difference)

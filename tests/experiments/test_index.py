@@ -354,7 +354,7 @@ def test_what_is_said_of_the_comparisons():
     (said,) = findings.findings([table_with(*(replace(each, paper=1.25) for each in many))])
     needed = re.fullmatch(r"\+0\.10 \(.*?\) \[\+1\.25, (\d) seeds\]", said.tables[0].rows[0][3])
     assert needed is not None
-    assert int(needed[1]) == many[2].gain.seeds_needed(1.25, 3)
+    assert int(needed[1]) == many[2].gain.seeds_needed(1.25)
     assert said.tables[0].rows[0][1] == "better: +3.00 (+1.82 to +4.18) [+1.25]"
     (said,) = findings.findings([table_with(*(replace(each, paper=1.35) for each in many))])
     assert said.tables[0].rows[0][3] == "+0.10 (-1.08 to +1.28) [+1.35]"  # which the interval leaves out
@@ -471,8 +471,8 @@ def test_what_would_decide_a_comparison_that_is_not_decided():
         (said,) = findings.findings([table_with(replace(open_, paper=paper))])
         told = rf"^Not decided: .* after 60 epochs: .*the paper .* after 300\)\. A true gain of .*{words}"
         assert re.search(told, said.comparisons[0])
-    assert gain.seeds_needed(9.0, 2) <= gain.seeds_needed(8.0, 2)
-    needed = gain.seeds_needed(8.0, 2)
+    assert gain.seeds_needed(9.0) <= gain.seeds_needed(8.0)
+    needed = gain.seeds_needed(8.0)
     enough = sqrt(gain.floor**2 + (gain.error**2 - gain.floor**2) * 2 / needed)
     assert Comparison(0, enough, 2 * (needed - 1)).detectable() <= 8.0
 

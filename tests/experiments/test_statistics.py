@@ -140,7 +140,7 @@ def test_seeds_needed_from_arms_of_other_sizes():
     assert gain.seeds == pytest.approx(12)
     equal = compare(few + 1.0, few)
     assert equal.seeds == 8
-    assert gain.seeds_needed(1.0, gain.seeds) == equal.seeds_needed(1.0, equal.seeds) == 17
+    assert gain.seeds_needed(1.0) == equal.seeds_needed(1.0) == 17
     rng = np.random.default_rng(5)
     ours, theirs = 100.0 * (rng.random((2, 3, 50)) < 0.5)
     assert compare_paired(ours, theirs).seeds == pytest.approx(3)

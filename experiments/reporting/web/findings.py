@@ -255,7 +255,7 @@ def _needed_seeds(pair: Pair) -> str:
     low, high = pair.gain.interval()
     if not pair.paper or not low <= pair.paper <= high or min(pair.seeds) < 2 or any(pair.far):
         return ""
-    needed = pair.gain.seeds_needed(pair.paper, pair.gain.seeds)
+    needed = pair.gain.seeds_needed(pair.paper)
     return f"{float(f'{needed:.2g}'):,.0f} seeds" if needed < inf else f"more than {MANY_SEEDS:,} seeds"
 
 
