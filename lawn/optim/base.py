@@ -73,10 +73,9 @@ class LAWNOptimizer(Optimizer, ABC):
         free_steps = keys.check_free_steps(free_steps)
         self._zero_check = ZeroCheck()
         self._may_trace = False  # set by a step that is not traced, which makes state and compares loaded norms
-        self._is_constructed = self._had_weights = False
+        self._had_weights = False
         defaults = {**defaults, "weight_decay": 0.0, "free_steps": free_steps, "fused": fused}
         super().__init__(params, defaults if mode == "nearest" else {**defaults, rounding.KEY: mode})
-        self._is_constructed = True
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "known": self._zero_check.known}  # a copy has the same parameters
@@ -85,7 +84,6 @@ class LAWNOptimizer(Optimizer, ABC):
         super().__setstate__({key: value for key, value in state.items() if key != "known"})
         self._zero_check = ZeroCheck(state.get("known"))  # none are known after `load_state_dict`
         self._may_trace = False
-        self._is_constructed = True
         self._had_weights = getattr(self, "_had_weights", False) or keys.has_weights(self.param_groups)
         keys.restore_norms(self.state)
         for _, entry in keys.entries(self.state):
@@ -156,7 +154,7 @@ class LAWNOptimizer(Optimizer, ABC):
         if not given:
             del added["free_steps"]
         try:
-            keys.add_defaults(self.param_groups, index, self.defaults["free_steps"], later=self._is_constructed)
+            keys.add_defaults(self.param_groups, index, self.defaults["free_steps"])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise

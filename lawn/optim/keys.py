@@ -61,11 +61,11 @@ def check_free_steps(free_steps: Any, place: str = "") -> int | None:
     return steps
 
 
-def add_defaults(groups: list[Group], index: int, free_steps: int | None, *, later: bool) -> None:
+def add_defaults(groups: list[Group], index: int, free_steps: int | None) -> None:
     """Add missing keys to param group `index`. Raises ValueError or TypeError as `check_group` does.
 
-    A group that is added `later` than the others, when they have taken steps, starts in their phase, unless it has its
-    own `free_steps`, which are counted from then on.
+    A group that is added after the first step starts in the phase of the others, unless it has its own `free_steps`,
+    which are counted from then on.
     """
     group = groups[index]
     check_group(group, index)
@@ -76,7 +76,7 @@ def add_defaults(groups: list[Group], index: int, free_steps: int | None, *, lat
     if group.get("constrain") is not False and any(hasattr(p, "ds_id") for p in group["params"]):
         raise TypeError(f"param group {index} holds flat parameters of DeepSpeed's ZeRO, {FLAT}")
     phase: Group = {"free_steps": free_steps}
-    if later and "free_steps" not in group:
+    if "free_steps" not in group:
         phase = _phase_of([each for each in groups if each is not group and "switched" in each]) or phase
     phase = {**DEFAULTS, **phase, **{key: group[key] for key in DEFAULTS if key in group}}
     group.update({**phase, "free_steps": check_free_steps(phase["free_steps"])})
@@ -86,10 +86,9 @@ def _phase_of(groups: list[Group]) -> Group:
     """Return the keys of the group that switches last, without those that have nothing to constrain if there are
     others; nothing before the first step.
     """
-    groups = _constraining(groups)
     if not any(group["steps"] or group["switched"] for group in groups):
         return {}
-    last = max(groups, key=_remaining)
+    last = max(_constraining(groups), key=_remaining)
     return {key: last[key] for key in ("free_steps", "steps", "switched")}
 
 

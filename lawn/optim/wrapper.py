@@ -78,8 +78,7 @@ class LAWN:
                 optimizer.param_groups[index] = keys.without_run(group) if begun else dict(group)
         try:
             for index in range(len(before)):
-                added = "switched" not in before[index] and any("switched" in group for group in before[:index])
-                _add_defaults(optimizer, index, free_steps, later=trained and added)
+                _add_defaults(optimizer, index, free_steps)
             _check_saved(optimizer)
         except (TypeError, ValueError):
             for group, old in zip(optimizer.param_groups, before, strict=True):
@@ -194,7 +193,7 @@ class LAWN:
             self._load(self.optimizer)
         for index, group in enumerate(groups):
             if "switched" not in group:
-                _add_defaults(self.optimizer, index, self._free_steps, later=True)
+                _add_defaults(self.optimizer, index, self._free_steps)
                 self._had_weights |= keys.has_weights([group])
         self._groups = list(groups)
 
@@ -389,7 +388,7 @@ def _check_saved(optimizer: Optimizer) -> None:
         )
 
 
-def _add_defaults(optimizer: Optimizer, index: int, free_steps: int | None, *, later: bool) -> None:
+def _add_defaults(optimizer: Optimizer, index: int, free_steps: int | None) -> None:
     """Check a param group of a wrapped optimizer, and add LAWN's keys."""
     group = optimizer.param_groups[index]
     others = [key for key in group if key not in optimizer.defaults]
@@ -401,4 +400,4 @@ def _add_defaults(optimizer: Optimizer, index: int, free_steps: int | None, *, l
         )
     if group.get("differentiable"):
         raise ValueError(f"param group {index}: differentiable=True, but LAWN's part of a step has no derivatives")
-    keys.add_defaults(optimizer.param_groups, index, free_steps, later=later)
+    keys.add_defaults(optimizer.param_groups, index, free_steps)
