@@ -14,6 +14,7 @@ from lawn.optim import keys, phase, rounding, slices, stages
 from lawn.optim.blocks import batch_elements
 from lawn.optim.checks import IGNORED_KEYS, BaseRule, check_not_negative, check_options, check_spelling, torch_keys
 from lawn.optim.group_update import GroupUpdate
+from lawn.optim.norms import is_known, layouts
 from lawn.optim.zero_check import ZeroCheck
 
 ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
@@ -71,6 +72,7 @@ class LAWNOptimizer(Optimizer, ABC):
     ) -> None:
         rounding.check(mode)
         free_steps = keys.check_free_steps(free_steps)
+        self._known: phase.KnownBlocks = {}
         self._zero_check = ZeroCheck()
         self._may_trace = False  # set by a step that is not traced, which makes state and compares loaded norms
         self._had_weights = False
@@ -78,11 +80,12 @@ class LAWNOptimizer(Optimizer, ABC):
         super().__init__(params, defaults if mode == "nearest" else {**defaults, rounding.KEY: mode})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "known": self._zero_check.known}  # a copy has the same parameters
+        return {**super().__getstate__(), "known": self._known}  # a copy has the same parameters
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({key: value for key, value in state.items() if key != "known"})
-        self._zero_check = ZeroCheck(state.get("known"))  # none are known after `load_state_dict`
+        self._known = dict(state.get("known", {}))  # none are known after `load_state_dict`
+        self._zero_check = ZeroCheck()
         self._may_trace = False
         self._had_weights = getattr(self, "_had_weights", False) or keys.has_weights(self.param_groups)
         keys.restore_norms(self.state)
@@ -189,7 +192,7 @@ class LAWNOptimizer(Optimizer, ABC):
             >>> optimizer.constrained
             True
         """
-        self._zero_check.constrain(self, again=again)
+        phase.constrain(self, self._known, again=again)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have gradients.
@@ -240,7 +243,8 @@ class LAWNOptimizer(Optimizer, ABC):
             self._check_keys(group, index, unsupported)
         results: list[tuple[GroupUpdate, Tensor | None]] = []
         pending: list[tuple[GroupUpdate, stages.Pending]] = []
-        for group_update in self._zero_check.begin(self):
+        self._zero_check.check_pending()
+        for group_update in phase.begin_step(self, self._known):
             updated, waiting = self._update_group(group_update)
             results += updated
             pending += waiting
@@ -284,7 +288,8 @@ class LAWNOptimizer(Optimizer, ABC):
         group_updates = [phase.collect(group, k, self.state) for k, group in enumerate(self.param_groups)]
         for group_update in group_updates:
             params = [*group_update.free, *group_update.params]
-            if group_update.has_dtensors or group_update.slice_axes or not self._zero_check.knows(group_update):
+            known = all(is_known(self._known, layout) for layout in layouts(group_update))
+            if group_update.has_dtensors or group_update.slice_axes or not known:
                 return None
             norms = group_update.norms
             if not all(self.state.get(p) for p in params) or any(isinstance(c, Tensor) for c in norms) or 0.0 in norms:

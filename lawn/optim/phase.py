@@ -120,15 +120,17 @@ def check_capture() -> None:
 
 
 @torch.no_grad()
-def constrain(optimizer: Optimizer, *, again: bool) -> list[GroupUpdate]:
-    """Fix the norms at their present values (equation 1) and return them; see `LAWNOptimizer.constrain`."""
+def constrain(optimizer: Optimizer, known: KnownBlocks, *, again: bool) -> None:
+    """Fix the norms at their present values (equation 1), which are known then; see `LAWNOptimizer.constrain`."""
     groups = optimizer.param_groups
     chosen = [index for index, group in enumerate(groups) if again or not group["switched"]]
     if not chosen:
         raise ValueError("the weights are constrained already; constrain(again=True) adopts their current norms")
     if not any(_is_trained(p) and constrains(groups[index], p) for index in chosen for p in groups[index]["params"]):
         raise ValueError("nothing to constrain: no trainable parameter with two or more dimensions")
-    return switch(optimizer, chosen)
+    for group_update in switch(optimizer, chosen):
+        for part in group_update.parts():
+            remember(known, layouts(part))
 
 
 @torch.no_grad()

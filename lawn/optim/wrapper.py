@@ -94,7 +94,8 @@ class LAWN:
         self.optimizer = optimizer
         self._free_steps = free_steps
         self._fused = fused
-        self._zero_check = ZeroCheck(known)
+        self._known = dict(known or {})
+        self._zero_check = ZeroCheck()
         self._stored_weights = StoredWeights(optimizer)
         self._groups = list(optimizer.param_groups)  # a load makes new ones
         self._had_weights = keys.has_weights(self._groups)
@@ -123,7 +124,7 @@ class LAWN:
 
     def __getstate__(self) -> dict[str, Any]:
         self._norms.show()
-        known = self._zero_check.known  # a copy has the same parameters
+        known = self._known  # a copy has the same parameters
         arguments = {"optimizer": self.optimizer, "free_steps": self._free_steps, "fused": self._fused, "known": known}
         return {"arguments": arguments, "attached": bool(self._hooks)}
 
@@ -155,7 +156,7 @@ class LAWN:
         if not self._hooks:
             raise ValueError("LAWN was detached from the optimizer")
         self._prepare()
-        self._zero_check.constrain(self.optimizer, again=again)
+        phase.constrain(self.optimizer, self._known, again=again)
 
     def detach(self) -> None:
         """Remove LAWN's hooks and keys from the optimizer, which then trains without constraints."""
@@ -173,6 +174,7 @@ class LAWN:
         return keys.complete_state_dict(state_dict, optimizer.param_groups, sorted(known))
 
     def _load(self, optimizer: Optimizer) -> None:
+        self._known = {}
         self._zero_check = ZeroCheck()
         self._groups = list(optimizer.param_groups)
         keys.restore_norms(optimizer.state)
@@ -253,7 +255,8 @@ class LAWN:
         first, count = self._group_updates is None, len(self._before)
         if first:
             self._prepare_added()  # the closure may have added a group
-            self._group_updates = self._zero_check.begin(self.optimizer, self._fused)
+            self._zero_check.check_pending()
+            self._group_updates = phase.begin_step(self.optimizer, self._known, self._fused)
         group_updates = self._group_updates or []
         for single in chain.from_iterable(group.split_by_device_and_dtype() for group in group_updates):
             params = single.params

@@ -27,6 +27,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lawn import LAMB, LAMBLAWN, LAWN, SGDLAWN, AdamLAWN
 from lawn.optim.keys import NORM
+from lawn.optim.phase import begin_step
 from tests.optim.helpers import with_gradients
 
 NEW = (AdamLAWN, SGDLAWN, LAMBLAWN)
@@ -1027,9 +1028,8 @@ def test_a_zero_mask_of_a_gpu_is_checked_once_when_it_has_arrived():
     optimizer = AdamLAWN([w], free_steps=0)
     w.grad = torch.rand_like(w)
     optimizer.step()
-    check = optimizer._zero_check
-    (group_update,) = check.begin(optimizer)
-    check._pending.append((group_update, torch.tensor([True]), Event()))
+    (group_update,) = begin_step(optimizer, optimizer._known)
+    optimizer._zero_check._pending.append((group_update, torch.tensor([True]), Event()))
     optimizer.step()
     with pytest.raises(ValueError, match="is zero, but was constrained"):
         optimizer.step()

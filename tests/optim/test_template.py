@@ -168,7 +168,7 @@ def test_a_group_that_comes_later_is_in_the_phase_of_the_others(make, stepped, b
     optimizer = make([first], lr=1e-2, free_steps=None if by_hand else 0)
     first.grad, second.grad = torch.ones_like(first), torch.ones_like(second)
     if by_hand:
-        phase.constrain(optimizer, again=False)
+        phase.constrain(optimizer, {}, again=False)
     if stepped:
         optimizer.step()
     optimizer.add_param_group({"params": [second]})
@@ -184,7 +184,7 @@ def test_a_failed_switch_changes_nothing(make):
     before = matrix.detach().clone()
     optimizer = make([{"params": [matrix]}, {"params": [zero]}], lr=1e-2, free_steps=0)
     matrix.grad, zero.grad = torch.ones_like(matrix), torch.ones_like(zero)
-    for attempt in (optimizer.step, lambda: phase.constrain(optimizer, again=False)):
+    for attempt in (optimizer.step, lambda: phase.constrain(optimizer, {}, again=False)):
         with pytest.raises(ValueError, match="norm is 0"):
             attempt()
         assert not keys.is_constrained(optimizer.param_groups)
@@ -424,11 +424,11 @@ def test_a_state_that_is_made_anew_at_each_access_is_not_taken_for_a_load():
     model = two_layers()
     optimizer = Composite(model.parameters(), lr=1e-2, weight_decay=0.0)
     lawn = LAWN(optimizer, free_steps=None)
-    known = lawn._zero_check
+    known = lawn._known
     for _ in range(3):
         assert optimizer.state is not optimizer.state
         lawn._prepare_added()
-    assert lawn._zero_check is known
+    assert lawn._known is known
 
 
 class Several(Optimizer):
