@@ -282,7 +282,7 @@ class _Launch:
     def gradient_along(self) -> Tensor:
         """Compute w.g / w.w of each block from the first two lists: [blocks]."""
         along = torch.empty(self.block_grid[0], device=self.device)
-        _gradient_sums[self.chunk_grid](*self.tensors, self.sums, **self.constants)
+        self.start(_gradient_sums, self.sums)
         _gradient_along[self.block_grid](self.sums, self.layout.starts, along, TILE=TILE)
         return along
 
@@ -327,13 +327,13 @@ def adam(
     trust: bool,
 ) -> Tensor:
     factors = betas[0], 1 - betas[0], betas[1], 1 - betas[1]
-    return _step(blocks, corrections, lr, factors, eps, adam=True, trust=trust)
+    return _step(blocks, corrections, lr, factors, eps, trust=trust)
 
 
 @_on_device_of_blocks
 def sgd(blocks: Blocks, *, lr: float | Tensor, momentum: float) -> Tensor:
     corrections = torch.ones(2, len(blocks), device="cpu")
-    return _step(blocks, corrections, lr, (momentum, 1.0, 0.0, 0.0), 0.0, adam=False, trust=False)
+    return _step(blocks, corrections, lr, (momentum, 1.0, 0.0, 0.0), 0.0, trust=False)
 
 
 def _step(
@@ -343,37 +343,36 @@ def _step(
     factors: tuple[float, float, float, float],
     eps: float,
     *,
-    adam: bool,
     trust: bool,
 ) -> Tensor:
     """Update all blocks. `factors` multiply the first moment, its gradient, the second moment and its gradient."""
     launch = _Launch(blocks)
     scales = upload(corrections.T.float().contiguous(), launch.device)
     along = launch.gradient_along()
-    launch.start(_moments, launch.layout.owners, along, scales, launch.sums, *factors, eps, ADAM=adam)
-    _write_weights(launch, blocks, scales, launch.coefficients(lr, trust), eps)
+    launch.start(_moments, launch.layout.owners, along, scales, launch.sums, *factors, eps, ADAM=bool(blocks.second))
+    _write_weights(launch, scales, launch.coefficients(lr, trust), eps)
     launch.rescale()
     return launch.zero
 
 
-def _write_weights(launch: _Launch, blocks: Blocks, scales: Tensor, coefficients: Tensor, eps: float) -> None:
+def _write_weights(launch: _Launch, scales: Tensor, coefficients: Tensor, eps: float) -> None:
     """Apply the update from the stored moments, by the coefficients [blocks, 2] of the weights and the update."""
     owners, stochastic = launch.layout.owners, launch.streams is not None
     streams = launch.streams if stochastic else owners
-    keys = {"STOCHASTIC": stochastic, "ADAM": bool(blocks.second)}
+    keys = {"STOCHASTIC": stochastic, "ADAM": bool(launch.blocks.second)}
     launch.start(_move, owners, scales, coefficients, eps, streams, launch.sums, **keys)
 
 
 @_on_device_of_blocks
 def project(blocks: Blocks) -> None:
     launch = _Launch(blocks)
-    _project[launch.chunk_grid](*launch.tensors, launch.layout.owners, launch.gradient_along(), **launch.constants)
+    launch.start(_project, launch.layout.owners, launch.gradient_along())
 
 
 @_on_device_of_blocks
 def retract(blocks: Blocks) -> Tensor:
     launch = _Launch(blocks)
-    _difference_sums[launch.chunk_grid](*launch.tensors, launch.sums, **launch.constants)
+    launch.start(_difference_sums, launch.sums)
     launch.start(_retract, launch.layout.owners, launch.coefficients(1.0, False), launch.sums)
     launch.rescale()
     return launch.zero
@@ -404,7 +403,7 @@ def advance(
 def move(blocks: Blocks, keep: Tensor, take: Tensor, scales: Tensor, eps: float) -> None:
     launch = _Launch(blocks)
     columns = upload(scales.T.float().contiguous(), launch.device)
-    _write_weights(launch, blocks, columns, torch.stack([keep, take], 1).float(), eps)
+    _write_weights(launch, columns, torch.stack([keep, take], 1).float(), eps)
 
 
 @_on_device_of_blocks
