@@ -286,8 +286,7 @@ static void project_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **b
 }
 
 /* Before a step of the base optimizer: copies w to before and writes the projected gradient to out. */
-void project(int64_t blocks, const int64_t *at, const int64_t *n, const double *c, uint8_t *zero, REAL **w, REAL **g,
-             REAL **before, REAL **out) {
+void project(int64_t blocks, const int64_t *at, const int64_t *n, REAL **w, REAL **g, REAL **before, REAL **out) {
     EACH_BLOCK(project_block(at[b], at[b + 1], w, g, before, out, n))
 }
 

@@ -34,7 +34,7 @@ _BLOCKS = (*_LAYOUT, _DOUBLES, POINTER(c_uint8))
 SIGNATURES = {
     "adam": (*_BLOCKS, *[_TENSORS] * 4, *[_DOUBLES] * 2, *[c_double] * 4, c_int),
     "sgd": (*_BLOCKS, *[_TENSORS] * 3, *[c_double] * 2),
-    "project": (*_BLOCKS, *[_TENSORS] * 4),
+    "project": (*_LAYOUT, *[_TENSORS] * 4),
     "retract": (*_BLOCKS, *[_TENSORS] * 2),
     "products": (*_LAYOUT, *[_TENSORS] * 2, _DOUBLES),
     "adam_advance": (*_LAYOUT, *[_TENSORS] * 4, *[_DOUBLES] * 7),
@@ -76,7 +76,7 @@ class CPUKernels:
         return self._update("sgd", blocks, float(lr), momentum)
 
     def project(self, blocks: Blocks) -> None:
-        self._update("project", blocks)
+        self._call("project", blocks)
 
     def retract(self, blocks: Blocks) -> Tensor | None:
         return self._update("retract", blocks)
@@ -101,34 +101,34 @@ class CPUKernels:
     def move(self, blocks: Blocks, keep: Tensor, take: Tensor, scales: Tensor, eps: float | Tensor) -> None:
         """As `update.move`, but `eps` may be a tensor [blocks]."""
         if blocks.second:
-            self._call("adam_move", blocks, (), keep, take, *scales, _of_each(blocks, eps))
+            self._call("adam_move", blocks, keep, take, *scales, _of_each(blocks, eps))
         else:
-            self._call("sgd_move", blocks, (), keep, take)
+            self._call("sgd_move", blocks, keep, take)
 
     def tangents(self, blocks: Blocks, along: Tensor) -> None:
-        self._call("tangents", blocks, (), along)
+        self._call("tangents", blocks, along)
 
     def differences(self, blocks: Blocks) -> Tensor:
         return self._sums("differences", blocks)
 
     def combine(self, blocks: Blocks, keep: Tensor, take: Tensor) -> None:
-        self._call("combine", blocks, (), keep, take)
+        self._call("combine", blocks, keep, take)
 
     def _update(self, name: str, blocks: Blocks, *arguments: object) -> Tensor | None:
         """Call a function that updates blocks of these norms and marks those that are zero."""
         count = len(blocks)
         zero = (c_uint8 * count)()
         norms = blocks.norm_of_each() if blocks.slice_axes else (c_double * count)(*map(float, blocks.norms))
-        self._call(name, blocks, (norms, zero), *arguments)
+        self._call(name, blocks, *arguments, first=(norms, zero))
         return torch.tensor(list(zero), dtype=torch.bool, device="cpu") if 1 in bytes(zero) else None
 
     def _sums(self, name: str, blocks: Blocks, *arguments: object) -> Tensor:
         """Call a function that computes two sums for each block: [blocks, 2]."""
         sums = torch.empty(len(blocks), 2, dtype=torch.float64, device="cpu")
-        self._call(name, blocks, (), *arguments, sums)
+        self._call(name, blocks, *arguments, sums)
         return sums
 
-    def _call(self, name: str, blocks: Blocks, first: tuple[object, ...], *arguments: object) -> None:
+    def _call(self, name: str, blocks: Blocks, *arguments: object, first: tuple[object, ...] = ()) -> None:
         count, tensor_count = len(blocks), len(blocks.weights)
         lists: list[Any] = [[t.data_ptr() for t in tensors] for tensors in blocks.lists]
         starts: Any
