@@ -21,9 +21,9 @@ from torch import Tensor
 
 from lawn.optim.blocks import Blocks
 from lawn.optim.cache import cache_directories
+from lawn.optim.sharding import PLAIN
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
-PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may have no memory of its own
 WRITES_WEIGHTS = ("adam", "sgd", "retract", "adam_move", "sgd_move", "combine")
 DTYPES = {torch.float32: ("float", "sqrtf"), torch.float64: ("double", "sqrt")}
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -174,7 +174,7 @@ def load(lists: Sequence[list[Tensor]], *, warn: bool = False) -> CPUKernels | N
     if dtype not in DTYPES or any(t.dtype != dtype or not t.is_cpu for tensors in lists for t in tensors):
         return None
     if not same_layout(*lists) or any(type(t) not in PLAIN for tensors in lists for t in tensors):
-        return None
+        return None  # a subclass may have no memory of its own
     if torch.are_deterministic_algorithms_enabled() and torch.get_num_threads() > 2:
         return None  # the threads add their sums in the order in which they end
     kernels, problem = build(dtype)
