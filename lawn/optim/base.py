@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lawn.optim import keys, phase, rounding, slices, stages
+from lawn.optim import keys, phase, rounding, stages
 from lawn.optim.blocks import batch_elements
 from lawn.optim.checks import IGNORED_KEYS, BaseRule, check_not_negative, check_options, check_spelling, torch_keys
 from lawn.optim.group_update import GroupUpdate
@@ -27,9 +27,8 @@ class LAWNOptimizer(Optimizer, ABC):
     the norm of weight l at the switch. A subclass implements `_state_of`, `_free_update`,
     `_constrained_update` and `_sharded_update`, and may have a `_base_rule` that state dicts have to follow.
 
-    The param groups have the keys that `lawn.optim.keys` documents and three more: `fused`, `rounding`, and
-    `weight_decay`, which must be 0 in groups with constrained parameters, in both phases. All keys of a group apply to
-    that group alone.
+    The param groups have the keys that `lawn.optim.keys` documents, `fused`, and `weight_decay`, which must be 0 in
+    groups with constrained parameters, in both phases. All keys of a group apply to that group alone.
 
     Args:
         params: parameters, named parameters or param groups.
@@ -315,7 +314,7 @@ class LAWNOptimizer(Optimizer, ABC):
         check_not_negative(group, "lr", "weight_decay")
 
     def _supported_keys(self) -> list[str]:
-        return [*dict.fromkeys((*self.defaults, rounding.KEY, slices.KEY, *keys.DEFAULTS))]
+        return [*dict.fromkeys((*self.defaults, rounding.KEY, *keys.KEYS))]
 
     def _unsupported_keys(self) -> set[str]:
         """Options of Adam and SGD that this optimizer lacks. Other keys may be those of the user or of a wrapper."""

@@ -44,9 +44,9 @@ State = Mapping[Tensor, dict[str, Any]]
 Norm = float | Tensor  # of a parameter, 0.0 if it is not fixed; or one for each of its slices, all fixed
 NORM = "lawn_norm"
 DEFAULTS: Group = {"constrain": None, "blocks": None, "free_steps": None, "steps": 0, "switched": False}
+KEYS = (*DEFAULTS, slices.KEY)
 FLAT = "each with parts of several weights, which have no norm of their own; use fully_shard (FSDP2)"
 
-GIVEN = ("constrain", "blocks", "free_steps", slices.KEY)  # by users
 RUN = {"steps", "switched"}  # what a group has done, which a group dict that was used for another optimizer still has
 
 
@@ -261,7 +261,7 @@ def is_due(group: Group) -> bool:
 def remove_keys(optimizer: Optimizer) -> None:
     """Remove LAWN's keys from the param groups and the state."""
     for group in optimizer.param_groups:
-        for key in (*DEFAULTS, slices.KEY):
+        for key in KEYS:
             group.pop(key, None)
     for _, entry in entries(optimizer.state):
         entry.pop(NORM, None)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lawn.optim import dispatch, keys, phase, rounding, slices, stages
+from lawn.optim import dispatch, keys, phase, rounding, stages
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.blocks import Blocks
 from lawn.optim.checks import check_spelling
@@ -187,10 +187,7 @@ class LAWN:
         groups = self.optimizer.param_groups
         pairs = list(zip(groups, self._groups, strict=False))
         if pairs and all(_is_loaded(group, before) for group, before in pairs):  # without hooks, as by bitsandbytes
-            own = keys.kept(
-                [before for _, before in pairs], [group for group, _ in pairs], (slices.KEY, *keys.DEFAULTS)
-            )
-            for (group, _), each in zip(pairs, own, strict=True):
+            for group, each in zip(groups, keys.kept(self._groups, groups, keys.KEYS), strict=False):
                 group.update({**each, **group})
             self._load(self.optimizer)
         for index, group in enumerate(groups):
@@ -362,7 +359,7 @@ def _check_wrappable(optimizer: Optimizer) -> None:
         raise TypeError("put LAWN on the optimizer inside ZeroRedundancyOptimizer, its `optim`")
     if isinstance(optimizer, LAWNOptimizer) or any(isinstance(owner, LAWN) for owner in hook_owners(optimizer)):
         raise ValueError("the optimizer is a LAWN optimizer already")
-    if taken := [key for key in (*keys.DEFAULTS, slices.KEY) if key in optimizer.defaults]:
+    if taken := [key for key in keys.KEYS if key in optimizer.defaults]:
         raise ValueError(f"{type(optimizer).__name__} has a hyperparameter {taken[0]!r}, the name of a key of LAWN")
     norms = [entry.get(keys.NORM) for _, entry in keys.entries(optimizer.state)]
     if rounded := [c.dtype for c in norms if isinstance(c, Tensor) and c.dtype.itemsize < 4 and c.any()]:
@@ -395,7 +392,7 @@ def _add_defaults(optimizer: Optimizer, index: int, free_steps: int | None) -> N
     """Check a param group of a wrapped optimizer, and add LAWN's keys."""
     group = optimizer.param_groups[index]
     others = [key for key in group if key not in optimizer.defaults]
-    check_spelling(others, index, keys.GIVEN)
+    check_spelling(others, index, {*keys.KEYS} - keys.RUN)
     if rounding.KEY in others and group[rounding.KEY] != "nearest":
         raise ValueError(
             f"param group {index}: rounding={group[rounding.KEY]!r}, but the wrapped optimizer rounds the weights "
