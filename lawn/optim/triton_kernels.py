@@ -18,14 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lawn.optim.blocks import Blocks
-from lawn.optim.cache import ensure_triton_cache
 
 CHUNK = 4096
 TILE = 1024  # rows of sums that a program adds at a time
 WRITES_WEIGHTS = ("adam", "sgd", "retract", "move", "combine")
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-ensure_triton_cache()
 
 
 @triton.jit
