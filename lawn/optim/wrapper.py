@@ -266,9 +266,8 @@ class LAWN:
             self._gradients.replace(params, projected)
         parts = [part for group in group_updates for part in group.sharded if part.params]
         if not first:  # the closure may have moved the weights; `sums` stay those of the weights before the step
-            now = [replace(part) for part in parts]
-            sum_products(now, self._fused, all_blocks=True)
-            parts = now
+            parts = [replace(part) for part in parts]
+            sum_products(parts, self._fused, all_blocks=True)
         for part in parts:
             params = part.params
             before = buffers(self._before, params, params) if first else list(map(torch.empty_like, params))
