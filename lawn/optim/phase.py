@@ -1,7 +1,5 @@
 """The two phases of training: which phase a parameter is in, and the switch to fixed norms."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -91,17 +89,13 @@ def begin_step(optimizer: Optimizer, known: KnownBlocks, fused: bool | None = No
                 part.norms = [c if is_fixed(c) else now for c, now in zip(part.norms, measured, strict=True)]
             new += check_loaded_norms(part, known)
     if new:
-        check_apart(groups, {*_members(known.values()), *_members(new)})
+        check_apart(groups, {p for block, _ in (*known.values(), *new) for p in block})
         remember(known, new)  # perhaps in the place of others
         forget_removed(known, groups)
     for group_update in group_updates:
         group = group_update.group
         group["switched"] = is_due(group) or _is_constrained(group_update, optimizer.state)
     return group_updates
-
-
-def _members(found: Iterable[Layout]) -> set[Tensor]:
-    return {p for block, _ in found for p in block}
 
 
 def _is_constrained(group_update: GroupUpdate, state: State) -> bool:
