@@ -303,6 +303,11 @@ def constrains(group: Group, p: Tensor) -> bool:
     return p.numel() > (1 if axes is None else slices.count(p, slices.slice_axes(axes, p)))
 
 
+def is_trained(p: Tensor) -> bool:
+    """Whether a parameter gets gradients, or has one given by the caller, for example of an evolution strategy."""
+    return p.requires_grad or p.grad is not None
+
+
 def slice_axes(group: Group, p: Tensor) -> tuple[int, ...] | None:
     """Return the slice axes of a parameter whose slices have a norm each; None if it is free or has a single norm."""
     axes = group.get(slices.KEY)

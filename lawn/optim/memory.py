@@ -5,7 +5,7 @@ from collections.abc import Container
 from torch import Tensor
 
 from lawn.optim import sharding
-from lawn.optim.keys import Group, describe
+from lawn.optim.keys import Group, describe, is_trained
 
 
 def extent(t: Tensor) -> tuple[tuple[str, int], int, int] | None:
@@ -28,7 +28,7 @@ def check_apart(groups: list[Group], constrained: Container[Tensor]) -> None:
     """
     places = []
     for index, group in enumerate(groups):
-        trained = [p for p in group["params"] if p.requires_grad or p.grad is not None]
+        trained = list(filter(is_trained, group["params"]))
         for p, shard in zip(trained, sharding.local(trained), strict=True):
             if (place := extent(shard)) is not None:
                 places.append((*place, p in constrained, describe(group, index, p)))

@@ -19,6 +19,7 @@ from lawn.optim.keys import (
     free_norm,
     is_due,
     is_fixed,
+    is_trained,
 )
 from lawn.optim.memory import check_apart
 from lawn.optim.norms import (
@@ -120,7 +121,7 @@ def constrain(optimizer: Optimizer, known: KnownBlocks, *, again: bool) -> None:
     chosen = [index for index, group in enumerate(groups) if again or not group["switched"]]
     if not chosen:
         raise ValueError("the weights are constrained already; constrain(again=True) adopts their current norms")
-    if not any(_is_trained(p) and constrains(groups[index], p) for index in chosen for p in groups[index]["params"]):
+    if not any(is_trained(p) and constrains(groups[index], p) for index in chosen for p in groups[index]["params"]):
         raise ValueError("nothing to constrain: no trainable parameter with two or more dimensions")
     for group_update in switch(optimizer, chosen):
         for part in group_update.parts():
@@ -137,7 +138,7 @@ def switch(optimizer: Optimizer, chosen: list[int]) -> list[GroupUpdate]:
     for index in chosen:
         group = optimizer.param_groups[index]
         check_group(group, index)
-        blocks = _blocks(group, [p for p in group["params"] if _is_trained(p) and constrains(group, p)])
+        blocks = _blocks(group, [p for p in group["params"] if is_trained(p) and constrains(group, p)])
         params = [p for block in blocks for p in block]
         sizes = [len(block) for block in blocks]
         group_update = GroupUpdate(group, index, [], params, sizes, [0.0] * len(sizes)).separate_sharded()
@@ -153,10 +154,6 @@ def switch(optimizer: Optimizer, chosen: list[int]) -> list[GroupUpdate]:
             if optimizer.state.get(p):  # the norms of other parameters are fixed at their first update
                 optimizer.state[p][NORM] = norms[p] if p in norms else free_norm(group_update.group, p)
     return group_updates
-
-
-def _is_trained(p: Tensor) -> bool:
-    return p.requires_grad or p.grad is not None  # given by the caller, for example of an evolution strategy
 
 
 def collect(group: Group, index: int, state: State) -> GroupUpdate:
