@@ -237,9 +237,9 @@ class LAWNOptimizer(Optimizer, ABC):
             return
         phase.check_capture()
         keys.check_not_flattened(self.param_groups, self._had_weights)
-        unsupported = self._unsupported_keys() - IGNORED_KEYS
+        self._unsupported = self._unsupported_keys() - IGNORED_KEYS  # kept for steps that are traced
         for index, group in enumerate(self.param_groups):
-            self._check_keys(group, index, unsupported)
+            self._check_keys(group, index, self._unsupported)
         results: list[tuple[GroupUpdate, Tensor | None]] = []
         pending: list[tuple[GroupUpdate, stages.Pending]] = []
         self._zero_check.check_pending()
@@ -281,7 +281,7 @@ class LAWNOptimizer(Optimizer, ABC):
         try:
             for index, group in enumerate(self.param_groups):
                 keys.check_group(group, index)
-                rounding.check(group.get(rounding.KEY, "nearest"))
+                self._check_keys(group, index, self._unsupported)
         except (TypeError, ValueError):
             return None
         group_updates = [phase.collect(group, k, self.state) for k, group in enumerate(self.param_groups)]

@@ -164,9 +164,10 @@ def test_what_the_eager_step_refuses_is_refused():
             compiled()
         assert all(torch.equal(p, q) for p, q in zip((*first, *second), before, strict=True))
 
-    for index, key, wrong, right in ((0, "weight_decay", 0.1, 0.0), (1, "rounding", "up", "nearest")):
+    settings = ((0, "weight_decay", 0.1, 0.0), (1, "rounding", "up", "nearest"), (0, "maximize", True, False))
+    for index, key, wrong, right in settings:
         ours.param_groups[index][key] = wrong
-        attempt(f"param group {index}: {key}")
+        attempt(f"param group {index}: .*{key}")
         ours.param_groups[index][key] = right
     saved = copy.deepcopy(ours.state_dict())
     saved["state"][1]["lawn_norm"] *= 2
