@@ -112,7 +112,7 @@ def _tried(job: Job, record: Record, chosen: tuple[str, ...]) -> dict[str, Any]:
         "values": [_value(override.partition("=")[2]) for override in job.setting],
         "seed": record.config["seed"],
         "score": number(record.headline),
-        "chosen": bool(chosen) and job.setting == chosen,
+        "chosen": job.setting == chosen,
     }
 
 

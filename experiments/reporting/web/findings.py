@@ -253,7 +253,7 @@ def _needed_seeds(pair: Pair) -> str:
     """How many seeds of each row would decide a gain as large as the paper's, to two digits; empty if it has none, if
     the interval does not hold it, or if a few seeds far from the others make the interval."""
     low, high = pair.gain.interval()
-    if not pair.paper or not low <= pair.paper <= high or min(pair.seeds) < 2 or any(pair.far):
+    if not pair.paper or not low <= pair.paper <= high or any(pair.far):
         return ""
     needed = pair.gain.seeds_needed(pair.paper)
     return f"{float(f'{needed:.2g}'):,.0f} seeds" if needed < inf else f"more than {MANY_SEEDS:,} seeds"
