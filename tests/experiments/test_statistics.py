@@ -147,6 +147,15 @@ def test_seeds_needed_from_arms_of_other_sizes():
     assert 3 < compare_paired(ours, np.concatenate([theirs, theirs, ours])).seeds < 9
 
 
+def test_seeds_of_equal_means_count_by_their_luck():
+    runs = np.stack([np.random.default_rng(seed).permutation(32) for seed in range(8)]).astype(float)
+    assert 2 < compare_paired(runs[:2], runs).seeds < 8
+
+
+def test_two_seeds_may_be_enough():
+    assert Comparison(0.0, 1.0, 14, seeds=8).seeds_needed(1e6) == 2
+
+
 def test_welchs_test_by_hand():
     """Means 2 and 5, variances 1 and 4, n = 3: t = 3 / sqrt(5/3), 50/17 degrees of freedom."""
     found = compare(np.array([1.0, 2.0, 3.0]), np.array([3.0, 5.0, 7.0]))
@@ -159,6 +168,11 @@ def test_nothing_is_known_without_spread(a, b):
     found = compare(np.array(a), np.array(b))
     assert found.difference < 0
     assert all(map(math.isnan, (found.error, found.p, *found.interval(), found.detectable())))
+
+
+def test_one_arm_without_spread():
+    found = compare(np.array([2.0, 2.0]), np.array([1.0, 2.0, 6.0]))
+    assert (found.error, found.df) == (pytest.approx(math.sqrt(7 / 3)), pytest.approx(2))
 
 
 @pytest.mark.parametrize("df", [1.0, 6.0, 14.0, 1e6])
@@ -175,6 +189,8 @@ def test_holm_by_hand():
     """Holm (1979): 4 x 0.005, 3 x 0.01, 2 x 0.03, then the largest so far."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([]) == []
+    assert holm([0.9, 0.4]) == pytest.approx([0.9, 0.8])
+    assert holm([0.9, 0.6]) == [1.0, 1.0]
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
