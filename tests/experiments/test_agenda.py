@@ -66,6 +66,13 @@ def test_the_longest_job_is_first_and_an_unknown_one_before_it(tmp_path):
     assert agenda.remaining == 4
 
 
+def test_the_number_of_seeds_is_that_of_the_command_or_of_the_cell_or_of_the_table():
+    cells = (MANY.cells[0], replace(MANY.cells[0], row="Other", seeds=5))
+    experiment = replace(MANY, cells=cells, seeds=3)
+    assert [study.seeds for study in studies(experiment)] == [3, 5]
+    assert [study.seeds for study in studies(experiment, seeds=2)] == [2, 2]
+
+
 def test_studies_are_asked_again_only_when_their_jobs_are_done(tmp_path, monkeypatch):
     """So that the work for a job does not grow with their number."""
     asked = Counter[int]()

@@ -16,7 +16,7 @@ from experiments.records import Store
 from experiments.reporting import report
 from lawn.identity import run_name
 from tests.experiments import helpers
-from tests.experiments.helpers import ACCURACY, run_experiment
+from tests.experiments.helpers import ACCURACY, TUNED, records_in, run_experiment, write_records
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3)
 
@@ -75,6 +75,21 @@ def test_a_diverged_point_is_worse_than_any_and_its_neighbours_are_not_tried():
     start = [(8,), (4,), (0,), *((k,) for k in range(9) if k % 4)]
     tried = search.points_to_try((9,), start, 7, lambda point: nan if point == (8,) else -float(point[0]))
     assert set(tried) == {(8,), (4,), (0,), (-1,), (1,), (3,), (5,)}
+
+
+def test_where_no_neighbour_is_left_the_next_best_of_the_short_ones_follow():
+    start = [(k,) for k in range(9)]
+    asked = search.points_to_try((9,), start, 9, lambda point: nan if point in start[: search.BEST] else None)
+    assert asked == start[: 2 * search.BEST]
+
+
+def test_as_many_trials_for_fewer_hyperparameters_and_more_for_more():
+    assert [search.num_trials(axes) for axes in (1, 3, 4)] == [18, 18, 24]
+
+
+def test_half_of_the_best_seed_and_nothing_at_all_are_no_collapse():
+    assert all(map(search.is_stable, ([60.0, 30.0], [0.0, 0.0])))
+    assert not search.is_stable([60.0, 29.9])
 
 
 def test_who_loses_a_seed_makes_room_for_the_next():
@@ -219,6 +234,17 @@ def test_a_setting_that_cannot_be_stops_only_its_cell(tmp_path):
     assert [len(result.records) for result in page.cell_results] == [0, 2]
 
 
+def test_a_run_that_diverged_within_an_epoch_does_not_tell_its_updates(tuned):
+    path = tuned / "results" / "tuning" / "tuned.jsonl"
+    (study,) = studies(TUNED)
+    updates = study._updates_per_epoch(Store(tuned / "results"))
+    records = records_in(path)
+    result = records[study.grid.jobs()[0].name]["result"]
+    result["status"], result["last"]["epoch"] = "diverged", 100
+    write_records(path, records)
+    assert study._updates_per_epoch(Store(tuned / "results")) == updates > 0
+
+
 @pytest.mark.parametrize(
     ("point", "updates", "repeated"),
     [
@@ -228,6 +254,7 @@ def test_a_setting_that_cannot_be_stops_only_its_cell(tmp_path):
         ({"optim.free_epochs": 3}, 5, False),
         ({"optim.lr": -1}, 5, False),
         ({"schedule.warmup_epochs": -1}, 5, False),
+        ({"schedule.warmup_epochs": -1}, 1, True),  # half an epoch, and an eighth
         ({"optim.free_epochs": -1, "optim.lr": -1}, 5, True),  # the point beyond the end of optim.lr alone
     ],
 )
