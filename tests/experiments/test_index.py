@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from scipy.stats import t as student
 
 from experiments.definitions.spec import Cell, Experiment, PaperResult
-from experiments.planning.study import Tuning
+from experiments.planning.study import Study, Tuning, studies
 from experiments.records import Store
 from experiments.reporting import report
 from experiments.reporting.cell_results import CellResult, Pair
@@ -33,6 +33,7 @@ from experiments.reporting.web import findings
 from experiments.reporting.web.cells import detail
 from experiments.reporting.web.data import MAX_POINTS, chart_data
 from experiments.reporting.web.index import ASSETS, LIBRARIES, TEMPLATES, index_html
+from experiments.reporting.web.tables import fill_command
 from experiments.selection import EXPERIMENTS, SIMULATIONS
 from lawn.errors import ConfigError
 from tests.experiments.helpers import MINI, RESULTS, SHORT, TUNED, committed_page, records_in, run_experiment, unfolded
@@ -373,7 +374,7 @@ def test_many_comparisons_have_a_table_for_each_panel():
     pairs = [
         *(pair(2.0 + i / 1000, 0.1, paper=1.5, base=f"base {i}") for i in range(4)),
         replace(pair(-2.0, 0.1, "base 1", "2k"), epochs=60, paper_epochs=300),
-        replace(pair(2.1, 0.1, "A"), adjusted=0.06, paper=0.5),
+        replace(pair(2.1, 0.1, "A"), adjusted=0.06, paper=2.0),
         replace(pair(0.004, 1.0, "B"), panel="Q"),
     ]
     (said,) = findings.findings([table_with(*pairs)])
@@ -384,7 +385,7 @@ def test_many_comparisons_have_a_table_for_each_panel():
         "better: +2.00 (+1.77 to +2.23) [+1.50]",
         "worse: -2.00 (-2.23 to -1.77)",
     ]
-    assert table.rows[-1] == ["Adam-LAWN over A", "+2.10 (+1.87 to +2.33) [+0.50]", ""]
+    assert table.rows[-1] == ["Adam-LAWN over A", "+2.10 (+1.87 to +2.33) [+2.00]", ""]
     assert (other.head, len(other.rows)) == (["Q", "1k"], 1)
 
 
@@ -434,7 +435,8 @@ def test_what_is_said_of_the_number_of_epochs():
     (table,) = said.tables
     assert table.head == ["P", "15 epochs", "30 epochs"]
     assert [entry.partition(":")[0] for entry in table.rows[0][1:]] == ["better", "worse"]
-    assert findings.findings([empty_page(replace(MINI, name="horizon"), [])]) == []
+    for few in ([], pairs[:1]):
+        assert findings.findings([empty_page(replace(MINI, name="horizon"), [], pairs=few)]) == []
 
 
 def test_gains_of_tuning_are_those_of_the_curves():
@@ -471,6 +473,8 @@ def test_what_would_decide_a_comparison_that_is_not_decided():
         (said,) = findings.findings([table_with(replace(open_, paper=paper))])
         told = rf"^Not decided: .* after 60 epochs: .*the paper .* after 300\)\. A true gain of .*{words}"
         assert re.search(told, said.comparisons[0])
+    (said,) = findings.findings([table_with(replace(open_, paper=0.0))])  # no number of seeds finds that
+    assert said.comparisons[0].endswith(" would be found with 80 % probability.")
     assert gain.seeds_needed(9.0) <= gain.seeds_needed(8.0)
     needed = gain.seeds_needed(8.0)
     enough = sqrt(gain.floor**2 + (gain.error**2 - gain.floor**2) * 2 / needed)
@@ -528,13 +532,38 @@ def test_curves_of_seeds_recorded_at_other_epochs_are_over_those_of_all(results)
     assert line["y"] == pytest.approx(np.mean(losses, axis=0), rel=1e-5)
 
 
-def test_the_command_of_a_cell_with_the_short_budget(tmp_path):
-    short = Cell("Adam", (*SHORT[:1], *SHORT[2:], "optim=adam"), epochs=(4, 2))
+@pytest.mark.parametrize(("epochs", "option"), [((4, 2), " --short"), ((2,), "")])
+def test_the_command_of_a_cell_with_the_short_budget(tmp_path, epochs, option):
+    short = Cell("Adam", (*SHORT[:1], *SHORT[2:], "optim=adam"), epochs=epochs)
     experiment = replace(MINI, cells=(short,))
     assert run_experiment(experiment, tmp_path, budget=-1) == []
     tables = Tables(index_html(pages_of(tmp_path / "results", [experiment]), {}))
     (key,) = {cell["key"] for cell in tables.cells if "key" in cell}
-    assert tables.detail(key)["fill"] == "python -m experiments run mini --short"
+    assert tables.detail(key)["fill"] == f"python -m experiments run mini{option}"
+
+
+def test_the_command_of_cells_with_both_budgets_is_that_of_the_whole_one():
+    cells = [Cell(name, ("dataset=digits", f"optim={name}"), epochs=(4, 2)) for name in ("adam", "sgd")]
+    full, short = (
+        replace(made_up(cell, 60.0), study=Study(cell, (budget,))) for cell, budget in zip(cells, (4, 2), strict=True)
+    )
+    page = empty_page(replace(MINI, cells=tuple(cells)), [])
+    assert fill_command(page, [full, short]) == "python -m experiments run mini"
+    assert fill_command(page, [short]) == "python -m experiments run mini --only optim=sgd --short"
+
+
+def test_a_cell_without_final_runs_has_the_best_score_of_its_tuning(tuned):
+    """A setting that diverged has none."""
+    path = tuned / "results" / "tuning" / "tuned.jsonl"
+    (tuned / "results" / "runs" / "tuned.jsonl").unlink()
+    (study,) = studies(TUNED)
+    records = records_in(path)
+    records[study.grid.jobs()[0].name]["result"]["status"] = "diverged"
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records.values()))
+    (page,) = pages_of(tuned / "results", [TUNED])
+    best = max(record.headline for _, record in page.cell_results[0].tried if not record.diverged)
+    (cell,) = (cell for cell in Tables(index_html([page], {})).cells if "key" in cell)
+    assert f"tuning, best {best:.2f}" in cell["text"]
 
 
 def test_a_comparison_without_an_interval_is_no_finding():
