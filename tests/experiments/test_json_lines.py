@@ -35,6 +35,13 @@ def test_a_file_that_was_deleted_begins_anew(tmp_path):
     assert lines.taken == [(1, '{"b": 2}')]
 
 
+def test_lines_that_are_added_are_counted_on(tmp_path):
+    lines = Taken(tmp_path / "records.jsonl")
+    write(lines, {"a": 1})
+    write(lines, {"b": 2})
+    assert [number for number, _ in lines.taken] == [1, 2]
+
+
 def test_a_full_disk_is_named(tmp_path):
     """A quota, of the process; the line that has no end is replaced by the next."""
     lines = JsonLines(tmp_path / "records.jsonl")
