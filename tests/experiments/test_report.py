@@ -24,11 +24,11 @@ from experiments import json_lines
 from experiments.definitions.spec import Cell, Experiment, Measure, PaperResult
 from experiments.planning.study import Tuning, studies
 from experiments.record import Record
-from experiments.records import Store
-from experiments.reporting import drawing, report
+from experiments.records import Store, _recorded
+from experiments.reporting import drawing, report, tuning_tables
 from experiments.reporting.cell_results import CellResult, cell_results, comparisons, far_seeds
 from experiments.reporting.charts import CHARTS, over_batch_size
-from experiments.reporting.layout import Entry, Panel, format_mean
+from experiments.reporting.layout import Entry, Panel, format_mean, format_signed
 from experiments.reporting.page import entry, provenance
 from experiments.reporting.sentences import summary
 from experiments.reporting.statistics import compare, compare_paired, holm, mean_and_error
@@ -246,6 +246,11 @@ def test_mean_and_error():
     assert isnan(mean_and_error([2.0])[1])
 
 
+def test_signed_numbers_have_three_digits():
+    numbers = {0.5: "+0.500", -0.01234: "-0.0123", 123.4: "+123", 1234.0: "+1.23e+03", nan: ""}
+    assert {number: format_signed(number) for number in numbers} == numbers
+
+
 def test_the_difference_is_marked_where_it_exceeds_both_errors():
     values = (70.0, 71.0, 72.0)  # 71 (0.577)
     for paper, error, difference, marked in (
@@ -325,6 +330,7 @@ def test_the_comparison_of_the_same_runs_is_counted_once():
         "and worse in 1 (p < 0.05 in 0);"
     )
     assert line.endswith("for 2 comparisons.")
+    assert summary(experiment, found)[1].startswith("The sign agrees with the paper in 1 of the 2 comparisons")
 
 
 def test_single_seeds_are_not_tested():
@@ -367,9 +373,36 @@ def test_different_budgets_are_not_compared():
 
 def test_an_error_is_better_when_it_is_smaller():
     experiment, found = table(smaller_is_better=True)
-    assert [c.gain.difference for c in comparisons(experiment, found)] == [2.0, -6.0]
+    pairs = comparisons(experiment, found)
+    assert [c.gain.difference for c in pairs] == [2.0, -6.0]
+    assert [c.paper for c in pairs] == [-2.0, -2.0]
+    assert [c.differences for c in pairs] == [(-2.0, 2.0), (3.0, -1.0)]
     (order,) = (line for line in summary(experiment, found) if " at 1k, by the mean" in line)
     assert order.endswith(": SGD > Adam-LAWN > Adam; in the paper SGD > Adam > Adam-LAWN.")
+
+
+def test_the_compared_row_is_beside_the_best_of_the_others():
+    experiment, found = table(smaller_is_better=True)
+    experiment = replace(experiment, compared_row="Adam-LAWN")
+    assert summary(experiment, found)[0].startswith(
+        "On 1k, Adam-LAWN gives 65.00 (0.58); the best of the others (SGD) gives 61.00 (0.58); the gain is -4.00 "
+    )
+    for result, checksum in ((found[0], "a"), (found[2], "b")):  # SGD has read other data
+        environment = {"device": "cpu", "data": {"checksum": checksum}}
+        result.records[:] = [replace(record, environment=environment) for record in result.records]
+    assert "the best of the others (Adam) gives 67.00" in summary(experiment, found)[0]
+
+
+def test_a_column_without_the_numbers_of_a_row_is_not_ranked():
+    experiment, found = table()
+    found[0] = made_up(replace(found[0].cell, epochs=(300, 30)))
+    assert not any(" at 1k, by the mean" in line for line in summary(experiment, found))
+
+
+def test_a_cell_fails_with_any_of_its_seeds():
+    cell = made_up(Cell("A", ()), 60.0, 61.0)
+    cell.records[1].result["status"] = "diverged"
+    assert (entry(cell, ACCURACY).ours, cell.values(ACCURACY)) == ("Fail", [])
 
 
 def test_the_longest_budget_that_is_filled_is_shown(tmp_path):
@@ -383,6 +416,7 @@ def test_the_longest_budget_that_is_filled_is_shown(tmp_path):
         (one, 1, 0, 4, "128; 4 epochs"),
         (experiment, 2, -1, 2, "128; 2 of 4 epochs"),
         (one, 2, 0, 4, "128; 2 and 4 of 4 epochs"),
+        (one, 3, -1, 4, "128; 2 and 4 of 4 epochs"),  # one seed more than is asked for
     ):
         assert run_experiment(run, tmp_path, seeds, budget) == []
         page = report.experiment_page(experiment, Store(tmp_path / "results"))
@@ -437,6 +471,71 @@ def test_a_grid_with_holes_keeps_its_settings(tuned):
         assert store.read(name).config["optim"]["lr"] == float(rate)
     assert page.cell_results[0].setting == ()
     assert page.tuned is None
+
+
+def test_a_setting_that_collapses_for_a_seed_is_no_next_best(tuned):
+    """Though its mean is the largest."""
+    (result,) = report.experiment_page(TUNED, Store(tuned / "results")).cell_results
+    other = next(job.setting for job in result.tuning.confirming if job.setting != result.setting)
+    scores = {0: 300.0, 1: 300.0, 2: 0.0}
+
+    def with_score(record: Record) -> Record:
+        last = {**record.result["last"], "val_accuracy": scores[record.config["seed"]]}
+        return replace(record, result={**record.result, "last": last})
+
+    tried = [(job, with_score(record) if job.setting == other else record) for job, record in result.tried]
+    (row,) = tuning_tables.table([replace(result, tried=tried)]).rows
+    assert all(float(mean) <= 100 for mean in row[3].split("; "))
+
+
+def test_what_lies_at_an_end_of_a_grid_is_named():
+    axes = {"optim.lr": ["1", "2", "3"], "optim.eps": ["1"], "optim.momentum": ["0", "1", "2"]}
+    for point, ends in (
+        ((1, 0, 1), []),
+        ((2, 0, 0), ["lr", "momentum"]),
+        ((-1, 0, 3), ["lr beyond", "momentum beyond"]),
+    ):
+        assert tuning_tables._ends(axes, point) == ends
+
+
+@pytest.mark.parametrize(("every", "diagnostics", "alike"), [(1, "off", True), (5, "off", False), (1, "on", False)])
+def test_the_epochs_that_a_record_keeps(every, diagnostics, alike):
+    """About 30, and the last; all of a run some of whose epochs measure more."""
+    config = compose(f"eval.every={every}", f"diagnostics={diagnostics}")
+    for epochs, step in ((30, 1), (31, 2), (59, 2), (100, 4)):
+        kept = [*range(1, epochs, step if alike else 1), epochs]
+        assert _recorded(config, epochs) == kept
+
+
+def test_a_record_has_the_numbers_of_its_run(tuned):
+    for record in Store(tuned / "results").all():
+        result = json.loads((tuned / "runs" / record.name / "result.json").read_text())
+        for key, value in result["last"].items():
+            assert record.result["last"][key] == pytest.approx(value, rel=5e-9)
+
+
+def test_the_data_of_a_run_are_those_that_it_was_resumed_on():
+    """Older records begin without them."""
+    record = made_up(Cell("A", ()), 1.0).records[0]
+    assert record.data == {}
+    resumed = {"device": "cpu", "resumed": [{"data": {"users": 3}}]}
+    assert replace(record, environment=resumed).data == {"users": 3}
+
+
+def test_columns_of_several_lengths_are_named(results):
+    path = results / "runs" / "mini.jsonl"
+    cut(path, "history.train_loss", [1.0])
+    with pytest.raises(RunError, match=r"line 2: damaged record \(its history has columns of several lengths\)"):
+        list(Store(results).all())
+
+
+def test_a_seed_without_a_record_hides_no_other(results):
+    path = results / "runs" / "mini.jsonl"
+    records = records_in(path)
+    del records[run_name(compose(*MINI.cells[0].overrides, "seed=0"))]
+    write_records(path, records)
+    adam, *_ = cell_results(MINI, Store(results))
+    assert [record.config["seed"] for record in adam.records] == [1]
 
 
 def test_a_record_that_is_deleted_is_forgotten(tuned):
@@ -860,6 +959,17 @@ def test_only_lines_that_are_drawn_take_a_color():
     ]
 
 
+def test_the_papers_gain_is_positive_where_a_smaller_error_is_printed():
+    cells = [
+        Cell(row, ("train.batch_size=100",), column="batch 100", paper=PaperResult(value))
+        for row, value in (("Adam", 0.3), ("Adam-LAWN", 0.1))
+    ]
+    measure = replace(ACCURACY, smaller_is_better=True)
+    experiment = Experiment("pairs", "Pairs", tuple(cells), (measure,), pairs=(("Adam", "Adam-LAWN"),))
+    (line,) = over_batch_size(experiment, list(map(made_up, cells))).rows[1][0].lines
+    assert line.y == pytest.approx([0.2])
+
+
 FIGURES = [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "tuning")) for kind in (*CHARTS, "diagnostics")]
 
 
@@ -965,6 +1075,8 @@ def test_rows_on_other_devices_are_told():
     found[1].records[:] = [replace(record, environment={"device": "NVIDIA H100"}) for record in found[1].records]
     (line,) = summary(Experiment("t", "T", tuple(cells), (ACCURACY,)), found)
     assert line == "At MovieLens, batch 1k, the runs of SGD are of a GPU, others of CPUs."
+    found[1].records[0] = replace(found[1].records[0], environment={"device": "cpu"})
+    assert summary(Experiment("t", "T", tuple(cells), (ACCURACY,)), found) == []  # some of SGD's are of each
 
 
 def test_collapsed_seeds_are_told():
@@ -1006,6 +1118,20 @@ def test_comparisons_are_paired_over_users_where_records_have_ranks():
     assert pair.adjusted == pair.gain.p
     (unpaired,) = comparisons(experiment, [found[0], made_up(found[1].cell, *range(8))])
     assert not unpaired.paired
+    (single,) = comparisons(experiment, [replace(o, records=o.records[:1]) for o in found])
+    assert isnan(single.gain.p)
+
+
+def test_what_is_not_the_headline_metric_is_not_compared_by_outcomes():
+    """They are hits, whatever the table shows."""
+    experiment, found = table()
+    found = [with_outcomes(made_up(o.cell, 0.0, 0.0), np.array([[1, 12], [12, 1]])) for o in found[1:3]]
+    for result, errors in zip(found, ((0.3, 0.4), (0.1, 0.2)), strict=True):
+        for record, error in zip(result.records, errors, strict=True):
+            record.result["last"]["test_ece"] = error
+    measure = Measure("test_ece", "calibration error", smaller_is_better=True)
+    (pair,) = comparisons(replace(experiment, measures=(measure,)), found)
+    assert (pair.gain.difference, pair.paired) == (pytest.approx(0.2), False)
 
 
 def test_holm_is_over_the_table():
@@ -1014,6 +1140,7 @@ def test_holm_is_over_the_table():
     assert [pair.adjusted for pair in pairs] == holm([pair.gain.p for pair in pairs])
     single = [replace(o, records=o.records[:1]) for o in found]
     assert all(isnan(pair.adjusted) and isnan(pair.gain.p) for pair in comparisons(experiment, single))
+    assert all(map(isnan, comparisons(experiment, single)[0].differences))  # their errors are not known
 
 
 def test_what_is_decided_by_itself_alone_is_named():
