@@ -55,6 +55,8 @@ def test_val_by_hand(tmp_path):
     assert set(data.candidates[0, 1:].tolist()) <= {3, 4, 5}  # neither trained on nor the test item
     assert set(data.candidates[1, 1:].tolist()) <= {1, 2, 5}
     assert notes(data) == ["1 users have too few ratings and are not evaluated"]
+    everything = load(tmp_path, "val", candidates=3)  # that there is
+    assert [sorted(row) for row in everything.candidates[:, 1:].tolist()] == [[3, 4, 5], [1, 2, 5]]
 
 
 def test_val_without_times_holds_out_at_random(tmp_path):
@@ -86,6 +88,33 @@ def test_what_is_handled_is_reported(tmp_path):
     scores = torch.zeros(3, 4)
     scores[0, 1:] = 1  # the three candidates of user 0 are one item
     assert metrics.ranks(scores, data.candidates).tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "negative"),
+    [
+        ([(0, 0), (1, 0)], [(0, 1), (1, 2)], "(0,1)\t2\n(1,2)\t1\n"),  # held out: larger ids than in training
+        ([(0, 0), (1, 0)], [(0, 2), (1, 1)], "(0,2)\t1\n(1,1)\t2\n"),  # candidates: larger ones
+        ([(0, 3), (1, 1)], [(0, 1), (1, 2)], "(0,1)\t2\n(1,2)\t0\n"),  # candidates: smaller ones
+    ],
+)
+def test_the_items_of_one_user_are_not_taken_for_those_of_another(tmp_path, train, test, negative):
+    lines = ["".join(f"{user}\t{item}\t1\t1\n" for user, item in pairs) for pairs in (train, test)]
+    write(tmp_path, *lines, negative)
+    data = load(tmp_path, candidates=1)
+    assert list(zip(data.users.tolist(), data.items.tolist(), strict=True)) == train
+    assert notes(data) == []
+
+
+def test_ties_in_time_are_reported(tmp_path):
+    train = "".join(f"{user}\t{item}\t1\t{time}\n" for user in range(3) for item, time in ((0, 1), (1, 2), (2, 2)))
+    test = "".join(f"{user}\t3\t1\t9\n" for user in range(3))
+    negative = "".join(f"({user},3)\t4\n" for user in range(3))
+    write(tmp_path, train, test, negative)
+    data = load(tmp_path, "val", candidates=1)
+    assert notes(data) == [
+        "tiny: 3 of 3 users have several ratings at their latest time: the last in the file is held out"
+    ]
 
 
 def test_candidates_that_are_trained_on_are_reported(tmp_path):

@@ -1,3 +1,6 @@
+from dataclasses import replace
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,6 +40,13 @@ def test_samples_are_uniform_over_the_unseen():
     assert ((counts[[0, 2, 4, 5]] / 10_000 - 1).abs() < 0.05).all()  # five standard deviations
 
 
+def test_what_each_user_has_interacted_with():
+    """Of users in any order, one of them twice, one without any."""
+    sampler = NegativeSampler(torch.tensor([0, 2, 0, 1]), torch.tensor([3, 2, 1, 0]), 4, 5)
+    found = sampler.seen(torch.tensor([2, 0, 3, 1, 0]))
+    assert found.nonzero().tolist() == [[0, 2], [1, 1], [1, 3], [3, 0], [4, 1], [4, 3]]
+
+
 def small() -> Interactions:
     users, items = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 1, 2, 3, 4])
     candidates = torch.tensor([[5, 2, 3], [4, 0, 1]])
@@ -64,6 +74,12 @@ def test_the_generator_decides_the_epoch():
 
     assert all(torch.equal(a, b) for a, b in zip(epoch(1), epoch(1), strict=True))
     assert not torch.equal(epoch(1)[1], epoch(2)[1])
+
+
+@pytest.mark.parametrize("name", ["users", "items", "candidate_users", "candidates"])
+def test_the_fingerprint_is_of_all_ids(name):
+    data = small()
+    assert replace(data, **{name: getattr(data, name).flip(0)}).fingerprint != data.fingerprint == small().fingerprint
 
 
 def test_evaluation_keeps_every_user():

@@ -184,6 +184,8 @@ def test_ties_in_time_for_most_users_are_a_warning(tmp_path):
     note = "3 of 5 users have several ratings at their latest time: the last in the file is held out"
     assert data.warnings == [note]
     assert data.candidates[:, 0].tolist() == [8, 9, 10, 11, 12]
+    write_ratings(tmp_path / "half", [row for row in rows if row[0] < 3])
+    assert leave_one_out(read_ratings(tmp_path / "half"), split="test", **keys).warnings == []
 
 
 def test_line_ends_and_ids_make_no_difference(tmp_path):
