@@ -19,9 +19,10 @@ from lawn.optimizers import OPTIMIZERS, PACKAGES, lawn_groups, optimizer_argumen
 from lawn.task import task_builder
 from lawn.train import train
 from lawn.train.distributed import World
+from lawn.train.recorder import result_of
 from lawn.train.run_directory import RunDirectory, decode_outcomes, encode_outcomes
 from lawn.train.throughput import flops_per_sample
-from lawn.train.trainer import Trainer, epoch_seed
+from lawn.train.trainer import Trainer, epoch_seed, updates_in
 from tests.helpers import RECOMMENDERS, compose, synthetic_ratings, write_ratings
 
 CPU = torch.device("cpu")
@@ -402,6 +403,27 @@ def test_the_switch_comes_after_free_epochs_even_where_they_are_fractions(tiny):
     config = tiny("optim.free_epochs=0.001")
     run = Trainer(config, task_builder(config)(torch.device("cpu")), World(CPU))
     assert run.optimizer.param_groups[0]["free_steps"] == 1  # only 0 means none
+
+
+def test_epochs_are_rounded_to_the_nearest_update():
+    assert [updates_in(epochs, 10, 50) for epochs in (0.0, 0.01, 0.14, 0.29, 2.07, 9.0)] == [0, 1, 1, 3, 21, 49]
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_its_samples(tiny):
+    """Also where the last update has fewer; the weights hardly move."""
+    losses = [train(tiny("train.epochs=1", "optim.lr=1e-30", f"train.batch_size={size}")) for size in (200, 70)]
+    assert losses[0]["last"]["train_loss"] == pytest.approx(losses[1]["last"]["train_loss"], rel=1e-6)
+
+
+def test_the_pace_of_a_run(tiny):
+    config = tiny("train.epochs=3")
+    trainer = Trainer(config, task_builder(config)(CPU), World(CPU))
+    for _ in range(3):
+        trainer.train_epoch()
+    trainer.seconds["train"] = 1.5
+    assert result_of(trainer)["samples_per_second"] == 2 * trainer.task.dataset.num_train
+    trainer.seconds["train"] = 1e-9
+    assert result_of(trainer)["peak_share"] == 1
 
 
 def test_epoch_seeds_differ():
