@@ -1,7 +1,9 @@
 """What combines two of a practitioner's habits, and would be wrong without an error."""
 
 import copy
+import gc
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -419,6 +421,18 @@ def test_weights_that_are_replaced_by_flat_ones_are_refused(make, constrain):
         make([flat], 1e-2)
 
 
+@pytest.mark.parametrize("make", [*OWN, lambda params, lr: LAWN(torch.optim.Adam(params, lr), free_steps=2).optimizer])
+def test_added_weights_that_are_replaced_by_flat_ones_are_refused(make):
+    """The optimizer was made with biases alone."""
+    bias, weight = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(3, 4))
+    optimizer = make([bias], 1e-2)
+    optimizer.add_param_group({"params": [weight]})
+    take_steps(optimizer, weight, 1)
+    optimizer.param_groups[1]["params"] = [nn.Parameter(torch.randn(12))]
+    with pytest.raises(TypeError, match="holds flat parameters in the place of the weights"):
+        optimizer.step()
+
+
 def test_a_new_layout_of_a_constrained_weight_under_a_fused_optimizer():
     """torch's fused optimizers take gradients for as strided as their weights."""
     trained = []
@@ -806,3 +820,130 @@ def test_a_group_that_a_closure_adds():
     for p in (first, second):
         assert p.norm().item() == pytest.approx(2**0.5)
         assert p[0, 0] < 1
+
+
+class TwoSteps(SGD):
+    """Asks for the loss before each of two steps of gradient descent, as a line search does."""
+
+    def step(self, closure: Any = None) -> None:
+        for _ in range(2):
+            closure()
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    p.sub_(p.grad, alpha=0.01)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_step_with_two_evaluations_by_hand(fused, set_to_none):
+    """The second is at the weights with which the step would end there; the optimizer goes on where it was."""
+    generator = torch.Generator().manual_seed(0)
+    start, target = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+    w = nn.Parameter(start.clone())
+    optimizer = TwoSteps([w])
+    LAWN(optimizer, 0, fused=fused)
+
+    def closure() -> None:
+        optimizer.zero_grad(set_to_none=set_to_none)
+        (w - target).pow(4).sum().backward()
+
+    def tangent(v: Tensor, at: Tensor) -> Tensor:
+        return v - at * (at * v).sum() / at.square().sum()
+
+    def on_sphere(reached: Tensor) -> Tensor:
+        moved = start + tangent(reached - start, start)
+        return moved * start.norm() / moved.norm()
+
+    optimizer.step(closure)
+    reached = start - 0.01 * tangent(4 * (start - target) ** 3, start)
+    second = on_sphere(reached)
+    gradient = 4 * (second - target) ** 3
+    torch.testing.assert_close(w.grad, gradient)
+    torch.testing.assert_close(w.detach(), on_sphere(reached - 0.01 * tangent(gradient, second)))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_norms_of_a_first_step_that_fails_late(momentum, with_closure):
+    """It has fixed them and moved the weights; without momentum, SGD keeps no state that could tell."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3)
+    optimizer = SGD(layer.parameters(), lr=0.5, momentum=momentum)
+    LAWN(optimizer, 0)
+    before = layer.weight.detach().norm().item()
+    closure = loss_closure(optimizer, layer, torch.randn(8, 4))
+    failing = optimizer.register_step_post_hook(lambda *_: 1 / 0)
+    optimizer._optimizer_step_post_hooks.move_to_end(failing.id, last=False)
+    closure()
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(closure if with_closure else None)
+    failing.remove()
+    assert layer.weight.detach().norm().item() != pytest.approx(before, rel=1e-3)
+    optimizer.step(closure)
+    assert layer.weight.detach().norm().item() == pytest.approx(before, rel=1e-6)
+
+
+def test_lawn_is_copied_and_detached_after_a_step_that_raised():
+    """The norms are not in the states during a step, and have not come back."""
+    w = nn.Parameter(torch.tensor([[3.0, 4.0]]))
+    optimizer = Adam([w], lr=0.1)
+    lawn = LAWN(optimizer, 0)
+    take_steps(optimizer, w, 1)
+    optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step()
+        (state,) = copy.deepcopy(lawn).optimizer.state.values()
+        assert state[NORM] == 5.0
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    lawn.detach()
+    copy.deepcopy(lawn)
+    assert NORM not in optimizer.state[w]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_closure_that_removes_a_weight(momentum):
+    """Its norm, which is not in the state during the step, does not come back."""
+    first, second = (nn.Parameter(torch.ones(1, 2)) for _ in range(2))
+    optimizer = SGD([first, second], lr=0.1, momentum=momentum)
+    LAWN(optimizer, 0)
+    take_steps(optimizer, second, 1)
+
+    def closure() -> None:
+        optimizer.param_groups[0]["params"] = [first]
+        optimizer.state.pop(second, None)
+        with_gradients(first)
+
+    optimizer.step(closure)
+    assert [*optimizer.state] == [first]
+    assert first.norm().item() == pytest.approx(2**0.5)
+
+
+def test_a_closure_that_begins_anew():
+    """Without its state a weight has no norm to keep."""
+    w = nn.Parameter(torch.ones(1, 2))
+    optimizer = SGD([w], lr=0.1, momentum=0.9)
+    LAWN(optimizer, 0)
+    take_steps(optimizer, w, 1)
+
+    def closure() -> None:
+        optimizer.state.clear()
+        w.data.mul_(3)
+        with_gradients(w)
+
+    optimizer.step(closure)
+    assert w.norm().item() == pytest.approx(3 * 2**0.5)
+
+
+def test_a_closure_is_not_kept_in_memory():
+    """With it, the loss of its last call, and all that it refers to."""
+    w = nn.Parameter(torch.ones(1, 2))
+    optimizer = SGD([w], lr=0.1)
+    LAWN(optimizer, 0)
+    closure = loss_closure(optimizer, nn.Identity(), w)
+    optimizer.step(closure)
+    reference = weakref.ref(closure)
+    del closure
+    gc.collect()
+    assert reference() is None
