@@ -28,7 +28,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from lawn import LAMB, LAMBLAWN, LAWN, SGDLAWN, AdamLAWN
 from lawn.optim.keys import NORM
 from lawn.optim.phase import begin_step
-from tests.optim.helpers import with_gradients
+from tests.optim.helpers import fixed_norms, with_gradients
 
 NEW = (AdamLAWN, SGDLAWN, LAMBLAWN)
 FORMS = ("AdamLAWN", "SGDLAWN", "LAMBLAWN", "LAWN(AdamW)", "LAWN(SGD)")
@@ -615,6 +615,23 @@ def test_a_group_that_comes_later_switches_with_the_others(form, told):
 
 
 @every_form
+def test_a_phase_that_was_begun_by_hand_before_the_first_update(form):
+    """A group that is added takes it over, and it survives the load of an optimizer without phase."""
+    network, added = model(), nn.Parameter(torch.eye(3))
+    optimizer, lawn = make(form, network.parameters())
+    lawn.constrain()
+    optimizer.add_param_group({"params": [added]})
+    stepped(optimizer, added)
+    assert fixed_norms(optimizer)[-1] == pytest.approx(3**0.5)
+    theirs = base(form, network.parameters())
+    train(network, theirs, 0, 1)
+    optimizer, lawn = make(form, network.parameters())
+    lawn.constrain()
+    optimizer.load_state_dict(theirs.state_dict())
+    assert lawn.constrained
+
+
+@every_form
 def test_a_group_that_comes_later_switches_with_the_last_of_several(form):
     network, heads = model(), [nn.Linear(3, 3) for _ in range(2)]
     optimizer, _ = make(form, network.parameters(), free_steps=2)
@@ -1014,7 +1031,8 @@ def test_lamb_refuses_what_it_would_not_do():
         LAMB([{"params": [w], "norm_axes": "row"}])
 
 
-def test_a_zero_mask_of_a_gpu_is_checked_once_when_it_has_arrived():
+@every_form
+def test_a_zero_mask_of_a_gpu_is_checked_once_when_it_has_arrived(form):
     class Event:
         """Of a copy to the host that is seen to be complete when it is asked for the second time."""
 
@@ -1025,15 +1043,19 @@ def test_a_zero_mask_of_a_gpu_is_checked_once_when_it_has_arrived():
             return self.asked > 1
 
     w = nn.Parameter(torch.ones(2, 2))
-    optimizer = AdamLAWN([w], free_steps=0)
+    optimizer, lawn = make(form, [w], free_steps=0)
     w.grad = torch.rand_like(w)
     optimizer.step()
-    (group_update,) = begin_step(optimizer, optimizer._known)
-    optimizer._zero_check._pending.append((group_update, torch.tensor([True]), Event()))
+    (group_update,) = begin_step(optimizer, lawn._known)
+    lawn._zero_check._pending.append((group_update, torch.tensor([True]), Event()))
     optimizer.step()
     with pytest.raises(ValueError, match="is zero, but was constrained"):
         optimizer.step()
     optimizer.step()  # the weight has been restored
+    lawn._zero_check._pending.append((group_update, torch.tensor([True]), Event()))
+    optimizer.load_state_dict(optimizer.state_dict())  # perhaps with other weights, to which it does not apply
+    for _ in range(2):
+        optimizer.step()
 
 
 def test_a_key_of_the_wrapped_optimizer_is_its_own():
@@ -1109,6 +1131,18 @@ def test_a_weight_that_becomes_zero_is_named(form, fused):
     nn.init.ones_(network[0].weight)
     train(network, optimizer, 3, 5)
     assert norms(network)[0] == pytest.approx(optimizer.state[network[0].weight][NORM], rel=1e-5)
+
+
+@every_form
+def test_a_weight_of_zero_is_named_after_a_load(form):
+    """It is not taken for one in another order."""
+    w = nn.Parameter(torch.ones(2, 2))
+    optimizer, _ = make(form, [w], free_steps=0)
+    stepped(optimizer, w)
+    optimizer.load_state_dict(optimizer.state_dict())
+    w.data.zero_()
+    with pytest.raises(ValueError, match=r"parameter 0 .* is zero, but was constrained to the norm 2"):
+        stepped(optimizer, w)
 
 
 @every_form
@@ -1300,6 +1334,27 @@ def test_a_block_that_changes_is_not_rescaled(form):
 
 
 @every_form
+def test_a_single_number_joins_a_block(form):
+    """Alone it would be free."""
+    weight, number = nn.Parameter(torch.eye(3)), nn.Parameter(torch.ones(1, 1))
+    optimizer, _ = make(form, [{"params": [weight, number], "blocks": [0, 0]}], free_steps=0)
+    stepped(optimizer, weight, number)
+    assert fixed_norms(optimizer) == pytest.approx([2.0, 2.0])
+
+
+@every_form
+def test_a_block_that_loses_a_member_and_gets_another_is_refused(form):
+    """One that only loses a frozen member is measured anew."""
+    params = [nn.Parameter(scale * torch.eye(3)) for scale in (1.0, 2.0, 3.0)]
+    optimizer, _ = make(form, [{"params": params, "blocks": [0, 0, 1]}], free_steps=0)
+    stepped(optimizer, *params)
+    params[1].requires_grad_(False)
+    optimizer.param_groups[0]["blocks"] = [0, 0, 0]
+    with pytest.raises(ValueError, match="other blocks"):
+        stepped(optimizer, params[0], params[2])
+
+
+@every_form
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -1352,6 +1407,7 @@ def test_norms_are_taken_anew_of_frozen_weights_too(form):
     optimizer, lawn = make(form, network.parameters(), free_steps=0)
     train(network, optimizer, 0, 2)
     network[0].requires_grad_(False)
+    optimizer.zero_grad()  # or it would count as trained
     network[0].weight.data.mul_(7)
     lawn.constrain(again=True)
     network[0].requires_grad_(True)
@@ -1386,6 +1442,20 @@ def test_dtypes_beside_each_other(form, fused):
             stepped(optimizer, p, *rest, seed=t)
         ends.append(p.detach())
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-13)
+
+
+@every_form
+def test_norms_of_dtypes_beside_each_other(form):
+    """Each weight gets its own, in any order; what can be squared is what float32 can."""
+    kinds = torch.float32, torch.float64, torch.float32
+    params = [nn.Parameter(scale * torch.eye(3, dtype=dtype)) for scale, dtype in zip((1, 2, 3), kinds, strict=True)]
+    optimizer, _ = make(form, params, free_steps=0)
+    stepped(optimizer, *params)
+    assert fixed_norms(optimizer) == pytest.approx([3**0.5, 2 * 3**0.5, 3 * 3**0.5])
+    params[0].data.mul_(1e-20)
+    optimizer, _ = make(form, params, free_steps=0)
+    with pytest.raises(ValueError, match="cannot constrain parameter 0 of param group 0"):
+        stepped(optimizer, *params)
 
 
 @wrapped_form
@@ -1956,12 +2026,22 @@ def test_weights_that_share_memory_are_refused_where_they_are_constrained(form, 
     with_gradients(*(p for group in optimizer.param_groups for p in group["params"]))
     with pytest.raises(ValueError, match="share memory"):
         optimizer.step()
+    flat = torch.randn(12)
+    free = {"params": [nn.Parameter(flat), nn.Parameter(flat[1:3])], "constrain": False}  # which may share memory
+    optimizer, lawn = make(form, [free, {"params": [nn.Parameter(flat[4:8].view(2, 2))]}])
+    with pytest.raises(ValueError, match=r"parameter 0 of param group 0 .* and parameter 0 of param group 1 .* share"):
+        lawn.constrain()
     apart = [nn.Parameter(part) for part in (whole[:1], whole[1:])]
     columns = [nn.Parameter(part) for part in torch.randn(3, 4).split(2, dim=1)]
     optimizer, _ = make(form, [*apart, *columns], free_steps=0)
     with_gradients(*apart, *columns)
     optimizer.step()
     assert all(optimizer.state[p][NORM] for p in (*apart, *columns))
+    frozen, trained = nn.Parameter(whole, requires_grad=False), nn.Parameter(whole[1:])
+    optimizer, _ = make(form, [frozen, trained], free_steps=0)
+    with_gradients(trained)
+    optimizer.step()
+    assert optimizer.state[trained][NORM]
 
 
 @every_form

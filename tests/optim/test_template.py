@@ -652,7 +652,7 @@ class MasterWeights(SGD):
 
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
-            for p in group["params"]:
+            for p in filter(lambda p: p.grad is not None, group["params"]):
                 master = self.state[p].setdefault("master", p.detach().float().clone())
                 p.data.copy_(master.sub_(p.grad, alpha=group["lr"]))
 
@@ -719,6 +719,7 @@ def test_copies_of_the_weights_in_the_state_are_a_warning(kind, key, dtype):
     """New weights that are computed from them undo the projection: the updates grow, while the norms hold."""
     weight = nn.Parameter(torch.randn(4, 4, dtype=dtype, generator=torch.Generator().manual_seed(0)))
     optimizer = wrapped(kind)([weight], lr=1e-2, free_steps=None)
+    optimizer.step()  # without a gradient, so that it keeps nothing yet
     weight.grad = torch.ones_like(weight)
     with pytest.warns(match=f"{kind.__name__} keeps a copy of the weights in its state \\('{key}'\\)"):
         optimizer.step()
