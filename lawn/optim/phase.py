@@ -89,8 +89,10 @@ def begin_step(optimizer: Optimizer, known: KnownBlocks, fused: bool | None = No
                 measured = measure_norms(part)
                 part.norms = [c if is_fixed(c) else now for c, now in zip(part.norms, measured, strict=True)]
             new += check_loaded_norms(part, known)
-    if new:
+    free = [p for group_update in group_updates for p in group_update.free]
+    if new or not all(map(optimizer.state.get, free)):  # or at the first update of a free parameter
         check_apart(groups, {p for block, _ in (*known.values(), *new) for p in block})
+    if new:
         remember(known, new)  # perhaps in the place of others
         forget_removed(known, groups)
     for group_update in group_updates:

@@ -1995,6 +1995,20 @@ def test_weights_that_cannot_be_flattened_are_refused(form):
 
 
 @every_form
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_vector_in_the_memory_of_a_weight_is_refused_when_it_comes_later(form, alone):
+    """Also beside another weight, whose norm is fixed then."""
+    weight = nn.Parameter(torch.randn(3, 4))
+    optimizer, _ = make(form, [weight], free_steps=0)
+    stepped(optimizer, weight)
+    added = [nn.Parameter(weight.detach()[1]), nn.Parameter(torch.randn(2, 2))][: 1 if alone else 2]
+    optimizer.add_param_group({"params": added})
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"parameter 0 of param group 0 .* and parameter 0 .* share memory"):
+            stepped(optimizer, weight, *added)
+
+
+@every_form
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_weights_that_share_memory_are_refused_where_they_are_constrained(form, by_hand):
     """Each update begins with the weights as they were before the step, so that one would undo the other."""
