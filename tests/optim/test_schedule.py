@@ -63,6 +63,15 @@ def test_by_hand():
     assert rates(0, 2, peak=1.0) == [1.0, 0.5, 0.0]
 
 
+def test_updates_after_the_last_one_have_a_rate_of_zero():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
+    schedule = LinearWarmupDecay(optimizer, 1, 3)
+    for _ in range(6):
+        optimizer.step()
+        schedule.step()
+    assert schedule.get_last_lr() == [0.0]
+
+
 @given(total=st.integers(1, 60), data=st.data())
 def test_shape(total, data):
     warmup = data.draw(st.integers(0, total - 1))
@@ -107,6 +116,8 @@ def test_a_loaded_schedule_of_another_length_warns():
         other.step()
         longer.step()
     assert longer.get_last_lr() == [pytest.approx(8 / 18)]
+    with pytest.warns(UserWarning, match="^the loaded schedule has warmup_steps=2, which replaces 3; to keep that, "):
+        LinearWarmup(optimizer, 3).load_state_dict(LinearWarmup(other, 2).state_dict())
 
 
 @pytest.mark.parametrize("tensor", [False, True])
@@ -211,6 +222,30 @@ def test_a_checkpoint_without_a_schedule_and_an_added_group():
         optimizer.step()
         schedule.step()
     assert schedule.get_last_lr() == pytest.approx([0.4, 0.2])
+
+
+def test_a_group_with_the_tensor_of_another_has_its_initial_rate():
+    params = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    optimizer = torch.optim.Adam(params[:1], lr=torch.tensor(1.0))
+    schedule = LinearWarmup(optimizer, 9)
+    optimizer.add_param_group({**optimizer.param_groups[0], "params": params[1:]})
+    assert optimizer.param_groups[0]["lr"] is optimizer.param_groups[1]["lr"]
+    for _ in range(3):
+        optimizer.step()
+        schedule.step()
+    assert [float(lr) for lr in schedule.get_last_lr()] == pytest.approx([0.4, 0.4])
+
+
+def test_the_default_of_later_groups_is_not_scheduled():
+    params = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)]
+    optimizer = torch.optim.Adam(params[:1], lr=torch.tensor(1.0))
+    schedule = LinearWarmup(optimizer, 9)
+    for p in params[1:]:  # the second one in place of the first
+        del optimizer.param_groups[1:]
+        optimizer.add_param_group({"params": [p]})
+        optimizer.step()
+        schedule.step()
+    assert [float(lr) for lr in schedule.get_last_lr()] == pytest.approx([0.3, 0.3])
 
 
 def test_a_wrapper_is_refused():
