@@ -322,6 +322,12 @@ def test_rows_of_a_single_number_stay_free():
     torch.testing.assert_close(model[1].weight.detach(), before - 0.1)
 
 
+def test_rows_keep_the_other_keys_of_their_group():
+    model = nn.ModuleList([nn.Embedding(6, 3), nn.Embedding(6, 1)])
+    (group,) = all_weights(model)
+    assert [each["lr"] for each in per_row([{**group, "lr": 0.5}])] == [0.5, 0.5]
+
+
 def test_empty_containers_of_parameters_do_not_end_the_sub_network():
     """Models of PEFT have them in each of their layers."""
     model = nn.Sequential(nn.Linear(4, 3), nn.ParameterDict(), nn.ParameterList(), nn.Linear(3, 2))
@@ -336,6 +342,8 @@ def test_a_weight_of_one_element_is_free_beside_stacks():
     assert stacks["params"] == [model["experts"][0]]
     assert free["params"] == [*model["gate"].parameters()]
     assert free["constrain"] is False
+    del model["gate"].weight
+    assert "norm_axes" not in stacked(model, "^experts")[1]  # vectors have no slices
 
 
 class Transposed(nn.Module):
@@ -387,6 +395,16 @@ def test_a_bias_of_two_layers_cannot_join_either():
         all_weights(model, include_bias=True)
     model[1].weight = model[0].weight
     assert all_weights(model, include_bias=True)[0]["blocks"] == [0, 0]
+    model[1].weight = nn.Parameter(torch.ones(3, 3))
+    model[0].bias.requires_grad_(False)  # it joins neither
+    assert all_weights(model, include_bias=True)[0]["blocks"] == [0, 1]
+
+
+def test_matrices_of_scales_and_offsets_have_norms_of_their_own():
+    """Those of a normalization over two axes are named like weight and bias."""
+    (constrained,) = all_weights(nn.LayerNorm([3, 4]), include_bias=True)
+    assert [tuple(p.shape) for p in constrained["params"]] == [(3, 4), (3, 4)]
+    assert constrained["blocks"] == [0, 1]
 
 
 def test_a_subclass_at_the_end_is_named():
