@@ -290,3 +290,20 @@ def test_a_weight_that_is_computed_in_the_older_way_is_refused(wrap):
     with pytest.raises(ValueError, match=r"is what weight is computed from"):
         bound_norms(model)
     assert bound_norms(model, lambda name: name.startswith("0.")) == ["0.weight"]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["weight_g", "weight_v"])
+def test_either_part_of_a_normalized_weight_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is what weight is computed from"):
+        bound_norms(nn.utils.weight_norm(nn.Linear(4, 3)), lambda each: each == name)
+
+
+def test_complex_weights_stay_free():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2, dtype=torch.complex64))
+    assert bound_norms(model) == ["0.weight"]
+
+
+def test_what_a_parametrized_weight_is_computed_from_is_not_selected():
+    model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 3))
+    assert bound_norms(model, lambda name: name != "0.weight") == ["1.weight"]
