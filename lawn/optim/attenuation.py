@@ -112,7 +112,11 @@ def _adds_to_weight(module: nn.Module, last: nn.Linear) -> bool:
     weight = (base or module)._parameters.get("weight")  # `.weight` would compute a parametrized one
     sizes = () if weight is None or weight.ndim < 2 else tuple(weight.shape)
     fits = last.out_features in (*sizes, getattr(base, "out_features", None))
-    return fits and last not in (module, base) and any(child is last for child in module.modules())
+    if last is base:  # where the adapter has no layers but parameters, as PEFT's LoHa, it has them after `base_layer`
+        names = [*module._modules]
+        after = [module._modules[name] for name in names[names.index("base_layer") + 1 :]]
+        return any(child is not None and any(True for _ in child.parameters()) for child in after)
+    return fits and last is not module and any(child is last for child in module.modules())
 
 
 def _share_memory(p: torch.Tensor, other: torch.Tensor) -> bool:

@@ -714,6 +714,36 @@ def test_an_output_layer_in_the_memory_of_another_is_refused():
         attenuate_logits(model, 0.5)
 
 
+class Multiplied(nn.Module):
+    """A linear layer with a product of parameters beside it, as PEFT's LoHa has it."""
+
+    def __init__(self, adapted: bool) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(4, 3, bias=False)
+        self.factors = nn.ParameterDict({"default": torch.randn(3, 4)} if adapted else {})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + sum(nn.functional.linear(x, p.square()) for p in self.factors.values())
+
+
+def test_the_layer_of_an_adapter_of_parameters_is_no_output_layer():
+    with pytest.raises(ValueError, match=r"inside the adapter '1' \(Multiplied\)"):
+        attenuate_logits(nn.Sequential(nn.Linear(4, 4), Multiplied(True)), 0.2)
+    x, model = torch.randn(2, 4), nn.Sequential(nn.Linear(4, 4), Multiplied(False))
+    before = model(x)
+    attenuate_logits(model, 0.2)
+    torch.testing.assert_close(model(x), 0.2 * before)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_an_output_layer_beside_another_in_one_memory_is_attenuated(first):
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
+    parts = torch.ones(2, 5, 4)
+    model[0].weight.data, model[1].weight.data = parts[first], parts[1 - first]
+    attenuate_logits(model, 0.5)
+    assert [p.weight.mean().item() for p in model] == [1.0, 0.5]
+
+
 @pytest.mark.parametrize("layers", [[nn.LazyLinear(3)], [nn.Linear(2, 2), nn.LazyLinear(3)]])
 def test_measurements_need_the_shapes_of_lazy_layers(layers):
     model = nn.Sequential(*layers)
