@@ -37,13 +37,13 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 
 def test_a_parameter_in_the_place_of_a_removed_one_has_a_seed_of_its_own():
-    a, b, c = (nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16)) for _ in range(3))
+    a, b, c, d = (nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16)) for _ in range(4))
     optimizer = SGDLAWN([{"params": [a]}, {"params": [b]}], rounding="stochastic")
     advance(optimizer, 0, 1)
     del optimizer.param_groups[0]
-    optimizer.add_param_group({"params": [c]})
+    optimizer.add_param_group({"params": [c, d]})
     advance(optimizer, 1, 2)
-    assert [optimizer.state[p][rounding.SEED] for p in (b, c)] == [1, 2]
+    assert [optimizer.state[p][rounding.SEED] for p in (b, c, d)] == [1, 2, 3]
 
 
 @both_dtypes
@@ -170,6 +170,19 @@ def test_blocks_and_groups_round_for_themselves(kind):
     assert_equal(ours[3:6], [p.detach() for p in plain.param_groups[0]["params"]])
     assert_equal(ours[6:], [p.detach() for p in exact.param_groups[0]["params"]])
     assert [rounding.SEED in optimizer.state[p] for p in params] == [True] * 3 + [False] * 6
+
+
+@every_kind
+@both_phases
+def test_a_group_may_have_several_dtypes(kind, free_steps):
+    found = []
+    for parts in (1, 2):
+        params = [*make_params(torch.float32), *make_params()]
+        groups = [{"params": params[:3]}, {"params": params[3:]}] if parts == 2 else [{"params": params}]
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p.ndim > 1]
+        found.append(advance(kind(groups, lr=1e-3, free_steps=free_steps, rounding="stochastic"), 0, 3))
+    assert_equal(*found)
 
 
 @every_kind
