@@ -264,7 +264,39 @@ def test_a_weight_of_zeros_and_a_step_that_failed():
     with torch.no_grad():
         w.zero_()
     step(optimizer, w, 1, 1)
-    assert all(map(math.isfinite, monitor.means()["w"].values()))
+    found = monitor.means()["w"]
+    assert found.pop("gradient_norm") == pytest.approx(2**0.5)
+    assert found == {"norm": 0, "radial": 0, "angle": 0, "effective_lr": 0}
+
+
+def test_an_update_that_raised_is_not_measured_with_the_next():
+    model, w = vector(3, 4)
+    monitor = UpdateMonitor(model, optimizer := torch.optim.SGD([w], lr=1), every=3)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("not finite")
+
+    hook = optimizer.register_step_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="not finite"):
+        step(optimizer, w, 1, 1)
+    hook.remove()
+    step(optimizer, w, 1, 1)  # the second of three
+    assert math.isnan(monitor.means()["w"]["norm"])
+
+
+def test_an_optimizer_of_copies_is_followed():
+    model, w = vector(3, 4)
+
+    class Master(torch.optim.SGD):
+        def step(self, closure=None):
+            (p,) = self.param_groups[0]["params"]
+            p.grad = w.grad
+            super().step(closure)
+            w.data.copy_(p.data)
+
+    monitor = UpdateMonitor(model, optimizer := Master([w.detach().clone().requires_grad_()], lr=2))
+    step(optimizer, w, 0.4, -0.3)
+    assert monitor.means()["w"]["angle"] == pytest.approx(math.atan2(1, 5))
 
 
 def test_a_state_is_a_copy():

@@ -780,6 +780,15 @@ def test_lamb_with_a_weight_of_zero_moves():
 
 
 @pytest.mark.parametrize("kind", [LAMB, LAMBPlus, LAMBLAWN])
+def test_lamb_without_a_gradient_stays(kind):
+    """As the row of a token that has not been seen."""
+    w = nn.Parameter(torch.ones(2, 2))
+    w.grad = torch.zeros(2, 2)
+    kind([w], lr=0.1).step()
+    assert torch.equal(w.detach(), torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("kind", [LAMB, LAMBPlus, LAMBLAWN])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_lamb_in_half_precision(kind, dtype):
     """Squares of gradients are below the range of float16, and norms of large updates above it."""
