@@ -99,3 +99,15 @@ def test_a_large_negative_eigenvalue_does_not_hide_the_top(others, tolerance):
     matrix = torch.tensor([*others, 1.0, *[0.0] * 300], dtype=torch.float64).diag()
     for seed in range(5):
         assert top_of(matrix, seed=seed, tolerance=tolerance) == pytest.approx(1.0, rel=tolerance)
+
+
+def test_the_tolerance_of_a_negative_eigenvalue_is_that_of_its_magnitude():
+    calls = 0
+
+    def operator(v: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return -torch.linspace(1, 2, 300) * v
+
+    assert -2 < top_eigenvalue(operator, 300, tolerance=0.5) < -1
+    assert calls == 1

@@ -315,3 +315,19 @@ def test_norms_that_cannot_be_squared_are_refused_at_the_switch(kind, dtype, lim
             with pytest.raises(error, match="its norm is "):
                 optimizer.step()
             assert torch.equal(weight, before)
+
+
+@every_kind
+@pytest.mark.parametrize("size", [2048, 2049, 32768, 32769])
+def test_compiled_code_updates_weights_of_any_size_once(kind, size):
+    """Around the numbers of elements of a chunk and of a block that one thread updates."""
+    found = []
+    for fused in (None, False):
+        params = random_weights([(1, size), (3, 4)], 0)
+        optimizer = kind(params, lr=0.1, free_steps=0, fused=fused)
+        for step in range(3):
+            for p, grad in zip(params, random_grads([(1, size), (3, 4)], 0, step), strict=True):
+                p.grad = grad
+            optimizer.step()
+        found.append([p.detach() for p in params])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
