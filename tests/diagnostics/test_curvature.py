@@ -424,3 +424,12 @@ def test_attention_has_second_derivatives():
         nn.utils.vector_to_parameters(before + step * v, model.parameters())
         sides.append(surface.gradient())
     torch.testing.assert_close(product, (sides[0] - sides[1]) / 2e-2, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:the eigenvalue:UserWarning")
+def test_a_seed_is_that_of_the_start_vector():
+    """The first step is the Rayleigh quotient of it."""
+    inputs, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.zeros(2, 1)
+    surface = LossSurface(nn.Linear(2, 1, bias=False), F.mse_loss, inputs, labels)
+    assert len({surface.hessian_top(steps=1, seed=seed) for seed in range(3)}) == 3
+    assert len({surface.escape(0.1, 1, steps=1, seed=seed) for seed in range(3)}) == 3
