@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Rank the finished runs of a sweep by their headline metric at the last epoch, seeds averaged:
 
-python scripts/rank_runs.py runs [--split val] [--only optim.name=adam_lawn] [--top 10] [--csv FILE]
+python scripts/rank_runs.py runs [--split val] [--only optim=adam_lawn] [--top 10] [--csv FILE]
 
 Prints what differs between the runs of a dataset, then mean, standard error and number of seeds, the best first. Runs
 of equal settings that have read different data have rows of their own. --csv keeps a row for each run: its hash, the
@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from lawn.config import GROUPS
 from lawn.data.folders import CHECKSUM
 from lawn.errors import UserError
 from lawn.files import write_text
@@ -97,7 +98,7 @@ def rank_runs() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--split", choices=("val", "test"), default="val")
-    parser.add_argument("--only", metavar="KEY=VALUE", help="runs whose config has this value, e.g. optim.name=adam")
+    parser.add_argument("--only", metavar="KEY=VALUE", help="runs with this override, e.g. optim=adam_lawn")
     parser.add_argument("--top", type=int, default=10)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write a row for each run")
     given = parser.parse_args()
@@ -110,6 +111,7 @@ def rank_runs() -> int:
     runs, others = read(given.folder, given.split)
     if given.only and not runs.empty:
         key, _, value = given.only.partition("=")
+        key = f"{key}.name" if key in GROUPS else key
         if key not in runs:
             parser.error(f"--only {given.only}: no such key in these runs")
         try:
@@ -120,7 +122,7 @@ def rank_runs() -> int:
         if runs.empty:
             parser.error(f"--only {given.only}: no finished run of eval.split={given.split} has this value")
     if not runs.empty and len(names := sorted(set(runs["dataset.name"]))) > 1:
-        parser.error(f"runs of {', '.join(names)}: choose one dataset with --only dataset.name={names[0]}")
+        parser.error(f"runs of {', '.join(names)}: choose one dataset with --only dataset={names[0]}")
     if runs.empty:
         other = "val" if given.split == "test" else "test"
         hint = f"; rank the {others} with eval.split={other} by --split {other}" if others else ""

@@ -206,7 +206,7 @@ def test_rank_runs(tmp_path, monkeypatch, capsys):
             given = f"optim.lr={lr}", f"seed={seed}", f"optim.fused={fused}", "eval.split=val"
             train(compose(*SHORT, *given, f"runs_dir={tmp_path}/runs"))
     capsys.readouterr()
-    only = ("--only", "optim.name=adam_lawn", "--csv", f"{tmp_path}/table.csv")
+    only = ("--only", "optim=adam_lawn", "--csv", f"{tmp_path}/table.csv")
     monkeypatch.setattr(sys, "argv", ["rank_runs.py", f"{tmp_path}/runs", *only])
     assert rank_runs.main() == 0
     (tmp_path / "link.csv").symlink_to(tmp_path / "table.csv")
@@ -229,7 +229,7 @@ def test_rank_runs(tmp_path, monkeypatch, capsys):
         f"error: {tmp_path}/runs: no finished runs with eval.split=test; rank the 5 with eval.split=val by "
         "--split val\n"
     )
-    for same in ("optim.lr=0.01", "optim.lr=1e-2", "train.epochs=2.0", "model.bias=null"):
+    for same in ("optim.name=adam_lawn", "optim.lr=0.01", "optim.lr=1e-2", "train.epochs=2.0", "model.bias=null"):
         monkeypatch.setattr(sys, "argv", ["rank_runs.py", f"{tmp_path}/runs", "--only", same])
         assert rank_runs.main() == 0, same
     for wrong in (["--only", "optim.lr=[1"], ["--only", "optim.lr=${oc.env:ABSENT}"], ["--top", "0"]):
@@ -253,7 +253,7 @@ def test_rank_runs(tmp_path, monkeypatch, capsys):
     (other / "config.yaml").write_text(text.replace("name: digits", "name: cifar10"))
     with pytest.raises(SystemExit):
         rank_runs.main()
-    assert "runs of cifar10, digits: choose one dataset with --only dataset.name=cifar10" in capsys.readouterr().err
+    assert "runs of cifar10, digits: choose one dataset with --only dataset=cifar10" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
