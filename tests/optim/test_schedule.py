@@ -58,6 +58,12 @@ def test_a_schedule_has_an_end():
             LinearWarmupDecay(optimizer, 3, wrong)
 
 
+def advance(optimizer, schedule, updates):
+    for _ in range(updates):
+        optimizer.step()
+        schedule.step()
+
+
 def test_by_hand():
     assert rates(3, 7, peak=1.0) == [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0]
     assert rates(0, 2, peak=1.0) == [1.0, 0.5, 0.0]
@@ -66,9 +72,7 @@ def test_by_hand():
 def test_updates_after_the_last_one_have_a_rate_of_zero():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
     schedule = LinearWarmupDecay(optimizer, 1, 3)
-    for _ in range(6):
-        optimizer.step()
-        schedule.step()
+    advance(optimizer, schedule, 6)
     assert schedule.get_last_lr() == [0.0]
 
 
@@ -86,16 +90,13 @@ def test_shape(total, data):
 def test_survives_a_checkpoint():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     schedule = LinearWarmupDecay(optimizer, 2, 10)
-    for _ in range(4):
-        optimizer.step()
-        schedule.step()
+    advance(optimizer, schedule, 4)
     twin_optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     twin = LinearWarmupDecay(twin_optimizer, 2, 10)
     twin_optimizer.load_state_dict(optimizer.state_dict())
     twin.load_state_dict(schedule.state_dict())
     for s, o in ((schedule, optimizer), (twin, twin_optimizer)):
-        o.step()
-        s.step()
+        advance(o, s, 1)
     assert twin.get_last_lr() == schedule.get_last_lr() == [0.625]
 
 
@@ -112,9 +113,7 @@ def test_a_loaded_schedule_of_another_length_warns():
     with pytest.warns(UserWarning, match="^the loaded schedule has total_steps=10, which replaces 20; to keep that, "):
         longer.load_state_dict(LinearWarmupDecay(optimizer, 2, 10).state_dict())
     longer.total_steps = 20
-    for _ in range(12):
-        other.step()
-        longer.step()
+    advance(other, longer, 12)
     assert longer.get_last_lr() == [pytest.approx(8 / 18)]
     with pytest.warns(UserWarning, match="^the loaded schedule has warmup_steps=2, which replaces 3; to keep that, "):
         LinearWarmup(optimizer, 3).load_state_dict(LinearWarmup(other, 2).state_dict())
