@@ -106,16 +106,17 @@ def _inactive_copies(model: nn.Module) -> set[nn.Module]:
 
 def _adds_to_weight(module: nn.Module, last: nn.Linear) -> bool:
     """Whether a module adds the outputs of `last`, below it, to those of as many features that a weight gives: PEFT's
-    adapters keep that in a layer `base_layer`, others have it themselves.
+    adapters keep that in a layer `base_layer`, others have it themselves. So it is where `last` is the `base_layer` of
+    an adapter of parameters alone (LoHa).
     """
     base = module._modules.get("base_layer")
     weight = (base or module)._parameters.get("weight")  # `.weight` would compute a parametrized one
     sizes = () if weight is None or weight.ndim < 2 else tuple(weight.shape)
     fits = last.out_features in (*sizes, getattr(base, "out_features", None))
-    if last is base:  # where the adapter has no layers but parameters, as PEFT's LoHa, it has them after `base_layer`
-        names = [*module._modules]
-        after = [module._modules[name] for name in names[names.index("base_layer") + 1 :]]
-        return any(child is not None and any(True for _ in child.parameters()) for child in after)
+    if last is base:  # what comes before it is no adapter's: the body of a model that has such a layer
+        children = [*module._modules.values()]
+        after = filter(None, children[children.index(base) + 1 :])
+        return any(next(child.parameters(), None) is not None for child in after)
     return fits and last is not module and any(child is last for child in module.modules())
 
 
