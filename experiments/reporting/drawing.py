@@ -8,23 +8,21 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, is_dataclass
 from importlib.metadata import version
-from io import BytesIO, StringIO
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image  # comes with matplotlib
 
 from experiments.reporting.charts import Chart, Line, Subplot
 from lawn.diagnostics import figure as diagnostics
-from lawn.files import atomic
+from lawn.files import write_text
 from lawn.plotting import Axes, Figure, rc_context
 
 STYLE: dict[Any, Any] = {**diagnostics.STYLE, "svg.hashsalt": "lawn"}
 DASHES = {"solid": "-", "dashed": "--", "dotted": ":"}
 MIN_WIDTH = 8.0  # inches
-DPI = 150
 LEGEND_WIDTH = 2.7  # inches for an entry of a legend
 
 
@@ -60,38 +58,19 @@ def _plain(value: Any) -> Any:
 
 
 def save(drawing: Drawing, path: Path) -> None:
-    """Draw a figure in the common style and write it as .png and .svg, unless the files there are of the same."""
-    files = path.with_suffix(".png"), path.with_suffix(".svg")
+    """Draw a figure in the common style and write it to an SVG file, unless the file there is of the same.
+
+    Coordinates are rounded to a tenth of a point: about half the bytes.
+    """
     fingerprint = drawing.fingerprint
     with suppress(OSError, UnicodeDecodeError):
-        if files[0].exists() and f">{fingerprint}<" in files[1].read_text("utf8"):
+        if f">{fingerprint}<" in path.read_text("utf8"):
             return
-    with rc_context(STYLE):
-        figure = drawing()
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # it would be computed again for each file
-        for file in files:
-            with atomic(file) as temporary:
-                if file.suffix == ".svg":
-                    _save_svg(figure, temporary, fingerprint)
-                else:
-                    _save_png(figure, temporary)
-
-
-def _save_png(figure: Figure, path: Path) -> None:
-    """Write a figure with 64 colors: a quarter of the bytes of all of its colors."""
-    pixels = BytesIO()
-    figure.savefig(pixels, format="png", dpi=DPI)
-    image = Image.open(pixels).convert("RGB").quantize(64, dither=Image.Dither.NONE)
-    image.save(path, format="png", optimize=True, dpi=(DPI, DPI))
-
-
-def _save_svg(figure: Figure, path: Path, fingerprint: str) -> None:
-    """Write a figure with coordinates to a tenth of a point: about half the bytes."""
     text = StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Description": fingerprint})
+    with rc_context(STYLE):
+        drawing().savefig(text, format="svg", metadata={"Date": None, "Description": fingerprint})
     coordinates = re.compile(r'\b(?:d|x|y)="[^"]*"')
-    path.write_text(coordinates.sub(lambda m: _shortened(m[0]), text.getvalue()), "utf8")
+    write_text(path, coordinates.sub(lambda m: _shortened(m[0]), text.getvalue()))
 
 
 def _shortened(coordinates: str) -> str:

@@ -76,7 +76,7 @@ def write(page: Page, results: Path = RESULTS) -> None:
     if not page.tuning.empty:
         write_text(results / "tuning" / f"{page.name}.csv", page.tuning.to_csv(index=False, float_format="%.6g"))
     if page.figure is not None:
-        save(page.figure, results / page.name)
+        save(page.figure, results / f"{page.name}.svg")
 
 
 def write_index(pages: Sequence[Page], results: Path) -> None:

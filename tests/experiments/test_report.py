@@ -88,7 +88,6 @@ def test_pages_from_records_alone(results, drawn_figures):
     for record in adam.records:
         assert f'(runs/mini.jsonl "{record.name}")' in text
         assert record.name in records_in(results / "runs" / "mini.jsonl")
-    assert (results / "mini.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (results / "mini.svg").read_text()
     tidy = pd.read_csv(results / "mini.csv", keep_default_na=False).set_index(["row", "measure"])
     assert float(tidy.loc[("Adam", "test accuracy, %"), "mean"]) == pytest.approx(np.mean(accuracy), rel=1e-5)
@@ -116,7 +115,7 @@ def test_the_index_stands_alone(results):
 def test_a_figure_without_anything_to_draw(results, drawn_figures):
     page = report.experiment_page(replace(MINI, cells=MINI.cells[1:]), Store(results))
     report.write(page, results)
-    assert (results / "mini.png").exists()
+    assert (results / "mini.svg").exists()
 
 
 def test_records_that_were_tampered_with_are_refused(results):
@@ -991,15 +990,14 @@ def test_a_figure_is_drawn_again_only_if_it_would_be_another(tmp_path):
         drawn.append(values)
         return Figure()
 
-    path = tmp_path / "figure"
+    path = tmp_path / "figure.svg"
     for values in ([1.0], [1.0], [2.0]):
         drawing.save(drawing.Drawing(draw, np.array(values)), path)
     assert drawn == [[1.0], [2.0]]
     again = drawing.Drawing(draw, np.array([2.0]))
-    path.with_suffix(".png").unlink()
+    path.unlink()
     drawing.save(again, path)
-    assert path.with_suffix(".png").exists()
-    path.with_suffix(".svg").write_bytes(b"\xff")
+    path.write_bytes(b"\xff")
     drawing.save(again, path)
     assert len(drawn) == 4
     drawing.save(again, path)
@@ -1014,7 +1012,7 @@ def test_svg_files_have_the_paths_of_matplotlib(tmp_path):
     with io.StringIO() as file, rc_context(drawing.STYLE):
         figure.savefig(file, format="svg")
         expected = _svg_paths(file.getvalue())
-    drawing.save(drawing.Drawing(lambda _: figure, None), tmp_path / "figure")
+    drawing.save(drawing.Drawing(lambda _: figure, None), tmp_path / "figure.svg")
     saved = _svg_paths((tmp_path / "figure.svg").read_text("utf8"))
     assert len(saved) == len(expected) > 20
     for path, of_matplotlib in zip(saved, expected, strict=True):

@@ -216,11 +216,11 @@ def test_the_page_comes_from_the_record_alone(call, results):
     page = (results / "smd_rayleigh.md").read_text()
     assert f"[The record](simulations/{path.name})" in page
     assert "record of each seed" not in page
-    for suffix in ("md", "csv", "tex", "png", "svg"):
+    for suffix in ("md", "csv", "tex", "svg"):
         (results / f"smd_rayleigh.{suffix}").unlink()
     assert call("report", "smd_rayleigh")[0] == 0
     assert (results / "smd_rayleigh.md").read_text() == page
-    assert (results / "smd_rayleigh.png").exists()
+    assert (results / "smd_rayleigh.svg").exists()
     content = json.loads(path.read_text())
     content["result"]["equilibrium"][0]["norm"] = [123.0, 125.0]
     path.write_text(json.dumps(content))
@@ -244,7 +244,7 @@ def test_nothing_recorded(call, results):
     assert "0/1 0:03:00" in out
     assert call("report")[0] == 0
     assert "No runs yet." in (results / "smd_rayleigh.md").read_text()
-    assert not (results / "smd_rayleigh.png").exists()
+    assert not (results / "smd_rayleigh.svg").exists()
 
 
 def test_the_plan_knows_what_is_done(call):
