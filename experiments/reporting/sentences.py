@@ -81,9 +81,7 @@ def _all_comparisons(pairs: list[Pair]) -> list[str]:
         return []
     distinct = _distinct(pairs)
     lines = [_wins(pairs, distinct), *_signs_of_the_paper(distinct)]
-    if below := below_paper([c for c in distinct if c.adjusted < LEVEL]):
-        lines.append(f"{below[:1].upper()}{below[1:]}.")
-    return lines + _undone_by_the_correction(distinct)
+    return lines + _below_paper([c for c in distinct if c.adjusted < LEVEL]) + _undone_by_the_correction(distinct)
 
 
 def _wins(pairs: list[Pair], distinct: list[Pair]) -> str:
@@ -128,8 +126,8 @@ def _distinct(pairs: list[Pair]) -> list[Pair]:
     return list({pair.key: pair for pair in sorted(pairs, key=lambda pair: not isnan(pair.paper))}.values())
 
 
-def below_paper(decided: list[Pair]) -> str:
-    """Where the side that loses does not reach the paper's number; empty where it does."""
+def _below_paper(decided: list[Pair]) -> list[str]:
+    """Where the side that loses does not reach the paper's number."""
     below = []
     for pair in decided:
         (row, difference), (other, others) = pair.loser, pair.winner
@@ -139,11 +137,11 @@ def below_paper(decided: list[Pair]) -> str:
             also = f" ({other} by {-others:.3g})" if others < 0 else ""
             below.append(f"{row} at {pair.place} by {-difference:.3g}{after}{also}")
     if not below:
-        return ""
-    return (
-        f"in {len(below)} of the {len(decided)} decided comparisons the losing side is below the paper's number and "
-        f"may be tuned less well: {'; '.join(below)}"
-    )
+        return []
+    return [
+        f"In {len(below)} of the {len(decided)} decided comparisons the losing side is below the paper's number and "
+        f"may be tuned less well: {'; '.join(below)}."
+    ]
 
 
 def _undone_by_the_correction(pairs: list[Pair]) -> list[str]:

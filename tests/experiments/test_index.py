@@ -344,7 +344,7 @@ def test_what_is_said_of_the_comparisons():
     many = [pair(gain, 0.5, column=f"{i}k") for i, gain in enumerate(gains)]
     (said,) = findings.findings([table_with(*many)])
     assert "Of 7 comparisons, LAWN is better in 2, worse in 1, and 4 are not decided" in said.text
-    assert "tuned" not in said.text
+    assert said.text.endswith("(80 % power, uncorrected).")  # there are no marks
     assert said.comparisons == []
     (listed,) = said.tables
     assert listed.head == ["P", *(f"{i}k" for i in range(7))]
@@ -359,14 +359,14 @@ def test_what_is_said_of_the_comparisons():
     assert said.tables[0].rows[0][1] == "better: +3.00 (+1.82 to +4.18) [+1.25]"
     (said,) = findings.findings([table_with(*(replace(each, paper=1.35) for each in many))])
     assert said.tables[0].rows[0][3] == "+0.10 (-1.08 to +1.28) [+1.35]"  # which the interval leaves out
-    (said,) = findings.findings([table_with(*many[1:], replace(many[0], differences=(-1.0, -2.0)))])
+    below = [replace(each, differences=(-1.0, 2.0)) for each in many]  # the third is not decided, Adam-LAWN loses fourth
+    (said,) = findings.findings([table_with(*below)])
     assert (
-        " But in 1 of the 3 decided comparisons the losing side is below the paper's number and may be tuned "
-        "less well: Adam at P, 0k by 1 (Adam-LAWN by 2). Intervals are at 95 %"
+        " † In 2 of the 3 decided comparisons the losing side is below the paper's number and may be tuned less well"
     ) in said.text
-    shorter = replace(many[0], differences=(-1.0, nan), epochs=75, paper_epochs=500)
-    (said,) = findings.findings([table_with(*many[1:], shorter)])
-    assert "less well: Adam at P, 0k by 1 after 75 of 500 epochs. Intervals" in said.text
+    (entries,) = said.tables[0].rows
+    assert ["†" in entry for entry in entries[1:]] == [True, True, *[False] * 5]
+    assert entries[1] == "better†: +3.00 (+1.82 to +4.18)"
 
 
 def test_many_comparisons_have_a_table_for_each_panel():
@@ -423,10 +423,11 @@ def test_seeds_that_are_far_below_the_others_are_told():
     """They make the interval, so it does not tell how many seeds are needed."""
     pairs = [pair(gain, 1.0, column=f"{i}k", paper=1.5) for i, gain in enumerate((0.1, 0.2, 0.3, 0.4, 0.5, 0.6))]
     (said,) = findings.findings([table_with(*pairs, replace(pair(0.7, 1.0, column="6k", paper=1.5), far=(0, 2)))])
-    assert " Seeds more than 5 points below their median widen intervals: P, 6k (Adam-LAWN 2 of 3). " in said.text
+    assert said.text.endswith(" ‡ Seeds more than 5 points below the median of their row widen the interval.")
     entries = said.tables[0].rows[0][1:]
     assert [" seeds]" in entry for entry in entries] == [True] * 6 + [False]
-    assert entries[-1].endswith(" [+1.50]")
+    assert ["‡" in entry for entry in entries] == [False] * 6 + [True]
+    assert entries[-1].endswith(")‡ [+1.50]")
 
 
 def test_what_is_said_of_the_number_of_epochs():
@@ -435,8 +436,13 @@ def test_what_is_said_of_the_number_of_epochs():
     (table,) = said.tables
     assert table.head == ["P", "15 epochs", "30 epochs"]
     assert [entry.partition(":")[0] for entry in table.rows[0][1:]] == ["better", "worse"]
+    assert said.text == ""
     for few in ([], pairs[:1]):
         assert findings.findings([empty_page(replace(MINI, name="horizon"), [], pairs=few)]) == []
+    worse = [replace(each, differences=(0.0, -1.0)) for each in pairs]
+    (said,) = findings.findings([empty_page(replace(MINI, name="horizon"), [], pairs=worse)])
+    assert said.text.startswith("† In 1 of the 2 decided comparisons")
+    assert said.tables[0].rows[0][2].startswith("worse†: ")
 
 
 def test_gains_of_tuning_are_those_of_the_curves():

@@ -12,11 +12,12 @@ from experiments.reporting.cell_results import FAR, Pair, places
 from experiments.reporting.curves import K
 from experiments.reporting.layout import Table, format_interval, format_signed
 from experiments.reporting.page import Page
-from experiments.reporting.sentences import LEVEL, below_paper
+from experiments.reporting.sentences import LEVEL
 from experiments.reporting.statistics import MANY_SEEDS, mean_interval
 from experiments.reporting.trials import best_by_place, best_of_curves
 
 FEW = 6  # comparisons that are listed by themselves
+BELOW_PAPER, FAR_SEEDS = "†", "‡"  # marks of comparisons
 ENTRIES = (
     "Intervals are at 95 %; gains without a verdict are not decided. Brackets hold the paper's gain and, where our "
     "interval contains it and 0, the seeds of each row that would decide it (80 % power, uncorrected)."
@@ -96,9 +97,7 @@ def _with_and_without(tables: Sequence[Page]) -> Finding | None:
             f"Of {len(pairs)} comparisons, LAWN is better in {better}, worse in {worse}, and "
             f"{len(pairs) - better - worse} are not decided after Holm's correction ({undecided} without it)."
         )
-        below = below_paper([pair for pair, verdict in zip(pairs, said, strict=True) if verdict in ("better", "worse")])
-        text += f" But {below}." if below else ""
-        text += _against_all_bases(verdicts) + _far_seeds(pairs) + f" {ENTRIES}"
+        text += f"{_against_all_bases(verdicts)} {ENTRIES}{_legend(pairs)}"
     shown = tuple(dict.fromkeys(page.name for page, _ in found))
     title = "Is LAWN better than what it is compared with, both tuned?"
     if not text:
@@ -122,18 +121,20 @@ def _against_all_bases(verdicts: Mapping[tuple[str, str, str], Sequence[tuple[Ha
     )
 
 
-def _far_seeds(pairs: Sequence[Pair]) -> str:
-    """The rows of which some seeds are far below the others."""
-    at: dict[str, dict[str, dict[str, str]]] = {}  # by panel and column
-    for pair in pairs:
-        for row, far, seeds in zip((pair.base, pair.rival), pair.far, pair.seeds, strict=True):
-            if far:
-                at.setdefault(pair.panel, {}).setdefault(pair.column, {})[row] = f"{row} {far} of {seeds}"
-    found = "; ".join(
-        f"{panel}, " + ", ".join(f"{column} ({', '.join(rows.values())})" for column, rows in columns.items())
-        for panel, columns in at.items()
+def _legend(pairs: Sequence[Pair]) -> str:
+    """What the marks of the entries mean, as far as there are any."""
+    decided = [pair for pair in pairs if _is_decided(pair)]
+    below = sum(pair.loser[1] < 0 for pair in decided)
+    said = (
+        f" {BELOW_PAPER} In {below} of the {len(decided)} decided comparisons the losing side is below the paper's "
+        "number and may be tuned less well; the pages say by how much."
     )
-    return f" Seeds more than {FAR} points below their median widen intervals: {found}." if found else ""
+    far = f" {FAR_SEEDS} Seeds more than {FAR} points below the median of their row widen the interval."
+    return said * (below > 0) + far * any(any(pair.far) for pair in pairs)
+
+
+def _is_decided(pair: Pair) -> bool:
+    return verdict_of(pair) in ("better", "worse")
 
 
 def _horizon(page: Page) -> Finding | None:
@@ -143,7 +144,8 @@ def _horizon(page: Page) -> Finding | None:
     several = [pair for pair in pairs if times[pair.rival, pair.base, pair.panel] > 1]
     if not several:
         return None
-    return Finding("How does the gain change with the number of epochs?", "", [], (page.name,), _tables(several))
+    title = "How does the gain change with the number of epochs?"
+    return Finding(title, _legend(several).strip(), [], (page.name,), _tables(several))
 
 
 def _tuning(page: Page) -> Finding | None:
@@ -209,14 +211,15 @@ def _tables(pairs: Sequence[Pair]) -> list[Table]:
 
 def _entry(pair: Pair) -> str:
     """The verdict, the gain and its interval, and in brackets the paper's with the seeds that would decide it."""
-    said, (low, high) = verdict_of(pair), pair.gain.interval()
+    said, mark = verdict_of(pair), BELOW_PAPER * (_is_decided(pair) and pair.loser[1] < 0)
     needed = _needed_seeds(pair) if said == "not decided" else ""
     printed = "" if isnan(pair.paper) else f" [{', '.join(filter(None, (f'{pair.paper:+.2f}', needed)))}]"
-    return _interval_entry(said, pair.gain.difference, low, high) + printed
+    gain = _interval_entry(said, pair.gain.difference, *pair.gain.interval(), mark)
+    return gain + FAR_SEEDS * any(pair.far) + printed
 
 
-def _interval_entry(said: str, gain: float, low: float, high: float) -> str:
-    decided = f"{said}: " if said in ("better", "worse") else ""
+def _interval_entry(said: str, gain: float, low: float, high: float, mark: str = "") -> str:
+    decided = f"{said}{mark}: " if said in ("better", "worse") else ""
     return f"{decided}{gain:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
