@@ -111,7 +111,7 @@ class _Session:
         except (UserError, OSError):
             return False  # its process will say what is wrong
         if done:
-            echo(f"{job.name}: finished before, {self.end(JobResult(job, 0.0, None, 1))}")
+            echo(f"{job.name}: has finished, {self.end(JobResult(job, 0.0, None, 1))}")
         return done
 
     def start(self, executor: Executor, jobs: list[Job]) -> None:

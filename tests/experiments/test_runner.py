@@ -353,7 +353,7 @@ def test_a_stop_leaves_records_of_the_runs_that_have_finished(tmp_path, capsys):
     with pytest.raises(Stopped):
         run_experiment(experiment, tmp_path, 1, executor=StoppedPool(["cpu"]))
     (record,) = Store(tmp_path / "results").all()
-    assert f"{record.name}: finished before, {record.headline:.2f}" in capsys.readouterr().out
+    assert f"{record.name}: has finished, {record.headline:.2f}" in capsys.readouterr().out
 
 
 # Kill the processes that write to output.log of run directories with this prefix, after the first line on an epoch.
@@ -428,7 +428,7 @@ def test_killed_and_started_again(tmp_path, capsys):
     assert run_experiment(KILLED, tmp_path, executor=Pool(["cpu"])) == []
     after = [record.name for record in Store(tmp_path / "results").all()]
     out = capsys.readouterr().out
-    assert out.count(" done, ") + out.count(": finished before, ") == len(after) - len(recorded)
+    assert out.count(" done, ") + out.count(": has finished, ") == len(after) - len(recorded)
     assert set(recorded) < set(after)
     assert finished.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/DONE")}.items()
     assert run_experiment(KILLED, tmp_path, executor=Pool(["cpu"])) == []

@@ -1668,8 +1668,9 @@ def torchs(name: str, params: Any) -> Optimizer:
 
 
 TORCHS = (
-    *("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "LBFGS", "Muon", "NAdam", "RAdam"),
+    *("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "LBFGS", "NAdam", "RAdam"),
     *("RMSprop", "Rprop", "SGD"),
+    *(["Muon"] if hasattr(torch.optim, "Muon") else []),  # of torch 2.9
 )
 
 
