@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lawn import LAMB, LAMBLAWN, LAWN, SGDLAWN, AdamLAWN
 from lawn.files import exclusively
-from lawn.optim import param_groups
+from lawn.optim import param_groups, sharding
 from tests.optim.helpers import fixed_norms, wrapped
 
 FREE_STEPS, STEPS = 5, 10
@@ -322,21 +322,97 @@ def complex_weights() -> float:
     return max(errors)
 
 
-def after_a_huge_gradient() -> float:
+def after_a_huge_gradient(dtype: torch.dtype, scale: float, blocks: list[int]) -> float:
     """Largest relative error of a norm in the updates after it."""
     from torch.distributed.tensor import Shard, distribute_tensor
+
+    def norms_of(tensors: list[Tensor]) -> list[float]:
+        """The norm of each block."""
+        squares = torch.stack([t.double().square().sum() for t in tensors])
+        return torch.zeros(max(blocks) + 1).double().index_add(0, torch.tensor(blocks), squares).sqrt().tolist()
 
     errors = []
     for make in (SGDLAWN, wrapped(torch.optim.SGD, momentum=0.9)):
         torch.manual_seed(0)
-        value = torch.randn(9, 8)
-        p = nn.Parameter(distribute_tensor(value, mesh(2), [Shard(0)]))
-        optimizer = make([p], lr=0.1, free_steps=0)
+        values = [scale * torch.randn(rows, 8) for rows in (9, 5, 4)]
+        params = [nn.Parameter(distribute_tensor(value.to(dtype), mesh(2), [Shard(0)])) for value in values]
+        optimizer = make([{"params": params, "blocks": blocks}], lr=0.1 * scale, free_steps=0)
         for size in (1, 1e6, 1, 1, 1):
-            p.grad = distribute_tensor(size * torch.randn(9, 8), mesh(2), [Shard(0)])
+            for p in params:
+                gradient = size / scale**0.75 * torch.randn(p.shape)
+                p.grad = distribute_tensor(gradient.to(dtype), mesh(2), [Shard(0)])
             optimizer.step()
-            errors.append(abs(whole(p).norm().item() / value.norm().item() - 1))
+            pairs = zip(norms_of([whole(p) for p in params]), norms_of(values), strict=True)
+            errors += [abs(ours / theirs - 1) for ours, theirs in pairs]
     return max(errors)
+
+
+HUGE = {
+    "weights": (torch.float32, 1.0, [0, 1, 2]),
+    "blocks": (torch.float32, 1.0, [0, 0, 1]),
+    "a norm above the largest float16": (torch.float16, 1e4, [0, 1, 2]),
+}
+
+
+def a_weight_of_zero() -> dict[str, Any]:
+    """What is raised, whether all numbers are finite then, and the norm after the weight is restored."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    def step(w: Tensor, optimizer: Optimizer) -> None:
+        w.grad = distribute_tensor(torch.arange(6.0).view(3, 2), mesh(2), [Shard(0)])
+        optimizer.step()
+
+    results = {}
+    for kind, make in KINDS.items():
+        w = nn.Parameter(distribute_tensor(torch.ones(3, 2), mesh(2), [Shard(0)]))
+        optimizer = make([w])
+        for _ in range(FREE_STEPS + 1):
+            step(w, optimizer)
+        w.data.mul_(0)
+        problem = raised(lambda w=w, optimizer=optimizer: step(w, optimizer))
+        tensors = [w, *(t for t in optimizer.state[w].values() if isinstance(t, Tensor))]
+        finite = all(bool(whole(t).isfinite().all()) for t in tensors)
+        w.data.add_(1)
+        step(w, optimizer)
+        results[kind] = problem, finite, whole(w).norm().item() / fixed_norms(optimizer)[0]
+    return results
+
+
+def first_numbers() -> list[int]:
+    """Of the random numbers of shards: rows, columns, a single number, no rows, and rows of a huge weight."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    cases = [((4, 3), Shard(0)), ((4, 3), Shard(1)), ((), Replicate()), ((0, 3), Shard(0))]
+    shards = [distribute_tensor(torch.zeros(shape), mesh(2), [placement]) for shape, placement in cases]
+    huge = torch.empty(2**15, 2**16, device="meta")
+    shards.append(DTensor.from_local(huge, mesh(2), [Shard(0)], run_check=False))
+    return [sharding.first_number(p) for p in shards]
+
+
+def sums_over_meshes() -> list[float]:
+    """The sum of 1 of the first rank and 2 of the second, over meshes of several shapes; the last is not changed."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    own = torch.tensor([[dist.get_rank() + 1.0]])
+    ranks = torch.arange(2)
+    replicas = mesh(2, 1, 1, names=("replicate", "a", "b"))
+    cases = [
+        (DeviceMesh("cpu", ranks.view(2, 1)), [Shard(0), Shard(1)]),
+        (DeviceMesh("cpu", ranks.view(1, 2)), [Shard(0), Shard(1)]),
+        (replicas, [Replicate(), Shard(0), Shard(1)]),
+        (DeviceMesh("cpu", ranks[:1]), [Shard(0)]),
+    ]
+    params = [distribute_tensor(torch.ones(2, 2), *case) for case in cases]
+    return [*(sharding.all_reduce([p], own).item() for p in params), own.item()]
+
+
+def a_shard_that_is_still_on_its_way() -> str:
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+    from torch.distributed.tensor import DTensor, Shard
+
+    p = DTensor.from_local(AsyncCollectiveTensor(torch.ones(2)), mesh(2), [Shard(0)], run_check=False)
+    return type(sharding.local([p])[0]).__name__
 
 
 def rounded_stochastically() -> list[float]:
@@ -387,6 +463,7 @@ def raised(action: Callable[[], Any]) -> str:
 
 def errors() -> dict[str, str]:
     """What each rank is told: the same, though the cause is on one of them."""
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
     def sharded(value: Tensor) -> nn.Parameter:
@@ -397,20 +474,12 @@ def errors() -> dict[str, str]:
             p.grad = torch.ones_like(p) if gradient is None else gradient
         optimizer.step()
 
-    def become_zero() -> None:
-        w = sharded(torch.ones(3, 2))
-        optimizer = AdamLAWN([w], free_steps=0)
-        step(optimizer)
-        w.data.mul_(0)
-        step(optimizer)
-
-    def foreign_state(of_shards: bool = False) -> None:
-        w, whole = sharded(torch.ones(3, 2)), nn.Parameter(torch.ones(3, 2))
-        optimizers = AdamLAWN([w], free_steps=0), AdamLAWN([whole], free_steps=0)
+    def foreign_state(p: nn.Parameter, other: nn.Parameter) -> None:
+        optimizers = AdamLAWN([p], free_steps=0), AdamLAWN([other], free_steps=0)
         for optimizer in optimizers:
             step(optimizer)
-        optimizers[of_shards].load_state_dict(optimizers[not of_shards].state_dict())
-        step(optimizers[of_shards])
+        optimizers[0].load_state_dict(optimizers[1].state_dict())
+        step(optimizers[0])
 
     def scaled(factor: float, rows: int, value: float = 1 / 3) -> None:
         """With loaded norms that are those of other weights by a factor."""
@@ -426,8 +495,10 @@ def errors() -> dict[str, str]:
     partial = nn.Parameter(DTensor.from_local(torch.ones(3, 2), mesh(2), [Partial()]))
     replicated = nn.Parameter(distribute_tensor(torch.ones(3, 2), mesh(2), [Replicate()]))
     plain = AdamLAWN([sharded(torch.ones(3, 2))], free_steps=0)
+    ones, turned = torch.ones(4, 4), DeviceMesh("cpu", [1, 0])
+    rows, columns = (nn.Parameter(distribute_tensor(ones, mesh(2), [Shard(dim)])) for dim in range(2))
+    elsewhere = nn.Parameter(distribute_tensor(ones, turned, [Shard(0)]))
     return {
-        "zero": raised(become_zero),
         "zero at the switch": raised(lambda: step(AdamLAWN([sharded(torch.zeros(3, 2))], free_steps=0))),
         "not finite": raised(lambda: step(AdamLAWN([sharded(nan)], free_steps=0))),
         "not finite, by hand": raised(lambda: AdamLAWN([sharded(nan)]).constrain()),
@@ -435,8 +506,11 @@ def errors() -> dict[str, str]:
         "partial, wrapped": raised(lambda: LAWN(torch.optim.SGD([partial], lr=0.1))),
         "replicated": raised(lambda: step(AdamLAWN([replicated], free_steps=0))),
         "plain gradient": raised(lambda: step(plain, torch.ones(3, 2))),
-        "plain state": raised(foreign_state),
-        "sharded state": raised(lambda: foreign_state(of_shards=True)),
+        "gradient of another mesh": raised(lambda: step(AdamLAWN([rows]), distribute_tensor(ones, turned, [Shard(0)]))),
+        "plain state": raised(lambda: foreign_state(rows, nn.Parameter(ones))),
+        "sharded state": raised(lambda: foreign_state(nn.Parameter(ones), rows)),
+        "state of columns": raised(lambda: foreign_state(rows, columns)),
+        "state of another mesh": raised(lambda: foreign_state(rows, elsewhere)),
         "scaled": raised(lambda: scaled(0.99, rows=3)),
         "scaled, an empty shard": raised(lambda: scaled(0.99, rows=1)),
         "scaled, of half precision": raised(lambda: scaled(1 + 2**-7, rows=3, value=1.0)),
@@ -537,7 +611,9 @@ def two_ranks(tmp_path_factory):
     jobs += [(f"missing, {kind}", gradients_that_are_missing, (kind,)) for kind in FOUR]
     single = (by_hand, gradients_on_one_rank, nothing_to_update, first_step_at_zero_rate, closure_called_twice)
     single = (*single, gradient_of_another_placement, complex_weights, rounded_stochastically, lamb)
-    single = (*single, a_group_without_gradients, after_a_huge_gradient, errors)
+    single = (*single, a_group_without_gradients, a_weight_of_zero, first_numbers, sums_over_meshes)
+    single = (*single, a_shard_that_is_still_on_its_way, errors)
+    jobs += [(f"huge, {case}", after_a_huge_gradient, arguments) for case, arguments in HUGE.items()]
     jobs += [(job.__name__, job, ()) for job in single]
     for phase, after in SAVED.items():
         jobs += [(f"saved {phase}, {kind}", save, (kind, after, folder / f"{phase} {kind}")) for kind in FOUR]
@@ -608,9 +684,29 @@ def test_others_equal_one_process(two_ranks, job):
         assert results[job.__name__] < 1e-12
 
 
-def test_norms_stay_after_a_huge_gradient(two_ranks):
+@pytest.mark.parametrize("case", HUGE)
+def test_norms_stay_after_a_huge_gradient(two_ranks, case):
     for results in two_ranks[1]:
-        assert results["after_a_huge_gradient"] < 2e-6
+        assert results[f"huge, {case}"] < (2e-6 if HUGE[case][0] == torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_that_becomes_zero_is_named(two_ranks, kind):
+    """Zeros stay zeros, and moments stay numbers, so that it can be restored."""
+    for results in two_ranks[1]:
+        problem, finite, norm = results["a_weight_of_zero"][kind]
+        assert problem.startswith("ValueError('parameter 0 of param group 0 (shape (3, 2)) is zero")
+        assert finite
+        assert norm == pytest.approx(1, rel=1e-6)
+
+
+def test_sums_are_over_the_ranks_that_hold_other_shards(two_ranks):
+    assert [results["sums_over_meshes"] for results in two_ranks[1]] == [[3, 3, 1, 1, 1], [3, 3, 2, 2, 2]]
+
+
+def test_a_shard_is_a_tensor_with_values(two_ranks):
+    for results in two_ranks[1]:
+        assert results["a_shard_that_is_still_on_its_way"] == "Tensor"
 
 
 def test_shards_of_rows_are_rounded_with_the_numbers_of_the_whole(two_ranks):
@@ -621,10 +717,17 @@ def test_shards_of_rows_are_rounded_with_the_numbers_of_the_whole(two_ranks):
         assert columns < 0.9
 
 
+def test_shards_that_are_no_rows_have_numbers_of_their_own(two_ranks):
+    (rows, columns, *others), of_second = (results["first_numbers"] for results in two_ranks[1])
+    assert [rows, columns, *others] == [0, 0, 0, 0, 0]
+    assert of_second[0] == 2 * 3
+    assert of_second[1] >= 2 * 4
+    assert of_second[2:] == [0, 0, 0]  # the huge one has 2^32 numbers, of which these are counted from 2^31
+
+
 def test_errors_are_those_of_all_ranks(two_ranks):
     first, second = (results["errors"] for results in two_ranks[1])
     assert first == second
-    assert first["zero"].startswith("ValueError('parameter 0 of param group 0 (shape (3, 2)) is zero")
     assert "its norm is 0.0" in first["zero at the switch"]
     assert first["not finite"] == first["not finite, by hand"]
     assert first["not finite"].startswith("NonFiniteError(")
@@ -632,8 +735,9 @@ def test_errors_are_those_of_all_ranks(two_ranks):
         assert first[name].startswith("TypeError(")
         assert "Partial" in first[name]
     assert first["replicated"] == "nothing"
-    assert first["plain gradient"].startswith("TypeError(")
-    for name in ("plain state", "sharded state"):
+    for name in ("plain gradient", "gradient of another mesh"):
+        assert "has a gradient that is no DTensor of the same device mesh" in first[name]
+    for name in ("plain state", "sharded state", "state of columns", "state of another mesh"):
         assert "is not sharded as its state is" in first[name]
     for name in ("scaled", "scaled, an empty shard"):
         assert "has the norm" in first[name]
