@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from lawn import LAMB, LAMBLAWN, SGDLAWN, AdamLAWN
-from lawn.optim import NonFiniteError, blocks, cpu_kernels
+from lawn.optim import NonFiniteError, blocks, cpu_kernels, update
 from lawn.optim.keys import is_constrained
 from lawn.optim.reference import ReferenceLAWN
 from tests.optim.helpers import Maker, fixed_norms, wrapped
@@ -331,3 +331,27 @@ def test_compiled_code_updates_weights_of_any_size_once(kind, size):
             optimizer.step()
         found.append([p.detach() for p in params])
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+def test_a_trust_ratio_magnifies_short_tangent_components_but_no_rounding_errors():
+    """Updates of about length 1 of a weight of norm 2: all but a short part lies along it, or they are zero."""
+    rr = torch.tensor([1 + 1e-10, 1 + 2 * 2.0**-52, 0.0], dtype=torch.float64)
+    wr = torch.tensor([2.0, 2.0, 0.0], dtype=torch.float64)
+    ww, c = torch.full_like(wr, 4.0), torch.full_like(wr, 2.0)
+    keep, take, _ = update.coefficients(ww, wr, rr, c, 0.1, trust=True)
+    along = keep - take * wr / ww  # of the new weight, as a share of the old one
+    assert along.tolist() == pytest.approx([1 / 1.01**0.5, 1, 1], abs=1e-7)  # turned by atan(0.1), or not at all
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_moves_by_the_momentum_that_is_stored(dtype, fused):
+    """The next step reads the rounded one."""
+    (w,) = random_weights([(6, 5)], 0, dtype)
+    optimizer = SGDLAWN([w], lr=5.0, free_steps=0, fused=fused)
+    for t in range(4):
+        before = w.detach().double()
+        advance(optimizer, 0, t, t + 1)
+        r, c = optimizer.state[w]["momentum_buffer"].double(), fixed_norms(optimizer)[0]
+        moved = before - 5.0 * (r - before * (before * r).sum() / before.square().sum())
+        assert (w == (c * moved / moved.norm()).to(dtype)).double().mean() > 0.9
