@@ -79,7 +79,8 @@ def test_what_cannot_be(arguments, message):
 
 
 @pytest.mark.parametrize(
-    "arguments", [(0.0, 0.1, 1.0), (0.1, 0.0, 1.0), (0.1, 0.1, 0.0), (0.1, 0.1, math.nan), (2.0, 1.0, 1.0)]
+    "arguments",
+    [(0.0, 0.1, 1.0), (0.1, 0.0, 1.0), (0.1, 0.1, 0.0), (0.1, 0.1, math.nan), (0.1, 0.1, math.inf), (2.0, 1.0, 1.0)],
 )
 def test_no_equilibrium(arguments):
     with pytest.raises(ValueError, match="no equilibrium"):

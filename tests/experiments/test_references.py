@@ -5,16 +5,23 @@ from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from experiments import __main__ as command
+from experiments.definitions.matrix_factorization import MATRIX_FACTORIZATION
+from experiments.definitions.spec import Cell
 from experiments.definitions.tables import TABLE4
+from experiments.planning.study import Tuning
+from experiments.record import Record
 from experiments.records import Store
 from experiments.references import Settings, run
 from experiments.reporting import report
+from experiments.reporting.cell_results import CellResult
+from experiments.reporting.literature import literature_table
 from experiments.reporting.references import REFERENCES
 from lawn.errors import ConfigError
 from lawn.metrics import ranking_metrics
@@ -112,6 +119,55 @@ def test_the_literature_is_beside_our_numbers(tiny_references, tiny_data, tmp_pa
     report.write(page, tmp_path)
     assert "MovieLens-1M beside the literature" in (tmp_path / "table4.md").read_text()
     assert report.page_of(TABLE4, Store(tmp_path / "empty")).literature is None
+
+
+def result_of(cell: Cell, **metrics: list[float]) -> CellResult:
+    """Of runs with these values of the seeds 0, 1, ..."""
+    records = []
+    for seed, values in enumerate(zip(*metrics.values(), strict=True)):
+        last = {f"test_{metric}": value for metric, value in zip(metrics, values, strict=True)}
+        result = {"status": "finished", "last": last}
+        records.append(Record(Path("runs/x.jsonl"), f"{cell.row} {seed}", "", {"seed": seed}, {}, result, {}))
+    return CellResult(cell, None, records, Tuning(), [])
+
+
+def test_rows_of_the_literature(tmp_path, monkeypatch):
+    """From the cells of batch 10k, from the records of other methods, or of others alone."""
+    values = {"hr10": [70.0, 71.0], "ndcg10": [40.0, 41.0], "hr10_all": [8.0, 8.5], "ndcg10_all": [4.0, 4.125]}
+    others = {metric: [number + 1 for number in numbers] for metric, numbers in values.items()}
+    (cell,) = (c for c in TABLE4.cells if (c.panel, c.column, c.row) == ("MovieLens-1M", "batch 10k", "Adam-LAWN"))
+    (tuned,) = (c for c in TABLE4.cells if (c.panel, c.column, c.row) == (cell.panel, cell.column, "Adam, eps tuned"))
+    found = [
+        result_of(cell, **values),
+        result_of(tuned, **others),
+        *(result_of(replace(cell, **place), **others) for place in ({"column": "batch 1k"}, {"panel": "ImageNet"})),
+    ]
+    factors = result_of(MATRIX_FACTORIZATION.cells[0], **others)
+    monkeypatch.setattr("experiments.reporting.literature.cell_results", lambda *_: [factors])
+    ials = [{metric: numbers[k] for metric, numbers in values.items()} for k in range(2)]
+    references = SimpleNamespace(name="references-x", result={"metrics": {"ials": ials}})
+    stored = SimpleNamespace(record=lambda _: references)
+    monkeypatch.setattr("experiments.reporting.literature.REFERENCES", stored)
+    ours = ["70.50 (0.50, n=2)", "40.50 (0.50, n=2)", "8.25 (0.25, n=2)", "4.06 (0.06, n=2)"]
+    theirs = ["71.50 (0.50, n=2)", "41.50 (0.50, n=2)", "9.25 (0.25, n=2)", "5.06 (0.06, n=2)"]
+
+    def linked(numbers: list[str], row: str) -> list[str]:
+        links = " ".join(f'[{seed}](runs/x.jsonl "{row} {seed}")' for seed in range(2))
+        return [f"{numbers[0]} <sup>{links}</sup>", *numbers[1:]]
+
+    rendle, he = (f"[{name}](https://arxiv.org/abs/" for name in ("Rendle et al. 2020", "He et al. 2017"))
+    table = literature_table(Store(tmp_path), found, "val")
+    assert table is not None
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["NCF MLP, Adam-LAWN"] == [*linked(ours, "Adam-LAWN"), "70.41", "", "", ""]
+    assert rows["NCF MLP, Adam with eps tuned"] == [*linked(theirs, "Adam, eps tuned"), "", "", "", ""]
+    assert rows["NCF MLP, Adam"] == ["", "", "", "", "", "69.2", "", f"{he}1708.05031)"]
+    assert rows["Dot product, iALS"] == [
+        *(f"{ours[0]} <sup>[record](simulations/references-x.json)</sup>", *ours[1:]),
+        *("", "71.11", "43.83", f"{rendle}2005.09683), table 1"),
+    ]
+    assert rows["Dot product with biases, SGD"][:4] == linked(theirs, "Matrix factorization, SGD")
+    assert rows["Popularity"][:5] == [""] * 5
 
 
 def test_only_the_place_of_the_data_can_be_set(tmp_path, capsys):

@@ -908,6 +908,20 @@ def test_a_checkpoint_of_another_rule_is_refused(kind, make_other, problem):
         kind(network.parameters()).load_state_dict(plain.state_dict())
 
 
+@pytest.mark.parametrize(
+    "make_other", [partial(Adam, fused=True), partial(Adam, foreach=True), partial(AdamW, weight_decay=0)]
+)
+def test_lamb_takes_what_adam_has_computed_in_any_way(make_other):
+    network = model()
+    plain = make_other(network.parameters(), lr=0.125)
+    train(network, plain, 0, 1)
+    optimizer = LAMB(network.parameters())
+    optimizer.load_state_dict(plain.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.125
+    train(network, optimizer, 1, 2)
+    assert optimizer.state[network[0].weight]["step"] == 2
+
+
 @pytest.mark.parametrize("kind", [AdamLAWN, LAMBLAWN])
 @pytest.mark.parametrize("other", [Adam, AdamW])
 def test_weight_decay_that_acts_in_another_way_is_refused(kind, other):
@@ -1173,6 +1187,18 @@ def test_complex_weights_are_their_real_views(form, fused, scale):
         assert torch.equal(torch.view_as_real(z.grad), g)
     torch.testing.assert_close(torch.view_as_real(z.detach()), r.detach(), rtol=1e-10, atol=1e-12)
     assert optimizers[0].state[z][NORM] == pytest.approx(z.detach().norm().item())
+
+
+@own_form
+def test_a_gradient_may_be_a_lazy_conjugate(form):
+    value, g = torch.randn(2, 3, 4, dtype=torch.complex64).unbind()
+    params = [nn.Parameter(value.clone()) for _ in range(2)]
+    for p, gradient in zip(params, (g, g.conj().resolve_conj().conj()), strict=True):
+        optimizer, _ = make(form, [p], free_steps=0)
+        p.grad = gradient
+        optimizer.step()
+    assert params[1].grad.is_conj()
+    assert torch.equal(*params)
 
 
 @every_form

@@ -1,13 +1,14 @@
 """Stochastic rounding of half-precision weights: unbiased, reproducible, and absent unless asked for."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lawn import LAMBLAWN, LAWN, SGDLAWN, AdamLAWN
-from lawn.optim import rounding
+from lawn.optim import blocks, rounding
 from lawn.optim.keys import NORM
 
 KINDS = (AdamLAWN, SGDLAWN, LAMBLAWN)
@@ -146,6 +147,19 @@ def test_two_runs_are_equal_and_parameters_draw_their_own_numbers():
         p.grad = torch.arange(1000.0).view(200, 5).to(torch.bfloat16) / 1000
     optimizer.step()
     assert not torch.equal(*ps)
+
+
+@every_kind
+def test_an_update_in_batches_rounds_with_the_numbers_of_the_whole(kind):
+    """Sums in another order change a few roundings."""
+
+    def run() -> Tensor:
+        optimizer = kind(make_params(), lr=1e-2, free_steps=0, rounding="stochastic", fused=False)
+        return torch.cat([p.view(-1) for p in advance(optimizer, 0, 1)])
+
+    whole = run()
+    with mock.patch.dict(blocks.BATCH_ELEMENTS, cpu=1):
+        assert (run() == whole).double().mean() > 0.98
 
 
 @every_kind

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lawn.diagnostics import UpdateMonitor, top_eigenvalue
-from lawn.optim import LAMB, LAMBLAWN, bound_norms, sums
+from lawn.optim import LAMB, LAMBLAWN, bound_norms, sums, update
 
 MANY = 4 * 10**6
 PRECISION = 1e-5
@@ -27,6 +27,15 @@ def test_sums_are_those_in_float64(size):
         assert found.ndim == 0
     bound = PRECISION * exact * b.double().norm()
     assert abs(sums.dot(a, b).double() - a.double() @ b.double()) <= bound
+
+
+def test_norms_of_weights_beside_each_other():
+    """Sums over their parts of one vector, which would be off by 5e-5 in float32."""
+    ws = [numbers(seed, 3 * 10**5) for seed in range(3)]
+    exact = torch.stack([w.double().norm() for w in ws])
+    torch.testing.assert_close(update.norms(ws, [1, 1, 1]).double(), exact, rtol=1e-7, atol=0)
+    joined = torch.stack([exact[:2].norm(), exact[2]])
+    torch.testing.assert_close(update.norms(ws, [2, 1]).double(), joined, rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])

@@ -275,6 +275,27 @@ def test_logarithmic_panels_show_positive_numbers_alone():
     assert min(axes["training loss, nats"].get_ylim()) > 0.01
 
 
+def test_lines_of_each_run():
+    """In its color; cosines have arithmetic means, epochs without a measurement no points, margins a band."""
+    rows = pd.DataFrame({"epoch": [1, 2, 3], "constrained": [0, 1, 1], "train_loss": [3.0, 2.0, 1.0]})
+    rows[["margin_p10", "margin_p50", "margin_p90"]] = [[0.0, 1.0, 4.0], [1.0, 2.0, 5.0], [2.0, 3.0, 6.0]]
+    rows[["radial/a", "radial/b"]] = [[0.1, 0.3], [float("nan")] * 2, [0.2, 0.6]]
+    shown = draw({"first": rows, "second": rows})
+    losses, margins, cosines = shown.axes
+    (*thin, thick, switch), others = cosines.lines[:4], cosines.lines[4:]
+    assert [line.get_color() for line in (*thin, thick, switch, *others)] == ["C0"] * 4 + ["C1"] * 4
+    assert [list(line.get_ydata()) for line in thin] == [[0.1, 0.2], [0.3, 0.6]]
+    assert list(thick.get_xdata()) == [1, 3]
+    assert list(thick.get_ydata()) == pytest.approx([0.2, 0.4])
+    assert set(switch.get_xdata()) == {2}
+    assert len(losses.lines) == 2 * 2
+    for band in margins.collections:
+        (path,) = band.get_paths()
+        assert (path.vertices[:, 1].min(), path.vertices[:, 1].max()) == (0, 6)
+    (legend,) = shown.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["first", "second"]
+
+
 def test_a_table_that_a_spreadsheet_has_saved_again_is_one_line(tiny):
     config = tiny("diagnostics=on", "train.epochs=1")
     train(config)
