@@ -279,14 +279,17 @@ def test_lines_of_each_run():
     """In its color; cosines have arithmetic means, epochs without a measurement no points, margins a band."""
     rows = pd.DataFrame({"epoch": [1, 2, 3], "constrained": [0, 1, 1], "train_loss": [3.0, 2.0, 1.0]})
     rows[["margin_p10", "margin_p50", "margin_p90"]] = [[0.0, 1.0, 4.0], [1.0, 2.0, 5.0], [2.0, 3.0, 6.0]]
-    rows[["radial/a", "radial/b"]] = [[0.1, 0.3], [float("nan")] * 2, [0.2, 0.6]]
+    nan = float("nan")
+    rows[["radial/a", "radial/b"]] = [[0.1, 0.3], [nan, nan], [0.2, nan]]
     shown = draw({"first": rows, "second": rows})
     losses, margins, cosines = shown.axes
+    assert losses.get_gridspec().get_geometry() == (1, 3)
     (*thin, thick, switch), others = cosines.lines[:4], cosines.lines[4:]
     assert [line.get_color() for line in (*thin, thick, switch, *others)] == ["C0"] * 4 + ["C1"] * 4
-    assert [list(line.get_ydata()) for line in thin] == [[0.1, 0.2], [0.3, 0.6]]
+    for line, values in zip(thin, ([0.1, 0.2], [0.3, nan]), strict=True):
+        assert list(line.get_ydata()) == pytest.approx(values, nan_ok=True)
     assert list(thick.get_xdata()) == [1, 3]
-    assert list(thick.get_ydata()) == pytest.approx([0.2, 0.4])
+    assert list(thick.get_ydata()) == pytest.approx([0.2, 0.2])
     assert set(switch.get_xdata()) == {2}
     assert len(losses.lines) == 2 * 2
     for band in margins.collections:
