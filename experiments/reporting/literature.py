@@ -38,6 +38,8 @@ def _row(row: dict[str, Any], sources: dict[str, str], ours: CellResult | None, 
     links: list[str] = []
     if ours is not None and ours.records:
         numbers = [format_mean(ours.values(Measure(f"test_{metric}", "")), 2) for metric in METRICS]
+        if ours.failed:
+            numbers[0] = "Fail"
         links = [f"[{record.config['seed']}]({record.link})" for record in ours.records]
     elif references is not None and row.get("here") in references.result["metrics"]:
         repeats = references.result["metrics"][row["here"]]

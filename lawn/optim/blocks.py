@@ -46,7 +46,7 @@ class Blocks:
 
     def __post_init__(self) -> None:
         if any(w.is_complex() for w in self.weights):
-            self.weights, self.grads = real(self.weights), real(self.grads)
+            self.weights, self.grads = real(self.weights), real([g.resolve_conj() for g in self.grads])
             self.first, self.second = real(self.first), real(self.second)
 
     @property
@@ -113,15 +113,11 @@ def batch_elements(device: torch.device) -> int:
 
 
 def real(tensors: list[Tensor]) -> list[Tensor]:
-    """View complex tensors as real ones with a last axis of two.
-
-    A gradient that is a lazy conjugate is copied, since it has no such view. Raises TypeError for a parameter that is
-    a lazy conjugate.
+    """View complex tensors as real ones with a last axis of two. Raises TypeError for a lazy conjugate, which has no
+    such view.
     """
     if not any(t.is_complex() for t in tensors):
         return tensors
-    if any(t.is_conj() and not t.requires_grad for t in tensors):
-        tensors = [t.resolve_conj() if not t.requires_grad else t for t in tensors]
     if any(t.is_conj() for t in tensors):
         raise TypeError(
             "a parameter is the lazy conjugate of another tensor, which cannot be updated: resolve_conj() it"

@@ -359,7 +359,7 @@ def test_what_is_said_of_the_comparisons():
     assert said.tables[0].rows[0][1] == "better: +3.00 (+1.82 to +4.18) [+1.25]"
     (said,) = findings.findings([table_with(*(replace(each, paper=1.35) for each in many))])
     assert said.tables[0].rows[0][3] == "+0.10 (-1.08 to +1.28) [+1.35]"  # which the interval leaves out
-    below = [replace(each, differences=(-1.0, 2.0)) for each in many]  # the third is not decided, Adam-LAWN loses fourth
+    below = [replace(each, differences=(-1.0, 2.0)) for each in many]  # the fourth has Adam-LAWN lose
     (said,) = findings.findings([table_with(*below)])
     assert (
         " † In 2 of the 3 decided comparisons the losing side is below the paper's number and may be tuned less well"

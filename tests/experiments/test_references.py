@@ -168,6 +168,11 @@ def test_rows_of_the_literature(tmp_path, monkeypatch):
     ]
     assert rows["Dot product with biases, SGD"][:4] == linked(theirs, "Matrix factorization, SGD")
     assert rows["Popularity"][:5] == [""] * 5
+    found[0].records[1].result["status"] = "diverged"
+    table = literature_table(Store(tmp_path), found, "val")
+    assert table is not None
+    (diverged,) = (row for row in table.rows if row[0] == "NCF MLP, Adam-LAWN")
+    assert diverged[1:5] == linked(["Fail", "", "", ""], "Adam-LAWN")
 
 
 def test_only_the_place_of_the_data_can_be_set(tmp_path, capsys):

@@ -1586,9 +1586,10 @@ def test_flat_parameters_are_refused(form):
         make(form, [flat])
 
 
+@pytest.mark.parametrize("trainable", [True, False])
 @every_form
-def test_a_parameter_that_is_a_lazy_conjugate_is_refused(form):
-    p = nn.Parameter(torch.randn(2, 2, dtype=torch.complex64).conj())
+def test_a_parameter_that_is_a_lazy_conjugate_is_refused(form, trainable):
+    p = nn.Parameter(torch.randn(2, 2, dtype=torch.complex64).conj(), requires_grad=trainable)
     optimizer, _ = make(form, [p], free_steps=0)
     p.grad = torch.ones(2, 2, dtype=torch.complex64)
     with pytest.raises((TypeError, RuntimeError), match="conj"):
