@@ -113,8 +113,7 @@ def check_group(group: Group, index: int, label: str = "param group") -> None:
     if sharding.any_dtensor(group["params"]):
         for reason in filter(None, map(sharding.problem, group["params"])):
             raise TypeError(f"{label} {index} holds {reason}")
-    flat = [p for p in group["params"] if getattr(p, "_fsdp_flattened", False)]
-    if flat and group.get("constrain") is not False and all(p.ndim < 2 for p in flat):  # NO_SHARD keeps the shapes
+    if group.get("constrain") is not False and holds_flat(group):
         raise TypeError(
             f"{label} {index} holds flat parameters of FullyShardedDataParallel, {FLAT}, or constrain=False if the "
             "group has only biases and the like"
@@ -149,6 +148,12 @@ def _check_blocks(group: Group, place: str) -> None:
         members[key] > 1 and not is_lazy(p) and p.ndim < 2 for key, p in zip(blocks, params, strict=True)
     ):
         raise ValueError(f"{place}blocks join a vector, which is free by default; set constrain=True in the group")
+
+
+def holds_flat(group: Group) -> bool:
+    """Whether FullyShardedDataParallel has flattened parameters of the group; its NO_SHARD keeps their shapes."""
+    flat = [p for p in group["params"] if getattr(p, "_fsdp_flattened", False)]
+    return bool(flat) and all(p.ndim < 2 for p in flat)
 
 
 def has_weights(groups: list[Group]) -> bool:

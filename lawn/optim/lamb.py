@@ -21,6 +21,7 @@ from lawn.optim.checks import (
     torch_keys,
 )
 from lawn.optim.group_update import check_dense
+from lawn.optim.keys import FLAT, holds_flat
 from lawn.optim.lamb_update import lamb
 from lawn.optim.step_hooks import hook_owners
 
@@ -133,14 +134,17 @@ class LAMB(Optimizer):
             The closure's loss, or None without a closure.
 
         Raises:
-            TypeError: if a gradient is sparse.
+            TypeError: if a gradient is sparse, parameters are flat parameters of FullyShardedDataParallel, or a param
+                group has `norm_axes` for DTensors.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         pending = []
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
+            if holds_flat(group):
+                raise TypeError(f"param group {index} holds flat parameters of FullyShardedDataParallel, {FLAT}")
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
                 check_dense(p, p.grad, "LAMB")

@@ -25,10 +25,14 @@ def lamb(
     """Apply one step of LAMB to parameters that have gradients.
 
     The update of DTensors waits for the norms of whole tensors; it is returned. `idle` are trainable DTensors without a
-    gradient on this rank, which take part in the sums as another rank may have a gradient.
+    gradient on this rank, which take part in the sums as another rank may have a gradient. Raises TypeError for DTensors
+    with `norm_axes`.
     """
     sharded = [p for p in params if sharding.is_dtensor(p)] if sharding.any_dtensor(params) else []
     plain = [p for p in params if not sharding.is_dtensor(p)] if sharded else params
+    for p in (*sharded, *idle):
+        if _slice_axes(group.get(slices.KEY), p) is not None:
+            slices.check_param(group[slices.KEY], p, "LAMB: ")
     for part in rounding.batches(plain, batch_elements(plain[0].device) if plain else 0):
         trusted = [trust_vectors or p.ndim >= 2 for p in part]
         with _moved(optimizer, group, part) as (weights, updates):

@@ -17,7 +17,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.utils import parametrizations
 from torch.optim import LBFGS, SGD, Adam, Optimizer
 
-from lawn import LAMBLAWN, LAWN, SGDLAWN, AdamLAWN
+from lawn import LAMB, LAMBLAWN, LAWN, SGDLAWN, AdamLAWN
 from lawn.diagnostics import LossSurface, UpdateMonitor, weight_norm
 from lawn.optim import attenuate_logits, bound_norms, cpu_kernels, dispatch, output_layer, update
 from lawn.optim.blocks import Blocks
@@ -398,6 +398,16 @@ def test_flat_parameters_beside_a_matrix_are_refused(make):
     whole = nn.Parameter(torch.randn(3, 4))
     whole._fsdp_flattened = True  # NO_SHARD keeps the shapes
     make([whole, matrix], 1e-2)
+
+
+def test_lamb_refuses_flat_parameters():
+    """Its trust ratios would be of parts of several weights."""
+    flat = nn.Parameter(torch.ones(12))
+    flat._fsdp_flattened = True
+    flat.grad = torch.ones(12)
+    with pytest.raises(TypeError, match="param group 0 holds flat parameters of FullyShardedDataParallel"):
+        LAMB([flat]).step()
+    assert torch.equal(flat, torch.ones(12))
 
 
 @pytest.mark.parametrize("constrain", [None, True])

@@ -495,6 +495,7 @@ def errors() -> dict[str, str]:
     partial = nn.Parameter(DTensor.from_local(torch.ones(3, 2), mesh(2), [Partial()]))
     replicated = nn.Parameter(distribute_tensor(torch.ones(3, 2), mesh(2), [Replicate()]))
     plain = AdamLAWN([sharded(torch.ones(3, 2))], free_steps=0)
+    slices = {"params": [sharded(torch.ones(3, 2))], "norm_axes": 1}
     ones, turned = torch.ones(4, 4), DeviceMesh("cpu", [1, 0])
     rows, columns = (nn.Parameter(distribute_tensor(ones, mesh(2), [Shard(dim)])) for dim in range(2))
     elsewhere = nn.Parameter(distribute_tensor(ones, turned, [Shard(0)]))
@@ -511,6 +512,9 @@ def errors() -> dict[str, str]:
         "sharded state": raised(lambda: foreign_state(nn.Parameter(ones), rows)),
         "state of columns": raised(lambda: foreign_state(rows, columns)),
         "state of another mesh": raised(lambda: foreign_state(rows, elsewhere)),
+        "slices, LAMB": raised(lambda: step(LAMB([slices]))),
+        "slices, free LAMBLAWN": raised(lambda: step(LAMBLAWN([{**slices, "constrain": False}]))),
+        "slices, free AdamLAWN": raised(lambda: step(AdamLAWN([{**slices, "constrain": False}]))),
         "scaled": raised(lambda: scaled(0.99, rows=3)),
         "scaled, an empty shard": raised(lambda: scaled(0.99, rows=1)),
         "scaled, of half precision": raised(lambda: scaled(1 + 2**-7, rows=3, value=1.0)),
@@ -739,6 +743,9 @@ def test_errors_are_those_of_all_ranks(two_ranks):
         assert "has a gradient that is no DTensor of the same device mesh" in first[name]
     for name in ("plain state", "sharded state", "state of columns", "state of another mesh"):
         assert "is not sharded as its state is" in first[name]
+    for name in ("slices, LAMB", "slices, free LAMBLAWN"):
+        assert "norm_axes is not supported for DTensors" in first[name]
+    assert first["slices, free AdamLAWN"] == "nothing"  # it has no use for them
     for name in ("scaled", "scaled, an empty shard"):
         assert "has the norm" in first[name]
     assert first["scaled, of half precision"] == "nothing"
