@@ -53,9 +53,10 @@ def attenuate_logits(model: nn.Module, factor: float) -> None:
         factor: factor of the logits.
 
     Raises:
-        ValueError: if `factor` is not positive, the model has no linear layer, the last one belongs to an adapter, or
-            its weight or bias is computed from others (a parametrization) or shared with another module, which would
-            change as well; or if the logits of a subclass of `nn.Linear` are not proportional to them (a cosine, LoRA).
+        ValueError: if `factor` is not positive and finite, the model has no linear layer, the last one is lazy or
+            belongs to an adapter, or its weight or bias is computed from others (a parametrization) or shared with
+            another module, which would change as well; or if the logits of a subclass of `nn.Linear` are not
+            proportional to them (a cosine, LoRA).
 
     References:
         Gupta et al. 2021, section 1 and Figure 1, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).

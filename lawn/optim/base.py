@@ -205,10 +205,12 @@ class LAWNOptimizer(Optimizer, ABC):
             The closure's loss, or None without a closure.
 
         Raises:
-            ValueError: if a norm cannot be fixed, or a constrained weight has become zero (on a GPU one or two updates
-                later). The message names the parameter.
-            TypeError: if a parameter has a sparse gradient, or a DTensor a gradient that is none.
-            RuntimeError: if a CUDA graph is being captured.
+            ValueError: if a norm cannot be fixed or is not that of its weight, a constrained weight has become zero (on
+                a GPU one or two updates later) or shares memory, or a param group has become invalid. The message names
+                the parameter or the group.
+            TypeError: if a parameter has a sparse gradient, or a DTensor a gradient that is none, or a parameter cannot
+                be updated.
+            RuntimeError: if state has another shape or sharding than its parameter, or a CUDA graph is being captured.
         """
         loss = None
         if closure is not None:

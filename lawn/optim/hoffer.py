@@ -55,8 +55,8 @@ def bound_norms(model: nn.Module, select: Callable[[str], bool] | None = None) -
         The qualified names of the weights whose norms are fixed.
 
     Raises:
-        ValueError: if no weight is selected, a weight is parametrized, pruned or normalized already, its norm is zero
-            or not finite, or it is tied to a weight that is not selected. The model does not change then.
+        ValueError: if no weight is selected, a weight is lazy, parametrized, pruned or normalized already, its norm is
+            zero or not finite, or it is tied to a weight that is not selected. The model does not change then.
 
     References:
         - Hoffer et al. 2018, [arXiv:1803.01814](https://arxiv.org/abs/1803.01814).

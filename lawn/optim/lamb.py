@@ -46,7 +46,8 @@ class LAMB(Optimizer):
         weight_decay: coefficient of the weight in the update, inside the trust ratio.
 
     Raises:
-        ValueError: if a hyperparameter is out of range.
+        ValueError: if a hyperparameter is out of range, or a param group sets an option of torch's Adam or SGD that
+            LAMB lacks.
 
     References:
         You et al. 2020, Algorithm 2, [arXiv:1904.00962](https://arxiv.org/abs/1904.00962).

@@ -25,8 +25,8 @@ def lamb(
     """Apply one step of LAMB to parameters that have gradients.
 
     The update of DTensors waits for the norms of whole tensors; it is returned. `idle` are trainable DTensors without a
-    gradient on this rank, which take part in the sums as another rank may have a gradient. Raises TypeError for DTensors
-    with `norm_axes`.
+    gradient on this rank, which take part in the sums as another rank may have a gradient. Raises TypeError for slices
+    of DTensors.
     """
     sharded = [p for p in params if sharding.is_dtensor(p)] if sharding.any_dtensor(params) else []
     plain = [p for p in params if not sharding.is_dtensor(p)] if sharded else params

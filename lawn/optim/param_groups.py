@@ -2,7 +2,7 @@
 
 Each function returns groups with the keys `params`, `constrain` and, where they apply, `blocks` (`include_bias`) or
 `norm_axes` (`per_row`, `stacked`). Together the groups hold each trainable parameter once. "Weights" are trainable
-parameters with two or more dimensions.
+parameters with two or more dimensions and more than one element.
 """
 
 import re

@@ -22,7 +22,7 @@ class LinearWarmup(LRScheduler):
         warmup_steps: number of updates below the initial learning rate.
 
     Raises:
-        ValueError: if `warmup_steps` is negative.
+        ValueError: if `warmup_steps` is negative or not finite.
         TypeError: if `optimizer` is no torch optimizer, such as `lawn.LAWN`, which wraps one.
 
     Examples:

@@ -70,8 +70,8 @@ class EpochState:
     def divergence(self, updates_before: int, names: list[str]) -> dict[str, Any]:
         """Where a diverged epoch, which follows `updates_before` updates, went wrong.
 
-        `step` is the first update whose loss is not finite, or that left weights which are not. `largest_gradient` is
-        that of the last update where all were finite; `names` are those of the weights.
+        `step` is the first update whose loss is not finite, or the last one if only weights are not. `largest_gradient`
+        is that of the last update where all were finite; `names` are those of the weights.
         """
         losses = self.total_losses
         assert losses is not None

@@ -25,11 +25,12 @@ def run(*overrides: str) -> dict[str, Any]:
         *overrides: Hydra overrides such as "dataset=digits". Relative paths are below the working directory.
 
     Returns:
-        The content of result.json, among it `status` ("done" or "diverged"), `last` (the last row of metrics.csv),
-        `headline` (the name of the task's metric), `best` (the best epoch by that metric) and `seconds`.
+        The content of result.json and timing.json, among it `status` ("done" or "diverged"), `last` (the last row of
+        metrics.csv), `headline` (the name of the task's metric), `best` (the best epoch by that metric) and `seconds`.
 
     Raises:
         UserError: in one line, what is wrong.
+        OSError: if a file cannot be written.
         Stopped: at a signal, such as that of an interrupted notebook kernel; the same call resumes the run.
 
     Examples:
@@ -58,10 +59,11 @@ def train(config: Config) -> dict[str, Any]:
         config: what `lawn.compose.compose` has returned.
 
     Returns:
-        The content of result.json, as `run` returns it.
+        The result as `run` returns it.
 
     Raises:
         UserError: in one line, what is wrong.
+        OSError: if a file cannot be written.
         Stopped: at a signal (see `lawn.train.signals`).
 
     Examples:

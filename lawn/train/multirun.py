@@ -45,7 +45,7 @@ def train_many(configs: Sequence[Config]) -> list[Exception]:
     Examples:
         >>> from lawn.compose import compose
         >>> from lawn.train import train_many
-        >>> configs = [compose("dataset=digits", "train.vectorize=8", f"seed={seed}") for seed in range(8)]
+        >>> configs = [compose("dataset=movielens100k", "train.vectorize=8", f"seed={seed}") for seed in range(8)]
         >>> train_many(configs)  # doctest: +SKIP
         []
     """
@@ -81,7 +81,8 @@ def train_many(configs: Sequence[Config]) -> list[Exception]:
 def train_vectorized(configs: Sequence[Config], failures: list[Exception] | None = None) -> None:
     """Train runs of one `vectorization_key` as one batched model, in as many groups as the memory requires.
 
-    Each run has the directory and, to rounding, the result of the run alone; env.json has the size of its group.
+    Each run has the directory of the run alone and, to rounding, its updates; a long run amplifies rounding. env.json
+    has the size of its group.
 
     Args:
         configs: the configs of the runs.
@@ -94,7 +95,7 @@ def train_vectorized(configs: Sequence[Config], failures: list[Exception] | None
     Examples:
         >>> from lawn.compose import compose
         >>> from lawn.train import train_vectorized
-        >>> train_vectorized([compose("dataset=digits", f"seed={seed}") for seed in range(8)])  # doctest: +SKIP
+        >>> train_vectorized([compose("dataset=movielens100k", f"seed={seed}") for seed in range(8)])  # doctest: +SKIP
     """
     device = local_device(configs[0].device)
     keys = {vectorization_key(config) for config in configs}
