@@ -1578,6 +1578,23 @@ def test_a_group_that_is_saved_before_its_first_update(form):
 
 
 @every_form
+def test_names_in_another_order_are_refused(form):
+    """Also in the free phase, without norms to compare; a state dict by name has the order of the optimizer."""
+    network, other = model(0), model(1)
+    optimizer, _ = make(form, network.named_parameters(), free_steps=9)
+    train(network, optimizer, 0, 2)
+    order = list(other.named_parameters())[::-1]
+    fresh, _ = make(form, order, free_steps=9)
+    with pytest.raises(ValueError, match=r"another order: '0\.weight' where the optimizer has '1\.bias'"):
+        fresh.load_state_dict(optimizer.state_dict())
+    set_optimizer_state_dict(other, fresh, get_optimizer_state_dict(network, optimizer))
+    assert fresh.param_groups[0]["param_names"] == [name for name, _ in order]
+    for p, q in zip(network.parameters(), other.parameters(), strict=True):
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(fresh.state[q][key])), key
+
+
+@every_form
 def test_flat_parameters_are_refused(form):
     """As FullyShardedDataParallel marks what it has flattened."""
     flat = nn.Parameter(torch.ones(12))
