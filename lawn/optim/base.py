@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lawn.optim import keys, phase, rounding, stages
+from lawn.optim import keys, loading, phase, rounding, stages
 from lawn.optim.blocks import batch_elements
 from lawn.optim.checks import IGNORED_KEYS, BaseRule, check_not_negative, check_options, check_spelling, torch_keys
 from lawn.optim.group_update import GroupUpdate
@@ -87,7 +87,7 @@ class LAWNOptimizer(Optimizer, ABC):
         self._zero_check = ZeroCheck()
         self._may_trace = False
         self._had_weights = getattr(self, "_had_weights", False) or keys.has_weights(self.param_groups)
-        keys.restore_norms(self.state)
+        loading.restore_norms(self.state)
         for _, entry in keys.entries(self.state):
             if "step" in entry:  # on the host, so that reading it does not wait for the device
                 step = entry["step"]
@@ -123,7 +123,7 @@ class LAWNOptimizer(Optimizer, ABC):
             groups.append({**kept, "fused": own.get("fused")})  # how a step is computed, not what
         self._base_rule.check(self, state_dict)
         state_dict = {**state_dict, "param_groups": groups}
-        return keys.complete_state_dict(state_dict, self.param_groups, self._supported_keys())
+        return loading.complete_state_dict(state_dict, self.param_groups, self._supported_keys())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group.

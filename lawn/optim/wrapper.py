@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lawn.optim import dispatch, keys, phase, rounding, stages
+from lawn.optim import dispatch, keys, loading, phase, rounding, stages
 from lawn.optim.base import LAWNOptimizer
 from lawn.optim.blocks import Blocks
 from lawn.optim.checks import check_spelling
@@ -120,7 +120,7 @@ class LAWN:
         # This hook runs first, so that others find the caller's gradients and may clear them.
         hooks: Any = optimizer._optimizer_step_post_hooks
         hooks.move_to_end(self._hooks[1].id, last=False)
-        keys.restore_norms(optimizer.state)  # the optimizer may have state already
+        loading.restore_norms(optimizer.state)  # the optimizer may have state already
 
     def __getstate__(self) -> dict[str, Any]:
         self._norms.show()
@@ -171,13 +171,13 @@ class LAWN:
     def _complete_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._prepare()
         known = {key for group in optimizer.param_groups for key in group} - {"params", "param_names"}
-        return keys.complete_state_dict(state_dict, optimizer.param_groups, sorted(known))
+        return loading.complete_state_dict(state_dict, optimizer.param_groups, sorted(known))
 
     def _load(self, optimizer: Optimizer) -> None:
         self._known = {}
         self._zero_check = ZeroCheck()
         self._groups = list(optimizer.param_groups)
-        keys.restore_norms(optimizer.state)
+        loading.restore_norms(optimizer.state)
 
     def _prepare(self) -> None:
         self._norms.show()  # after a step that raised
@@ -187,7 +187,7 @@ class LAWN:
         groups = self.optimizer.param_groups
         pairs = list(zip(groups, self._groups, strict=False))
         if pairs and all(_is_loaded(group, before) for group, before in pairs):  # without hooks, as by bitsandbytes
-            for group, each in zip(groups, keys.kept(self._groups, groups, keys.KEYS), strict=False):
+            for group, each in zip(groups, loading.kept(self._groups, groups, keys.KEYS), strict=False):
                 group.update({**each, **group})
             self._load(self.optimizer)
         for index, group in enumerate(groups):
