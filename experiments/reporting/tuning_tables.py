@@ -150,7 +150,7 @@ def frame(found: Sequence[CellResult]) -> pd.DataFrame:
                         f"{record.result['split']}_{record.result['headline']}": record.headline,
                         "train_loss": record.result["last"].get("train_loss"),
                         "chosen": job.setting == chosen,
-                        "record": record.name,
+                        "hash": record.hash,  # with which its name ends
                     }
                 )
     return pd.DataFrame(rows)
