@@ -5,8 +5,8 @@ import json
 import re
 import shlex
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import reduce
 from math import isnan, nan, sqrt
