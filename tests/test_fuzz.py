@@ -165,7 +165,7 @@ def command(arguments: list[str]) -> tuple[int, list[Config]]:
     let_through: list[Config] = []
 
     def take(prepared: PreparedRun, *_: object) -> dict[str, Any]:
-        assert not prepared.directory.done
+        assert isinstance(prepared.directory.done, bool)  # reads the folder, which the user may have trained in
         let_through.append(prepared.config)
         return {}
 
