@@ -17,6 +17,7 @@ from experiments.reporting.statistics import MANY_SEEDS, mean_interval
 from experiments.reporting.trials import best_by_place, best_of_curves
 
 FEW = 6  # comparisons that are listed by themselves
+DECIDED = "better", "worse"  # verdicts
 BELOW_PAPER, FAR_SEEDS = "†", "‡"  # marks of comparisons
 ENTRIES = (
     "Intervals are at 95 %; gains without a verdict are not decided. Brackets hold the paper's gain and, where our "
@@ -123,7 +124,7 @@ def _against_all_bases(verdicts: Mapping[tuple[str, str, str], Sequence[tuple[Ha
 
 def _legend(pairs: Sequence[Pair]) -> str:
     """What the marks of the entries mean, as far as there are any."""
-    decided = [pair for pair in pairs if _is_decided(pair)]
+    decided = [pair for pair in pairs if verdict_of(pair) in DECIDED]
     below = sum(pair.loser[1] < 0 for pair in decided)
     said = (
         f" {BELOW_PAPER} In {below} of the {len(decided)} decided comparisons the losing side is below the paper's "
@@ -131,10 +132,6 @@ def _legend(pairs: Sequence[Pair]) -> str:
     )
     far = f" {FAR_SEEDS} Seeds more than {FAR} points below the median of their row widen the interval."
     return said * (below > 0) + far * any(any(pair.far) for pair in pairs)
-
-
-def _is_decided(pair: Pair) -> bool:
-    return verdict_of(pair) in ("better", "worse")
 
 
 def _horizon(page: Page) -> Finding | None:
@@ -211,7 +208,8 @@ def _tables(pairs: Sequence[Pair]) -> list[Table]:
 
 def _entry(pair: Pair) -> str:
     """The verdict, the gain and its interval, and in brackets the paper's with the seeds that would decide it."""
-    said, mark = verdict_of(pair), BELOW_PAPER * (_is_decided(pair) and pair.loser[1] < 0)
+    said = verdict_of(pair)
+    mark = BELOW_PAPER * (said in DECIDED and pair.loser[1] < 0)
     needed = _needed_seeds(pair) if said == "not decided" else ""
     printed = "" if isnan(pair.paper) else f" [{', '.join(filter(None, (f'{pair.paper:+.2f}', needed)))}]"
     gain = _interval_entry(said, pair.gain.difference, *pair.gain.interval(), mark)
@@ -219,7 +217,7 @@ def _entry(pair: Pair) -> str:
 
 
 def _interval_entry(said: str, gain: float, low: float, high: float, mark: str = "") -> str:
-    decided = f"{said}{mark}: " if said in ("better", "worse") else ""
+    decided = f"{said}{mark}: " if said in DECIDED else ""
     return f"{decided}{gain:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
@@ -228,7 +226,7 @@ def _sentence(pair: Pair) -> str:
     said = verdict_of(pair)
     where = f", {pair.place}" if pair.place else ""
     row, apart = pair.loser
-    if said in ("better", "worse"):
+    if said in DECIDED:
         more = f" But our {row} is {-apart:.2f} below the paper's: it may not be tuned as well." if apart < 0 else ""
     else:
         needed = _needed_seeds(pair)
