@@ -6,13 +6,14 @@ from functools import lru_cache
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lawn.task import Batch, Task
 
 
 def flops_per_sample(task: Task, model: nn.Module, batch: Batch) -> float:
     """Matrix and convolution FLOPs of forward and backward for one sample, counted without computing anything."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, if it is installed
+
     with FlopCounterMode(display=False) as counter:
         loss, _ = task.loss_and_margins(to_meta(model), tuple(t.to("meta") for t in batch))
         loss.backward()
