@@ -1,6 +1,7 @@
 """Sharded parameters (FSDP2, HSDP, tensor parallelism) against plain tensors in one process."""
 
 import copy
+import itertools
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -387,6 +388,25 @@ def first_numbers() -> list[int]:
     huge = torch.empty(2**15, 2**16, device="meta")
     shards.append(DTensor.from_local(huge, mesh(2), [Shard(0)], run_check=False))
     return [sharding.first_number(p) for p in shards]
+
+
+def first_numbers_on_four_ranks() -> dict[str, int]:
+    """Of shards of weights [8, 3], [8, 4] and, where tensor parallelism has split the rows first, [8, 6]."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    rows, columns, replicated = Shard(0), Shard(1), Replicate()
+    cases = {
+        "rows": ((8, 3), [rows, rows]),
+        "columns": ((8, 4), [columns, columns]),
+        "blocks": ((8, 4), [rows, columns]),
+        "replicated rows": ((8, 3), [replicated, rows]),
+        "replicated columns": ((8, 4), [columns, replicated]),
+    }
+    four = mesh(2, 2, names=("data", "model"))
+    shards = {name: distribute_tensor(torch.zeros(shape), four, placed) for name, (shape, placed) in cases.items()}
+    shards["interleaved rows"] = fsdp_and_tp(Model(8))[0].weight
+    assert [type(placed).__name__ for placed in shards["interleaved rows"].placements] == ["_StridedShard", "Shard"]
+    return {name: sharding.first_number(p) for name, p in shards.items()}
 
 
 def sums_over_meshes() -> list[float]:
@@ -789,7 +809,16 @@ def test_two_by_two(tmp_path):
     shardings = [hsdp, fsdp_and_tp]
     jobs: list[Job] = [(f"{shard.__name__}, {kind}", compare, (shard, kind)) for shard in shardings for kind in FOUR]
     jobs += [(f"with biases, {kind}", compare, (fsdp_and_tp, kind, with_biases)) for kind in FOUR]
-    results = spawn(tmp_path, 4, jobs)
+    results = spawn(tmp_path, 4, [*jobs, ("first numbers", first_numbers_on_four_ranks, ())])
+    first = [result.pop("first numbers") for result in results]
+    of_ranks = {name: [numbers[name] for numbers in first] for name in first[0]}
+    assert of_ranks["rows"] == [0, 6, 12, 18]  # those of the whole weight
+    assert of_ranks["replicated rows"] == [0, 12, 0, 12]
+    for name in ("columns", "blocks", "interleaved rows"):  # numbers of their own: none are used twice
+        assert min(b - a for a, b in itertools.pairwise(sorted(of_ranks[name]))) >= 32, of_ranks[name]
+    a, b = of_ranks["replicated columns"][::2]
+    assert of_ranks["replicated columns"] == [a, a, b, b]
+    assert a != b
     for name in results[0]:
         # Weights are on the mesh of both dimensions; LAMB's trust ratios of the last layer are on that of FSDP.
         two = name.startswith(("fsdp_and_tp, LAMBLAWN", "with biases, LAMBLAWN"))
