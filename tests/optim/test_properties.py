@@ -343,6 +343,25 @@ def test_a_trust_ratio_magnifies_short_tangent_components_but_no_rounding_errors
     assert along.tolist() == pytest.approx([1 / 1.01**0.5, 1, 1], abs=1e-7)  # turned by atan(0.1), or not at all
 
 
+@in_both_ways
+@pytest.mark.parametrize(("length", "slope"), [(1.0, 0.1), (1e-5, 0.1), (1e-9, 0.0)])
+def test_lamb_turns_a_weight_by_the_learning_rate_unless_its_update_lies_along_it(fused, length, slope):
+    """`length`: of the update's tangent component, as a share of that along the weight."""
+    w, tangent = (torch.randn(5, 4, generator=torch.Generator().manual_seed(k)).double() for k in range(2))
+    w = w / w.norm()
+    tangent -= w * (w * tangent).sum()
+    weight = nn.Parameter(w.clone())
+    optimizer = LAMBLAWN([weight], lr=0.1, free_steps=0, fused=fused)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert torch.equal(weight, w)  # an update of zero turns nothing
+    optimizer.state[weight]["exp_avg"].copy_(w + length * tangent / tangent.norm())
+    optimizer.state[weight]["exp_avg_sq"].fill_(1.0)  # the same for all elements: the update has the moment's direction
+    optimizer.step()
+    along = (w * weight.detach()).sum()
+    assert ((weight.detach() - along * w).norm() / along).item() == pytest.approx(slope, abs=1e-5)
+
+
 @pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_moves_by_the_momentum_that_is_stored(dtype, fused):
