@@ -200,6 +200,7 @@ def runs(request, tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
     return results
 
 
+@pytest.mark.filterwarnings("default")  # those of the frameworks are theirs
 @pytest.mark.parametrize("phase", SAVED)
 @pytest.mark.parametrize("kind", TESTED)
 def test_saved_and_resumed(runs, kind, phase):
