@@ -317,20 +317,32 @@ def test_norms_that_cannot_be_squared_are_refused_at_the_switch(kind, dtype, lim
             assert torch.equal(weight, before)
 
 
+def assert_compiled_is_plain(kind: Maker, sizes: Sizes) -> None:
+    found = [
+        advance(kind(random_weights(sizes, 0), lr=0.1, free_steps=0, fused=fused), 0, 0, 3) for fused in (None, False)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
 @every_kind
 @pytest.mark.parametrize("size", [2048, 2049, 32768, 32769])
 def test_compiled_code_updates_weights_of_any_size_once(kind, size):
     """Around the numbers of elements of a chunk and of a block that one thread updates."""
-    found = []
-    for fused in (None, False):
-        params = random_weights([(1, size), (3, 4)], 0)
-        optimizer = kind(params, lr=0.1, free_steps=0, fused=fused)
-        for step in range(3):
-            for p, grad in zip(params, random_grads([(1, size), (3, 4)], 0, step), strict=True):
-                p.grad = grad
-            optimizer.step()
-        found.append([p.detach() for p in params])
-    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+    assert_compiled_is_plain(kind, [(1, size), (3, 4)])
+
+
+@pytest.fixture
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@every_kind
+def test_threads_add_up_to_the_whole(four_threads, kind):
+    """All compute sums over a large weight; small weights are distributed, as together they are large."""
+    assert_compiled_is_plain(kind, [(300, 200), (4, 1, 2), *[(50, 30)] * 30])
 
 
 def test_a_trust_ratio_magnifies_short_tangent_components_but_no_rounding_errors():
