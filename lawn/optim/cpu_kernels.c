@@ -3,8 +3,8 @@
    A block is a set of tensors that share one norm c (nearly always one tensor): those from at[b] to at[b + 1]. Each
    function updates all blocks in three passes over their memory. The first computes the inner products that project the
    gradient, the second the moments and the inner products of their update r, the third the weights. The projected
-   update is tangent, so the norm of the new weights follows from these inner products. A block of zeros cannot be
-   projected; its weights do not change and zero[b] is set.
+   update is tangent, so the norm of the new weights follows from these inner products. Where w.w is zero, nothing can be
+   projected; the weights do not change and zero[b] is set.
 
    Sums run in REAL within a chunk and in double over chunks.
 
@@ -28,7 +28,7 @@ typedef struct {
    Returns whether digits cancel in the norm of the result, which then has to be rescaled once more. */
 static int coefficients(Dots d, double c, double lr, int trust, double *keep, double *take) {
     double along = d.wr / d.ww;
-    double tangent = d.rr - along * d.wr;
+    double tangent = d.rr - along * d.wr; /* infinite if squares of r overflow REAL: taken for 0, and rescaled after */
     tangent = tangent > 4 * DBL_EPSILON * d.rr ? tangent : 0.0; /* NEGLIGIBLE of update.py */
     double step = trust && tangent > 0 ? lr * c / sqrt(tangent) : lr;
     double square = d.ww + step * step * tangent;
@@ -111,37 +111,12 @@ static Dots gradient_dots(int64_t from, int64_t to, REAL **w, REAL **g, const in
     return (Dots){ww, wg, 0};
 }
 
-/* Computes w.g / w.w, or NaN if w is zero. */
-static double gradient_along(int64_t from, int64_t to, REAL **w, REAL **g, const int64_t *n) {
-    Dots d = gradient_dots(from, to, w, g, n);
-    return d.ww == 0 ? NAN : d.wr / d.ww;
-}
-
-static int is_zero(int64_t from, int64_t to, REAL **w, const int64_t *n) {
-    for (int64_t t = from; t < to; t++)
-        for (int64_t i = 0; i < n[t]; i++)
-            if (w[t][i] != 0)
-                return 0;
-    return 1;
-}
-
-/* Computes the inner products with r = a - b, or r = a without b, in double: where squares of r overflow REAL. */
-static Dots wide_dots(int64_t from, int64_t to, REAL **w, REAL **a, REAL **b, const int64_t *n) {
-    double ww = 0, wr = 0, rr = 0;
-    for (int64_t t = from; t < to; t++) {
-        for (int64_t i = 0; i < n[t]; i++) {
-            double wi = w[t][i], r = b ? (double)a[t][i] - b[t][i] : a[t][i];
-            ww += wi * wi;
-            wr += wi * r;
-            rr += r * r;
-        }
-    }
-    return (Dots){ww, wr, rr};
-}
-
 /* Rescales the weights to norm c, unless they are zero. */
 static void rescale(int64_t from, int64_t to, REAL **w, const int64_t *n, double c) {
-    double ww = wide_dots(from, to, w, w, 0, n).ww;
+    double ww = 0;
+    for (int64_t t = from; t < to; t++)
+        for (int64_t i = 0; i < n[t]; i++)
+            ww += (double)w[t][i] * w[t][i];
     if (ww == 0)
         return;
     const double a = c / sqrt(ww);
@@ -194,11 +169,11 @@ static void adam_weights(int64_t from, int64_t to, REAL **w, REAL **m, REAL **v,
 static void adam_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, REAL **v, const int64_t *n, double c,
                        double lr, double beta1, double beta2, double eps, double mscale, double vscale, int trust,
                        uint8_t *zero) {
-    const double share = gradient_along(from, to, w, g, n);
-    if (isnan(share) && (*zero = is_zero(from, to, w, n)))
+    Dots d = gradient_dots(from, to, w, g, n);
+    if ((*zero = d.ww == 0))
         return;
     double keep, take;
-    Dots d = adam_moments(from, to, w, g, m, v, n, share, beta1, beta2, eps, mscale, vscale);
+    d = adam_moments(from, to, w, g, m, v, n, d.wr / d.ww, beta1, beta2, eps, mscale, vscale);
     int again = coefficients(d, c, lr, trust, &keep, &take);
     adam_weights(from, to, w, m, v, n, keep, take, eps, mscale, vscale);
     if (again)
@@ -236,7 +211,7 @@ static Dots sgd_buffers(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, 
             rr += srr;
         })
     }
-    return isfinite(rr) ? (Dots){ww, wr, rr} : wide_dots(from, to, w, m, 0, n);
+    return (Dots){ww, wr, rr};
 }
 
 static void sgd_weights(int64_t from, int64_t to, REAL **w, REAL **m, const int64_t *n, double keep, double take) {
@@ -250,11 +225,11 @@ static void sgd_weights(int64_t from, int64_t to, REAL **w, REAL **m, const int6
 
 static void sgd_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **m, const int64_t *n, double c, double lr,
                       double momentum, uint8_t *zero) {
-    const double share = gradient_along(from, to, w, g, n);
-    if (isnan(share) && (*zero = is_zero(from, to, w, n)))
+    Dots d = gradient_dots(from, to, w, g, n);
+    if ((*zero = d.ww == 0))
         return;
     double keep, take;
-    Dots d = sgd_buffers(from, to, w, g, m, n, share, momentum);
+    d = sgd_buffers(from, to, w, g, m, n, d.wr / d.ww, momentum);
     int again = coefficients(d, c, lr, 0, &keep, &take);
     sgd_weights(from, to, w, m, n, keep, take);
     if (again)
@@ -281,8 +256,8 @@ static void tangent_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **b
 }
 
 static void project_block(int64_t from, int64_t to, REAL **w, REAL **g, REAL **before, REAL **out, const int64_t *n) {
-    const double share = gradient_along(from, to, w, g, n);
-    tangent_block(from, to, w, g, before, out, n, isnan(share) && is_zero(from, to, w, n) ? 0 : share);
+    Dots d = gradient_dots(from, to, w, g, n);
+    tangent_block(from, to, w, g, before, out, n, d.ww == 0 ? 0 : d.wr / d.ww);
 }
 
 /* Before a step of the base optimizer: copies w to before and writes the projected gradient to out. */
@@ -309,7 +284,7 @@ static Dots difference_dots(int64_t from, int64_t to, REAL **w, REAL **before, c
             rr += srr;
         })
     }
-    return isfinite(rr) ? (Dots){ww, wr, rr} : wide_dots(from, to, before, before, w, n);
+    return (Dots){ww, wr, rr};
 }
 
 static void combine_block(int64_t from, int64_t to, REAL **w, REAL **before, const int64_t *n, double keep,
@@ -326,7 +301,7 @@ static void retract_block(int64_t from, int64_t to, REAL **w, REAL **before, con
                           uint8_t *zero) {
     double keep, take;
     Dots d = difference_dots(from, to, w, before, n);
-    *zero = d.ww == 0 && is_zero(from, to, before, n);
+    *zero = d.ww == 0;
     int again = coefficients(d, c, 1.0, 0, &keep, &take);
     combine_block(from, to, w, before, n, *zero ? 1 : keep, *zero ? 0 : take);
     if (again && !*zero)

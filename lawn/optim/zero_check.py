@@ -49,6 +49,6 @@ def _check_zero(group_update: GroupUpdate, zero: Tensor) -> None:
         return
     name, c = group_update.describe(int(zero.nonzero()[0]))
     raise ValueError(
-        f"{name} is zero, but was constrained to the norm {c:.6g}: a weight of "
+        f"{name} is zero or underflows when squared, but was constrained to the norm {c:.6g}: a weight of "
         "zero has no direction in which it could be rescaled; restore it, or set constrain=False for its param group"
     )

@@ -1063,7 +1063,7 @@ def test_a_zero_mask_of_a_gpu_is_checked_once_when_it_has_arrived(form):
     (group_update,) = begin_step(optimizer, lawn._known)
     lawn._zero_check._pending.append((group_update, torch.tensor([True]), Event()))
     optimizer.step()
-    with pytest.raises(ValueError, match="is zero, but was constrained"):
+    with pytest.raises(ValueError, match="is zero or underflows when squared, but was constrained"):
         optimizer.step()
     optimizer.step()  # the weight has been restored
     lawn._zero_check._pending.append((group_update, torch.tensor([True]), Event()))
@@ -1155,7 +1155,9 @@ def test_a_weight_of_zero_is_named_after_a_load(form):
     stepped(optimizer, w)
     optimizer.load_state_dict(optimizer.state_dict())
     w.data.zero_()
-    with pytest.raises(ValueError, match=r"parameter 0 .* is zero, but was constrained to the norm 2"):
+    with pytest.raises(
+        ValueError, match=r"parameter 0 .* is zero or underflows when squared, but was constrained to the norm 2"
+    ):
         stepped(optimizer, w)
 
 

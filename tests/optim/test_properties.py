@@ -317,6 +317,38 @@ def test_norms_that_cannot_be_squared_are_refused_at_the_switch(kind, dtype, lim
             assert torch.equal(weight, before)
 
 
+@in_both_ways
+@every_kind
+@pytest.mark.parametrize("scale", [0.0, 1e-30])
+def test_a_weight_that_has_no_length_any_more_is_refused(kind, fused, scale):
+    """Whether it is zero or its squares are."""
+    optimizer = kind(random_weights([(5, 4)], 0, torch.float32), lr=0.1, free_steps=0, fused=fused)
+    (weight,) = advance(optimizer, 0, 0, 2)
+    weight.mul_(scale)
+    with pytest.raises(ValueError, match="is zero or underflows when squared, but was constrained to the norm"):
+        advance(optimizer, 0, 2, 3)
+    assert weight.isfinite().all()
+
+
+@in_both_ways
+@pytest.mark.parametrize("kind", [partial(SGDLAWN, momentum=0.5), AdamLAWN], ids=["SGDLAWN", "AdamLAWN"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lr", [1e6, 1e18])
+def test_a_long_step_along_the_weight_leaves_its_norm_or_zero(kind, dtype, lr, fused):
+    """Of the weight, which is the difference of two much longer vectors, few digits are left, or none."""
+    weight = nn.Parameter(torch.ones(4, 4, dtype=dtype))
+    optimizer = kind([weight], lr=lr, free_steps=0, fused=fused)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    before = weight.detach().clone()
+    for name, value in (("momentum_buffer", before), ("exp_avg", before), ("exp_avg_sq", 1.0)):
+        if name in optimizer.state[weight]:
+            optimizer.state[weight][name].copy_(torch.as_tensor(value))
+    optimizer.step()
+    norm, c = weight.double().norm().item(), fixed_norms(optimizer)[0]
+    assert norm == 0 or norm == pytest.approx(c, rel=1e-6)
+
+
 def assert_compiled_is_plain(kind: Maker, sizes: Sizes) -> None:
     found = [
         advance(kind(random_weights(sizes, 0), lr=0.1, free_steps=0, fused=fused), 0, 0, 3) for fused in (None, False)
