@@ -22,10 +22,10 @@ NUMBERS: dict[type[Optimizer], list[dict[str, Any]]] = {
     SGDLAWN: [{"momentum": 0.9, "free_steps": 3}, {"momentum": 0.5, "free_steps": 0}, {}],
     Adam: [{"weight_decay": 0.1}, {"betas": (0.5, 0.9), "eps": 1e-3}, {}],
     AdamW: [{"weight_decay": 0.3}, {"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.0}, {}],
-    AdamLAWN: [{"free_steps": 3}, {"betas": (0.5, 0.9), "free_steps": 0}, {}],
+    AdamLAWN: [{"free_steps": 3}, {"betas": (0.5, 0.9), "eps": 1e-3, "free_steps": 0}, {}],
     LAMB: [{"weight_decay": 0.3}, {"betas": (0.5, 0.9), "eps": 1e-3}, {}],
     LAMBPlus: [{"weight_decay": 0.3}, {"betas": (0.5, 0.9), "eps": 1e-3}, {}],
-    LAMBLAWN: [{"free_steps": 3}, {"betas": (0.5, 0.9), "free_steps": 0}, {}],
+    LAMBLAWN: [{"free_steps": 3}, {"betas": (0.5, 0.9), "eps": 1e-3, "free_steps": 0}, {}],
 }
 SHAPES = ((3, 4), (4,), (1, 3), (2, 2, 3))
 
