@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from lawn.errors import ConfigError
+from lawn.models import ncf
 from lawn.models.mf import MF
 from lawn.models.mlp import mlp
 from lawn.models.ncf import NCFMLP
@@ -46,7 +47,7 @@ def test_ncf_sizes():
     assert NCFMLP(10, 20, factors=8, layers=3, init="torch").user.weight.std() > 0.5
 
 
-def test_ncf_is_the_concatenation_for_small_and_large_batches():
+def test_ncf_is_the_concatenation_for_small_and_large_batches(monkeypatch):
     model = NCFMLP(10, 20, factors=4, layers=2, init="torch").double()
     with torch.no_grad():
         for p in model.parameters():
@@ -56,15 +57,22 @@ def test_ncf_is_the_concatenation_for_small_and_large_batches():
     expected = model.score(model.hidden(pair)).squeeze(1)
 
     def gradients(logits):
-        return torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+        return torch.autograd.grad(logits.square().sum(), list(model.parameters()), retain_graph=True)
 
     whole = model(users, items)  # tables smaller than the batch: projected first
     split = torch.cat([model(u, i) for u, i in zip(users.split(5), items.split(5), strict=True)])
-    for got in (whole, split):
+    monkeypatch.setattr(ncf, "CPU_ROWS", 64)
+    sizes: list[int] = []
+    model.score.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    parts = model(users, items)
+    assert sizes == [64, 64, 64, 8]
+    for got in (whole, split, parts):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-    for a, b, c in zip(gradients(whole), gradients(split), gradients(expected), strict=True):
-        torch.testing.assert_close(a, c, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(b, c, rtol=1e-10, atol=1e-10)
+        for a, b in zip(gradients(got), gradients(expected), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    monkeypatch.setattr(ncf, "CPU_ROWS", 29)  # fewer than the rows of both tables
+    model(users, items)
+    assert sizes[4:] == [200]
 
 
 def test_vgg19():

@@ -1,5 +1,7 @@
 """Neural collaborative filtering with a multilayer perceptron (He et al. 2017)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -7,6 +9,8 @@ from torch.nn import functional as F
 from lawn.models.lookup import look_up, relu_of_sum
 
 MAX_PARTS, PART_ROWS = 64, 200  # of a batch on a GPU; more parts, or shorter ones, are not faster
+CPU_ROWS = 10_000  # of a batch that go through all layers together, so that their outputs stay in a CPU's caches;
+# not with larger tables, as the gradient of each part is one of whole tables
 
 
 class NCFMLP(nn.Module):
@@ -51,10 +55,17 @@ class NCFMLP(nn.Module):
 
     def forward(self, users: Tensor, items: Tensor) -> Tensor:
         """Compute logits [B] of users [B] and items [B]."""
-        return self.score(self.hidden[1:](self._first(users, items))).squeeze(1)
+        first = self._first(len(users))
+        if users.device.type == "cpu" and self._table_rows <= CPU_ROWS < len(users):
+            parts = zip(users.split(CPU_ROWS), items.split(CPU_ROWS), strict=True)
+            return torch.cat([self._rest(first(*part)) for part in parts])
+        return self._rest(first(users, items))
 
-    def _first(self, users: Tensor, items: Tensor) -> Tensor:
-        """Compute the first hidden layer before its ReLU.
+    def _rest(self, x: Tensor) -> Tensor:
+        return self.score(self.hidden[1:](x)).squeeze(1)
+
+    def _first(self, batch_size: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return what computes the first hidden layer, before its ReLU, of users and items of the batch.
 
         A linear layer of a concatenation is the sum of two linear layers. If the batch is larger than the embedding
         tables, it is faster to apply these to the tables and to index the results; gradients are equal up to rounding.
@@ -62,16 +73,16 @@ class NCFMLP(nn.Module):
         """
         first = self.hidden[0]
         assert isinstance(first, nn.Linear)
-        if not self._tables_are_smaller(len(users)):
-            embedded = [self.user.weight.index_select(0, users), self.item.weight.index_select(0, items)]
-            return first(torch.cat(embedded, dim=1))
+        if self._table_rows > 2 * batch_size:
+            by_user, by_item = self.user.weight, self.item.weight
+            return lambda u, i: first(torch.cat([by_user.index_select(0, u), by_item.index_select(0, i)], dim=1))
         for_users, for_items = first.weight.chunk(2, dim=1)
-        projected_users = F.linear(self.user.weight, for_users)
-        projected_items = F.linear(self.item.weight, for_items, first.bias)
-        return projected_users.index_select(0, users).add_(projected_items.index_select(0, items))
+        by_user, by_item = F.linear(self.user.weight, for_users), F.linear(self.item.weight, for_items, first.bias)
+        return lambda u, i: by_user.index_select(0, u).add_(by_item.index_select(0, i))
 
-    def _tables_are_smaller(self, batch_size: int) -> bool:
-        return self.user.num_embeddings + self.item.num_embeddings <= 2 * batch_size
+    @property
+    def _table_rows(self) -> int:
+        return self.user.num_embeddings + self.item.num_embeddings
 
     def all_scores(self, users: Tensor) -> Tensor:
         """Compute the logits [B, items] of users [B] and all items."""
@@ -95,7 +106,7 @@ class NCFMLP(nn.Module):
         """
         for_users, for_items = weights["hidden.0.weight"].chunk(2, dim=2)
         by_user, by_item, bias = weights["user.weight"], weights["item.weight"], weights.get("hidden.0.bias")
-        if self._tables_are_smaller(users.shape[1]):
+        if self._table_rows <= 2 * users.shape[1]:
             by_user, by_item = affine(by_user, for_users, None), affine(by_item, for_items, bias)
             x = relu_of_sum(by_user, by_item, users, items)
         else:
