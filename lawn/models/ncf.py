@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from lawn.models.lookup import look_up, relu_of_sum
 
 MAX_PARTS, PART_ROWS = 64, 200  # of a batch on a GPU; more parts, or shorter ones, are not faster
-CPU_ROWS = 10_000  # of a batch that go through all layers together, so that their outputs stay in a CPU's caches;
+CPU_ROWS = 10_000  # of a batch, for each thread, that go through all layers together, as a CPU's caches hold them;
 # not with larger tables, as the gradient of each part is one of whole tables
 
 
@@ -56,8 +56,9 @@ class NCFMLP(nn.Module):
     def forward(self, users: Tensor, items: Tensor) -> Tensor:
         """Compute logits [B] of users [B] and items [B]."""
         first = self._first(len(users))
-        if users.device.type == "cpu" and self._table_rows <= CPU_ROWS < len(users):
-            parts = zip(users.split(CPU_ROWS), items.split(CPU_ROWS), strict=True)
+        rows = CPU_ROWS * torch.get_num_threads()
+        if users.device.type == "cpu" and self._table_rows <= rows < len(users):
+            parts = zip(users.split(rows), items.split(rows), strict=True)
             return torch.cat([self._rest(first(*part)) for part in parts])
         return self._rest(first(users, items))
 
