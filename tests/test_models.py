@@ -61,7 +61,8 @@ def test_ncf_is_the_concatenation_for_small_and_large_batches(monkeypatch):
 
     whole = model(users, items)  # tables smaller than the batch: projected first
     split = torch.cat([model(u, i) for u, i in zip(users.split(5), items.split(5), strict=True)])
-    monkeypatch.setattr(ncf, "CPU_ROWS", 64)
+    monkeypatch.setattr(ncf, "CPU_ROWS", 32)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     sizes: list[int] = []
     model.score.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     parts = model(users, items)
@@ -70,7 +71,7 @@ def test_ncf_is_the_concatenation_for_small_and_large_batches(monkeypatch):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
         for a, b in zip(gradients(got), gradients(expected), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-    monkeypatch.setattr(ncf, "CPU_ROWS", 29)  # fewer than the rows of both tables
+    monkeypatch.setattr(ncf, "CPU_ROWS", 14)  # for both threads fewer than the rows of both tables
     model(users, items)
     assert sizes[4:] == [200]
 
