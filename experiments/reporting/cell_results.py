@@ -141,8 +141,13 @@ def _cell_result(
         tuning = study.tuning(store)
         tried = [(job, record) for job in tuning.jobs if (record := store.read(job.name)) is not None]
         found.append(CellResult(cell, study, study.results(store), tuning, tried))
-    # The first of equals.
-    return max(found, key=lambda o: (min(len(o.records), seeds), len(o.tried)), default=nothing)
+    return _reported(found, seeds) if found else nothing
+
+
+def _reported(found: Sequence[CellResult], seeds: int) -> CellResult:
+    """The first with all final runs, of results in the order of the budgets, or else that with the most runs."""
+    complete = (result for result in found if len(result.records) >= seeds)
+    return next(complete, None) or max(found, key=lambda o: (len(o.records), len(o.tried)))  # the first of equals
 
 
 def comparisons(experiment: Experiment, found: list[CellResult]) -> list[Pair]:

@@ -27,7 +27,7 @@ from experiments.planning.study import Tuning, studies
 from experiments.record import Record
 from experiments.records import Store, _recorded
 from experiments.reporting import drawing, report, tuning_tables
-from experiments.reporting.cell_results import CellResult, cell_results, comparisons, far_seeds
+from experiments.reporting.cell_results import CellResult, _reported, cell_results, comparisons, far_seeds
 from experiments.reporting.charts import CHARTS, over_batch_size
 from experiments.reporting.layout import Entry, Panel, format_mean, format_signed
 from experiments.reporting.page import entry, provenance
@@ -423,6 +423,16 @@ def test_the_longest_budget_that_is_filled_is_shown(tmp_path):
         assert page.cell_results[0].epochs == epochs
         assert page.panels[0].columns == [head]
     assert [row[0].ours.partition(" after ")[2] for _, row in page.panels[0].rows] == ["4 epochs", "2 epochs"]
+
+
+def test_runs_of_the_tuning_do_not_choose_between_budgets_that_are_filled():
+    """A search may take more runs for a shorter schedule: it confirms further settings where some collapse."""
+    cell = Cell("LAMB", ("dataset=movielens1m",), epochs=(300, 60))
+    long, short = made_up(cell, 60.0, 61.0), made_up(cell, 50.0, 51.0, epochs=60)
+    short = replace(short, tried=[(None, record) for record in short.records])
+    assert _reported([long, short], 2) is long
+    assert _reported([replace(long, records=long.records[:1]), short], 2) is short
+    assert _reported([replace(long, records=[]), replace(short, records=[])], 2).tried == short.tried
 
 
 def test_without_final_runs_the_budget_with_most_runs_is_shown(tmp_path):
