@@ -33,7 +33,7 @@ from experiments.reporting.web import findings
 from experiments.reporting.web.cells import detail
 from experiments.reporting.web.data import MAX_POINTS, chart_data
 from experiments.reporting.web.index import ASSETS, LIBRARIES, TEMPLATES, index_html
-from experiments.reporting.web.tables import fill_command
+from experiments.reporting.web.tables import fill_command, panel_view
 from experiments.selection import EXPERIMENTS, SIMULATIONS
 from lawn.errors import ConfigError
 from tests.experiments.helpers import MINI, RESULTS, SHORT, TUNED, committed_page, records_in, run_experiment, unfolded
@@ -191,6 +191,20 @@ def test_the_gains_of_the_committed_page_are_those_of_the_comparisons(committed)
     printed = {f"over {pair.base}, paper {pair.paper:+.3g}" for pair in pairs}
     assert printed
     assert all(any(text in cell["text"] for cell in shown) for text in printed)
+
+
+def test_a_cell_opens_the_comparisons_of_its_own_page():
+    """Also where pages show the same runs: figure 2 compares other rows than table 2."""
+    details: dict[str, str] = {}
+    shown = []
+    for page in map(committed_page, EXPERIMENTS):
+        for view in (panel_view(page, panel, details) for panel in page.panels):
+            shown += [cell for row in view.rows for cell in row.cells if cell.key]
+    for cell in shown:
+        opened = json.loads(gzip.decompress(b64decode(details[cell.key])))
+        said = [words.partition(": ")[2].partition(" (")[0] for words in opened["gains"]]
+        assert said == [gain for gain, _ in cell.gains]
+    assert any(len(cell.gains) > 1 for cell in shown)
 
 
 def test_what_a_cell_opens(results):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any
 
-from experiments.definitions.spec import Measure
+from experiments.definitions.spec import Experiment, Measure
 from experiments.planning.grid import Job
 from experiments.record import Record
 from experiments.reporting.cell_results import CellResult
@@ -17,8 +17,9 @@ CURVES = (("train_loss", "training loss, nats", "log"), ("margin_p50", "median t
 NORM = ("weight_norm", "norm of all weights", "linear")
 
 
-def cell_key(result: CellResult, measures: Sequence[Measure]) -> str:
-    """An identifier of a cell at its budget, the same on every page that shows the same numbers of it."""
+def cell_key(result: CellResult, experiment: Experiment, printed: str) -> str:
+    """An identifier of a cell at its budget, the same on every page that shows the same numbers of it and compares it
+    with the same rows; `printed`: the paper's number as it is written."""
     cell = result.cell
     parts = (
         cell.name,
@@ -26,7 +27,9 @@ def cell_key(result: CellResult, measures: Sequence[Measure]) -> str:
         cell.sweep,
         result.epochs,
         cell.grid_only,
-        [measure.title for measure in measures],
+        [measure.title for measure in experiment.measures],
+        [base for base, rival in experiment.pairs if rival == cell.row],
+        printed,
     )
     return f"cell-{sha256(repr(parts).encode()).hexdigest()[:12]}"
 

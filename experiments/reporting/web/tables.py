@@ -148,7 +148,7 @@ def _cell(page: Page, entry: Entry, details: dict[str, str]) -> CellView:
     pairs = [pair for pair in page.pairs if first and _is_rival(pair, result)]
     key = ""
     if first and (result.records or result.tried):
-        key = cell_key(result, experiment.measures)
+        key = cell_key(result, experiment, entry.paper)
         if key not in details:
             said = list(map(_gain_in_words, pairs))
             content = detail(result, experiment.measures, entry.paper, said, fill_command(page, [result]))
