@@ -75,7 +75,7 @@ def _row(result: CellResult) -> list[str]:
         _standing(result) if tuning.short else "",
         _found(result) if tuning.short else "",
         counts + (f", {diverged} diverged" if diverged else "") + (f", {at_zero} at 0 %" if at_zero else ""),
-        f"{sum(record.config['train']['epochs'] for record in recorded.values()):,}",
+        f"{sum(record.result['last']['epoch'] for record in recorded.values()):,}",  # fewer of those that diverged
         ", ".join(_ends(study.grid.axes, tuning.chosen)),
     ]
 

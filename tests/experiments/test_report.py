@@ -499,6 +499,15 @@ def test_a_setting_that_collapses_for_a_seed_is_no_next_best(tuned):
     assert all(float(mean) <= 100 for mean in row[3].split("; "))
 
 
+def test_a_run_that_diverged_counts_with_the_epochs_that_it_trained(tuned):
+    (result,) = report.experiment_page(TUNED, Store(tuned / "results")).cell_results
+    (job, record), *others = result.tried
+    last = {**record.result["last"], "epoch": 1}
+    tried = [(job, replace(record, result={**record.result, "last": last})), *others]
+    (row,) = tuning_tables.table([replace(result, tried=tried)]).rows
+    assert row[tuning_tables.HEAD.index("epochs trained")] == str(3 * len(others) + 1)
+
+
 def test_what_lies_at_an_end_of_a_grid_is_named():
     axes = {"optim.lr": ["1", "2", "3"], "optim.eps": ["1"], "optim.momentum": ["0", "1", "2"]}
     for point, ends in (
