@@ -45,16 +45,24 @@ def against_the_best(experiment: Experiment, found: list[CellResult]) -> list[st
         if not isnan(found_gain.p):
             known = f" (95 % interval {low} to {high})"
             paired.append(is_paired)
-        switched = sorted(r.result["last"]["free_epochs"] for r in rival.records if "free_epochs" in r.result["last"])
-        switches = [f"{epochs:.2f}" for epochs in (*switched[:1], *switched[-1:])]
         lines.append(
             f"On {place(panel, column)}, {rival.cell.row} gives {mean:.2f} ({error:.2f}); the best of the others "
             f"({best.cell.row}) gives {top:.2f} ({spread:.2f}); the gain is {found_gain.difference:+.2f}{known}."
-            + (f" Norms were fixed after {' to '.join(dict.fromkeys(switches))} epochs." if switches else "")
+            + _switches(rival)
         )
     if paired:
         lines.append(f"The intervals are those of {_method(paired)}, each by itself, without a correction.")
     return lines
+
+
+def _switches(result: CellResult) -> str:
+    """When runs with automatic E_free have fixed the norms, and how many never have; empty for other runs."""
+    automatic = [last for record in result.records if "free_epochs" in (last := record.result["last"])]
+    switched = sorted(last["free_epochs"] for last in automatic if last["constrained"])
+    ends = dict.fromkeys(f"{epochs:.2f}" for epochs in (*switched[:1], *switched[-1:]))
+    never = len(automatic) - len(switched)
+    said = f" Norms were fixed after {' to '.join(ends)} epochs." if switched else ""
+    return said + (f" In {never} of {len(automatic)} runs they never were fixed." if never else "")
 
 
 def summary(experiment: Experiment, found: list[CellResult]) -> list[str]:

@@ -393,6 +393,23 @@ def test_the_compared_row_is_beside_the_best_of_the_others():
     assert "the best of the others (Adam) gives 67.00" in summary(experiment, found)[0]
 
 
+@pytest.mark.parametrize(
+    ("constrained", "end"),
+    [
+        ((1, 1, 1), " Norms were fixed after 2.50 to 3.50 epochs."),
+        ((1, 0, 0), " Norms were fixed after 2.50 epochs. In 2 of 3 runs they never were fixed."),
+        ((0, 0, 0), " In 3 of 3 runs they never were fixed."),
+    ],
+)
+def test_an_automatic_switch_that_never_came_is_none(constrained, end):
+    """The epochs of the free phase are then those of the run."""
+    experiment, found = table()
+    for record, switched, epochs in zip(found[2].records, constrained, (2.5, 3.5, 3.0), strict=True):
+        record.result["last"] |= {"free_epochs": epochs, "constrained": switched}
+    (line, *_) = summary(replace(experiment, compared_row=found[2].cell.row), found)
+    assert line.endswith(end)
+
+
 def test_a_column_without_the_numbers_of_a_row_is_not_ranked():
     experiment, found = table()
     found[0] = made_up(replace(found[0].cell, epochs=(300, 30)))
