@@ -73,7 +73,7 @@ def experiment_page(experiment: Experiment, store: Store, selection: str = "val"
         notes=experiment.notes,
         panels=panels(experiment, found, experiment_entry(experiment)),
         measured=_measured(experiment, found, selection),
-        provenance=provenance(records, [record for result in found for _, record in result.tried]),
+        provenance=provenance(records, [record for result in found if result.records for _, record in result.tried]),
         summary=summary(experiment, found),
         frame=_frame(experiment, found),
         chart=(chart := chart_of(experiment, found)),

@@ -516,6 +516,21 @@ def test_a_setting_that_collapses_for_a_seed_is_no_next_best(tuned):
     assert all(float(mean) <= 100 for mean in row[3].split("; "))
 
 
+def test_runs_of_a_tuning_that_has_not_ended_have_chosen_nothing(tuned):
+    """The line of code versions counts those that chose the settings of the runs that are shown."""
+    path = tuned / "results" / "tuning" / "tuned.jsonl"
+    other = replace(TUNED.cells[0], row="Other", overrides=(*SHORT, "optim=sgd"))
+    (job, *_) = studies(replace(TUNED, cells=(other,)))[0].grid.jobs()
+    config = replace(job.config, runs_dir=f"{tuned}/runs", device="cpu")
+    train(config)
+    Store(tuned / "results").write(config, job.overrides, TUNED.name, tunes=True)
+    page = report.experiment_page(replace(TUNED, cells=(*TUNED.cells, other)), Store(tuned / "results"))
+    chosen, begun = page.cell_results
+    assert (len(begun.tried), begun.records) == (1, [])
+    assert f", after {len(chosen.tried)} that chose the hyperparameters" in page.provenance
+    assert len(path.read_text().splitlines()) == len(chosen.tried) + 1
+
+
 def test_a_run_that_diverged_counts_with_the_epochs_that_it_trained(tuned):
     (result,) = report.experiment_page(TUNED, Store(tuned / "results")).cell_results
     (job, record), *others = result.tried

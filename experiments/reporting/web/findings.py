@@ -45,7 +45,7 @@ def coverage(pages: Sequence[Page]) -> str:
     return (
         f"{len(filled)} of the {len(printed)} numbers that the paper's tables print have one of ours beside them: "
         f"{full} at the paper's number of epochs, {len(filled) - full} at a shorter budget. The page shows {len(runs)} "
-        f"final runs and {len(tried)} runs that chose hyperparameters."
+        f"final runs and {len(tried)} runs that try hyperparameters."
     )
 
 
