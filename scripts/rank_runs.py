@@ -98,7 +98,13 @@ def rank_runs() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--split", choices=("val", "test"), default="val")
-    parser.add_argument("--only", metavar="KEY=VALUE", help="runs with this override, e.g. optim=adam_lawn")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="runs with this override, e.g. optim=adam_lawn; may be repeated",
+    )
     parser.add_argument("--top", type=int, default=10)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write a row for each run")
     given = parser.parse_args()
@@ -109,18 +115,19 @@ def rank_runs() -> int:
     if not given.folder.is_dir():
         parser.error(f"{given.folder}: no such folder")
     runs, others = read(given.folder, given.split)
-    if given.only and not runs.empty:
-        key, _, value = given.only.partition("=")
+    for only in given.only if not runs.empty else ():
+        key, _, value = only.partition("=")
         key = f"{key}.name" if key in GROUPS else key
         if key not in runs:
-            parser.error(f"--only {given.only}: no such key in these runs")
+            parser.error(f"--only {only}: no such key in these runs")
         try:
             wanted = OmegaConf.from_dotlist([f"value={value}"])["value"]
         except (OmegaConfBaseException, YAMLError):
-            parser.error(f"--only {given.only}: {value} cannot be read as a value")
+            parser.error(f"--only {only}: {value} cannot be read as a value")
         runs = runs[[_equal(value, wanted) for value in runs[key]]]
         if runs.empty:
-            parser.error(f"--only {given.only}: no finished run of eval.split={given.split} has this value")
+            chosen = " ".join(f"--only {each}" for each in given.only)
+            parser.error(f"{chosen}: no finished run of eval.split={given.split} has this")
     if not runs.empty and len(names := sorted(set(runs["dataset.name"]))) > 1:
         parser.error(f"runs of {', '.join(names)}: choose one dataset with --only dataset={names[0]}")
     if runs.empty:

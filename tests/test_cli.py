@@ -232,7 +232,18 @@ def test_rank_runs(tmp_path, monkeypatch, capsys):
     for same in ("optim.name=adam_lawn", "optim.lr=0.01", "optim.lr=1e-2", "train.epochs=2.0", "model.bias=null"):
         monkeypatch.setattr(sys, "argv", ["rank_runs.py", f"{tmp_path}/runs", "--only", same])
         assert rank_runs.main() == 0, same
-    for wrong in (["--only", "optim.lr=[1"], ["--only", "optim.lr=${oc.env:ABSENT}"], ["--top", "0"]):
+    capsys.readouterr()
+    for two in (("optim.lr=1e-6", "seed=1"), ("seed=1", "optim.lr=1e-6")):  # in any order, all of them count
+        both = [f"--only={each}" for each in two]
+        monkeypatch.setattr(sys, "argv", ["rank_runs.py", f"{tmp_path}/runs", *both, "--csv", f"{tmp_path}/two.csv"])
+        assert rank_runs.main() == 0
+        assert len((tmp_path / "two.csv").read_text().splitlines()) == 2
+    for wrong in (
+        ["--only", "seed=1", "--only", "seed=0"],
+        ["--only", "optim.lr=[1"],
+        ["--only", "optim.lr=${oc.env:ABSENT}"],
+        ["--top", "0"],
+    ):
         monkeypatch.setattr(sys, "argv", ["rank_runs.py", f"{tmp_path}/runs", *wrong])
         with pytest.raises(SystemExit, match="2"):
             rank_runs.main()
