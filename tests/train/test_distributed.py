@@ -102,8 +102,9 @@ def test_what_a_rank_refuses_ends_the_run_with_its_own_words(tmp_path):
 
 
 def test_the_recommender_too(tmp_path, tiny_data):
-    """Negatives are drawn for all ranks at once; 30 users and 2,000 samples do not divide by three."""
-    common = ("dataset=movielens100k", "model.factors=4", "dataset.candidates=20", "train.batch_size=700")
+    """Negatives are drawn for all ranks at once; 30 users and 2,000 samples do not divide by three, and the last update
+    of an epoch has two samples."""
+    common = ("dataset=movielens100k", "model.factors=4", "dataset.candidates=20", "train.batch_size=333")
     common += ("train.epochs=3", "optim.free_epochs=1", f"data_dir={tiny_data}", "device=cpu")
     one, three = (compose(*common, f"train.devices={n}", f"run_dir={tmp_path}/{n}") for n in (1, 3))
     train(one)
@@ -146,6 +147,18 @@ def test_batch_norm_sees_the_same_parts_on_any_number_of_ranks(tmp_path, tiny_da
     for name in weights(one).keys() - set(statistics):
         torch.testing.assert_close(weights(two)[name], weights(one)[name], rtol=0, atol=1e-5)
     assert any((weights(whole)[name] - weights(one)[name]).abs().max() > 1e-4 for name in weights(one))
+
+
+@pytest.mark.slow
+def test_statistics_of_batch_norm_are_averaged_over_the_ranks(tmp_path, tiny_data):
+    """After one update the means of the first batch norm are those of the whole batch."""
+    common = ("dataset=cifar10", f"data_dir={tiny_data}", "dataset.limit=8", "train.batch_size=8", "train.epochs=1")
+    whole, two = (compose(*common, "device=cpu", f"train.devices={n}", f"run_dir={tmp_path}/{n}") for n in (1, 2))
+    for config in (whole, two):
+        train(config)
+    first = next(name for name in weights(whole) if name.endswith("running_mean"))
+    assert weights(whole)[first].abs().max() > 1e-3
+    torch.testing.assert_close(weights(two)[first], weights(whole)[first], rtol=0, atol=1e-6)
 
 
 def children(pid: int) -> list[int]:

@@ -2,6 +2,7 @@ import csv
 import json
 import sys
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -413,6 +414,25 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_samples(tiny):
     """Also where the last update has fewer; the weights hardly move."""
     losses = [train(tiny("train.epochs=1", "optim.lr=1e-30", f"train.batch_size={size}")) for size in (200, 70)]
     assert losses[0]["last"]["train_loss"] == pytest.approx(losses[1]["last"]["train_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("optim", ["adam_lawn", "schedule_free"])
+def test_model_and_optimizer_are_in_the_mode_of_what_they_do(tiny, optim):
+    if optim in PACKAGES:
+        pytest.importorskip("schedulefree")
+    config = tiny("train.epochs=2", "eval.every=1", f"optim={optim}")
+    trainer = Trainer(config, task_builder(config)(CPU), World(CPU))
+    modes = []
+
+    def record(model, *_):
+        if model is trainer.model:  # not its copy that counts operations
+            (group,) = trainer.optimizer.param_groups
+            modes.append((model.training, torch.is_grad_enabled(), group.get("train_mode", model.training)))
+
+    trainer.model.register_forward_hook(record)
+    for _ in range(2):
+        trainer.train_epoch()
+    assert [mode for mode, _ in groupby(modes)] == [(True, True, True), (False, False, False)] * 2
 
 
 def test_the_pace_of_a_run(tiny):
