@@ -87,12 +87,14 @@ def fail(error: Exception, of: str = "") -> None:
 def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra prints several lines and exits; here it raises
     failures[:], waiting[:], jobs[:] = [], [], []
+    multirun = [given for given in sys.argv[1:] if given in ("-m", "--multirun")]
+    sys.argv[1:] = [*multirun, *(given for given in sys.argv[1:] if given not in multirun)]  # not between overrides
     try:
         with raise_on_signal():
             with report_submitit_jobs(sys.argv[1:], fail):
                 run()
             list(map(fail, train_many(waiting)))
-        if not jobs and {"-m", "--multirun"} & set(sys.argv) and not any("hydra/launcher=" in a for a in sys.argv):
+        if not jobs and multirun and not any("hydra/launcher=" in a for a in sys.argv):
             raise ConfigError(f"{' '.join(sys.argv[1:])}: expands to no job")
     except Exception as error:
         if DEBUG or not (is_hydra_error(error) or isinstance(error, UserError | OSError)):

@@ -162,6 +162,8 @@ def write(given: argparse.Namespace) -> int:
     files = {path.name for path in given.results.iterdir()}
     if files and files.isdisjoint([*OF_RESULTS, *(f"{name}.md" for name in (*EXPERIMENTS, *SIMULATIONS))]):
         raise ConfigError(f"--results {given.results}: holds other files, and none of {', '.join(OF_RESULTS)}")
+    if any(path.is_dir() for path in (given.results / "runs").glob("*")):
+        raise ConfigError(f"--results {given.results}: its runs has run directories, not files of records")
     _write_pages(given)
     return 0
 

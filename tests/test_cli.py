@@ -128,6 +128,12 @@ def test_bad_input_is_one_line(tmp_path, main, arguments, code, words):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_multirun_may_be_asked_for_between_overrides(tmp_path, main):
+    """Hydra's own parser takes the flag before or after all of them."""
+    code, out, _ = main(*SHORT, "-m", "seed=0,1", f"runs_dir={tmp_path}/runs")
+    assert (code, out.count("done after epoch 2")) == (0, 2)
+
+
 @pytest.mark.parametrize("nothing", ["seed=range(0)", "optim=glob(zzz*)"])
 def test_a_multirun_of_nothing_says_so(tmp_path, main, nothing):
     code, out, err = main("-m", *SHORT, f"runs_dir={tmp_path}/runs", nothing)

@@ -166,6 +166,14 @@ def test_a_folder_of_something_else_is_not_reported_on(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_folder_with_run_directories_is_not_reported_on(tmp_path, capsys):
+    """As the checkout, where `run.py` puts them."""
+    (tmp_path / "runs" / "digits-mlp-adam").mkdir(parents=True)
+    assert command.main(["report", "--results", str(tmp_path)]) == 2
+    assert f"--results {tmp_path}: its runs has run directories, not files of records" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
 def test_a_place_that_is_none(call, tmp_path):
     (tmp_path / "file").write_text("")
     code, _, err = call("run", "mini", "--set", f"runs_dir={tmp_path}/file/runs")
