@@ -62,6 +62,8 @@ def test_limit():
     data = digits(Path(), "test", seed=0, val_fraction=0.2, limit=50)
     assert data.num_train == 50
     assert len(data.train_labels.unique()) > 5
+    assert data.mean == pytest.approx([data.train_images.double().mean().item()])  # of these 50 alone
+    assert data.std == pytest.approx([data.train_images.double().std(correction=0).item()])
     with pytest.raises(ConfigError, match=r"dataset.limit=2000: there are only 1437"):
         digits(Path(), "test", seed=0, val_fraction=0.2, limit=2000)
 

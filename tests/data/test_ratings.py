@@ -61,12 +61,15 @@ def test_holding_out_keeps_every_rating_and_takes_the_latest(rows):
 @settings(deadline=None)
 def test_of_repeated_ratings_the_latest_stays(rows):
     kept, notes = drop_repeats(Ratings(*np.array(rows).T))
-    latest = {}
-    for u, i, t in rows:
-        latest[u, i] = max(t, latest.get((u, i), 0))
-    assert {(u, i): t for u, i, t in zip(kept.users, kept.items, kept.times, strict=True)} == latest
-    assert len(kept) == len(latest)
+    latest: dict[tuple[int, int], tuple[int, int]] = {}  # time, and place in the file
+    for place, (u, i, t) in enumerate(rows):
+        latest[u, i] = max((t, place), latest.get((u, i), (t, place)))
+    expected = rows if len(rows) == len(latest) else [(u, i, t) for (u, i), (t, _) in latest.items()]
+    assert sorted(zip(kept.users, kept.items, kept.times, strict=True)) == sorted(expected)
     assert (notes == []) == (len(rows) == len(latest))
+    _, held = hold_out_latest(kept)
+    for user, item in zip(held.users, held.items, strict=True):  # as if the others had not been in the file
+        assert item == max((when, i) for (u, i), when in latest.items() if u == user)[1]
 
 
 def test_too_many_candidates(tmp_path):

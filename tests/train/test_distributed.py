@@ -26,6 +26,7 @@ from lawn.train import Stopped, prepare, session, spawn, train
 from lawn.train.distributed import World
 from lawn.train.run_directory import RunDirectory
 from tests.helpers import ROOT, compose
+from tests.train.faults import DIGITS, stop
 
 T = TypeVar("T")
 
@@ -147,6 +148,16 @@ def test_batch_norm_sees_the_same_parts_on_any_number_of_ranks(tmp_path, tiny_da
     for name in weights(one).keys() - set(statistics):
         torch.testing.assert_close(weights(two)[name], weights(one)[name], rtol=0, atol=1e-5)
     assert any((weights(whole)[name] - weights(one)[name]).abs().max() > 1e-4 for name in weights(one))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_within_an_epoch_on_another_number_of_ranks(tmp_path, tiny):
+    common = (*DIGITS, "train.epochs=2", "optim.free_epochs=1")
+    whole, stopped = (tiny(*common, f"run_dir={tmp_path}/{name}") for name in ("whole", "stopped"))
+    train(whole)
+    stop(stopped, 18)
+    train(tiny(*common, "train.devices=2", f"run_dir={tmp_path}/stopped"))
+    agree(whole, stopped)
 
 
 @pytest.mark.slow

@@ -266,6 +266,7 @@ def test_weights_that_are_lost_with_the_last_update_are_a_divergence(tiny):
     assert result["status"] == "diverged"
     assert result["last"]["train_loss"] is not None
     assert "test_accuracy" not in result["last"]
+    assert result["divergence"]["step"] == 1
 
 
 def test_divergence_before_the_switch_is_a_result_too(tiny):
@@ -367,6 +368,18 @@ def test_recommendation(tmp_path):
     assert len(result["warnings"]) == 3
 
 
+def test_the_regularization_of_matrix_factorization_is_in_its_loss(tmp_path):
+    write_ratings(tmp_path / "ml-100k" / "u.data", synthetic_ratings())
+    keys = ("dataset=movielens100k", "dataset.candidates=20", "model=mf", "model.factors=4", f"data_dir={tmp_path}")
+    task = task_builder(compose(*keys, "model.regularization=0.1"))(CPU)
+    users, items, labels = torch.tensor([0, 1]), torch.tensor([2, 2]), torch.tensor([1.0, 0.0])
+    loss, margins = task.loss_and_margins(task.model, (users, items, labels))
+    logits, penalty = task.model(users, items, with_penalty=True)
+    assert penalty > 1e-3
+    torch.testing.assert_close(loss, torch.nn.functional.binary_cross_entropy_with_logits(logits, labels) + penalty)
+    torch.testing.assert_close(margins, logits * torch.tensor([1, -1]))
+
+
 def test_too_few_candidates_are_a_warning(tmp_path):
     write_ratings(tmp_path / "ml-100k" / "u.data", synthetic_ratings())
     for candidates, named in ((5, "HR@5 and HR@10 and HR@20"), (10, "HR@10 and HR@20"), (20, "HR@20"), (21, None)):
@@ -433,6 +446,29 @@ def test_model_and_optimizer_are_in_the_mode_of_what_they_do(tiny, optim):
     for _ in range(2):
         trainer.train_epoch()
     assert [mode for mode, _ in groupby(modes)] == [(True, True, True), (False, False, False)] * 2
+
+
+def test_outcomes_are_in_the_order_of_the_places(tiny):
+    """A dataset that workers read may yield its images in another order."""
+    config = tiny("train.epochs=1")
+    trainer = Trainer(config, task_builder(config)(CPU), World(CPU))
+    in_order = trainer._evaluation_rows(trainer.task.rows)
+    trainer.task.dataset.eval_places = lambda rank, size: torch.arange(len(in_order)).flip(0)
+    assert torch.equal(trainer._evaluation_rows(trainer.task.rows), in_order.flip(0))
+
+
+def test_the_automatic_switch_follows_the_margins_of_each_update(tiny):
+    config = tiny("train.epochs=1", "train.batch_size=90", "optim.free_epochs=auto")
+    trainer, given = Trainer(config, task_builder(config)(CPU), World(CPU)), []
+    trainer.onset.follow = lambda margins: given.append(len(margins))
+    trainer.train_epoch()
+    assert given == [90, 90, 20]
+
+
+def test_the_learning_rate_of_an_epoch_is_that_of_its_first_update(tiny):
+    config = tiny("train.epochs=4", "train.batch_size=50", "schedule.warmup_epochs=2", "optim.lr=0.01")
+    train(config)  # 4 updates an epoch
+    assert [float(row["lr"]) for row in rows(config)] == pytest.approx([0.01 / 9, 0.05 / 9, 0.01, 0.005])
 
 
 def test_the_pace_of_a_run(tiny):
