@@ -501,6 +501,16 @@ def test_what_would_decide_a_comparison_that_is_not_decided():
     assert Comparison(0, enough, 2 * (needed - 1)).detectable() <= 8.0
 
 
+def test_what_both_rows_end_with_is_told_with_the_column():
+    plain = replace(pair(2.0, 0.5), base="Adam, eps 1e-8", rival="Adam-LAWN", column="batch 10k", epochs=300)
+    sizes = replace(plain, base="Adam, eps 1e-8, batch 1M", rival="Adam-LAWN, batch 1M", column="focal 2")
+    assert findings._place(replace(plain, paper_epochs=300)) == ("Adam-LAWN over Adam, eps 1e-8", "batch 10k")
+    assert findings._place(replace(sizes, paper_epochs=500)) == (
+        "Adam-LAWN over Adam, eps 1e-8",
+        "batch 1M, focal 2 after 300 epochs",
+    )
+
+
 def test_a_small_p_may_be_large_after_holms_correction():
     (said,) = findings.findings([table_with(replace(pair(2.0, 0.5), adjusted=0.06))])
     assert said.comparisons[0].startswith("Not decided after Holm's correction: ")
@@ -509,7 +519,7 @@ def test_a_small_p_may_be_large_after_holms_correction():
 
 def test_a_comparison_in_several_tables_is_counted_once():
     """Table 5 has cells of tables 3 and 4, under other names."""
-    again = replace(pair(2.0, 0.1), column="cross entropy", rival="Adam-LAWN, batch smaller")
+    again = replace(pair(2.0, 0.1), column="cross entropy", rival="Adam-LAWN, batch 100k")
     (said,) = findings.findings([table_with(pair(2.0, 0.1)), table_with(again)])
     assert len(said.comparisons) == 1
     assert findings.findings([empty_page(EXPERIMENTS["table6"], [], pairs=[pair(2.0, 0.1)])]) == []  # other units

@@ -199,11 +199,23 @@ def _tables(pairs: Sequence[Pair]) -> list[Table]:
     tables = []
     for panel in dict.fromkeys(pair.panel for pair in pairs):
         here = [pair for pair in pairs if pair.panel == panel]
-        gains = {(f"{pair.rival} over {pair.base}", f"{pair.column}{_budget(pair)}"): _entry(pair) for pair in here}
+        gains = {_place(pair): _entry(pair) for pair in here}
         rows, columns = (list(dict.fromkeys(names)) for names in zip(*gains, strict=True))
         entries = [[row, *(gains.get((row, column), "") for column in columns)] for row in rows]
         tables.append(Table([panel, *columns], entries))
     return tables
+
+
+def _place(pair: Pair) -> tuple[str, str]:
+    """The row and the column of a comparison; what both of its rows end with, as the batch size, is of the column."""
+    base, _, end = pair.base.rpartition(", ")
+    rival = pair.rival.removesuffix(f", {end}")
+    column = f"{pair.column}{_budget(pair)}"
+    return (
+        (f"{pair.rival} over {pair.base}", column)
+        if rival == pair.rival
+        else (f"{rival} over {base}", f"{end}, {column}")
+    )
 
 
 def _entry(pair: Pair) -> str:
