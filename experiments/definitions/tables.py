@@ -54,7 +54,7 @@ BATCHES = {"256": 256, "1k": 1000, "4k": 4000, "10k": 10_000, "16k": 16_384, "10
 BATCHES["1M"] = 1_000_000
 LOSSES = {"fl0.5": ("focal", "0.5"), "fl2": ("focal", "2"), "fl5": ("focal", "5"), "ce": None}
 EPOCHS = {"cifar10": (300, 30), "cifar100": (300, 30), "imagenet": (90, 9)}
-GRID_EPOCHS = {("movielens1m", batch): 15 for batch in ("1k", "10k", "100k")}  # as in the horizon experiment
+GRID_EPOCHS = {("movielens1m", batch): 15 for batch in ("1k", "10k", "100k", "1M")}  # as in horizon
 WHOLE_GRIDS = {  # searched without a shorter schedule, in which weight decay hardly acts on SGD
     (PANELS["movielens100k"], f"batch {batch}", key) for batch in ("10k", "100k", "400k") for key in ("sgd", "sgd_lawn")
 }
