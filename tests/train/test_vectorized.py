@@ -298,6 +298,9 @@ def test_as_many_at_once_as_there_is_room_for(tiny, monkeypatch, capsys):
         ("train.micro_batch_size=5",),
         ("train.devices=2",),
         ("train.compile=default",),
+        ("train.precision=bf16",),
+        ("optim.free_epochs=auto",),
+        ("diagnostics=on", "diagnostics.updates=1"),
     ],
 )
 def test_some_have_to_be_alone(keys):
@@ -309,8 +312,13 @@ def test_some_have_to_be_alone(keys):
 
 def test_others_differ_in_too_much(tiny):
     base = tiny()
-    for keys in (("train.batch_size=7",), ("model.widths=[8]",), ("eval.split=val",), ("dataset.limit=10",)):
+    smoothed = ("loss=label_smoothing", "loss.smoothing=0.1")
+    others: list[tuple[str, ...]] = [("train.batch_size=7",), ("model.widths=[8]",), ("eval.split=val",), smoothed]
+    for keys in (*others, ("dataset.limit=10",), ("data_dir=/elsewhere",), ("train.deterministic=true",)):
         with pytest.raises(ConfigError, match="cannot be trained together"):
             train_vectorized([base, tiny(*keys)])
     for keys in (("seed=5",), ("optim=sgd",), ("schedule=constant",), ("optim.lr=5",), ("train.logit_scale=0.5",)):
         assert vectorization_key(tiny(*keys)) == vectorization_key(base)
+    assert vectorization_key(tiny("loss=focal", "loss.gamma=1")) != vectorization_key(
+        tiny("loss=focal", "loss.gamma=2")
+    )
