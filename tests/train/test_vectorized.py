@@ -27,6 +27,7 @@ MEMBERS = [
     ("optim=adamw", "optim.lr=0.01", "optim.weight_decay=0.1", "seed=2"),
     ("optim=adam_lawn", "optim.lr=0.01", "optim.free_epochs=1.4", "seed=0"),
     ("optim=adam_lawn", "optim.lr=0.002", "optim.free_epochs=3", "schedule.warmup_epochs=1", "seed=1"),
+    ("optim=adam_lawn", "optim.lr=0.005", "optim.free_epochs=2", "train.logit_scale=0.3", "seed=2"),
     ("optim=lamb", "optim.lr=0.02", "optim.weight_decay=1e-2", "seed=0"),
     ("optim=lamb_lawn", "optim.lr=0.02", "optim.free_epochs=2", "seed=2"),
 ]
