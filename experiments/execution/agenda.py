@@ -38,6 +38,11 @@ class Agenda:
         for study in studies:
             self._ask(study)
 
+    @property
+    def waiting(self) -> bool:
+        """Whether there are jobs that can start as soon as there is a place for them."""
+        return bool(self._waiting)
+
     def take(self, places: Callable[[Job], int], vectorize: int) -> list[Job]:
         """The longest job that can start now, with those to vectorize with it; none if no job can.
 

@@ -50,12 +50,14 @@ def run(
                 f"is {OUTPUT} in its run directory"
             )
         while True:
-            while jobs := session.agenda.take(executor.places, vectorize):
+            while (left := deadline - time.monotonic()) > 0:
+                jobs = session.agenda.take(executor.places, vectorize)
+                if not jobs:
+                    break
                 missing = [job for job in jobs if not session.finished_before(job)]
                 if missing:
                     session.start(executor, missing)
-            left = deadline - time.monotonic()
-            if not executor.running:
+            if not executor.running and (left > 0 or not session.agenda.waiting):
                 break
             if left <= 0:
                 echo("the time is up; run the same command again to resume")

@@ -7,6 +7,7 @@ import socket
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.definitions.spec import Cell, Experiment
+from experiments.execution import runner
 from experiments.execution.agenda import Agenda
 from experiments.execution.executor import Executor, JobResult
 from experiments.execution.options import add_options, make_executor
@@ -116,6 +118,22 @@ def test_the_time_is_not_up_if_all_is_done(tmp_path, capsys):
     store = Store(tmp_path / "results")
     assert run(studies(MANY, extra=(f"runs_dir={tmp_path}/runs",), seeds=1), store, Losing(0), budget=0) == []
     assert "the time is up" not in capsys.readouterr().out
+
+
+def test_no_job_starts_after_the_time_is_up(tmp_path, capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    class Waiting(Losing):
+        def wait(self, timeout: float) -> list[JobResult]:
+            clock[0] += timeout
+            return super().wait(timeout)
+
+    executor, store = Waiting(0), Store(tmp_path / "results")
+    chosen = studies(MANY, extra=(f"runs_dir={tmp_path}/runs",), seeds=2)
+    assert run(chosen, store, executor, budget=1, vectorize=1) == []
+    assert sum(executor.starts.values()) == len(list(store.all())) == 1
+    assert "the time is up" in capsys.readouterr().out
 
 
 def test_a_run_that_a_grid_names_twice_is_run_once(tmp_path):
