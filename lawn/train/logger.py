@@ -1,5 +1,6 @@
 """Loggers: where the rows of metrics.csv go beside the file."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict
@@ -34,12 +35,14 @@ class WandbLogger:
 
     silent: ClassVar[bool] = False
 
-    def __init__(self, config: Config, run_id: str, directory: Path, *, project: str, mode: str | None = None) -> None:
+    def __init__(
+        self, config: Config, run_id: str, directory: Path, *, project: str | None = None, mode: str | None = None
+    ) -> None:
         def start() -> Any:
             import wandb  # a second to import: only for those who use it
 
             return wandb.init(
-                project=project,
+                project=project or os.environ.get("WANDB_PROJECT", "lawn"),
                 mode=mode,  # type: ignore[arg-type]  # a Literal there, which lawn.validation has checked
                 id=run_id,
                 name=directory.name,

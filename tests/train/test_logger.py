@@ -26,6 +26,7 @@ def test_wandbs_own_variables_hold_where_no_key_is_given(tiny, tmp_path, monkeyp
         monkeypatch.setenv(variable, value)
     assert start() == (None, "theirs")  # None: wandb looks for itself
     assert start("logger.mode=disabled", "logger.project=mine") == ("disabled", "mine")
+    assert start("logger.project=null") == (None, "theirs")
     monkeypatch.delenv("WANDB_PROJECT")
     assert start() == (None, "lawn")
 
