@@ -174,7 +174,7 @@ class UpdateMonitor:
         radial = _ratio(_dots(weights, changes), norm)
         tangent = (size.square() - radial.square()).clamp(min=0).sqrt()
         angle = torch.atan2(tangent, norm + radial)  # accurate for small angles, unlike an arc cosine
-        angle = torch.where(norm > 0, angle, 0.0)
+        angle = torch.where(norm == 0, 0.0, angle)
         product = norm * gradient_norm
         quantities = norm, gradient_norm, _ratio(along.abs(), product), angle, _ratio(angle, product)
         rows = torch.stack([torch.ones_like(norm), *quantities], dim=1)
@@ -194,7 +194,7 @@ def _to_float(t: Tensor) -> Tensor:
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """0 where the denominator is."""
-    return torch.where(denominator > 0, numerator / denominator, 0.0)
+    return torch.where(denominator == 0, 0.0, numerator / denominator)
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:

@@ -406,3 +406,14 @@ def test_what_would_measure_nothing_is_refused():
     other = UpdateMonitor(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), optimizer)
     with pytest.raises(ValueError, match="the state is of 1 weights, not of 2"):
         other.load_state_dict(monitor.state_dict())
+
+
+def test_what_is_not_finite_is_not_measured_as_zero():
+    layer = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    monitor = UpdateMonitor(layer, optimizer)
+    for _ in range(2):  # the second finds a weight that is lost
+        layer.weight.grad = torch.tensor([[torch.nan, 1.0]])
+        optimizer.step()
+        measured = monitor.means()["weight"]
+        assert all(math.isnan(measured[name]) for name in ("gradient_norm", "radial", "angle", "effective_lr"))
