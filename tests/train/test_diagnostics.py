@@ -248,8 +248,8 @@ def test_what_cannot_be_drawn_is_one_line(tiny, tmp_path, capsys):
     assert not (tmp_path / "x.png").exists()
 
 
-def test_names_of_runs(tiny, tmp_path, capsys):
-    """A path with an equals sign is a path; two runs of one name are refused."""
+def test_names_of_runs(tiny, tmp_path, capsys, monkeypatch):
+    """A path with an equals sign is a path, "." has the name of its folder; two runs of one name are refused."""
     where = [tmp_path / "lr=1" / "run", tmp_path / "lr=2" / "run"]
     train(tiny("train.epochs=1", "diagnostics=on", f"run_dir='{where[0]}'"))
     shutil.copytree(*where)
@@ -258,6 +258,9 @@ def test_names_of_runs(tiny, tmp_path, capsys):
     assert diagnostics_main([first, "--out", out]) == 0
     capsys.readouterr()
     assert diagnostics_main([first, second, "--out", out]) == ConfigError.exit_code
+    assert "another run is called run; give names" in capsys.readouterr().err
+    monkeypatch.chdir(where[1])
+    assert diagnostics_main([first, ".", "--out", out]) == ConfigError.exit_code
     assert "another run is called run; give names" in capsys.readouterr().err
     assert diagnostics_main([first, f"b={second}", "--out", out]) == 0
     capsys.readouterr()
