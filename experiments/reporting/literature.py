@@ -22,6 +22,14 @@ HEAD = (
     *("LAWN's paper, HR@10", "others, HR@10", "others, NDCG@10", "source"),
 )
 
+SAID = (
+    "On the split and the 99 candidates of He et al. 2017; ours at the last epoch, mean (standard error, number of "
+    "seeds), those of others with their own settings, for example other numbers of factors. NCF MLP: the rows of the "
+    "table above at batch 10k. Dot products: [matrix_factorization](matrix_factorization.md) and "
+    "[references](references.md). All items: those that the user is not trained on. The order among sampled candidates "
+    "need not be the order among all items ([Krichene & Rendle 2020](https://doi.org/10.1145/3394486.3403226))."
+)
+
 
 def literature_table(store: Store, found: Sequence[CellResult], selection: str) -> Table | None:
     """A row for each method, from the cells of table 4 and the records of the other methods; None without any."""

@@ -52,6 +52,7 @@ class Page:
     comparisons: Table | None = None  # with LAWN and without
     compared: str = ""  # what the comparisons are
     literature: Table | None = None  # the numbers of others
+    of_literature: str = ""  # what they are
     tuned: Table | None = None  # the chosen hyperparameters
     grids: Sequence[str] = ()
     by_value: Table | None = None  # the best score at each value of a hyperparameter

@@ -25,6 +25,7 @@ from experiments.reporting import report
 from experiments.reporting.cell_results import CellResult, Pair
 from experiments.reporting.charts import Chart, Line, Subplot
 from experiments.reporting.layout import Entry, Panel, Table
+from experiments.reporting.literature import SAID
 from experiments.reporting.page import Page
 from experiments.reporting.simulations import simulation_page
 from experiments.reporting.statistics import Comparison, compare, compare_paired, mean_interval
@@ -228,6 +229,14 @@ def test_what_a_cell_opens(results):
     assert any(package.startswith("torch ") for package in adam["machine"]["packages"])
     assert (fails["failed"], fails["curves"]) == (True, None)
     assert [seed["status"] for seed in fails["seeds"]] == ["diverged"] * 2
+
+
+def test_it_says_what_the_numbers_beside_the_literature_are():
+    """Standard errors, where those of the tables are intervals."""
+    page = empty_page(MINI, [], literature=Table(["", "HR@10, %"], [["Popularity", "45.31 (n=1)"]]), of_literature=SAID)
+    text = unescape(unfolded(index_html([page], {})))
+    assert "mean (standard error, number of seeds)" in text
+    assert '<a href="references.md">references</a>' in text
 
 
 def test_it_says_what_its_numbers_are(results):
