@@ -231,6 +231,12 @@ def test_what_a_cell_opens(results):
     assert [seed["status"] for seed in fails["seeds"]] == ["diverged"] * 2
 
 
+def test_notes_have_no_signs_of_markdown():
+    page = empty_page(MINI, [], notes=["a < b: `eps` ([tuning_curves](tuning_curves.md))"])
+    text = unfolded(index_html([page], {}))
+    assert '<li>a &lt; b: eps (<a href="tuning_curves.md">tuning_curves</a>)</li>' in text
+
+
 def test_it_says_what_the_numbers_beside_the_literature_are():
     """Standard errors, where those of the tables are intervals."""
     page = empty_page(MINI, [], literature=Table(["", "HR@10, %"], [["Popularity", "45.31 (n=1)"]]), of_literature=SAID)
