@@ -22,7 +22,7 @@ class Line:
     high: Sequence[float] = ()
     style: str = "solid"  # or dashed, dotted
     points: bool = False  # a point at each value
-    mark: int | None = None  # the index at which LAWN fixes the norms
+    mark: int | None = None  # the index of the last point before LAWN fixes the norms
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,15 @@ def over_epochs(experiment: Experiment, found: list[CellResult]) -> Chart:
 
 
 def curve(result: CellResult, key: str, color: int = 0, style: str = "solid") -> Line:
-    """A column of metrics.csv over the epochs that all seeds have: the mean over seeds, and their range."""
+    """A column of metrics.csv over the epochs that all seeds have: the mean over seeds, and their range. The last point
+    at which the norms of no seed are fixed is marked; records may lack the epochs between it and the next.
+    """
     records = result.records
     epochs = sorted(set.intersection(*({*record.column("epoch")} for record in records)))
     kept = [np.isin(record.column("epoch"), epochs) for record in records]
     values = np.stack([np.array(r.column(key), float)[rows] for r, rows in zip(records, kept, strict=True)])
-    constrained = np.array(records[0].column("constrained"))[kept[0]]
-    mark = max(0, int(constrained.argmax()) - 1) if constrained.any() else None  # the last point of the free phase
+    fixed = np.any([np.array(r.column("constrained"))[rows] for r, rows in zip(records, kept, strict=True)], axis=0)
+    mark = int(fixed.argmax()) - 1 if fixed.any() and not fixed[0] else None
     return Line(
         result.cell.row,
         color,

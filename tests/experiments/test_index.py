@@ -23,7 +23,7 @@ from experiments.planning.study import Study, Tuning, studies
 from experiments.records import Store
 from experiments.reporting import report
 from experiments.reporting.cell_results import CellResult, Pair
-from experiments.reporting.charts import Chart, Line, Subplot
+from experiments.reporting.charts import Chart, Line, Subplot, curve
 from experiments.reporting.layout import Entry, Panel, Table
 from experiments.reporting.literature import SAID
 from experiments.reporting.page import Page
@@ -575,6 +575,16 @@ def test_curves_of_seeds_recorded_at_other_epochs_are_over_those_of_all(results)
     assert line["x"] == fewer.columns["epoch"]
     losses = [[r.columns["train_loss"][r.columns["epoch"].index(e)] for e in line["x"]] for r in (first, fewer)]
     assert line["y"] == pytest.approx(np.mean(losses, axis=0), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "mark"), [([0, 0, 1], [0, 0, 1], 1), ([0, 0, 1], [0, 1, 1], 0), ([1, 1, 1], [1, 1, 1], None)]
+)
+def test_the_marked_point_is_the_last_before_the_norms_of_a_seed_are_fixed(first, second, mark):
+    columns = [{"epoch": [1, 21, 41], "train_loss": [3.0, 2.0, 1.0], "constrained": flags} for flags in (first, second)]
+    result = made_up(Cell("Adam-LAWN", ()), 60.0, 60.0)
+    records = [replace(record, columns=own) for record, own in zip(result.records, columns, strict=True)]
+    assert curve(replace(result, records=records), "train_loss").mark == mark
 
 
 @pytest.mark.parametrize(("epochs", "option"), [((4, 2), " --short"), ((2,), "")])

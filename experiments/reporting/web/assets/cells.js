@@ -106,7 +106,7 @@ function curvesOf(cell) {
   if (!cell.curves || !cell.curves.rows[0]?.length) return [];
   const seeds = cell.seeds.length > 1 ? "Mean over seeds and their range" : "One seed";
   const marked = cell.curves.rows[0].some(({ lines }) => lines.some(({ mark }) => mark !== null));
-  const note = `${seeds}${marked ? "; at the dot LAWN fixes the norms" : ""}.`;
+  const note = `${seeds}${marked ? "; the dot is the last point before LAWN fixes the norms" : ""}.`;
   return [
     element("h3", {}, "Curves"),
     element("p", { class: "soft" }, note),

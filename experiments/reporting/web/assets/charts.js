@@ -73,7 +73,7 @@ function drawSubplot(subplot) {
     }
     if (line.mark !== null && line.y[line.mark] !== null) {
       const at = [{ x: line.x[line.mark], y: line.y[line.mark] }];
-      marks.push(Plot.dot(at, { x: "x", y: "y", fill: stroke, r: 4.5, title: () => "the norms are fixed here" }));
+      marks.push(Plot.dot(at, { x: "x", y: "y", fill: stroke, r: 4.5, title: () => "the last point before the norms are fixed" }));
     }
     if (!line.points) hovered.push(...rows);
   }
