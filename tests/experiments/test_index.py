@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import t as student
 
-from experiments.definitions.spec import Cell, Experiment, PaperResult
+from experiments.definitions.spec import Cell, Experiment, Measure, PaperResult
 from experiments.planning.study import Study, Tuning, studies
 from experiments.records import Store
 from experiments.reporting import report
@@ -235,6 +235,15 @@ def test_notes_have_no_signs_of_markdown():
     page = empty_page(MINI, [], notes=["a < b: `eps` ([tuning_curves](tuning_curves.md))"])
     text = unfolded(index_html([page], {}))
     assert '<li>a &lt; b: eps (<a href="tuning_curves.md">tuning_curves</a>)</li>' in text
+
+
+def test_a_cell_opens_the_numbers_of_its_table():
+    """They are rounded once, not first to six digits."""
+    result = made_up(Cell("Adam", ()), 63.34504666)
+    environment = {"device": "", "cpu": "", "cores": 1, "git": "", "dirty": False, "packages": {}}
+    result = replace(result, records=[replace(record, environment=environment) for record in result.records])
+    (measured,) = detail(result, [Measure("headline", "test accuracy, %")], "", [], "")["measures"]
+    assert f"{measured['mean']:.2f}" == f"{result.records[0].headline:.2f}" == "63.35"
 
 
 def test_it_says_what_the_numbers_beside_the_literature_are():

@@ -15,6 +15,7 @@ from experiments.reporting.web.data import chart_data, number
 
 CURVES = (("train_loss", "training loss, nats", "log"), ("margin_p50", "median training margin, logits", "linear"))
 NORM = ("weight_norm", "norm of all weights", "linear")
+DIGITS = 12  # of numbers that are rounded once more where they are shown, as those of the tables are
 
 
 def cell_key(result: CellResult, experiment: Experiment, printed: str) -> str:
@@ -43,7 +44,7 @@ def detail(
         "epochs": result.epochs,
         "paper_epochs": result.cell.epochs[0] if result.cell.epochs else None,
         "paper": printed,
-        "difference": number(result.difference(measures[0])),
+        "difference": number(result.difference(measures[0]), DIGITS),
         "gains": list(gains),
         "measures": [_measured(result, measure) for measure in measures],
         "seeds": [_seed(record, measures) for record in result.records],
@@ -66,14 +67,17 @@ def _measured(result: CellResult, measure: Measure) -> dict[str, Any]:
         "title": measure.title,
         "digits": measure.digits,
         "n": len(values),
-        **{key: number(value) for key, value in (("mean", mean), ("error", error), ("low", low), ("high", high))},
+        **{
+            key: number(value, DIGITS)
+            for key, value in (("mean", mean), ("error", error), ("low", low), ("high", high))
+        },
     }
 
 
 def _seed(record: Record, measures: Sequence[Measure]) -> dict[str, Any]:
     return {
         "seed": record.config["seed"],
-        "values": [number(record.value(measure.key)) for measure in measures],
+        "values": [number(record.value(measure.key), DIGITS) for measure in measures],
         "status": record.result["status"],
         "record": record.name,
         "file": record.file,

@@ -62,6 +62,6 @@ def _line(line: Line) -> dict[str, Any]:
     }
 
 
-def number(value: float) -> float | None:
-    """With six significant digits; None where it is not finite, for which JSON has no number."""
-    return float(f"{value:.6g}") if isfinite(value) else None
+def number(value: float, digits: int = 6) -> float | None:
+    """With so many significant digits; None where it is not finite, for which JSON has no number."""
+    return float(f"{value:.{digits}g}") if isfinite(value) else None
