@@ -1,6 +1,7 @@
 """The demo: loss flattening on real digits, and what decay and LAWN do about it."""
 
 from experiments.definitions.spec import Cell, Experiment, Measure
+from experiments.definitions.tables import CURVES
 
 DEMO = Experiment(
     "demo",
@@ -18,4 +19,5 @@ DEMO = Experiment(
         Measure("weight_norm", "norm of all weights", curve="linear"),
     ),
     figure="epochs",
+    notes=(CURVES,),
 )

@@ -73,6 +73,10 @@ EPS = (
 )
 DECAY = "Adam, SGD and LAMB have weight decay (Adam's is decoupled); their LAWN variants have none."
 SGD_LAWN = "The ICLR text prints no SGD-LAWN; the arXiv version pairs LAWN with SGD, too."
+CURVES = (
+    "In the figure, a line is the mean over seeds and its band their range; the dot is the last point before LAWN "
+    "fixes the norms."
+)
 BARS = "In the figure, the bars of means are standard errors, those of gains are 95 % intervals."
 RANGE = "The paper gives only a range for its standard errors; its upper end, {}, is used."
 

@@ -1011,6 +1011,11 @@ def test_only_lines_that_are_drawn_take_a_color():
     ]
 
 
+@pytest.mark.parametrize("name", [name for name, e in EXPERIMENTS.items() if e.figure == "epochs"])
+def test_a_page_says_what_the_band_of_a_curve_is(name):
+    assert any("its band their range" in note for note in EXPERIMENTS[name].notes)
+
+
 def test_the_papers_gain_is_positive_where_a_smaller_error_is_printed():
     cells = [
         Cell(row, ("train.batch_size=100",), column="batch 100", paper=PaperResult(value))
