@@ -637,17 +637,20 @@ def test_a_comparison_without_an_interval_is_no_finding():
 
 def test_how_much_is_filled():
     cells = [Cell(f"row {i}", (), paper=PaperResult(1.0), epochs=(300, 30)) for i in range(3)]
+    cells.append(Cell("Fail", (), paper=PaperResult(None), epochs=(300, 30)))
     cells.append(Cell("of ours alone", (), epochs=(300, 30)))
     found = [made_up(cells[0], 1.0, epochs=300), made_up(cells[1], 1.0, epochs=30), made_up(cells[2])]
-    found.append(made_up(cells[3], 1.0))
+    found += [made_up(cells[3]), made_up(cells[4], 1.0)]
     said = findings.coverage([empty_page(replace(MINI, name="table9"), [], cell_results=found)])
-    assert said.startswith("2 of the 3 numbers that the paper's tables print have one of ours beside them: 1 at the")
+    assert said.startswith(
+        "2 of the 4 cells of the paper's tables, those that fail included, have a result of ours: 1 at"
+    )
     assert "1 at a shorter budget. The page shows 3 final runs and 0 runs" in said
 
 
 def test_a_page_without_any_record(tmp_path):
     text = index_html(pages_of(tmp_path, EXPERIMENTS.values()), {})
-    assert "0 of the 176 numbers" in text
+    assert "0 of the 176 cells" in text
     assert "What the records say" not in text
     assert Tables(text).scripts.keys() >= {"library-d3", "library-plot.umd"}
     assert not [cell for cell in Tables(text).cells if "key" in cell]

@@ -43,9 +43,9 @@ def coverage(pages: Sequence[Page]) -> str:
     runs = {record.name for page in pages for result in page.cell_results for record in result.records}
     tried = {record.name for page in pages for result in page.cell_results for _, record in result.tried}
     return (
-        f"{len(filled)} of the {len(printed)} numbers that the paper's tables print have one of ours beside them: "
-        f"{full} at the paper's number of epochs, {len(filled) - full} at a shorter budget. The page shows {len(runs)} "
-        f"final runs and {len(tried)} runs that try hyperparameters."
+        f"{len(filled)} of the {len(printed)} cells of the paper's tables, those that fail included, have a result of "
+        f"ours: {full} at the paper's number of epochs, {len(filled) - full} at a shorter budget. The page shows "
+        f"{len(runs)} final runs and {len(tried)} runs that try hyperparameters."
     )
 
 
