@@ -1,6 +1,6 @@
 """The page of the tuning curves: how good the best of k random settings is, for every optimizer and batch size."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -11,7 +11,7 @@ from experiments.records import Store
 from experiments.reporting import tuning_tables
 from experiments.reporting.cell_results import CellResult, cell_results, place, places
 from experiments.reporting.layout import Entry, Table
-from experiments.reporting.page import Page, chart_of, figure_of, page_name, panels, provenance
+from experiments.reporting.page import Page, chart_of, figure_of, page_name, page_title, panels, provenance
 from experiments.reporting.statistics import BestOf
 from experiments.reporting.trials import Best, best_by_place, best_of_curves, score
 
@@ -20,6 +20,9 @@ K = 5  # trials that a user may afford
 
 def curves_page(experiment: Experiment, store: Store, selection: str = "val") -> Page:
     """The page of the tuning curves, from the grids instead of the final runs."""
+    split = "validation" if selection == "val" else "test"
+    measures = tuple(replace(m, title=m.title.replace("validation", split)) for m in experiment.measures)
+    experiment = replace(experiment, measures=measures)
     found = cell_results(experiment, store, selection)
     complete = best_of_curves(found)
     best = best_by_place(complete)
@@ -30,11 +33,11 @@ def curves_page(experiment: Experiment, store: Store, selection: str = "val") ->
 
     return Page(
         name=page_name(experiment, selection),
-        title=experiment.title,
+        title=page_title(experiment, selection),
         notes=experiment.notes,
         panels=panels(experiment, found, entry_of),
         measured=(
-            f"The best validation HR@10, %, that {K} random settings of a grid are expected to find, and in brackets "
+            f"The best {split} HR@10, %, that {K} random settings of a grid are expected to find, and in brackets "
             "the interval that holds it with 80 % probability, over the draw of settings: in closed form, from one run "
             "with seed 0 of every setting of the grid. A setting that diverged counts as 0. Where a few settings are "
             "far below all others, the mean may lie below the interval."
@@ -54,7 +57,7 @@ def curves_page(experiment: Experiment, store: Store, selection: str = "val") ->
         source_title="Every run",
         tuned=tuning_tables.table(found),
         grids=tuning_tables.grids(found),
-        by_value=_values_table(complete),
+        by_value=_values_table(complete, split),
         tuning=tuning_tables.frame(found),
         experiment=experiment,
         cell_results=found,
@@ -113,8 +116,8 @@ def costs(experiment: Experiment, found: list[CellResult]) -> list[str]:
     return lines
 
 
-def _values_table(complete: list[tuple[CellResult, BestOf]]) -> Table | None:
-    head = ("", "", "hyperparameter", "best validation score at each value, %", "the worst costs")
+def _values_table(complete: list[tuple[CellResult, BestOf]], split: str) -> Table | None:
+    head = ("", "", "hyperparameter", f"best {split} score at each value, %", "the worst costs")
     rows = []
     for result, _ in complete:
         if (tried := by_value(result)) is not None:

@@ -70,7 +70,7 @@ def experiment_page(experiment: Experiment, store: Store, selection: str = "val"
     tuned = [] if experiment.of_tables else found
     return Page(
         name=page_name(experiment, selection),
-        title=experiment.title,
+        title=page_title(experiment, selection),
         notes=experiment.notes,
         panels=panels(experiment, found, experiment_entry(experiment)),
         measured=_measured(experiment, found, selection),
@@ -95,6 +95,11 @@ def experiment_page(experiment: Experiment, store: Store, selection: str = "val"
 
 def page_name(experiment: Experiment, selection: str) -> str:
     return experiment.name if selection == "val" else f"{experiment.name}-selected-on-{selection}"
+
+
+def page_title(experiment: Experiment, selection: str) -> str:
+    tuned = any(cell.sweep for cell in experiment.cells)
+    return experiment.title + ("; settings scored on the TEST split" if tuned and selection == "test" else "")
 
 
 def chart_of(experiment: Experiment, found: list[CellResult]) -> Chart | None:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from scipy.stats import t as student
 
 from experiments.definitions.spec import Cell, Experiment, Measure, PaperResult
+from experiments.definitions.tuning_curves import TUNING_CURVES
 from experiments.planning.study import Study, Tuning, studies
 from experiments.records import Store
 from experiments.reporting import report
@@ -672,6 +673,19 @@ def test_the_command_of_a_page_that_is_selected_on_the_test_split(results):
     tables = Tables(index_html([page], {}))
     key = next(cell["key"] for cell in tables.cells if "key" in cell)
     assert tables.detail(key)["fill"] == "python -m experiments run mini --only optim=adam --selection test"
+
+
+def test_a_selection_on_the_test_split_is_told(tmp_path):
+    """Also where nothing is folded, and of the runs that choose."""
+    assert run_experiment(TUNED, tmp_path, selection="test") == []
+    page = report.page_of(TUNED, Store(tmp_path / "results"), "test")
+    assert page.title == f"{TUNED.title}; settings scored on the TEST split"
+    assert report.page_of(TUNED, Store(tmp_path / "results")).title == TUNED.title
+    assert report.page_of(MINI, Store(tmp_path / "results"), "test").title == MINI.title
+    tables = Tables(index_html([page], {}))
+    (key,) = (cell["key"] for cell in tables.cells if "key" in cell)
+    assert tables.detail(key)["split"] == panel_view(page, page.panels[0], {}).split == "test"
+    assert "validation" not in report.page_of(TUNING_CURVES, Store(tmp_path / "results"), "test").measured
 
 
 def test_the_libraries_are_as_they_were_published():

@@ -14,6 +14,7 @@ from experiments.reporting.tuning_tables import described, format_setting, parts
 from experiments.reporting.web.data import chart_data, number
 
 CURVES = (("train_loss", "training loss, nats", "log"), ("margin_p50", "median training margin, logits", "linear"))
+SPLITS = {"val": "validation", "test": "test"}
 NORM = ("weight_norm", "norm of all weights", "linear")
 DIGITS = 12  # of numbers that are rounded once more where they are shown, as those of the tables are
 
@@ -52,11 +53,17 @@ def detail(
         "setting": format_setting(result.setting),
         "tuning": described(result) if result.setting else [],
         "rungs": _rungs(result),
+        "split": tuned_on([result]),
         "fill": command,
         "command": result.records[0].command if result.records else "",
         "machine": _machine([*result.records, *(record for _, record in result.tried)]),
         "curves": chart_data(_curves(result, measures)) if result.records and not result.failed else None,
     }
+
+
+def tuned_on(results: Sequence[CellResult]) -> str:
+    """The split on which the runs that choose hyperparameters were evaluated."""
+    return SPLITS[next((record.result["split"] for result in results for _, record in result.tried), "val")]
 
 
 def _measured(result: CellResult, measure: Measure) -> dict[str, Any]:

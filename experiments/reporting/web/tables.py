@@ -9,7 +9,7 @@ from experiments.reporting.cell_results import CellResult, Pair, paper
 from experiments.reporting.layout import Entry, Panel, format_interval, format_signed, number_format
 from experiments.reporting.page import Page
 from experiments.reporting.statistics import mean_and_error, mean_interval
-from experiments.reporting.web.cells import cell_key, detail
+from experiments.reporting.web.cells import cell_key, detail, tuned_on
 from experiments.reporting.web.data import json_text, packed
 
 BASES = {"adam": "Adam", "sgd": "SGD", "lamb": "LAMB"}  # optimizers, by the beginning of the names of their variants
@@ -64,6 +64,7 @@ class PanelView:
     columns: list[str]
     rows: list[RowView]
     fill: str  # the command that runs what is missing
+    split: str  # on which the runs that choose hyperparameters were evaluated
 
     @property
     def _cells(self) -> list[CellView]:
@@ -96,7 +97,7 @@ def panel_view(page: Page, panel: Panel, details: dict[str, str]) -> PanelView:
     """Adds what the cells open to `details`, packed, by their keys."""
     rows = [RowView(row, _base(entries), [_cell(page, e, details) for e in entries]) for row, entries in panel.rows]
     results = [entry.result for _, entries in panel.rows for entry in entries if entry.result is not None]
-    return PanelView(panel.title, panel.columns, rows, fill_command(page, results))
+    return PanelView(panel.title, panel.columns, rows, fill_command(page, results), tuned_on(results))
 
 
 def fill_command(page: Page, results: Sequence[CellResult]) -> str:

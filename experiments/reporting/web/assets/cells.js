@@ -132,7 +132,7 @@ function tuningOf(cell) {
   ]);
   const framed = cell.setting ? " The chosen one has a frame, also in the grid of fewer epochs if it is there." : "";
   const note =
-    "The headline metric on the validation split of each setting that was tried; × has diverged; the worst " +
+    `The headline metric on the ${cell.split} split of each setting that was tried; × has diverged; the worst ` +
     `quarter has one color.${framed}`;
   return [element("h3", {}, "Tuning"), chosen, element("p", { class: "soft" }, note), ...rungs];
 }
