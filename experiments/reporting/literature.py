@@ -22,7 +22,7 @@ HEAD = (
     *("LAWN's paper, HR@10", "others, HR@10", "others, NDCG@10", "source"),
 )
 
-SAID = (
+CAPTION = (
     "On the split and the 99 candidates of He et al. 2017; ours at the last epoch, mean (standard error, number of "
     "seeds), those of others with their own settings, for example other numbers of factors. NCF MLP: the rows of the "
     "table above at batch 10k. Dot products: [matrix_factorization](matrix_factorization.md) and "

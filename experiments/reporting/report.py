@@ -13,7 +13,7 @@ from experiments.records import Store
 from experiments.reporting.curves import costs, curves_page
 from experiments.reporting.drawing import save
 from experiments.reporting.layout import Entry, Panel
-from experiments.reporting.literature import SAID, literature_table
+from experiments.reporting.literature import CAPTION, literature_table
 from experiments.reporting.page import Page, experiment_page
 from experiments.reporting.web.findings import Finding, findings
 from experiments.reporting.web.index import index_html
@@ -33,7 +33,7 @@ def page_of(experiment: Experiment, store: Store, selection: str = "val") -> Pag
     build = curves_page if experiment.figure == "tuning" else experiment_page
     page = build(experiment, store, selection)
     if experiment.beside_literature:
-        page = replace(page, literature=literature_table(store, page.cell_results, selection), of_literature=SAID)
+        page = replace(page, literature=literature_table(store, page.cell_results, selection), of_literature=CAPTION)
     return page
 
 

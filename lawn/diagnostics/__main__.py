@@ -1,7 +1,6 @@
 """Compare runs with diagnostics=on in one figure: python -m lawn.diagnostics RUN_DIR... [--out diagnostics.png]"""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -25,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
             name, _, path = ("", "", text) if Path(text).exists() else text.partition("=")
             if not path:
                 raise RunError(f"{text}: no such run directory")
-            name = name or os.path.basename(os.path.abspath(path))  # noqa: PTH100, PTH119 (of "." and ".." too)
+            name = name or Path(path).absolute().name  # of "." too
             if name in runs:
                 raise ConfigError(f"{text}: another run is called {name}; give names, as NAME=RUN_DIR")
             runs[name] = figure.read(Path(path))

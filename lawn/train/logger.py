@@ -1,6 +1,7 @@
 """Loggers: where the rows of metrics.csv go beside the file."""
 
 import os
+import secrets
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 from lawn.arguments import arguments
 from lawn.config import Config
 from lawn.errors import ConfigError
+from lawn.files import write_text
 from lawn.identity import identity
 from lawn.output import echo
 from lawn.packages import check_installed
@@ -44,7 +46,7 @@ class WandbLogger:
             return wandb.init(
                 project=project or os.environ.get("WANDB_PROJECT", "lawn"),
                 mode=mode,  # type: ignore[arg-type]  # a Literal there, which lawn.validation has checked
-                id=run_id,
+                id=_id(run_id, directory),
                 name=directory.name,
                 resume="allow",
                 reinit="create_new",  # vectorized runs log at the same time
@@ -86,6 +88,15 @@ class WandbLogger:
             problem = f"{type(error).__name__}: {error}"
         echo(f"wandb: {problem}; logging to it ends here")
         self._run = None
+
+
+def _id(run_id: str, directory: Path) -> str:
+    """The id of the wandb run of a directory, in a file there: one that is begun anew, or another of the same run, has
+    its own. wandb ignores rows of epochs that it has."""
+    path = directory / "wandb_id"
+    if not path.exists():
+        write_text(path, f"{run_id}-{secrets.token_hex(4)}\n")
+    return path.read_text("utf8").strip()
 
 
 Logger = CSVLogger | WandbLogger

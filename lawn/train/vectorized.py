@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from lawn.config import Config
-from lawn.identity import identity
+from lawn.errors import RunError
+from lawn.identity import identity, run_name
 from lawn.optim import NonFiniteError
 from lawn.task import Task
 from lawn.train.cuda_graph import GraphedFunction
@@ -149,7 +150,11 @@ class VectorizedTrainer:
             if step is None:
                 continue
             members = range(*part.indices(len(self._stacked)))
-            diverged, switched = step.prepare()
+            try:
+                diverged, switched = step.prepare()
+            except ValueError as error:  # a weight whose norm is zero
+                first = run_name(self._stacked[members[0]].config)
+                raise RunError(f"{first} or another run vectorized with it: {error}") from error
             for k in diverged:
                 failed.setdefault(members[k], updates)
             if switched:
@@ -192,6 +197,8 @@ class VectorizedTrainer:
                         self._stacked[k].update()
                 except NonFiniteError:
                     failed[k] = updates
+                except ValueError as error:
+                    raise RunError(f"{run_name(self._stacked[k].config)}: {error}") from error
 
     def _train(self, seeds: list[int]) -> tuple[list[float], list[float]]:
         """Mean loss and median margin of each run; NaN for a run that has diverged before its switch."""

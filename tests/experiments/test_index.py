@@ -26,7 +26,7 @@ from experiments.reporting import report
 from experiments.reporting.cell_results import CellResult, Pair
 from experiments.reporting.charts import Chart, Line, Subplot, curve
 from experiments.reporting.layout import Entry, Panel, Table
-from experiments.reporting.literature import SAID
+from experiments.reporting.literature import CAPTION
 from experiments.reporting.page import Page
 from experiments.reporting.simulations import simulation_page
 from experiments.reporting.statistics import Comparison, compare, compare_paired, mean_interval
@@ -249,7 +249,9 @@ def test_a_cell_opens_the_numbers_of_its_table():
 
 def test_it_says_what_the_numbers_beside_the_literature_are():
     """Standard errors, where those of the tables are intervals."""
-    page = empty_page(MINI, [], literature=Table(["", "HR@10, %"], [["Popularity", "45.31 (n=1)"]]), of_literature=SAID)
+    page = empty_page(
+        MINI, [], literature=Table(["", "HR@10, %"], [["Popularity", "45.31 (n=1)"]]), of_literature=CAPTION
+    )
     text = unescape(unfolded(index_html([page], {})))
     assert "mean (standard error, number of seeds)" in text
     assert '<a href="references.md">references</a>' in text

@@ -39,6 +39,24 @@ def test_the_command_with_wandb_turned_off(tmp_path):
     assert list(tmp_path.glob("*/wandb/offline-run-*/*.wandb"))
 
 
+def test_every_run_directory_has_a_wandb_run_of_its_own(tiny, tmp_path, monkeypatch):
+    """Also one of the same run, or one that is deleted and begun anew; not one that is resumed."""
+    import wandb
+
+    ids = []
+    monkeypatch.setattr(logger.WandbLogger, "silent", False)
+    monkeypatch.setattr(wandb, "init", lambda **keys: ids.append(keys["id"]))
+    start = logger.logger_builder(tiny("logger=wandb"))
+    for folder in ("a", "a", "b"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        start("id", tmp_path / folder)
+    (tmp_path / "a" / "wandb_id").unlink()
+    start("id", tmp_path / "a")
+    assert ids[0] == ids[1]
+    assert len(set(ids)) == 3
+    assert all(each.startswith("id-") for each in ids)
+
+
 def test_wandb_that_is_not_installed_is_refused(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"^logger=wandb: the package wandb is not installed; pip install wandb$"):

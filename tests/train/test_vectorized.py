@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lawn.config import Config
-from lawn.errors import ConfigError
+from lawn.errors import ConfigError, RunError
 from lawn.task import task_builder
 from lawn.train import multirun, train, train_vectorized
 from lawn.train.distributed import World
@@ -266,6 +266,17 @@ def test_runs_of_different_epochs_start_from_the_last_that_all_have():
     assert epochs([state(9), state(8)], [state(8), None], []) == [8, 8, None]
     assert epochs([state(3, {}), state(2)], [state(8), state(4)]) == [3, 8]
     assert epochs([state(3, {}), state(2)], [state(2), None]) == [2, 2]
+
+
+@pytest.mark.parametrize("keys", [(), ("optim.fused=false", "optim.granularity=row")])
+def test_a_weight_that_is_zero_at_the_switch_is_one_line(tiny, keys):
+    members = runs_of([tiny("optim.free_epochs=0", f"seed={seed}", *keys) for seed in range(2)])
+    for p in members[1].model.parameters():
+        p.data.zero_()
+    with pytest.raises(
+        RunError, match=r"^digits-mlp-adam_lawn-s0-\w+ or another run vectorized with it: cannot constrain"
+    ):
+        VectorizedTrainer(members).train_epoch()
 
 
 def test_as_many_at_once_as_there_is_room_for(tiny, monkeypatch, capsys):
