@@ -235,7 +235,7 @@ def test_what_a_cell_opens(results):
 def test_notes_have_no_signs_of_markdown():
     page = empty_page(MINI, [], notes=["a < b: `eps` ([tuning_curves](tuning_curves.md))"])
     text = unfolded(index_html([page], {}))
-    assert '<li>a &lt; b: eps (<a href="tuning_curves.md">tuning_curves</a>)</li>' in text
+    assert '<li>a &lt; b: eps (<a href="#tuning_curves">tuning_curves</a>)</li>' in text
 
 
 def test_a_cell_opens_the_numbers_of_its_table():
@@ -254,7 +254,7 @@ def test_it_says_what_the_numbers_beside_the_literature_are():
     )
     text = unescape(unfolded(index_html([page], {})))
     assert "mean (standard error, number of seeds)" in text
-    assert '<a href="references.md">references</a>' in text
+    assert '<a href="#references">references</a>' in text
 
 
 def test_it_says_what_its_numbers_are(results):

@@ -21,8 +21,9 @@ INTERVAL = "(95 % interval over seeds by Student's t, n seeds)"  # what follows 
 
 
 def _linked(text: str) -> Markup:
-    """Text with links of Markdown, as HTML."""
-    plain = str(escape(re.sub("</?sup>", "", text)))
+    """Text with links of Markdown, as HTML; those to other pages lead to their sections."""
+    here = re.sub(r"\]\((\w+)\.md\)", r"](#\1)", text)
+    plain = str(escape(re.sub("</?sup>|`", "", here)))
     titled = re.sub(r"\[(.*?)\]\((\S*?) &#34;(.*?)&#34;\)", r'<a href="\2" title="\3">\1</a>', plain)
     return Markup(re.sub(r"\[(.*?)\]\((.*?)\)", r'<a href="\2">\1</a>', titled))
 
