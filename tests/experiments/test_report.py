@@ -23,6 +23,7 @@ from fontTools.svgLib.path import parse_path
 
 from experiments import json_lines
 from experiments.definitions.spec import Cell, Experiment, Measure, PaperResult
+from experiments.planning.grid import Job
 from experiments.planning.study import Tuning, studies
 from experiments.record import Record
 from experiments.records import Store, _recorded
@@ -868,9 +869,13 @@ def test_two_runners_record_into_one_file(tuned):
     (study,) = studies(TUNED, extra=(f"runs_dir={tuned}/runs",))
     first, second = Store(tuned / "new"), Store(tuned / "new")
     jobs = study.tuning(Store(tuned / "results")).jobs
-    with ThreadPoolExecutor(4) as pool:
-        for store, job in zip((first, second) * len(jobs), jobs, strict=False):
-            pool.submit(store.write, job.config, job.overrides, job.experiment, job.tunes)
+
+    def write(store: Store, share: list[Job]) -> None:
+        for job in share:
+            store.write(job.config, job.overrides, job.experiment, job.tunes)
+
+    with ThreadPoolExecutor(2) as pool:  # a store is for one thread
+        list(pool.map(write, (first, second), (jobs[::2], jobs[1::2])))
     assert all(store.has(job.name) for store in (first, second) for job in jobs)
     merged, alone = (folder / "tuning" / "tuned.jsonl" for folder in (tuned / "new", tuned / "results"))
     first.sort()
