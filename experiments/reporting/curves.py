@@ -10,7 +10,7 @@ from experiments.planning import search
 from experiments.records import Store
 from experiments.reporting import tuning_tables
 from experiments.reporting.cell_results import CellResult, cell_results, place, places
-from experiments.reporting.layout import Entry, Table
+from experiments.reporting.layout import SPLITS, Entry, Table
 from experiments.reporting.page import Page, chart_of, figure_of, page_name, page_title, panels, provenance
 from experiments.reporting.statistics import BestOf
 from experiments.reporting.trials import Best, best_by_place, best_of_curves, score
@@ -20,7 +20,7 @@ K = 5  # trials that a user may afford
 
 def curves_page(experiment: Experiment, store: Store, selection: str = "val") -> Page:
     """The page of the tuning curves, from the grids instead of the final runs."""
-    split = "validation" if selection == "val" else "test"
+    split = SPLITS[selection]
     measures = tuple(replace(m, title=m.title.replace("validation", split)) for m in experiment.measures)
     experiment = replace(experiment, measures=measures)
     found = cell_results(experiment, store, selection)

@@ -9,6 +9,8 @@ from experiments.record import Record
 from experiments.reporting.cell_results import CellResult
 from experiments.reporting.statistics import Comparison, mean_and_error
 
+SPLITS = {"val": "validation", "test": "test"}  # as pages call them
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -9,12 +9,12 @@ from experiments.planning.grid import Job
 from experiments.record import Record
 from experiments.reporting.cell_results import CellResult
 from experiments.reporting.charts import Chart, Subplot, curve
+from experiments.reporting.layout import SPLITS
 from experiments.reporting.statistics import mean_and_error, mean_interval
 from experiments.reporting.tuning_tables import described, format_setting, parts
 from experiments.reporting.web.data import chart_data, number
 
 CURVES = (("train_loss", "training loss, nats", "log"), ("margin_p50", "median training margin, logits", "linear"))
-SPLITS = {"val": "validation", "test": "test"}
 NORM = ("weight_norm", "norm of all weights", "linear")
 DIGITS = 12  # of numbers that are rounded once more where they are shown, as those of the tables are
 

@@ -211,11 +211,9 @@ def _place(pair: Pair) -> tuple[str, str]:
     base, _, end = pair.base.rpartition(", ")
     rival = pair.rival.removesuffix(f", {end}")
     column = f"{pair.column}{_budget(pair)}"
-    return (
-        (f"{pair.rival} over {pair.base}", column)
-        if rival == pair.rival
-        else (f"{rival} over {base}", f"{end}, {column}")
-    )
+    if rival == pair.rival:
+        return f"{rival} over {pair.base}", column
+    return f"{rival} over {base}", f"{end}, {column}"
 
 
 def _entry(pair: Pair) -> str:
