@@ -185,12 +185,13 @@ def _write_pages(given: argparse.Namespace) -> None:
 
 
 def _pages(names: list[str], store: Store, given: argparse.Namespace) -> list[Page]:
-    return [
-        simulation_page(SIMULATIONS[name], given.results)
-        if name in SIMULATIONS
-        else report.page_of(EXPERIMENTS[name], store, given.selection)
-        for name in names
-    ]
+    with store.held():  # numbers that stand on several pages are the same
+        return [
+            simulation_page(SIMULATIONS[name], given.results)
+            if name in SIMULATIONS
+            else report.page_of(EXPERIMENTS[name], store, given.selection)
+            for name in names
+        ]
 
 
 def serve(given: argparse.Namespace) -> int:

@@ -60,7 +60,7 @@ class Record:
         """The target of a Markdown link: its file, with its name as the title."""
         return f'{self.file} "{self.name}"'
 
-    @property
+    @cached_property
     def kind(self) -> tuple[str, str, str, str]:
         """The dataset, optimizer, batch size and number of epochs."""
         dataset, optim, train = (self.config[section] for section in ("dataset", "optim", "train"))

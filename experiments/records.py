@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,17 @@ class Store:
         self._files: dict[Path, RecordFile] = {}
         self._read: dict[str, Record] = {}  # of all files
         self._stamp: list[tuple[str, int, int, int]] = []  # of the files as they were read
+        self._held = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """In the body, records that other processes add are not seen, so that all of it is of the same records."""
+        self._refresh()
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
 
     def kinds(self) -> frozenset[tuple[str, ...]]:
         """The dataset, optimizer, batch size and number of epochs of each recorded run, as texts."""
@@ -151,6 +162,8 @@ class Store:
 
     def _refresh(self) -> None:
         """Read what the files have got since. Raises RunError with the number of a damaged line, each time."""
+        if self._held:
+            return
         stamp = _stamp(self.tuning, self.runs)
         if stamp and stamp == self._stamp:  # nothing: cheap, because it is asked for every run without a record
             return

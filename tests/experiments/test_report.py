@@ -1,5 +1,6 @@
 """From records to numbers, pages, tables and figures."""
 
+import argparse
 import io
 import json
 import re
@@ -22,6 +23,7 @@ from fontTools.pens.recordingPen import RecordingPen  # comes with matplotlib
 from fontTools.svgLib.path import parse_path
 
 from experiments import json_lines
+from experiments.__main__ import _pages
 from experiments.definitions.spec import Cell, Experiment, Measure, PaperResult
 from experiments.planning.grid import Job
 from experiments.planning.study import Tuning, studies
@@ -603,6 +605,21 @@ def test_a_record_that_is_deleted_is_forgotten(tuned):
     assert not store.has(gone)
     shutil.rmtree(path.parent)
     assert {record.path.parent.name for record in store.all()} == {"runs"}
+
+
+def test_the_pages_of_a_command_are_of_the_same_records(results, monkeypatch):
+    """Whatever is recorded, or deleted, while it makes them."""
+    counts = []
+
+    def page_of(experiment, store, selection):
+        counts.append(len([*store.all()]))
+        (results / "runs" / "mini.jsonl").unlink(missing_ok=True)
+
+    monkeypatch.setattr(report, "page_of", page_of)
+    store = Store(results)
+    for names in (["table4", "table5"], ["table2"]):
+        _pages(names, store, argparse.Namespace(selection="val", results=results))
+    assert counts[0] == counts[1] > counts[2]
 
 
 @pytest.mark.parametrize("outcomes", ["!", "AAAA", "eJw="])
