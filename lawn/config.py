@@ -92,10 +92,10 @@ class ModelConfig:
 class OptimConfig:
     name: str = MISSING
     lr: float = key(MISSING, "peak learning rate", above=0)
-    betas: list[float] | None = None
-    eps: float | None = key(None, at_least=0)
-    momentum: float | None = key(None, at_least=0, below=1)
-    nesterov: bool | None = None
+    betas: list[float] | None = key(None, "Adam, LAMB: decay rates of the two moments")
+    eps: float | None = key(None, "Adam, LAMB: added to the root of the second moment", at_least=0)
+    momentum: float | None = key(None, "sgd, sgd_lawn, muon: momentum", at_least=0, below=1)
+    nesterov: bool | None = key(None, "sgd: Nesterov's momentum")
     weight_decay: float | None = key(None, "weight decay of the parameters with two or more dimensions", at_least=0)
     free_epochs: Any = key(None, "LAWN: E_free; auto: until the onset of loss flattening", at_least=0)
     warm_start_epochs: float | None = key(None, "adam_cpr: epochs before the norms are bounded", above=0)
