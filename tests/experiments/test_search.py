@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from math import inf, nan, prod
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from experiments.definitions.spec import Cell, Experiment
 from experiments.planning import search
 from experiments.planning.grid import Grid
-from experiments.planning.study import studies
+from experiments.planning.study import Study, studies
 from experiments.records import Store
 from experiments.reporting import report
 from lawn.identity import run_name
@@ -265,3 +266,44 @@ def test_values_that_round_to_the_updates_of_the_end_are_no_other_run(point, upd
     indices = tuple(point.get(key, 1) for key in grid.axes)
     assert grid.job(indices) is not None
     assert grid.is_repeated(indices, updates) == repeated
+
+
+def test_a_value_beyond_the_upper_end_may_round_to_its_updates():
+    """0.9, 1 and 1.11 epochs are a single update."""
+    axes = "hydra.sweeper.params={optim.free_epochs: '0.9,1'}"
+    grid = Grid(("dataset=digits", "optim=adam_lawn", axes), "e_free", "val", (), "x")
+    assert grid.job((2,)).setting == ("optim.free_epochs=1.11111",)
+    assert [grid.is_repeated((index,), 1) for index in (-1, 0, 1, 2)] == [True, False, False, True]
+    assert not grid.is_repeated((2,), 100)
+
+
+@pytest.mark.parametrize(("updates", "tried"), [(1, 2), (100, 4)])
+def test_what_repeats_a_point_of_the_grid_is_not_tried(updates, tried):
+    """With an update in an epoch, the points beyond both ends are the same runs as those at them."""
+    axes = "hydra.sweeper.params={optim.free_epochs: '0.9,1'}"
+    study = Study(Cell("LAWN", ("dataset=digits", "optim=adam_lawn", axes), sweep="e_free"))
+    record = SimpleNamespace(headline=60.0, diverged=False, result={"last": {"step": 5 * updates, "epoch": 5}})
+    store = SimpleNamespace(read=lambda _: record, has=lambda _: True)
+    assert [job.config.optim.free_epochs for job in study.tuning(store).full] == [0.9, 1.0, 0.81, 1.11111][:tried]
+
+
+def test_a_search_on_the_whole_grid_has_no_shorter_schedule():
+    cell = replace(RUNGS.cells[0], whole_grid=True)
+    store = SimpleNamespace(read=lambda _: None, has=lambda _: False)
+    tuning = Study(cell, cell.epochs).tuning(store)
+    assert (tuning.short, len(tuning.full), tuning.unknown) == ([], 12, 6)
+    assert {job.config.train.epochs for job in tuning.full} == {6}
+
+
+def test_the_mean_of_all_seeds_chooses_a_point():
+    """The best one with seed 0 has 68.3 on average, the best one with the others 67.7."""
+    study = Study(TUNED.cells[0])
+    scores = {(2,): (71.0, 67.0, 67.0), (3,): (67.0, 68.0, 68.0)}
+    points = [(index,) for index in range(-1, 7)]
+    jobs = [study.grid.jobs([point], (0, 1, 2)) for point in points]
+    known = {
+        job.name: SimpleNamespace(headline=score, diverged=False, result={"last": {"step": 9, "epoch": 3}})
+        for point, of_point in zip(points, jobs, strict=True)
+        for job, score in zip(of_point, scores.get(point, (60.0, 60.0, 60.0)), strict=True)
+    }
+    assert study.tuning(SimpleNamespace(read=known.get, has=known.__contains__)).chosen == (2,)

@@ -161,3 +161,10 @@ def test_a_list_that_depends_on_an_axis_is_found(monkeypatch):
     )
     monkeypatch.setattr(grid, "axes", {"train.batch_size": ["16", "32"]})
     assert grid.problem == "train.batch_size=16: other keys depend on it, so it cannot be an axis of a grid"
+
+
+def test_each_axis_of_a_grid_is_looked_at(monkeypatch):
+    """Nothing depends on the first."""
+    grid = Grid.__wrapped__(("dataset=digits", "optim=adam_lawn"), "cifar/adam_lawn", "val", (), "")
+    monkeypatch.setattr(grid, "axes", {"optim.lr": ["1", "2"], "train.epochs": ["10", "20"]})
+    assert grid.problem == "train.epochs=10: other keys depend on it, so it cannot be an axis of a grid"
