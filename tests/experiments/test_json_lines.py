@@ -42,6 +42,16 @@ def test_lines_that_are_added_are_counted_on(tmp_path):
     assert [number for number, _ in lines.taken] == [1, 2]
 
 
+def test_letters_of_several_bytes(tmp_path):
+    """As a hand may write them; places in a file count bytes."""
+    lines = Taken(tmp_path / "records.jsonl")
+    lines.path.write_text(first := '{"é": "ééé"}\n', "utf8")
+    write(lines, {"b": 2})
+    write(lines, {"c": 3})
+    assert lines.path.read_text("utf8") == first + '{"b": 2}\n{"c": 3}\n'
+    assert lines.taken == list(enumerate(lines.lines(), start=1))
+
+
 def test_a_full_disk_is_named(tmp_path):
     """A quota, of the process; the line that has no end is replaced by the next."""
     lines = JsonLines(tmp_path / "records.jsonl")

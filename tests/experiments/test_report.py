@@ -10,8 +10,10 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import reduce
+from itertools import islice
 from math import isnan, nan, sqrt
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -593,6 +595,15 @@ def test_a_seed_without_a_record_hides_no_other(results):
     assert [record.config["seed"] for record in adam.records] == [1]
 
 
+@pytest.mark.parametrize(("recorded", "shown"), [((0, 1, 2, 4), [0, 1, 2]), ((0, 1, 3), [0, 1]), ((1, 2, 4), [1, 2])])
+def test_further_seeds_count_as_far_as_they_are_consecutive(recorded, shown):
+    """Of a study of two."""
+    (study, *_) = studies(MINI)
+    names = [job.name for job in islice(study.final_runs(SimpleNamespace()), 5)]
+    known = {names[seed]: seed for seed in recorded}
+    assert study.results(SimpleNamespace(read=known.get)) == shown
+
+
 def test_a_record_that_is_deleted_is_forgotten(tuned):
     """By a server, which reads the records as they change."""
     store = Store(tuned / "results")
@@ -898,6 +909,30 @@ def test_two_runners_record_into_one_file(tuned):
     first.sort()
     assert merged.read_text() == alone.read_text()
     assert all(store.has(job.name) for store in (first, second) for job in jobs)
+
+
+def test_a_run_that_another_runner_records_meanwhile_is_recorded_once(tuned, monkeypatch):
+    (study,) = studies(TUNED, extra=(f"runs_dir={tuned}/runs",))
+    first, second = Store(tuned / "new"), Store(tuned / "new")
+    job = study.tuning(Store(tuned / "results")).jobs[0]
+    arguments = job.config, job.overrides, job.experiment, job.tunes
+
+    def while_it_waits(path):
+        monkeypatch.undo()
+        first.write(*arguments)
+        return exclusively(path)
+
+    monkeypatch.setattr(json_lines, "exclusively", while_it_waits)
+    second.write(*arguments)
+    assert len((tuned / "new" / "tuning" / "tuned.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_folders_of_a_machine_are_not_recorded(tuned):
+    """The command that was given has them."""
+    records = list(Store(tuned / "results").all())
+    for record in records:
+        assert "command" in json.loads((tuned / "runs" / record.name / "env.json").read_text())
+        assert "command" not in record.environment
 
 
 def test_a_run_that_two_experiments_need_is_recorded_once(tuned):
