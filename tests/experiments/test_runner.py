@@ -17,7 +17,8 @@ import pandas as pd
 import pytest
 
 from experiments.definitions.spec import Cell, Experiment
-from experiments.execution.executor import JobResult, failure
+from experiments.execution import executor
+from experiments.execution.executor import JobResult, failure, job_results
 from experiments.execution.pool import Pool, visible_gpus
 from experiments.execution.runner import run
 from experiments.execution.worker import work
@@ -460,6 +461,42 @@ def test_a_job_whose_run_directory_has_gone_is_one_that_failed(tmp_path):
     (tmp_path / "output.log").mkdir()
     reason = failure(job, tmp_path / "output.log")
     assert reason == f"{tmp_path}/output.log: cannot be read (Is a directory); move it away"
+
+
+@pytest.mark.parametrize(
+    ("ended", "lost", "cancelled"),
+    [
+        ([1], False, False),
+        ([Stopped.exit_code], True, False),
+        (["lost with its process: of its node"], True, False),
+        ([1, Stopped.exit_code], True, False),
+        ([1, "lost with its process: of its node"], True, False),
+        (["cancelled: job 7"], False, True),
+        ([1, "cancelled: job 7"], False, True),
+        (["killed by SIGKILL"], False, False),
+    ],
+)
+def test_what_the_end_of_any_rank_tells_of_a_job(tmp_path, ended, lost, cancelled):
+    (study,) = studies(replace(MINI, cells=MINI.cells[:1]), extra=(f"runs_dir={tmp_path}",), seeds=2)
+    jobs = study.outstanding(Store(tmp_path / "results"))
+    (tmp_path / jobs[0].name).mkdir()
+    (tmp_path / jobs[0].name / "output.log").write_text("epoch 1\nerror: the disk is full\n")
+    (result,) = job_results(jobs[1:], jobs, ended, 6.0)  # it is asked for one of two
+    assert (result.lost, result.cancelled, result.seconds, result.group_size) == (lost, cancelled, 3.0, 2)
+    assert result.failure == next((how for how in ended if isinstance(how, str)), "the disk is full")
+
+
+@pytest.mark.parametrize(("code", "asked"), [(0, 3), (1, 1)])
+def test_the_result_of_a_job_that_succeeded_is_waited_for(tmp_path, monkeypatch, code, asked):
+    """A remote disk shows it after a while."""
+    seen = iter([False, False, True])
+    monkeypatch.setattr(executor, "RunDirectory", lambda _: SimpleNamespace(done=next(seen)))
+    monkeypatch.setattr(executor, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda _: None))
+    (study,) = studies(replace(MINI, cells=MINI.cells[:1]), extra=(f"runs_dir={tmp_path}",), seeds=1)
+    jobs = study.outstanding(Store(tmp_path / "results"))
+    (result,) = job_results(jobs, jobs, [code], 0.0)
+    assert (result.failure is None) == (code == 0)
+    assert len(list(seen)) == 3 - asked
 
 
 def _wait_until_nobody_writes(folder: Path) -> None:
