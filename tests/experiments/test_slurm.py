@@ -4,11 +4,13 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from experiments.definitions.spec import Cell
 from experiments.execution.executor import Resources
 from experiments.execution.options import add_options, make_executor
 from experiments.planning.grid import Job
@@ -292,6 +294,44 @@ def test_options_of_sbatch(command, tmp_path):
     assert len([option for option in options if option.startswith("gpus-per-node")]) == 1
     (srun,) = [line for line in lines if line.startswith("srun ")]
     assert " --cpus-per-task=8 " in srun
+
+
+def test_what_a_job_of_slurm_gets(command, tmp_path):
+    """By default an hour and a GPU; a run on ImageNet has nodes with as many GPUs as ranks."""
+    command("sbatch", f'cp "$1" "$(ls scripts | wc -l)"; mv [01] scripts; {SUBMITTED}')
+    (tmp_path / "scripts").mkdir()
+    large = replace(MANY, cells=(*MANY.cells, Cell("All", ("dataset=imagenet", "train.epochs=1"))))
+    jobs = [
+        job
+        for study in studies(large, extra=(f"runs_dir={tmp_path}/runs",), seeds=1)
+        for job in study.outstanding(Store(tmp_path / "results"))
+    ]
+    assert made(tmp_path).size == 64
+    with made(tmp_path, "--nodes", "2", "--partition", "gpu", "--jobs", "3") as executor:
+        assert executor.size == 3
+        for job in jobs:
+            executor.start([job])
+        executor.wait(0)
+    found = [(tmp_path / "scripts" / name).read_text().splitlines() for name in "01"]
+    options = [{line.removeprefix("#SBATCH --") for line in lines} for lines in found]
+    assert all({"partition=gpu", "time=60", "cpus-per-task=1"} <= each for each in options)
+    assert {"nodes=1", "ntasks-per-node=1", "gpus-per-node=1"} <= options[0]
+    assert {"nodes=2", "ntasks-per-node=8", "gpus-per-node=8"} <= options[1]
+
+
+def test_more_jobs_than_an_array_has(command, tmp_path, monkeypatch):
+    """They are several arrays."""
+    monkeypatch.setattr(slurm, "MAX_ARRAY", 2)
+    number = 'echo >> calls; n=$(wc -l < calls); echo "Submitted batch job $n"'
+    command("sbatch", f'{number}; for k in 0 1; do echo "${{n}}_$k PENDING"; done >> queue; echo 3 PENDING >> queue')
+    jobs = jobs_of(tmp_path, 5)
+    executor = executor_of(tmp_path, 5).__enter__()
+    for job in jobs:
+        executor.start([job])
+    assert executor.wait(0) == []
+    assert executor.running == 5
+    assert files(tmp_path) == [f"{job}_submitted.pkl" for job in ("1_0", "1_1", "2_0", "2_1", "3")]
+    assert submitted_runs(tmp_path / "runs") == {job.name for job in jobs}
 
 
 @pytest.mark.parametrize(
