@@ -5,9 +5,11 @@ import re
 import shutil
 import socket
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,17 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.definitions.spec import Cell, Experiment
-from experiments.execution import runner
+from experiments.execution import overview, runner
 from experiments.execution.agenda import Agenda
 from experiments.execution.executor import Executor, JobResult
 from experiments.execution.options import add_options, make_executor
-from experiments.execution.overview import status_rows
+from experiments.execution.overview import plan_rows, state, status_rows
 from experiments.execution.pool import Pool
 from experiments.execution.runner import RETRIES, run
 from experiments.planning.estimate import RuntimeEstimate, kind_of
 from experiments.planning.grid import Job
 from experiments.planning.study import Study, Tuning, studies
+from experiments.record import Record
 from experiments.records import Store
+from lawn.config import Config
 from lawn.errors import ConfigError
 from lawn.files import locked
 from lawn.train import train
@@ -66,6 +70,18 @@ def test_the_longest_job_is_first_and_an_unknown_one_before_it(tmp_path):
         order += [job.config.train.epochs for job in jobs]
     assert order == [1, 300, 30, 4]
     assert agenda.remaining == 4
+
+
+@pytest.mark.parametrize("refused_first", [True, False])
+def test_a_job_that_is_refused_is_vectorized_with_no_other(tmp_path, refused_first):
+    """It would fail them."""
+    good, bad = MANY.cells[0], Cell("not its key", (*SHORT, "optim=adam", "optim.momentum=0.9"))
+    cells = (bad, good) if refused_first else (good, bad)
+    agenda = agenda_of(tmp_path, replace(MANY, cells=cells), 2)
+    groups = []
+    while jobs := agenda.take(lambda _: 1, 16):
+        groups.append([job.config.optim.momentum for job in jobs])
+    assert sorted(groups, key=len) == [[0.9], [0.9], [None, None]]
 
 
 def test_the_number_of_seeds_is_that_of_the_command_or_of_the_cell_or_of_the_table():
@@ -223,6 +239,48 @@ def test_the_state_of_runs(tmp_path):
     assert row["time left"].startswith("0:00:0")
 
 
+def test_a_run_is_queued_until_it_has_begun(tmp_path):
+    """Whatever an earlier process has written."""
+    (study,) = studies(MANY, extra=(f"runs_dir={tmp_path}/runs",), seeds=2)
+    job, other = study.outstanding(Store(tmp_path / "results"))
+    folder = tmp_path / "runs" / job.name
+    folder.mkdir(parents=True)
+    (folder / "output.log").write_text("error: the disk is full\n")
+    assert [state(each, {job.name}) for each in (job, other)] == ["queued", "waiting"]
+    assert state(job, {other.name}) == "failed"
+    with locked(folder / ".lock"):
+        assert state(job, {job.name}) == "running"
+
+
+def test_the_time_left_is_without_the_epochs_that_are_done(tmp_path, monkeypatch):
+    """A run of three epochs, of which one is done, and one that has not begun."""
+    (study,) = studies(MANY, extra=(f"runs_dir={tmp_path}/runs",), seeds=2)
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "metrics.csv").write_text("epoch,train_loss\n1,0.5\n")
+
+    def directory(config: Config) -> SimpleNamespace:
+        return SimpleNamespace(path=tmp_path / str(config.seed), done=False, in_use=False)
+
+    monkeypatch.setattr(overview, "RunDirectory", directory)
+    (row,) = status_rows([study], Store(tmp_path / "results"), estimate_of(("digits", "mlp", 128, 100.0)))
+    assert row["time left"] == "0:08:20"
+
+
+def test_a_run_of_two_cells_is_planned_once(tmp_path):
+    cells = (*MANY.cells, replace(MANY.cells[0], row="The same"))
+    estimate = estimate_of(("digits", "mlp", 128, 100.0))
+    store = Store(tmp_path / "results")
+    rows, total, seconds = plan_rows(studies(replace(MANY, cells=cells), seeds=2), store, estimate)
+    assert [(row["seeds"], row["time"]) for row in rows] == [("0/2", "0:10:00")] * 2
+    assert (total, seconds) == (2, [300.0, 300.0])
+
+
+def test_the_time_left_is_shared_by_as_many_processes_as_have_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(Agenda, "seconds_left", 90.0)
+    session = runner._Session(studies(MANY, seeds=3), Store(tmp_path / "results"))
+    assert [session.time_left(processes) for processes in (1, 2, 8)] == ["0:01:30", "0:00:45", "0:00:30"]
+
+
 def test_an_address_where_nothing_listens(tmp_path):
     """Ray itself tries for minutes and cannot be interrupted."""
     pytest.importorskip("ray")
@@ -270,6 +328,77 @@ def test_the_default_is_the_pool_of_this_machine(tmp_path):
     pool = executor_of(tmp_path, "--devices", "cpu", "--jobs", "3")
     assert isinstance(pool, Pool)
     assert pool.size == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "slots"),
+    [
+        ((), ["cuda:0", "cuda:1"]),
+        (("--jobs", "3"), ["cuda:0", "cuda:1", "cuda:0"]),
+        (("--devices", "cuda:1", "--jobs", "2"), ["cuda:1", "cuda:1"]),
+        (("--devices", "cpu"), ["cpu"]),
+    ],
+)
+def test_the_slots_of_a_machine_with_gpus(tmp_path, monkeypatch, options, slots):
+    """A process that has used a GPU must not be forked."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    pool = executor_of(tmp_path, *options)
+    assert pool._slots == slots
+    assert pool._context.get_start_method() == ("forkserver" if slots == ["cpu"] else "spawn")
+
+
+def test_each_job_has_the_device_of_its_slot(tmp_path, monkeypatch):
+    """One that uses all devices has a rank on each."""
+    large = Cell("All", ("dataset=imagenet", "train.epochs=1"))
+    chosen = studies(replace(MANY, cells=(*MANY.cells, large)), extra=(f"runs_dir={tmp_path}/runs",), seeds=2)
+    one, other, whole, _ = (job for study in chosen for job in study.outstanding(Store(tmp_path / "results")))
+    started = []
+
+    def process(target: Callable[..., None], args: tuple[Any, ...]) -> SimpleNamespace:
+        ((config,), devices, *_) = args
+        started.append((config.device, config.train.devices, devices))
+        return SimpleNamespace(start=lambda: None)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for jobs in ((one, other), (whole,)):
+        pool = executor_of(tmp_path)
+        pool._context = SimpleNamespace(get_start_method=lambda: "spawn", Process=process)
+        for job in jobs:
+            assert pool.places(job)
+            pool.start([job])
+        assert not pool.places(one)
+    assert started == [
+        ("cuda:0", None, ["cuda:0"]),
+        ("cuda:1", None, ["cuda:1"]),
+        ("cuda", 2, ["cuda:0", "cuda:1"]),
+    ]
+
+
+def estimate_of(*paces: tuple[str, str, int, float]) -> RuntimeEstimate:
+    """From a record for each dataset, model, batch size and seconds per epoch."""
+    estimate = RuntimeEstimate(SimpleNamespace(all=list))
+    for dataset, model, size, seconds in paces:
+        estimate.add(
+            Record(
+                path=Path("none.json"),
+                name="",
+                hash="",
+                config={"dataset": {"name": dataset}, "model": {"name": model}, "train": {"batch_size": size}},
+                environment={"device": "cpu", "cpu": "a CPU"},
+                result={"seconds": {"train": 2 * seconds}, "last": {"epoch": 2}},
+                columns={},
+            )
+        )
+    return estimate
+
+
+def test_the_nearest_batch_size_is_the_one_of_the_smallest_ratio():
+    """Of the same dataset and model: 400 is 4 times 100, and 1,000 is 2.5 times 400."""
+    mlps = ("digits", "mlp", 100, 1.0), ("digits", "mlp", 1000, 2.0)
+    estimate = estimate_of(*mlps, ("digits", "vgg19", 400, 9.0), ("cifar10", "mlp", 400, 9.0))
+    assert estimate.seconds_per_epoch(("digits", "mlp", 400)) == 2.0
+    assert estimate.seconds_per_epoch(("digits", "mlp", 100)) == 1.0
+    assert estimate.seconds_per_epoch(("cifar10", "vgg19", 400)) is None
 
 
 @pytest.mark.parametrize("gpu", [False, True])
