@@ -62,6 +62,7 @@ def test_without_a_checkout_an_error_names_the_remedy(tmp_path, monkeypatch):
         ),
         ("++dataset.limit=null", "optim=sgd"),
         ("train={epochs: 5}", "train.batch_size=7", "seed=3"),
+        ("runs_dir='~/runs'", "optim.eps=-0.0", "optim.betas=[-0.0,0.9]"),
     ],
 )
 def test_composing_many_gives_what_composing_one_gives(overrides):
