@@ -152,6 +152,33 @@ def test_seeds_of_equal_means_count_by_their_luck():
     assert 2 < compare_paired(runs[:2], runs).seeds < 8
 
 
+@pytest.mark.parametrize("difference", [-12.0, 9.5, 20.0])
+def test_seeds_needed_have_the_power_and_one_fewer_has_not(difference):
+    """The test samples stay the same: a part of the error, 3, is there with any number of seeds."""
+
+    def power(seeds: int) -> float:
+        error, df = math.sqrt(3**2 + (5**2 - 3**2) * 4 / seeds), 2 * (seeds - 1)
+        return float(stats.nct.sf(stats.t.ppf(0.975, df), df, abs(difference) / error))
+
+    gain = Comparison(0.0, 5.0, 6, floor=3.0, seeds=4)
+    needed = gain.seeds_needed(difference)
+    assert power(needed - 1) < 0.8 <= power(needed)
+    assert gain.seeds_needed(8.0) == math.inf  # 3 times 2.8
+
+
+def test_a_thousand_seeds_are_the_most():
+    gain, enough = Comparison(0.0, 1.0, 18, seeds=10), Comparison(0.0, 0.1, 1998).detectable()
+    assert gain.seeds_needed(enough) == 1000
+    assert gain.seeds_needed(0.999 * enough) == math.inf
+
+
+def test_the_error_with_any_number_of_seeds_by_hand():
+    """Users differ by 6 on average, which gives 3; of its square, 1 is the luck of users in two runs."""
+    found = compare_paired(np.array([[7.0, -1.0], [5.0, 1.0]]), np.zeros((2, 2)))
+    assert (found.error, found.floor) == (pytest.approx(3), pytest.approx(math.sqrt(8)))
+    assert compare_paired(np.array([[1.0, -1.0], [-1.0, 1.0]]), np.zeros((2, 2))).floor == 0
+
+
 def test_two_seeds_may_be_enough():
     assert Comparison(0.0, 1.0, 14, seeds=8).seeds_needed(1e6) == 2
 
