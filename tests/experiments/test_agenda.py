@@ -275,6 +275,15 @@ def test_a_run_of_two_cells_is_planned_once(tmp_path):
     assert (total, seconds) == (2, [300.0, 300.0])
 
 
+def test_the_time_left_is_that_of_all_epochs_of_the_runs_without_a_record(tmp_path):
+    estimate = estimate_of(("digits", "mlp", 128, 100.0))
+    agenda = Agenda(studies(MANY, seeds=2), Store(tmp_path / "results"), estimate)
+    (job,) = agenda.take(lambda _: 1, 1)
+    assert agenda.seconds_left == 600
+    agenda.recorded(job)
+    assert agenda.seconds_left == 300
+
+
 def test_the_time_left_is_shared_by_as_many_processes_as_have_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(Agenda, "seconds_left", 90.0)
     session = runner._Session(studies(MANY, seeds=3), Store(tmp_path / "results"))

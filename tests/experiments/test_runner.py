@@ -207,16 +207,21 @@ def test_an_error_of_ours_is_the_reason_after_its_traceback(tmp_path, monkeypatc
     assert out == "error: RuntimeError: CUDA error: an illegal memory access was encountered\n"
 
 
-def test_a_second_signal_is_a_line_in_the_log(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("stop", "code", "said"),
+    [(KeyboardInterrupt(), 130, "interrupted"), (Stopped("stopped in epoch 3"), 75, "stopped in epoch 3")],
+)
+def test_a_signal_is_a_line_in_the_log(tmp_path, monkeypatch, capsys, stop, code, said):
+    """The first stops a run with a checkpoint, from which it may be started again; a second one stops it at once."""
     (study,) = studies(replace(MINI, cells=MINI.cells[:1]), extra=(f"runs_dir={tmp_path}/runs",), seeds=1)
     (job,) = study.outstanding(Store(tmp_path))
 
     def interrupt(*_):
-        raise KeyboardInterrupt
+        raise stop
 
     monkeypatch.setattr("experiments.execution.worker.train", interrupt)
-    assert work([job.config], tmp_path / "output.log") == 130
-    assert capsys.readouterr() == ("interrupted\n", "")  # in place of the log
+    assert work([job.config], tmp_path / "output.log") == code
+    assert capsys.readouterr() == (f"{said}\n", "")  # in place of the log
 
 
 def group(folder):

@@ -322,16 +322,18 @@ def test_what_a_job_of_slurm_gets(command, tmp_path):
 def test_more_jobs_than_an_array_has(command, tmp_path, monkeypatch):
     """They are several arrays."""
     monkeypatch.setattr(slurm, "MAX_ARRAY", 2)
-    number = 'echo >> calls; n=$(wc -l < calls); echo "Submitted batch job $n"'
-    command("sbatch", f'{number}; for k in 0 1; do echo "${{n}}_$k PENDING"; done >> queue; echo 3 PENDING >> queue')
+    number = 'cat "$1" >> scripts; echo >> calls; n=$(wc -l < calls); echo "Submitted batch job $n"'
+    command("sbatch", f'{number}; for k in "$n" "${{n}}_0" "${{n}}_1"; do echo "$k PENDING"; done >> queue')
     jobs = jobs_of(tmp_path, 5)
-    executor = executor_of(tmp_path, 5).__enter__()
+    executor = executor_of(tmp_path, 6).__enter__()
     for job in jobs:
         executor.start([job])
+    assert executor.places(jobs[0]) == 1
     assert executor.wait(0) == []
-    assert executor.running == 5
+    assert (executor.running, executor.places(jobs[0])) == (5, 1)
     assert files(tmp_path) == [f"{job}_submitted.pkl" for job in ("1_0", "1_1", "2_0", "2_1", "3")]
     assert submitted_runs(tmp_path / "runs") == {job.name for job in jobs}
+    assert (tmp_path / "scripts").read_text().count("#SBATCH --array=0-1%2\n") == 2
 
 
 @pytest.mark.parametrize(
