@@ -81,12 +81,34 @@ def test_groups_and_code_name_the_same_members():
         (["dataset=pinterest", "dataset.prefix=..."], r"dataset.prefix='...': must be a plain name"),
         (["seed=99999999999999999999"], "seed=99999999999999999999: must be below"),
         (["dataset.seed=5000000000"], "dataset.seed=5000000000: must be below"),
+        (["optim.free_epochs=100"], "optim.free_epochs=100: must be below train.epochs=100, or the constrained phase"),
+        (["optim=adam_cpr", "optim.warm_start_epochs=100"], "optim.warm_start_epochs=100: must be below"),
+        (["optim.betas=[-0.1,0.9]"], "optim.betas=.*: must be two numbers"),
+        (["train.logit_scale=1.1"], "train.logit_scale=1.1: must be from 1e-6 to 1"),
+        (["train.compile=reduce-overhead", "train.micro_batch_size=8"], "does not go with train.micro_batch_size"),
+        (["train.compile=default", "train.sync_batchnorm=true"], "does not go with train.sync_batchnorm"),
+        (["dataset.val_fraction=0"], "dataset.val_fraction=0.0: must be a finite number above 0"),
     ],
 )
 def test_bad_values_are_refused_by_name(overrides, message):
     with pytest.raises(ConfigError, match=message) as error:
         prepare(compose(*overrides))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optim.free_epochs=0", "optim.betas=[0,0]", "train.logit_scale=1", "schedule.warmup_epochs=0"],
+        ["optim.free_epochs=99", "train.logit_scale=1e-6", "schedule.warmup_epochs=99"],
+        ["optim=adam_cpr", "optim.warm_start_epochs=99"],
+        ["train.devices=2", "train.batch_size=2"],
+        ["train.compile=default", "train.micro_batch_size=8"],
+        ["train.compile=off", "train.sync_batchnorm=true", "train.deterministic=true"],
+    ],
+)
+def test_values_at_their_bounds_are_taken(overrides):
+    compose(*overrides)
 
 
 @pytest.mark.parametrize(
