@@ -6,7 +6,7 @@ split. The next runs follow from the records alone.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import count, islice
 
 from experiments.definitions.spec import Cell, Experiment
@@ -135,13 +135,18 @@ class Study:
             if job is None:
                 return
             setting = job.setting
-            config = replace(job.config, eval=EvalConfig())
+            config = replace(job.config, eval=self._final_eval)
         ranked = ("eval.candidates=all",) if self.cell.all_items else ()
         if ranked:
             config = replace(config, eval=replace(config.eval, candidates="all"))
         for seed in count():
             overrides = (*self.grid.overrides, *setting, *ranked, f"seed={seed}")
             yield Job(replace(config, seed=seed), overrides, setting, self.experiment)
+
+    @cached_property
+    def _final_eval(self) -> EvalConfig:
+        """What the overrides say of the evaluation, without those of the sweep preset."""
+        return compose_many(*self.grid.overrides).config.eval
 
     def missing(self, store: Store) -> tuple[list[Job], int]:
         """The missing runs that can start now, and the expected number of those that depend on their results.

@@ -2,16 +2,19 @@
 
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+from experiments.definitions.spec import Cell
 from experiments.planning.grid import Grid
 from experiments.planning.study import Study, studies
 from experiments.selection import EXPERIMENTS
 from lawn.arguments import arguments
 from lawn.compose import compose
+from lawn.config import EvalConfig
 from lawn.identity import run_name
 from lawn.models.mlp import mlp
 from lawn.optimizers import OPTIMIZERS, optimizer_arguments
@@ -126,6 +129,17 @@ def test_a_study_runs_what_the_command_line_runs(name):
             assert run_name(composed) == job.name
             assert composed.eval.split == "val"
             assert composed.eval.every == composed.train.epochs
+
+
+@pytest.mark.parametrize("all_items", [True, False])
+def test_a_final_run_is_that_of_its_command(all_items):
+    """Whatever the sweep preset says of the evaluation."""
+    overrides = ("dataset=movielens100k", "optim=adam", "train.epochs=2", "eval.every=2")
+    record = SimpleNamespace(headline=60.0, diverged=False, result={"last": {"step": 9, "epoch": 3}})
+    study = Study(Cell("Adam", overrides, sweep="ncf/adam", all_items=all_items))
+    job = next(study.final_runs(SimpleNamespace(read=lambda _: record, has=lambda _: True)))
+    assert job.config.eval == EvalConfig(every=2, candidates="all" if all_items else None)
+    assert job.name == run_name(compose(*job.overrides))
 
 
 def test_grids_are_logarithmic_in_the_rate_and_differ_only_by_what_they_tune():
