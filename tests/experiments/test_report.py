@@ -927,6 +927,16 @@ def test_a_run_that_another_runner_records_meanwhile_is_recorded_once(tuned, mon
     assert len((tuned / "new" / "tuning" / "tuned.jsonl").read_text().splitlines()) == 1
 
 
+def test_a_tuning_run_that_is_a_final_one_too_has_a_whole_record(tuned):
+    (study,) = studies(TUNED, extra=(f"runs_dir={tuned}/runs",))
+    job = study.tuning(Store(tuned / "results")).jobs[0]
+    store = Store(tuned / "new")
+    for tunes, folder in ((True, "tuning"), (False, "runs"), (True, "runs")):
+        record = store.write(job.config, job.overrides, job.experiment, tunes)
+        assert (record.path.parent.name, record.outcomes is not None) == (folder, folder == "runs")
+    assert [len(records_in(tuned / "new" / each / "tuned.jsonl")) for each in ("runs", "tuning")] == [1, 1]
+
+
 def test_the_folders_of_a_machine_are_not_recorded(tuned):
     """The command that was given has them."""
     records = list(Store(tuned / "results").all())
