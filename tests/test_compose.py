@@ -1,5 +1,7 @@
 import re
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -102,6 +104,20 @@ def test_what_is_set_does_not_stay_set(values, choices):
     found = compose_many(*choices, *values)
     composed, swept = compose_unchecked(*choices, *values)
     assert (found.config, found.swept) == (resolve(composed), swept)
+
+
+def test_threads_compose_their_own_configs(monkeypatch):
+    """Values are set on what all have in common, for as long as it takes to read them."""
+    members, select = composition._members("optim=sgd"), composition._select
+
+    def slowly(*arguments):
+        time.sleep(0.001)
+        return select(*arguments)
+
+    monkeypatch.setattr(composition, "_select", slowly)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda seed: members.config({"seed": seed}).seed, range(8)))
+    assert found == list(range(8))
 
 
 @pytest.mark.parametrize(

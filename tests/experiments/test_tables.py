@@ -170,11 +170,17 @@ def test_a_grid_over_a_key_that_others_depend_on_is_refused(monkeypatch):
 
 
 def test_a_list_that_depends_on_an_axis_is_found(monkeypatch):
-    grid = Grid.__wrapped__(
-        ("dataset=digits", "optim=sgd", "model.widths=[${train.batch_size},4]"), "peak_lr", "val", (), ""
-    )
-    monkeypatch.setattr(grid, "axes", {"train.batch_size": ["16", "32"]})
-    assert grid.problem == "train.batch_size=16: other keys depend on it, so it cannot be an axis of a grid"
+    """Though nothing depends on it in the same grid without the list."""
+    for widths, problem in (
+        ("model.widths=[4]", None),
+        (
+            "model.widths=[${train.batch_size},4]",
+            "train.batch_size=16: other keys depend on it, so it cannot be an axis of a grid",
+        ),
+    ):
+        grid = Grid.__wrapped__(("dataset=digits", "optim=sgd", widths), "peak_lr", "val", (), "")
+        monkeypatch.setattr(grid, "axes", {"train.batch_size": ["16", "32"]})
+        assert grid.problem == problem
 
 
 def test_each_axis_of_a_grid_is_looked_at(monkeypatch):
