@@ -178,12 +178,13 @@ def test_the_hash_is_of_what_defines_the_run():
         "train.checkpoint_seconds=1",
     ):
         assert config_hash(compose(elsewhere)) == config_hash(base)
-    for other in ("seed=1", "optim.lr=0.5", "train.epochs=7", "eval.split=val", "dataset.limit=9"):
+    for other in ("seed=1", "optim.lr=0.5", "train.epochs=7", "eval.split=val", "dataset.limit=9", "diagnostics=on"):
         assert config_hash(compose(other)) != config_hash(base)
     folders, val = ("dataset=imagenet",), ("eval.split=val",)
     shards = (*folders, "dataset.shards=x")
     assert config_hash(compose(*shards)) == config_hash(compose(*folders))
     assert config_hash(compose(*shards, *val)) != config_hash(compose(*folders, *val))  # other images are held out
+    assert "diagnostics" not in identity(base)
     assert run_name(base) == f"digits-mlp-adam_lawn-s0-{config_hash(base)}"
     assert all(
         v is not None for section in identity(base).values() if isinstance(section, dict) for v in section.values()
