@@ -185,7 +185,13 @@ def test_the_hash_is_of_what_defines_the_run():
     assert config_hash(compose(*shards)) == config_hash(compose(*folders))
     assert config_hash(compose(*shards, *val)) != config_hash(compose(*folders, *val))  # other images are held out
     assert "diagnostics" not in identity(base)
+    assert config_hash(compose("optim.betas=[-0.0,0.9]")) == config_hash(compose("optim.betas=[0,0.9]"))
     assert run_name(base) == f"digits-mlp-adam_lawn-s0-{config_hash(base)}"
     assert all(
         v is not None for section in identity(base).values() if isinstance(section, dict) for v in section.values()
     )
+
+
+@pytest.mark.parametrize("shards", ["pipe:cat $FOLDER/{00..09}.tar", "https://host/$x/00.tar"])
+def test_commands_and_urls_are_no_paths(shards):
+    assert compose("dataset=imagenet", f"dataset.shards='{shards}'").dataset.shards == shards
