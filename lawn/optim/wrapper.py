@@ -170,6 +170,8 @@ class LAWN:
 
     def _complete_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._prepare()
+        for index, group in enumerate(state_dict["param_groups"]):
+            _check_options(optimizer, group, f"the loaded param group {index}: ")
         known = {key for group in optimizer.param_groups for key in group} - {"params", "param_names"}
         return loading.complete_state_dict(state_dict, optimizer.param_groups, sorted(known))
 
@@ -392,11 +394,16 @@ def _add_defaults(optimizer: Optimizer, index: int, free_steps: int | None) -> N
     group = optimizer.param_groups[index]
     others = [key for key in group if key not in optimizer.defaults]
     check_spelling(others, index, {*keys.KEYS} - keys.RUN)
-    if rounding.KEY in others and group[rounding.KEY] != "nearest":
+    _check_options(optimizer, group, f"param group {index}: ")
+    keys.add_defaults(optimizer.param_groups, index, free_steps)
+
+
+def _check_options(optimizer: Optimizer, group: keys.Group, place: str) -> None:
+    """Raise ValueError for an option of a param group that would have no effect, or whose step LAWN cannot follow."""
+    if rounding.KEY not in optimizer.defaults and group.get(rounding.KEY, "nearest") != "nearest":
         raise ValueError(
-            f"param group {index}: rounding={group[rounding.KEY]!r}, but the wrapped optimizer rounds the weights "
+            f"{place}rounding={group[rounding.KEY]!r}, but the wrapped optimizer rounds the weights "
             "itself; use AdamLAWN, SGDLAWN or LAMBLAWN"
         )
     if group.get("differentiable"):
-        raise ValueError(f"param group {index}: differentiable=True, but LAWN's part of a step has no derivatives")
-    keys.add_defaults(optimizer.param_groups, index, free_steps)
+        raise ValueError(f"{place}differentiable=True, but LAWN's part of a step has no derivatives")

@@ -1037,6 +1037,18 @@ def test_rounding_is_not_the_wrappers():
         LAWN(AdamW([group], weight_decay=0.0))
 
 
+@pytest.mark.parametrize(("key", "value"), [("rounding", "stochastic"), ("differentiable", True)])
+def test_an_option_that_the_wrapper_refuses_is_refused_in_a_checkpoint(key, value):
+    w = nn.Parameter(torch.ones(2, 2))
+    optimizer = AdamW([w], weight_decay=0.0)
+    LAWN(optimizer, free_steps=3)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0][key] = value
+    with pytest.raises(ValueError, match=f"the loaded param group 0: {key}={value!r}, but"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0].get(key, False) is False  # nothing is loaded
+
+
 def test_lamb_refuses_what_it_would_not_do():
     w = nn.Parameter(torch.ones(2, 2))
     with pytest.raises(ValueError, match="param group 0: LAMB rounds to nearest, got rounding='stochastic'"):
