@@ -170,8 +170,7 @@ class LAWN:
 
     def _complete_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._prepare()
-        for index, group in enumerate(state_dict["param_groups"]):
-            _check_options(optimizer, group, f"the loaded param group {index}: ")
+        _check_loaded(optimizer, state_dict["param_groups"])
         known = {key for group in optimizer.param_groups for key in group} - {"params", "param_names"}
         return loading.complete_state_dict(state_dict, optimizer.param_groups, sorted(known))
 
@@ -189,6 +188,7 @@ class LAWN:
         groups = self.optimizer.param_groups
         pairs = list(zip(groups, self._groups, strict=False))
         if pairs and all(_is_loaded(group, before) for group, before in pairs):  # without hooks, as by bitsandbytes
+            _check_loaded(self.optimizer, groups)
             for group, each in zip(groups, loading.kept(self._groups, groups, keys.KEYS), strict=False):
                 group.update({**each, **group})
             self._load(self.optimizer)
@@ -396,6 +396,11 @@ def _add_defaults(optimizer: Optimizer, index: int, free_steps: int | None) -> N
     check_spelling(others, index, {*keys.KEYS} - keys.RUN)
     _check_options(optimizer, group, f"param group {index}: ")
     keys.add_defaults(optimizer.param_groups, index, free_steps)
+
+
+def _check_loaded(optimizer: Optimizer, groups: list[keys.Group]) -> None:
+    for index, group in enumerate(groups):
+        _check_options(optimizer, group, f"the loaded param group {index}: ")
 
 
 def _check_options(optimizer: Optimizer, group: keys.Group, place: str) -> None:

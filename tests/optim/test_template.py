@@ -411,6 +411,19 @@ def test_other_weights_after_a_load_without_hooks_are_refused():
         take_steps(model, optimizer, 1)
 
 
+def test_an_option_that_is_refused_is_refused_after_a_load_without_hooks():
+    model = two_layers()
+    optimizer = LoadsWithoutHooks(model.parameters(), lr=1e-2, weight_decay=0.0)
+    LAWN(optimizer, free_steps=2)
+    take_steps(model, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["rounding"] = "stochastic"
+    optimizer.load_state_dict(saved)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="the loaded param group 0: rounding='stochastic', but the wrapped"):
+            take_steps(model, optimizer, 1)
+
+
 def test_a_state_that_is_made_anew_at_each_access_is_not_taken_for_a_load():
     """As of optimizers that consist of several; weights that were clipped are then rescaled, not refused."""
 
