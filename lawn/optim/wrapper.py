@@ -1,7 +1,6 @@
 """LAWN on any torch optimizer, through step hooks."""
 
 import operator
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lawn.optim import dispatch, keys, loading, phase, rounding, stages
-from lawn.optim.base import LAWNOptimizer
+from lawn.optim import dispatch, keys, loading, phase, stages
 from lawn.optim.blocks import Blocks
 from lawn.optim.checks import check_spelling
 from lawn.optim.group_update import GroupUpdate, gradients, sum_products
-from lawn.optim.step_hooks import StepNesting, calls_hooks, closure_of, hook_owners, with_closure
+from lawn.optim.step_hooks import StepNesting, closure_of, with_closure
 from lawn.optim.stored_weights import StoredWeights
 from lawn.optim.substitutes import HiddenNorms, ProjectedGradients, buffers, version
+from lawn.optim.wrapped import check_group, check_loaded, check_saved, check_wrappable
 from lawn.optim.zero_check import ZeroCheck
 
 
@@ -69,7 +68,7 @@ class LAWN:
 
     def __init__(self, optimizer: Optimizer, free_steps: int | None = None, *, fused: bool | None = None) -> None:
         free_steps = keys.check_free_steps(free_steps)
-        _check_wrappable(optimizer)
+        check_wrappable(optimizer, LAWN)
         before = [dict(group) for group in optimizer.param_groups]
         trained = any(entry and entry.get("step") != 0 for _, entry in keys.entries(optimizer.state))
         for index, group in enumerate(before):
@@ -79,7 +78,7 @@ class LAWN:
         try:
             for index in range(len(before)):
                 _add_defaults(optimizer, index, free_steps)
-            _check_saved(optimizer)
+            check_saved(optimizer)
         except (TypeError, ValueError):
             for group, old in zip(optimizer.param_groups, before, strict=True):
                 group.clear()
@@ -170,7 +169,7 @@ class LAWN:
 
     def _complete_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._prepare()
-        _check_loaded(optimizer, state_dict["param_groups"])
+        check_loaded(optimizer, state_dict["param_groups"])
         known = {key for group in optimizer.param_groups for key in group} - {"params", "param_names"}
         return loading.complete_state_dict(state_dict, optimizer.param_groups, sorted(known))
 
@@ -188,7 +187,7 @@ class LAWN:
         groups = self.optimizer.param_groups
         pairs = list(zip(groups, self._groups, strict=False))
         if pairs and all(_is_loaded(group, before) for group, before in pairs):  # without hooks, as by bitsandbytes
-            _check_loaded(self.optimizer, groups)
+            check_loaded(self.optimizer, groups)
             for group, each in zip(groups, loading.kept(self._groups, groups, keys.KEYS), strict=False):
                 group.update({**each, **group})
             self._load(self.optimizer)
@@ -347,68 +346,10 @@ def _is_loaded(group: keys.Group, before: keys.Group) -> bool:
     return group is not before and len(params) == len(others) and all(map(operator.is_, params, others))
 
 
-def _check_wrappable(optimizer: Optimizer) -> None:
-    """Raise TypeError or ValueError for an optimizer that LAWN cannot be put on, whatever its param groups are."""
-    if not calls_hooks(optimizer):
-        raise TypeError(
-            f"{type(optimizer).__name__} is no torch optimizer, or never initialized itself as one, and calls no "
-            "hooks; put LAWN on the optimizer inside it, unless it moves the weights after that one's step, as "
-            "Lookahead and schedule-free wrappers do: train without those"
-        )
-    zero = sys.modules.get("torch.distributed.optim")
-    if zero is not None and isinstance(optimizer, getattr(zero, "ZeroRedundancyOptimizer", ())):
-        raise TypeError("put LAWN on the optimizer inside ZeroRedundancyOptimizer, its `optim`")
-    if isinstance(optimizer, LAWNOptimizer) or any(isinstance(owner, LAWN) for owner in hook_owners(optimizer)):
-        raise ValueError("the optimizer is a LAWN optimizer already")
-    if taken := [key for key in keys.KEYS if key in optimizer.defaults]:
-        raise ValueError(f"{type(optimizer).__name__} has a hyperparameter {taken[0]!r}, the name of a key of LAWN")
-    norms = [entry.get(keys.NORM) for _, entry in keys.entries(optimizer.state)]
-    if rounded := [c.dtype for c in norms if isinstance(c, Tensor) and c.dtype.itemsize < 4 and c.any()]:
-        raise ValueError(
-            f"the optimizer has loaded norms of slices without LAWN, so torch has rounded them to {rounded[0]}; "
-            "put LAWN on a new optimizer and load the checkpoint then"
-        )
-
-
-def _check_saved(optimizer: Optimizer) -> None:
-    """Raise TypeError if torch does not make the state dict, but perhaps optimizers inside, which LAWN does not see."""
-    if type(optimizer).state_dict is Optimizer.state_dict:
-        return
-    made_by_torch: list[Optimizer] = []
-    hook = optimizer.register_state_dict_pre_hook(made_by_torch.append)
-    try:
-        optimizer.state_dict()
-    except Exception:
-        return  # some have none before the first step, or none at all; that ends a save, too
-    finally:
-        hook.remove()
-    if not made_by_torch:
-        raise TypeError(
-            f"{type(optimizer).__name__} does not save its state by torch's state_dict, so LAWN's phase and norms may "
-            "be lost; put LAWN on each optimizer inside it, or let its state_dict call that of torch.optim.Optimizer"
-        )
-
-
 def _add_defaults(optimizer: Optimizer, index: int, free_steps: int | None) -> None:
     """Check a param group of a wrapped optimizer, and add LAWN's keys."""
     group = optimizer.param_groups[index]
     others = [key for key in group if key not in optimizer.defaults]
     check_spelling(others, index, {*keys.KEYS} - keys.RUN)
-    _check_options(optimizer, group, f"param group {index}: ")
+    check_group(optimizer, group, f"param group {index}: ")
     keys.add_defaults(optimizer.param_groups, index, free_steps)
-
-
-def _check_loaded(optimizer: Optimizer, groups: list[keys.Group]) -> None:
-    for index, group in enumerate(groups):
-        _check_options(optimizer, group, f"the loaded param group {index}: ")
-
-
-def _check_options(optimizer: Optimizer, group: keys.Group, place: str) -> None:
-    """Raise ValueError for an option of a param group that would have no effect, or whose step LAWN cannot follow."""
-    if rounding.KEY not in optimizer.defaults and group.get(rounding.KEY, "nearest") != "nearest":
-        raise ValueError(
-            f"{place}rounding={group[rounding.KEY]!r}, but the wrapped optimizer rounds the weights "
-            "itself; use AdamLAWN, SGDLAWN or LAMBLAWN"
-        )
-    if group.get("differentiable"):
-        raise ValueError(f"{place}differentiable=True, but LAWN's part of a step has no derivatives")
