@@ -43,7 +43,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=gpus, metavar="N", help="GPUs of a job; with ray also a fraction")
     parser.add_argument("--cpus", type=positive, metavar="N", help="CPU cores of a job, or of each of its ranks")
     parser.add_argument("--nodes", type=positive, metavar="N", help="nodes of a run on ImageNet (default: 1)")
-    parser.add_argument("--ranks-per-node", type=positive, metavar="N", help="its ranks on each node (default: 8)")
+    parser.add_argument(
+        "--ranks-per-node", type=positive, metavar="N", help="its ranks on each node (default: 8; submitit_local: 1)"
+    )
     parser.add_argument("--time", type=seconds, metavar="TIME", help="slurm: limit of a job (default: 1h); it resumes")
     parser.add_argument("--partition", metavar="NAME", help="slurm: partition")
     parser.add_argument(
