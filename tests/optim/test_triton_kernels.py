@@ -183,7 +183,7 @@ def many() -> list[nn.Parameter]:
 @interpreted
 @pytest.mark.parametrize("kind", [AdamLAWN, SGDLAWN])
 def test_operations_do_not_grow_with_the_number_of_weights(kind):
-    """Beside the five kernels: the tables, the norms, the rate, and the bias corrections, which the host makes."""
+    """Beside the six kernels: the tables, the norms, the rate, and the bias corrections, which the host makes."""
 
     def operations(params: list[nn.Parameter]) -> Counter[str]:
         optimizer = kind(params, free_steps=0)
