@@ -45,7 +45,8 @@ class SGDLAWN(LAWNOptimizer):
     Raises:
         ValueError: if a hyperparameter is out of range, or a param group has an unsupported key or weight decay on
             constrained parameters.
-        TypeError: if parameters are flat parameters of FullyShardedDataParallel, or DTensors with a Partial placement.
+        TypeError: if constrained parameters are flat parameters of FullyShardedDataParallel or DeepSpeed's ZeRO, are
+            DTensors with `norm_axes`, or cannot be flattened; or parameters are DTensors with a Partial placement.
 
     References:
         Gupta et al. 2021, section 3, [arXiv:2108.05839](https://arxiv.org/abs/2108.05839).

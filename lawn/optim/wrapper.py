@@ -44,8 +44,8 @@ class LAWN:
 
     Raises:
         TypeError: if `optimizer` has no hooks (it is not a torch optimizer), is a ZeroRedundancyOptimizer or saves its
-            state in another way than torch's `state_dict`, or has flat parameters of FullyShardedDataParallel or
-            DTensors with a Partial placement.
+            state in another way than torch's `state_dict`, or has parameters that `LAWNOptimizer` refuses with this
+            error.
         ValueError: if `optimizer` is a LAWN optimizer already, `free_steps` is invalid, constrained parameters have
             weight decay, a key of a param group is nearly one of LAWN's or is `rounding`, a hyperparameter has the name
             of one of LAWN's keys, the step is `differentiable`, or norms of slices were loaded in half precision
