@@ -367,6 +367,14 @@ def test_rank_runs_names_what_is_damaged(finished_runs, tmp_path, monkeypatch, c
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("option", ["--help", "--cfg job"])
+def test_what_hydra_prints_may_break_off(option):
+    command = f"set -o pipefail; {sys.executable} run.py {option} | true"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
 def test_files_are_utf8_whatever_the_locale(tmp_path):
     """A report on the records that there are, its README.md among what is read."""
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
