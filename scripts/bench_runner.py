@@ -125,13 +125,20 @@ def measure_all(given: Namespace) -> dict[str, bench.Row]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (job,) = studies(MANY, extra=(f"runs_dir={folder}/template",), seeds=1)[0].outstanding(Store(folder / "none"))
-        train(replace(job.config, device="cpu"))
-        template = RunDirectory(job.config)
+        templates = {}
+        for kind, split in (("test", "test"), ("tuning", "val")):
+            config = replace(job.config, device="cpu", eval=replace(job.config.eval, split=split))
+            train(config)
+            templates[kind] = RunDirectory(config)
         for count in given.jobs:
-            for kind in ("test", "tuning"):
+            for kind, template in templates.items():
+
+                def nothing(_: Path, template: RunDirectory = template) -> Executor:
+                    return Nothing(template)
+
                 place = folder / f"{kind}-{count}"
                 title = f"{count:,} {kind} runs that do nothing"
-                rows[title] = measure(place, count, lambda _: Nothing(template), kind == "tuning")
+                rows[title] = measure(place, count, nothing, kind == "tuning")
                 print(title, json.dumps(rows[title]), flush=True)
         with executors() as found:
             for number, (title, make) in enumerate(found.items()):
