@@ -30,7 +30,7 @@ from lawn.compose import CONF, overrides_of, refuse_sweeps, refuse_unknown_prese
 from lawn.config import Config, register
 from lawn.errors import ConfigError, UserError
 from lawn.explain import explain, is_hydra_error
-from lawn.output import echo, keep_going
+from lawn.output import echo, is_lost
 from lawn.train import Stopped, launched_by_torchrun, prepare, report_submitit_jobs, train, train_many
 from lawn.train.signals import raise_on_signal
 from lawn.validation import validate
@@ -96,10 +96,9 @@ def main() -> int:
             list(map(fail, train_many(waiting)))
         if not jobs and multirun and not any("hydra/launcher=" in a for a in sys.argv):
             raise ConfigError(f"{' '.join(sys.argv[1:])}: expands to no job")
-    except BrokenPipeError as error:  # of what Hydra prints, as with --help; jobs handle theirs
-        with keep_going(sys.stdout):
-            raise error
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and not jobs and is_lost(sys.stdout):  # of what Hydra prints, as --help
+            return 0
         if DEBUG or not (is_hydra_error(error) or isinstance(error, UserError | OSError)):
             raise
         fail(error)

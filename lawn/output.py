@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,11 +38,26 @@ def keep_going(stream: IO[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
-        os.close(null)
+        _redirect(stream)
         if error.errno not in (errno.EPIPE, errno.EIO):
             echo(f"warning: {os.strerror(error.errno or 0)}; output is lost from here on", sys.stderr)
+
+
+def _redirect(stream: IO[str]) -> None:
+    """Write to the null device from now on."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
+
+def is_lost(stream: IO[str]) -> bool:
+    """Whether the reader of a stream is gone; then it is redirected to the null device."""
+    poll = select.poll()
+    poll.register(stream, 0)  # for errors alone
+    lost = bool(poll.poll(0))
+    if lost:
+        _redirect(stream)
+    return lost
 
 
 def open_closed_streams() -> None:

@@ -1,5 +1,6 @@
 """The commands: whole ones in their own process, one-line errors through their main function."""
 
+import errno
 import json
 import os
 import re
@@ -372,6 +373,17 @@ def test_what_hydra_prints_may_break_off(option):
     command = f"set -o pipefail; {sys.executable} run.py {option} | true"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_another_pipe_that_breaks_is_an_error(main, monkeypatch):
+    """Such as that of a launcher to its processes."""
+
+    def break_off() -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("run.run", break_off)
+    monkeypatch.setattr(sys, "stdout", sys.__stdout__)  # a file
+    assert main() == (1, "", "error: [Errno 32] Broken pipe\n")
 
 
 @pytest.mark.slow

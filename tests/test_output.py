@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from lawn.output import echo, keep_going
+from lawn.output import echo, is_lost, keep_going
 
 
 def test_output_to_a_closed_stream_is_dropped():
@@ -18,6 +18,16 @@ def test_output_to_a_closed_stream_is_dropped():
         echo("one", stream)
         echo("two", stream)
         assert Path(f"/proc/self/fd/{stream.fileno()}").readlink() == Path(os.devnull)
+
+
+def test_a_stream_without_a_reader_is_lost():
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as stream:
+        assert not is_lost(stream)
+        os.close(reading)
+        stream.write("for nobody")
+        assert is_lost(stream)
+        assert not is_lost(stream)  # it goes to the null device
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
