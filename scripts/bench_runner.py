@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -40,7 +41,7 @@ class Nothing:
 
     size = 16
 
-    def __init__(self, template: RunDirectory) -> None:
+    def __init__(self, template: RunDirectory, _: Path) -> None:
         self._environment, self._result = read_environment(template.path), read_result(template.path)
         self._metrics = (template.path / "metrics.csv").read_text()
         self._ended: list[Job] = []
@@ -132,13 +133,9 @@ def measure_all(given: Namespace) -> dict[str, bench.Row]:
             templates[kind] = RunDirectory(config)
         for count in given.jobs:
             for kind, template in templates.items():
-
-                def nothing(_: Path, template: RunDirectory = template) -> Executor:
-                    return Nothing(template)
-
                 place = folder / f"{kind}-{count}"
                 title = f"{count:,} {kind} runs that do nothing"
-                rows[title] = measure(place, count, nothing, kind == "tuning")
+                rows[title] = measure(place, count, partial(Nothing, template), kind == "tuning")
                 print(title, json.dumps(rows[title]), flush=True)
         with executors() as found:
             for number, (title, make) in enumerate(found.items()):

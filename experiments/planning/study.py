@@ -61,6 +61,7 @@ class Study:
         self.experiment = experiment
         self.budget = budgets[0] if budgets else None
         self.seeds = 0 if cell.grid_only else seeds
+        self._ranked = ("eval.candidates=all",) if cell.all_items else ()  # an override of final runs
         epochs = () if self.budget is None else (f"train.epochs={self.budget}",)
         self.grid = Grid((*cell.overrides, *epochs), cell.sweep, selection, extra, experiment)
         self.shorter: Grid | None = None
@@ -135,18 +136,16 @@ class Study:
             if job is None:
                 return
             setting = job.setting
-            config = replace(job.config, eval=self._final_eval)
-        ranked = ("eval.candidates=all",) if self.cell.all_items else ()
-        if ranked:
-            config = replace(config, eval=replace(config.eval, candidates="all"))
+            config = job.config
+        config = replace(config, eval=self._final_eval)
         for seed in count():
-            overrides = (*self.grid.overrides, *setting, *ranked, f"seed={seed}")
+            overrides = (*self.grid.overrides, *setting, *self._ranked, f"seed={seed}")
             yield Job(replace(config, seed=seed), overrides, setting, self.experiment)
 
     @cached_property
     def _final_eval(self) -> EvalConfig:
-        """What the overrides say of the evaluation, without those of the sweep preset."""
-        return compose_many(*self.grid.overrides).config.eval
+        """What the overrides of final runs say of the evaluation, and not the sweep preset."""
+        return compose_many(*self.grid.overrides, *self._ranked).config.eval
 
     def missing(self, store: Store) -> tuple[list[Job], int]:
         """The missing runs that can start now, and the expected number of those that depend on their results.
