@@ -10,7 +10,7 @@ import pytest
 from experiments.definitions.tuning_curves import FULL, SHORT, TUNING_CURVES
 from experiments.planning.study import studies
 from experiments.records import Store
-from experiments.reporting import report
+from experiments.reporting import report, tuning_tables
 from experiments.reporting.curves import by_value, costs
 from experiments.reporting.trials import best_of_curves
 from tests.experiments.helpers import ACCURACY, committed_page, run_experiment
@@ -65,9 +65,10 @@ def test_a_grid_with_holes_has_no_curve(small, tmp_path):
     assert report.page_of(experiment, Store(tmp_path / "nothing")).summary == []
 
 
-def test_the_best_score_at_each_value_is_that_of_the_listed_runs():
+def test_the_best_score_at_each_value_is_that_of_the_runs():
     page = committed_page("tuning_curves")
-    runs = page.tuning.assign(score=page.tuning["val_hr10"].fillna(0))
+    listed = tuning_tables.frame(page.cell_results)
+    runs = listed.assign(score=listed["val_hr10"].fillna(0))
     runs["share"] = (100 * runs["optim.free_epochs"].astype(float) / runs["epochs"]).round(6)
     for result, _ in best_of_curves(list(page.cell_results)):
         cell, tried = result.cell, by_value(result)

@@ -1156,13 +1156,14 @@ def _svg_paths(svg: str) -> list[list[tuple[str, Any]]]:
 
 
 def test_every_record_is_shown():
-    """By name on a page, or by hash in its list of tuning runs."""
+    """By name on a page, by hash in its list of tuning runs, or as a run of the tuning curves."""
 
     def hashes(names: Iterable[str]) -> set[str]:
         return {name.rpartition("-")[2] for name in names}
 
     pages = [path.read_text() for path in (ROOT / "results").rglob("*") if path.suffix in (".md", ".csv")]
     shown = set(re.findall(r"[\w.-]+", " ".join(pages)))
+    shown |= {record.name for result in committed_page("tuning_curves").cell_results for _, record in result.tried}
     for path in (ROOT / "results").rglob("*.json"):
         assert {path.stem, path.name} & shown, path
     for path in (ROOT / "results").rglob("*.jsonl"):
